@@ -1,0 +1,856 @@
+"""Qwen3, Llama (2, 3, 3.1, 3.2) and Qwen2 in plain PyTorch, straight from Hugging Face safetensors.
+
+The decision that is not obvious: there is no batch dimension and no padding. A batch is one stream of T tokens cut into
+segments; a segment may continue another one (its prefix), whose tokens it then sees too. Documents are segments without a
+prefix, a preference pair is a prompt with two continuations, a multiple-choice question is one context with k continuations:
+what they share is computed once. Module paths are the checkpoint's tensor names, so loading needs no mapping.
+
+Shape letters, here and in the other modules: T packed tokens, S scored positions, B sequences, C hidden size, H heads,
+K key/value heads, D head dim, V vocabulary, L layers, R LoRA rank.
+
+    model = load_model("Qwen/Qwen3-0.6B")
+    generate(model, [prompt_ids], max_new_tokens=32)
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+# --- what every command shares: mistakes that are the user's -------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A user's mistake. Its text is one or two lines: the file, row, key or flag, and the way out."""
+
+
+def nearest(name, options) -> str:
+    """' (nearest: X, Y)', the up to two options that look most like name; '' where none does."""
+    close = difflib.get_close_matches(str(name), list(map(str, options)), n=2, cutoff=0.5)
+    return f" (nearest: {', '.join(close)})" if close else ""
+
+
+def cli(main):
+    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, without a traceback."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- the packed batch ----------------------------------------------------------------------------------------------------
+
+IGNORE = -100  # the label of a token that is not scored
+
+
+class Segment(NamedTuple):
+    """A run of tokens. An example is a list of segments: one for SFT, a prompt and two continuations for a DPO pair."""
+
+    ids: np.ndarray  # int32 token ids
+    labels: np.ndarray  # int32: the id again where the token is scored, IGNORE where it is not
+    prefix: int = -1  # which segment of the example, earlier than this one, it continues; -1: none
+    sequence: int = 0  # which of the example's sequences its scored tokens count for
+    weight: float = 1.0  # what each of its scored tokens counts
+
+
+@dataclass
+class Batch:
+    """Examples packed into one stream.
+
+    tokens (T,), positions (T,); segments [(start, stop, prefix)], prefix the index of a segment or -1; and for every scored
+    token: scored (S,) the position whose hidden state predicts it, targets (S,) its id, sequence (S,) the sequence it
+    belongs to, numbered over the batch up to num_sequences, weights (S,) what it counts.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: list
+    scored: Tensor
+    targets: Tensor
+    sequence: Tensor
+    weights: Tensor
+    num_sequences: int
+
+    @classmethod
+    def pack(cls, examples, device="cpu"):
+        """examples: a list of lists of Segment. The first token of a segment without a prefix has no predictor: never scored."""
+        ids, positions, segments, scored, targets, sequence, weights = [], [], [], [], [], [], []
+        start = num_sequences = 0
+        for example in examples:
+            first = len(segments)
+            for segment in example:
+                has_prefix = segment.prefix >= 0
+                _, before, _ = segments[first + segment.prefix] if has_prefix else (0, 0, -1)
+                offset = positions[first + segment.prefix][-1] + 1 if has_prefix else 0
+                stop = start + len(segment.ids)
+                at = np.flatnonzero(np.asarray(segment.labels) != IGNORE)
+                at = at if has_prefix else at[at > 0]
+                ids.append(segment.ids)
+                positions.append(np.arange(offset, offset + stop - start))
+                segments.append((start, stop, first + segment.prefix if has_prefix else -1))
+                scored.append(np.where(at > 0, start + at - 1, before - 1))
+                targets.append(np.asarray(segment.labels)[at])
+                sequence.append(np.full(len(at), num_sequences + segment.sequence))
+                weights.append(np.full(len(at), segment.weight, dtype=np.float32))
+                start = stop
+            num_sequences += 1 + max(segment.sequence for segment in example)
+
+        def join(parts):
+            return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+
+        return cls(join(ids), join(positions), segments, join(scored), join(targets), join(sequence),
+                   torch.from_numpy(np.concatenate(weights)).to(device), num_sequences)
+
+    def lineage(self, index):
+        """The segments that segment `index` sees, oldest first, itself last."""
+        line = [index]
+        while (index := self.segments[index][2]) >= 0:
+            line.append(index)
+        return line[::-1]
+
+    @cached_property
+    def keys(self):
+        """Per segment the positions it sees, ancestors first: a slice where they are adjacent in the stream, else (n,)."""
+        found = []
+        for index in range(len(self.segments)):
+            spans = [self.segments[i][:2] for i in self.lineage(index)]
+            if all(a[1] == b[0] for a, b in zip(spans, spans[1:])):
+                found.append(slice(spans[0][0], spans[-1][1]))
+            else:
+                found.append(torch.cat([torch.arange(*span, device=self.tokens.device) for span in spans]))
+        return found
+
+    @cached_property
+    def mask(self):
+        """(T, T) bool: who sees whom, spelled out. A token sees the tokens of its lineage that do not come after it."""
+        device = self.tokens.device
+        owner = torch.repeat_interleave(torch.tensor([stop - start for start, stop, _ in self.segments], device=device))
+        sees = torch.zeros(len(self.segments), len(self.segments), dtype=torch.bool, device=device)
+        for index in range(len(self.segments)):
+            sees[index, self.lineage(index)] = True
+        return sees[owner][:, owner] & (self.positions[None, :] <= self.positions[:, None])
+
+    @cached_property
+    def varlen(self):
+        """varlen_attn's description of the batch: key positions (or None: the stream itself), cu_q, cu_k, max_q, max_k."""
+        queries = [stop - start for start, stop, _ in self.segments]
+        spans = [[self.segments[i][:2] for i in self.lineage(index)] for index in range(len(self.segments))]
+        lengths = [sum(stop - start for start, stop in line) for line in spans]
+        gather = None
+        if lengths != queries:
+            gather = torch.from_numpy(np.concatenate([np.arange(*span) for line in spans for span in line]))
+            gather = gather.to(self.tokens.device)
+        cu = [torch.tensor(np.concatenate([[0], np.cumsum(n)]), dtype=torch.int32, device=self.tokens.device)
+              for n in (queries, lengths)]
+        return gather, *cu, max(queries), max(lengths)
+
+
+# --- attention: three ways to the same numbers -----------------------------------------------------------------------------
+
+
+def eager_attention(q, k, v, batch):
+    """The maths, for readers and tests. q (T, H, D), k and v (T, K, D) -> (T, H, D); softmax in fp32."""
+    group = q.shape[1] // k.shape[1]  # query head h reads key/value head h // group
+    q, k, v = q.transpose(0, 1), k.repeat_interleave(group, 1).transpose(0, 1), v.repeat_interleave(group, 1).transpose(0, 1)
+    scores = (q @ k.transpose(1, 2)).float() / math.sqrt(q.shape[-1])  # (H, T, T)
+    weights = scores.masked_fill(~batch.mask, float("-inf")).softmax(-1)
+    return (weights.to(v.dtype) @ v).transpose(0, 1)
+
+
+def sdpa_attention(q, k, v, batch):
+    """scaled_dot_product_attention, one segment at a time over what it sees; never a (T, T) mask."""
+    outputs = []
+    for (start, stop, _), keys in zip(batch.segments, batch.keys):
+        one = [x.transpose(0, 1)[None] for x in (q[start:stop], k[keys], v[keys])]  # (1, heads, tokens, D)
+        own, seen = one[0].shape[2], one[1].shape[2]
+        mask = None if own == seen else torch.ones(own, seen, dtype=torch.bool, device=q.device).tril(seen - own)
+        out = F.scaled_dot_product_attention(*one, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def varlen_attention(q, k, v, batch):
+    """PyTorch's own variable-length flash attention (CUDA, 16 bit): bottom-right causal, so prefixes are just more keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    gather, cu_q, cu_k, max_q, max_k = batch.varlen
+    if gather is not None:
+        k, v = k[gather], v[gather]
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+
+
+ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "varlen": varlen_attention}
+
+
+def choose_attention(wanted, config, dtype, device):
+    """(name, notice): 'auto' is varlen where it runs (tried on two tokens), else sdpa; notice is '' or one line to print."""
+    if wanted not in ("auto", "flash", *ATTENTION):
+        raise UserError(f"attn_implementation: {wanted!r} is not one of auto, flash, {', '.join(ATTENTION)}"
+                        + nearest(wanted, ATTENTION))
+    if wanted in ("eager", "sdpa") or wanted == "auto" and torch.device(device).type != "cuda":
+        return ("sdpa" if wanted == "auto" else wanted), ""
+    try:
+        one = [Segment(np.zeros(2, np.int32), np.full(2, IGNORE, np.int32))]
+        q = torch.zeros(2, config.num_attention_heads, config.head_dim, dtype=dtype, device=device)
+        k = torch.zeros(2, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device)
+        varlen_attention(q, k, k, Batch.pack([one], device))
+        return "varlen", ""
+    except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        return "sdpa", f"attention: varlen does not run here ({reason}); using sdpa"
+
+
+# --- configuration -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """What config.json says of a model, in either of its two dialects. `from_dict` names everything it can't honour."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: dict  # rope_type, rope_theta and the type's own numbers
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    dtype: str  # of the checkpoint's tensors
+    eos_token_id: tuple
+
+    @classmethod
+    def read(cls, folder):
+        return cls.from_dict(read_json(Path(folder) / "config.json"), Path(folder) / "config.json")
+
+    @classmethod
+    def from_dict(cls, raw, where="config.json"):
+        """Raises UserError with one line for all that this code does not compute."""
+        faults, kind = [], raw.get("model_type")
+        if kind not in ("llama", "qwen2", "qwen3"):
+            raise UserError(f"{where}: model_type {kind!r} is not supported; llama, qwen2 and qwen3 are")
+
+        def number(key, default=None, least=1, most=2**31):
+            value = raw.get(key)
+            value = default if value is None else value
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                faults.append(f"{key} is {str(value)[:40]!r}, not a whole number from {least} to {most}")
+                return least
+            return value
+
+        def real(key, default):
+            value = default if raw.get(key) is None else raw[key]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+                faults.append(f"{key} is {str(value)[:40]!r}, not a positive number")
+                return 1.0
+            return float(value)
+
+        hidden, heads = number("hidden_size", most=2**20), number("num_attention_heads", most=2**16)
+        kv_heads = number("num_key_value_heads", heads, most=2**16)
+        head_dim = number("head_dim", 128 if kind == "qwen3" else max(hidden // heads, 1), most=2**16)
+        rope = rope_parameters(raw, faults)
+        if heads % kv_heads:
+            faults.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        if head_dim % 2:
+            faults.append(f"head_dim {head_dim} is odd, rotary positions need an even one")
+        if raw.get("hidden_act", "silu") != "silu":
+            faults.append(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
+        if (raw.get("sliding_window") and raw.get("use_sliding_window")
+                or set(raw.get("layer_types") or ()) - {"full_attention"}):
+            faults.append("sliding-window attention is not supported")
+        if raw.get("quantization_config"):
+            faults.append("quantization_config: quantised checkpoints are not supported; use the 16-bit one")
+        bias = raw.get("attention_bias", kind == "qwen2")
+        eos = raw.get("eos_token_id")
+        config = cls(
+            model_type=kind, vocab_size=number("vocab_size", most=2**24), hidden_size=hidden,
+            intermediate_size=number("intermediate_size", most=2**22),
+            num_hidden_layers=number("num_hidden_layers", most=2**12), num_attention_heads=heads,
+            num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=real("rms_norm_eps", 1e-6), rope=rope,
+            max_position_embeddings=number("max_position_embeddings", 2048),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)), qkv_bias=bool(kind == "qwen2" or bias),
+            o_bias=bool(kind != "qwen2" and bias), mlp_bias=bool(kind == "llama" and raw.get("mlp_bias", False)),
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+        if config.dtype not in DTYPES:
+            faults.append(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+        if faults:
+            raise UserError(f"{where}: " + "; ".join(faults))
+        return config
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+ROPE_NUMBERS = {
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), "yarn": ("factor",),
+}
+
+
+def rope_parameters(raw, faults):
+    """The rope settings of both dialects as one dict: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        faults.append("rope_parameters / rope_scaling is not an object")
+        rope = {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    rope = {**rope, "rope_type": kind, "rope_theta": 10000.0 if theta is None else theta}
+    if kind not in ROPE_NUMBERS:
+        faults.append(f"rope type {kind!r} is not supported ({', '.join(ROPE_NUMBERS)} are)")
+        kind = "default"
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        faults.append("partial_rotary_factor is not supported")
+    if kind == "yarn":
+        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    for key in ("rope_theta", *ROPE_NUMBERS[kind]):
+        if isinstance(rope.get(key), bool) or not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < 1e30:
+            faults.append(f"rope {key} is {rope.get(key)!r}, not a positive number")
+    return rope
+
+
+def rope_frequencies(config):
+    """(inv_freq (D/2,) fp32, the factor on cos and sin). Plain and linear: Su et al. 2021, arXiv:2104.09864, Chen et al. 2023,
+    arXiv:2306.15595; yarn: Peng et al. 2023, arXiv:2309.00071, eqs. 17-22; llama3: as Llama 3.1's reference code scales."""
+    rope, dim = config.rope, config.head_dim
+    kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor") or 1.0
+    plain = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    if kind == "linear":
+        return plain / factor, 1.0
+    if kind == "llama3":  # long wavelengths are stretched by factor, short ones kept, those between blended
+        old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+        wavelength = 2 * math.pi / plain
+        blend = (old / wavelength - low) / (high - low)
+        blended = (1 - blend) * plain / factor + blend * plain
+        stretched = torch.where(wavelength > old / low, plain / factor, plain)
+        return torch.where((wavelength >= old / high) & (wavelength <= old / low), blended, stretched), 1.0
+    if kind == "yarn":
+
+        def dimension(rotations):  # the dimension that turns this often over the original context
+            return dim * math.log(rope["original_max_position_embeddings"] / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+        def magnitude(m=1.0):
+            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+        if rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+        scale = rope.get("attention_factor")
+        if scale is None:
+            both = rope.get("mscale") and rope.get("mscale_all_dim")
+            scale = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"]) if both else magnitude()
+        return plain / factor * ramp + plain * (1 - ramp), scale
+    return plain, 1.0
+
+
+# --- the network -------------------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here, a frozen one is as it was."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions on x (T, heads, D), halves paired; cos and sin (T, 1, D/2) fp32, the product rounded once to x.dtype."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        if c.model_type == "qwen3":  # normalises each head's queries and keys before they are rotated
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def forward(self, x, rope, attend):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, rope, attend):
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """The causal language model. Its state_dict is the checkpoint; with tied embeddings there is no lm_head, as in the file."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.dtype = torch.float32  # of the stream and the matmuls
+        self.attention = "sdpa"
+        self.gradient_checkpointing = False
+        self.folder = None  # where config and tokenizer came from
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    def head_weight(self):
+        """(V, C): the matrix that turns hidden states into logits, whoever owns it."""
+        return (self.lm_head if self.lm_head is not None else self.model.embed_tokens).weight
+
+    def forward(self, batch, cache=None):
+        """Final, normalised hidden states (T, C). With a cache, keys and values are kept and seen as `KVCache` says."""
+        inv_freq, scale = rope_frequencies(self.config)
+        angles = batch.positions[:, None, None].float() * inv_freq.to(batch.positions.device)  # (T, 1, D/2)
+        rope = angles.cos() * scale, angles.sin() * scale
+        attend = partial(ATTENTION[self.attention], batch=batch)
+        x = self.model.embed_tokens(batch.tokens).to(self.dtype)
+        for i, layer in enumerate(self.model.layers):
+            if cache is not None:
+                x = layer(x, rope, partial(cache.attend, i, attend, batch))
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, attend, use_reentrant=False)
+            else:
+                x = layer(x, rope, attend)
+        return self.model.norm(x)
+
+    def logits(self, hidden):
+        """fp32 logits (..., V) of hidden states (..., C). Training never calls it: see token_logps."""
+        return F.linear(hidden, self.head_weight().to(hidden.dtype)).float()
+
+    def logps(self, batch):
+        """Log-probabilities (S,) fp32 of the batch's scored tokens. The head runs on those positions alone."""
+        return token_logps(self(batch)[batch.scored], self.head_weight(), batch.targets)
+
+
+# --- the one primitive that scores tokens --------------------------------------------------------------------------------------
+
+CHUNK = 256  # scored positions whose logits exist at a time: (256, V) in the stream's dtype
+
+
+def log_softmax_(logits, targets, keep_grad):
+    """Log-probabilities (n,) fp32 of targets under logits (n, V). keep_grad: logits become d logp / d logits, in place.
+
+    On a CPU a few rows at a time, so that the fp32 rows stay in cache: half the time of the head would go there otherwise.
+    """
+    rows = len(logits) if logits.device.type != "cpu" else max(1, 2**21 // logits.shape[1])
+    found = []
+    for part, target in zip(logits.split(rows), targets.split(rows)):
+        logps = F.log_softmax(part, -1, dtype=torch.float32)
+        found.append(logps.gather(1, target[:, None])[:, 0])
+        if keep_grad:
+            part.copy_(logps.exp_().neg_())
+    if keep_grad:
+        logits[torch.arange(len(targets), device=logits.device), targets] += 1
+    return torch.cat(found)
+
+
+def head_matmul(hidden, weight):
+    """hidden (n, C) times weight.T (C, V); CUDA keeps the fp32 accumulator, elsewhere the result is rounded to the dtype."""
+    weight = weight.to(hidden.dtype)
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return F.linear(hidden, weight)
+
+
+class FrozenHead(torch.autograd.Function):
+    """token_logps of a head that does not train. d logp_s / d hidden_s = W[target] - softmax W is known in the forward pass,
+    a row per position, so backward is one multiplication by the upstream gradient and saves (S, C) alone."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        keep = ctx.needs_input_grad[0]
+        rows = torch.empty_like(hidden) if keep else None
+        found = []
+        for at in range(0, len(hidden), CHUNK):
+            logits = head_matmul(hidden[at : at + CHUNK], weight)
+            found.append(log_softmax_(logits, targets[at : at + CHUNK], keep))
+            if keep:
+                rows[at : at + CHUNK] = logits.to(hidden.dtype) @ weight.to(hidden.dtype)
+        ctx.save_for_backward(rows)
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        return (grad[:, None] * rows).to(rows.dtype), None, None
+
+
+def token_logps(hidden, weight, targets):
+    """Log-probabilities (S,) fp32 of targets (S,) given hidden (S, C) and the head's weight (V, C).
+
+    Never holds (S, V): chunks of CHUNK positions. A head that trains is recomputed chunk by chunk in backward.
+    Reference: cross entropy over the whole logits, torch.nn.functional.cross_entropy(reduction='none'), negated.
+    """
+    if len(targets) == 0:
+        return hidden.sum(-1).float()
+    if not weight.requires_grad:
+        return FrozenHead.apply(hidden, weight, targets)
+
+    def score(hidden, weight, targets):
+        logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    return torch.cat([checkpoint(score, h, weight, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK))])
+
+
+# --- generation ------------------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of B rows of up to N tokens, per layer (B, N, K, D). The first pass is a packed batch of the prompts
+    (it attends as any batch does); every later pass adds one token to each live row and attends over the row."""
+
+    def __init__(self, model, lengths, room):
+        c = model.config
+        shape = len(lengths), max(lengths) + room, c.num_key_value_heads, c.head_dim
+        self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(c.num_hidden_layers)]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.rows = torch.repeat_interleave(torch.tensor(lengths)).to(model.device)  # (T,) the row of each prompt token
+        self.decoding = False
+
+    def attend(self, layer, attend, batch, q, k, v):
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.rows, batch.positions], values[self.rows, batch.positions] = k, v
+        if not self.decoding:
+            return attend(q, k, v)
+        longest = int(batch.positions.max()) + 1
+        mask = torch.arange(longest, device=q.device) <= batch.positions[:, None]  # (B, longest)
+        seen = [x[:, :longest].transpose(1, 2) for x in (keys, values)]
+        out = F.scaled_dot_product_attention(q[:, :, None], *seen, attn_mask=mask[:, None, None], enable_gqa=True)
+        return out[:, :, 0]
+
+    def keep(self, live):
+        """Drops the rows that are not live, (B,) bool; from here on each pass adds one token to each that is."""
+        if not live.all():
+            self.keys, self.values = [k[live] for k in self.keys], [v[live] for v in self.values]
+        self.decoding, self.rows = True, torch.arange(len(self.keys[0]), device=live.device)
+
+
+def sample(logits, uniform, temperature, top_k, top_p):
+    """One token per row of logits (B, V) by inverse transform of uniform (B,) in [0, 1). temperature 0 is greedy.
+
+    Order as in transformers: temperature, then the top_k likeliest, then the smallest set of them whose mass reaches top_p
+    (Holtzman et al. 2020, arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    if top_k:
+        probs[:, top_k:] = 0
+        probs /= probs.sum(-1, keepdim=True)
+    if top_p < 1:
+        probs[probs.cumsum(-1) - probs >= top_p] = 0
+    mass = probs.cumsum(-1)
+    pick = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1).clamp(max=int((probs > 0).sum(-1).max()) - 1)
+    return order.gather(1, pick[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, eos_ids=None, seed=0):
+    """Continues prompts, a list of B id lists of any lengths -> B lists of new ids, each ending before its first end token.
+
+    eos_ids: end tokens (default: the config's). Row i draws from (seed, i), whatever else is in the batch.
+    """
+    if not prompts:
+        return []
+    if any(len(p) == 0 for p in prompts):
+        raise UserError("generate: an empty prompt has nothing to continue")
+    ends = set(model.config.eos_token_id if eos_ids is None else eos_ids)
+    outputs = [[] for _ in prompts]
+    draws = torch.rand(len(prompts), max(max_new_tokens, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    lengths = [len(p) for p in prompts]
+    cache = KVCache(model, lengths, max_new_tokens)
+    none = np.full(max(lengths), IGNORE, np.int32)
+    batch = Batch.pack([[Segment(np.asarray(p, np.int32), none[: len(p)])] for p in prompts], model.device)
+    last = torch.tensor([stop - 1 for _, stop, _ in batch.segments], device=model.device)
+    live = list(range(len(prompts)))
+    for step in range(max_new_tokens):
+        logits = model.logits(model(batch, cache)[last])
+        picks = sample(logits, draws[live, step].to(logits), temperature, top_k, top_p)
+        stays = []
+        for row, token in zip(live, picks.tolist()):
+            stays.append(token not in ends)
+            if stays[-1]:
+                outputs[row].append(token)
+        live = [row for row, stay in zip(live, stays) if stay]
+        if not live:
+            break
+        keep = torch.tensor(stays, device=model.device)
+        cache.keep(keep)
+        positions = batch.positions[last][keep] + 1
+        last = torch.arange(len(live), device=model.device)
+        batch = replace(batch, tokens=picks[keep], positions=positions)
+    return outputs
+
+
+# --- checkpoints: read strictly, streamed; written aside and renamed -----------------------------------------------------------------
+
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+              "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
+
+
+def read_json(path):
+    """The object in a JSON file; UserError with the file and line where it is missing, broken or no object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def resolve(name, revision=None):
+    """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text files alone)."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder}: no config.json in it; a model is a folder in the Hugging Face layout, or a hub id")
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise UserError(f"model {name}: neither a folder nor a hub id of the form org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.safetensors", "*.index.json", *COMPANIONS]))
+    except GatedRepoError:
+        raise UserError(f"model {name}: the hub asks for its licence to be accepted first; do so there, then set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"model {name}: no such folder here and no such model on the hub (a private one needs HF_TOKEN)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"model {name}: no folder of that name, and the hub can't be reached ({reason})") from None
+
+
+def checkpoint_tensors(folder):
+    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded; no data is read."""
+    folder, index, single = Path(folder), Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
+    if single.exists():
+        weight_map, files = {}, [single.name]
+    elif index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: no weight_map in it")
+        files = sorted(set(map(str, weight_map.values())))
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise UserError(f"{index}: names {file!r}; a shard is a .safetensors file of the same folder")
+            if not (folder / file).exists():
+                raise UserError(f"{index}: names {file}, which is not there")
+    else:
+        pickled = " (pickle files are never read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
+        raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{pickled}")
+    found = {}
+    for file in files:
+        try:
+            with safe_open(folder / file, "pt") as f:
+                for name in f.keys():
+                    if not weight_map or weight_map.get(name) == file:
+                        part = f.get_slice(name)
+                        found[name] = folder / file, tuple(part.get_shape()), part.get_dtype()
+        except SafetensorError as error:
+            raise UserError(f"{folder / file}: not a whole safetensors file ({error})") from None
+    if lost := sorted(set(weight_map) - set(found)):
+        raise UserError(f"{index}: {len(lost)} tensors are not in the files it names, {lost[0]} first")
+    return found
+
+
+def read_tensor(file, name):
+    """One tensor. The file is opened for it alone: a mapping kept open would count every page read so far as memory."""
+    with safe_open(file, "pt") as f:
+        return f.get_tensor(name)
+
+
+def check_names(wanted, found, where):
+    """Raises one UserError for all missing, unexpected and misshapen tensors; wanted and found are {name: shape}."""
+    faults = [f"missing {name}" + nearest(name, set(found) - set(wanted)) for name in wanted if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in wanted]
+    faults += [f"{name} is {list(found[name])}, expected {list(shape)}" for name, shape in wanted.items()
+               if name in found and tuple(found[name]) != tuple(shape)]
+    if faults:
+        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise UserError(f"{where}: {len(faults)} tensor(s) do not fit: " + "; ".join(faults[:8]) + more)
+
+
+def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", revision=None):
+    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own).
+
+    Built on `meta` and filled a tensor at a time: peak memory is the model and one tensor. Names and shapes are checked
+    before the first byte is read, all faults at once.
+    """
+    folder = resolve(name, revision)
+    config = ModelConfig.read(folder)
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}" + nearest(dtype, DTYPES))
+    dtype = DTYPES[config.dtype if dtype == "auto" else dtype]
+    with torch.device("meta"):
+        model = Transformer(config)
+    found = checkpoint_tensors(folder)
+    if odd := [f"{name} ({kind})" for name, (_, _, kind) in found.items() if kind not in ("BF16", "F16", "F32", "F64")]:
+        raise UserError(f"{folder}: {len(odd)} tensors are not floating point, {odd[0]} first; use the 16-bit checkpoint")
+    found = {n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")}  # old Llama files carry the table
+    if config.tie_word_embeddings and "lm_head.weight" in found and "model.embed_tokens.weight" in found:
+        head = found.pop("lm_head.weight")  # some tied checkpoints store the one tensor twice
+        if not torch.equal(read_tensor(head[0], "lm_head.weight"), read_tensor(found["model.embed_tokens.weight"][0],
+                                                                                "model.embed_tokens.weight")):
+            raise UserError(f"{head[0]}: lm_head.weight differs from model.embed_tokens.weight, yet config.json ties them; "
+                            "set tie_word_embeddings to false there")
+    check_names({n: tuple(p.shape) for n, p in model.named_parameters()}, {n: at[1] for n, at in found.items()}, folder)
+    for name, (file, _, _) in found.items():
+        owner, _, leaf = name.rpartition(".")
+        tensor = read_tensor(file, name).to(device=device, dtype=dtype, copy=True)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    model.dtype, model.folder = dtype, folder
+    model.attention, notice = choose_attention(attn_implementation, config, dtype, device)
+    if notice:
+        print(notice, file=sys.stderr)
+    return model
+
+
+@contextmanager
+def written_aside(target):
+    """A folder to write into. It is synced and takes target's place when the block ends well, and is removed when not."""
+    target = Path(target)
+    aside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in [*aside.iterdir(), aside]:
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_tensors(tensors, file):
+    """save_file, with a refused write told as the OSError it is."""
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{file}: could not be written ({error})") from None
+
+
+def save_model(tensors, folder, source, max_shard_bytes=5 * 10**9):
+    """Writes a checkpoint in the Hugging Face layout that opens in transformers and vLLM.
+
+    tensors: (name, tensor) pairs, taken one at a time: no more than a shard of them is held. They are stored in the dtype
+    that the config of `source` names; its config, tokenizer and chat template are copied as they are.
+    """
+    dtype = DTYPES[ModelConfig.read(source).dtype]
+    with written_aside(folder) as aside:
+        shard, size, total, shards = {}, 0, 0, []
+
+        def flush():
+            shards.append(list(shard))
+            write_tensors(shard, aside / f"shard-{len(shards)}")
+            shard.clear()
+
+        for name, tensor in tensors:
+            tensor = tensor.detach().to(device="cpu", dtype=dtype)
+            if shard and size + tensor.nbytes > max_shard_bytes:
+                flush()
+                size = 0
+            shard[name], size, total = tensor, size + tensor.nbytes, total + tensor.nbytes
+        flush()
+        files = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+        for n, file in enumerate(files, 1):
+            (aside / f"shard-{n}").rename(aside / file)
+        if len(files) > 1:
+            index = {"metadata": {"total_size": total},
+                     "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        for file in COMPANIONS:
+            if (Path(source) / file).exists():
+                shutil.copyfile(Path(source) / file, aside / file)
