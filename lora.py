@@ -1,0 +1,470 @@
+"""LoRA: train a low-rank update of a frozen model, keep it in PEFT's file format, merge it.
+
+A linear layer's weight W (out, in) stays as it is; beside it two small matrices learn y = W x + s·B A x, with A (R, in)
+and B (out, R). B starts at zero, so a fresh LoRA changes nothing. Norms, embeddings and the head have no low-rank form
+here: they are trained whole (`modules_to_save`); biases as `bias` says.
+
+The decision that is not obvious: what trains, trains in place, under PEFT's own paths. `LoRALinear` keeps what it wraps
+as `base_layer`, so a parameter's path is its key in adapter_model.safetensors but for a prefix, and no norm, embedding
+or bias exists twice. Hence one tensor has one owner: where the head is tied to the embedding, both train or neither.
+
+LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. Format and matching rules: PEFT.
+
+    python lora.py merge --adapter runs/sft/adapter --output_dir merged
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import re
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import get_args, get_origin
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from model import (Linear, UserError, check_names, cli, load_model, read_json, read_tensor, resolve, save_model,
+                   write_tensors, written_aside)
+
+
+@dataclass
+class LoRAConfig:
+    """The LoRA part of a run's settings; names and matching rules are those of `peft.LoraConfig`."""
+
+    lora_r: int = 16  # rank of the update; 0 trains every weight of the model instead
+    lora_alpha: float = 32  # strength: the update is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.0  # dropout on the update's input while training
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # layers: names, one regex, or all-linear
+    exclude_modules: list[str] = field(default_factory=list)  # layers to leave out: names, or one regex
+    modules_to_save: list[str] = field(default_factory=list)  # modules to train whole: norms, embed_tokens, lm_head
+    bias: str = "none"  # biases to train: none, all, or lora_only (those of the adapted layers)
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) instead: steadier at high ranks
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # ranks of their own: {name or regex: rank}
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # alphas of their own: {name or regex: alpha}
+    layers_to_transform: list[int] = field(default_factory=list)  # adapt these layers only; empty: all of them
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + s·B A dropout(x), over any linear layer, plain or quantised. Source: arXiv:2106.09685 section 4.1.
+
+    base: a module with `in_features`, `out_features`, `bias` and base(x); for merging also `weight` (out, in) or, where
+    it is quantised, `dequantize()` that returns it. A (R, in) ~ U(±1/√in) from `generator`, B (out, R) = 0; both are
+    fp32 and multiplied in x's dtype. s = alpha / R, or alpha / √R for rsLoRA.
+    """
+
+    def __init__(self, base, r, alpha, dropout=0.0, use_rslora=False, generator=None):
+        super().__init__()
+        self.base_layer, self.dropout, self.enabled = base, dropout, True
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
+        device = next(iter(base.state_dict().values())).device
+        A = torch.empty(r, self.in_features, device="meta" if device.type == "meta" else "cpu")
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # drawn on the CPU: the same on every device
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+
+    def forward(self, x):  # (T, in) -> (T, out)
+        if x.dim() != 2:
+            return self(x.reshape(-1, self.in_features)).unflatten(0, x.shape[:-1])
+        y = self.base_layer(x)
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        h = F.linear(x, self.lora_A.to(x.dtype))  # (T, R)
+        return y.addmm_(h, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # in place: never a second (T, out)
+
+    @property
+    def weight(self):
+        """(out, in): W + s·B A, summed in fp32, rounded once to W's dtype. A head is read so; A and B get gradients."""
+        W = self.base_layer.dequantize() if hasattr(self.base_layer, "dequantize") else self.base_layer.weight
+        return torch.addmm(W.float(), self.lora_B, self.lora_A, alpha=self.scaling).to(W.dtype) if self.enabled else W
+
+    @torch.no_grad()
+    def merge(self):
+        """The plain layer that computes the same: the base, its weight replaced, or a new one over a quantised base."""
+        plain = self.base_layer
+        if hasattr(plain, "dequantize"):
+            plain = Linear(self.in_features, self.out_features, bias=False, device="meta")
+            plain.bias = self.base_layer.bias
+        plain.weight = nn.Parameter(self.weight, requires_grad=False)
+        return plain
+
+
+def lora_layers(model) -> dict[str, LoRALinear]:
+    """The adapted layers by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """(trainable, all) parameters. A tied tensor counts once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+# --- what is adapted --------------------------------------------------------------------------------------------------
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+def add_lora(model, config, seed=0, strict=True) -> list[str]:
+    """Freezes `model` and puts on it, in place, the LoRA layers, whole modules and biases that `config` names.
+
+    config: a LoRAConfig or a subclass. What trains is turned into fp32, what is frozen keeps its dtype; lora_r 0 trains
+    everything. A is drawn from `seed`, never from the global state. `model.adapter` becomes the config in resolved
+    form: no all-linear, norms moved to modules_to_save. Returns what the user should be told, a line each. Raises one
+    UserError for all names, patterns and layers that the model has not, with the nearest; not strict (they came with an
+    adapter's file), they are told and let be, as in PEFT. Source: peft's BaseTuner.inject_adapter.
+    """
+    if lora_layers(model):
+        raise UserError("the model carries a LoRA already: merge it first, or go on training it")
+    if config.lora_r == 0:
+        hold_in_fp32(model.parameters())
+        return []
+    config, names, notices = resolve_targets(model, config, strict)
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        r = by_pattern(config.rank_pattern, name, config.lora_r)
+        alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+        base = model.get_submodule(name)
+        model.set_submodule(name, LoRALinear(base, r, alpha, config.lora_dropout, config.use_rslora, generator))
+    model.adapter = config
+    model.requires_grad_(False)
+    trained = adapter_parameters(model)
+    hold_in_fp32(trained.values())
+    if config.bias != "none" and not any(key.endswith(".bias") for key in trained):
+        notices.append(f"bias: {config.bias} found none: these layers have no bias, so none is trained")
+    return notices
+
+
+def hold_in_fp32(parameters):
+    for p in parameters:
+        p.data = p.data.float()
+        p.requires_grad_(True)
+
+
+def module_paths(model):
+    """The checkpoint's module paths: a LoRA layer is what it wraps, and a tied head is there, as it is in PEFT."""
+    paths = [path for path, _ in model.named_modules() if path and not path.endswith(".base_layer")]
+    return paths + [HEAD] * (model.lm_head is None)
+
+
+def is_regex(names):
+    return len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0])
+
+
+def matches(path, names):
+    """PEFT's rule for targets and exclude_modules: one regex for the whole path, or names that end it at a dot."""
+    return bool(re.fullmatch(*names, path)) if is_regex(names) else f".{path}".endswith(tuple(f".{n}" for n in names))
+
+
+def whole_modules(paths, modules_to_save):
+    """PEFT's rule for modules_to_save: names that end the path, at a dot or not (`norm` is every norm)."""
+    return [path for path in paths if path.endswith(tuple(modules_to_save))]
+
+
+def by_pattern(patterns, path, default):
+    """PEFT's rule for rank_pattern and alpha_pattern: the first regex that ends the path, from a dot on."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def within(path, modules):
+    return any(path == module or path.startswith(module + ".") for module in modules)
+
+
+def resembling(name, options):
+    """' (nearest: ...)', where what contains the name is near too: layer_norm1 is in input_layernorm."""
+    def bare(text):
+        return re.sub("[^a-z]", "", text.rpartition(".")[2].lower())
+
+    def score(option):
+        match = difflib.SequenceMatcher(None, bare(name), bare(option), autojunk=False)
+        return max(match.ratio(), match.find_longest_match().size / max(len(bare(name)), 1))
+
+    least = max(0.5, 0.9 * max(map(score, options)))
+    near = [option for option in sorted(options, key=score, reverse=True) if score(option) >= least][:3]
+    return f" (nearest: {', '.join(near)})" if near else f" (there are: {', '.join(options)})"
+
+
+def resolve_targets(model, config, strict=True):
+    """(LoRAConfig without all-linear or norm targets, paths of the layers to wrap, notices). modules_to_save wins over
+    a target; a targeted norm moves there; a tied head and embedding are there together or not at all."""
+    config = LoRAConfig(**{f.name: getattr(config, f.name) for f in fields(LoRAConfig)})
+    paths, modules, depth = module_paths(model), dict(model.named_modules()), len(model.model.layers)
+    linear = [path for path in paths if hasattr(modules.get(path), "in_features")]
+    norms = [path for path in paths if path in modules and [p.dim() for p in modules[path].parameters()] == [1]]
+    leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in linear + norms))
+    config.target_modules = [t] if isinstance(t := config.target_modules, str) else t
+    if [t.lower() for t in config.target_modules] == ["all-linear"]:
+        config.target_modules = sorted({path.rpartition(".")[2] for path in linear if path != HEAD})
+    patterns = [(key, *item) for key in ("rank_pattern", "alpha_pattern") for item in getattr(config, key).items()]
+    faults, lost, notices = config_faults(config, patterns), [], []
+    if faults:
+        raise UserError("; ".join(faults))
+
+    def wanted(path):
+        layer = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+        inside = not config.layers_to_transform or layer and int(layer[1]) in config.layers_to_transform
+        return inside and not within(path, saved) and not matches(path, config.exclude_modules)
+
+    save, saved, adapted, wrapped = [*config.modules_to_save], whole_modules(paths, config.modules_to_save), [], set()
+    for target in config.target_modules:
+        hits = [path for path in paths if matches(path, [target])]
+        if not hits:
+            lost.append(f"target_modules: {target!r} matches nothing in this model" + resembling(target, leaves))
+        if odd := [path for path in hits if path not in linear + norms and not within(path, saved)]:
+            faults.append(f"target_modules: LoRA has no form for {odd[0]}; modules_to_save trains it whole")
+        if whole := [path for path in hits if path in norms and wanted(path)]:
+            save += [target] if whole_modules(paths, [target]) == whole else whole
+            notices.append(f"target_modules: {target} has no low-rank form: trained whole, as modules_to_save")
+        adapted += [target] * bool(set(hits) - set(norms))
+        wrapped |= {path for path in hits if path in linear and wanted(path)}
+    names = [path for path in linear if path in wrapped]
+    lost += [f"modules_to_save: {name!r} matches nothing in this model" + resembling(name, [*leaves, EMBEDDING, HEAD])
+             for name in config.modules_to_save if not whole_modules(paths, [name])]
+    lost += [f"{key}: {name!r} matches no adapted layer" + resembling(name, leaves)
+             for key, name, _ in patterns if not any(by_pattern({name: True}, path, False) for path in names)]
+    lost += [f"layers_to_transform: {i} is not one of this model's layers 0 to {depth - 1}"
+             for i in config.layers_to_transform if i not in range(depth)]
+    faults += lost if strict else []
+    if faults or not names:
+        raise UserError("; ".join(faults or ["target_modules: no linear layer is left to adapt"]))
+    if model.lm_head is None and {EMBEDDING, HEAD} & set(whole_modules(paths, save)):
+        save = [name for name in save if set(whole_modules(paths, [name])) - {EMBEDDING, HEAD}] + ["embed_tokens", HEAD]
+        notices.append("modules_to_save: embed_tokens and lm_head are one tied tensor, which is trained for both")
+    return replace(config, target_modules=adapted, modules_to_save=list(dict.fromkeys(save))), names, notices + lost
+
+
+def config_faults(config, patterns):
+    """What is wrong with the values, whatever the model."""
+    faults = []
+    for key, name in [("target_modules", t) for t in config.target_modules] + [pattern[:2] for pattern in patterns]:
+        try:
+            re.compile(name)
+        except re.error as error:
+            faults.append(f"{key}: {name!r} is no regex: {error}")
+    if len(config.target_modules) > 1 and (odd := [t for t in config.target_modules if is_regex([t])]):
+        faults.append(f"target_modules: {odd[0]!r} among other names; a regex stands alone")
+    if is_regex(config.target_modules) and config.layers_to_transform:
+        faults.append("layers_to_transform goes with names; a regex can name the layers itself")
+    if config.bias not in ("none", "all", "lora_only"):
+        faults.append(f"bias: {config.bias!r} is not one of none, all, lora_only")
+    if not 0 <= config.lora_dropout < 1:
+        faults.append(f"lora_dropout: {config.lora_dropout} is not in [0, 1)")
+    return faults + [f"{key}: {value} is not above 0" + f", for {name!r}" * bool(name) for key, name, value in
+                     [("lora_r", "", config.lora_r), ("lora_alpha", "", config.lora_alpha), *patterns] if not value > 0]
+
+
+# --- PEFT's files -----------------------------------------------------------------------------------------------------
+
+PREFIX = "base_model.model."  # PeftModel.LoraModel.(our module path)
+HARMLESS = {"auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
+            "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"}  # not the maths
+COMPUTED = {  # what these may be; initialisations that leave the base weights as they were
+    "peft_type": ["LORA"], "task_type": ["CAUSAL_LM", None], "layers_pattern": ["layers", ["layers"], [], "", None],
+    "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva", "mica"]}
+
+
+def adapter_parameters(model) -> dict[str, nn.Parameter]:
+    """All that the model's adapter consists of, {key in PEFT's file: parameter}; a tied tensor has two keys, as it has
+    there. Source: peft.utils.get_peft_model_state_dict."""
+    whole = whole_modules(module_paths(model), model.adapter.modules_to_save)
+    biases = {"none": (), "all": ".bias", "lora_only": ".base_layer.bias"}[model.adapter.bias]
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith((".lora_A", ".lora_B")):
+            found[f"{PREFIX}{name}.weight"] = parameter
+        elif within(name, whole) or name.endswith(biases):
+            found[PREFIX + name] = parameter
+    if HEAD in whole and model.lm_head is None:
+        found[f"{PREFIX}{HEAD}.weight"] = model.model.embed_tokens.weight
+    return found
+
+
+def write_adapter(model, folder, base_model=None):
+    """Writes adapter_config.json and adapter_model.safetensors, fp32 as trained, into an existing folder. base_model:
+    the path or hub id that a reader should start from."""
+    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model and str(base_model),
+           "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": False}
+    for name, value in asdict(model.adapter).items():
+        if value != []:  # the default, and some of these names are unknown to PEFT's older releases
+            regex = name in ("target_modules", "exclude_modules") and is_regex(value)
+            raw["r" if name == "lora_r" else name] = value[0] if regex else value
+    parameters = adapter_parameters(model)
+    if model.lm_head is None and f"{PREFIX}{HEAD}.weight" in parameters:
+        raw["ensure_weight_tying"] = True
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+    tensors = {key: p.detach().to("cpu", torch.float32, copy=True) for key, p in parameters.items()}
+    write_tensors(tensors, Path(folder) / "adapter_model.safetensors")
+
+
+def save_adapter(model, folder, base_model=None):
+    """`write_adapter` to a folder of its own, written aside and renamed into place."""
+    with written_aside(folder) as aside:
+        write_adapter(model, aside, base_model)
+
+
+def find_adapter(name) -> Path:
+    """The folder of an adapter: itself, a run folder's adapter/, or a hub id, downloaded. UserError if none is."""
+    folder = Path(name).expanduser()
+    folder = folder if folder.is_dir() else resolve(name)
+    if not (folder / "adapter_config.json").exists():
+        if not (folder / "adapter" / "adapter_config.json").exists():
+            raise UserError(f"{folder}: no adapter_config.json in it; an adapter is a folder in PEFT's layout")
+        folder = folder / "adapter"
+    if not (folder / "adapter_model.safetensors").exists():
+        pickled = "; adapter_model.bin is a pickle and never read: if you trust it, load it in PEFT and save it again"
+        raise UserError(f"{folder}: no adapter_model.safetensors" + pickled * (folder / "adapter_model.bin").exists())
+    return folder
+
+
+def fits(value, kind):
+    """Whether a JSON value is of a dataclass field's type; a whole number is a float too."""
+    if kind is float:
+        return type(value) in (int, float)
+    if (container := get_origin(kind)) is None:
+        return type(value) is kind
+    items = value.values() if type(value) is dict else value
+    return type(value) is container and all(fits(item, get_args(kind)[-1]) for item in items)
+
+
+def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
+    """(its LoRAConfig, all of adapter_config.json). One UserError for everything in it that is not computed here."""
+    file = Path(folder) / "adapter_config.json"
+    raw, faults, config = read_json(file), [], LoRAConfig(lora_r=8, lora_alpha=8, target_modules=[])  # PEFT's defaults
+    known = HARMLESS | set(COMPUTED)
+    for f in fields(LoRAConfig):
+        key = "r" if f.name == "lora_r" else f.name
+        known.add(key)
+        if (value := raw.get(key)) is not None:
+            value = [value] if get_origin(f.type) is list and type(value) in (int, str) else value
+            if fits(value, f.type):
+                setattr(config, f.name, value)
+            else:
+                faults.append(f"{key} is {json.dumps(value)[:60]}")
+    faults += [f"{key} is {json.dumps(raw.get(key))[:60]}; {json.dumps(values[0])} is supported"
+               for key, values in COMPUTED.items() if raw.get(key) not in values]
+    if str(raw.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        faults.append("its base was changed too: save it as plain LoRA (PEFT's path_initial_model_for_weight_conversion)")
+    faults += [f"{k} = {json.dumps(v)[:60]} is not supported" for k, v in raw.items() if v and k not in known]
+    if config.lora_r < 1 or not config.target_modules:
+        faults.append("a rank r from 1 and target_modules are needed")
+    if faults:
+        raise UserError(f"{file}: " + "; ".join(faults))
+    return config, raw
+
+
+def load_adapter(model, folder, trainable=False) -> list[str]:
+    """Puts the adapter of a PEFT folder on a plain model, in place; frozen and in eval mode, unless it is to train on.
+
+    Every key and shape is checked before a value is read, all faults at once. Values become fp32. Returns add_lora's
+    notices. PEFT may have trained a tied model's two ends apart (no ensure_weight_tying): then the model is untied.
+    """
+    folder = find_adapter(folder)
+    config, raw = read_adapter_config(folder)
+    ends = {EMBEDDING, HEAD} & set(whole_modules(module_paths(model), config.modules_to_save))
+    if model.lm_head is None and ends and not raw.get("ensure_weight_tying"):
+        untie(model)
+    try:
+        notices = add_lora(model, config, strict=False)
+    except UserError as error:
+        raise UserError(f"{folder}: not an adapter of this model: {error}") from None
+    wanted, file = adapter_parameters(model), folder / "adapter_model.safetensors"
+    try:
+        with safe_open(file, "pt") as f:
+            found = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+    if (key := f"{PREFIX}{HEAD}.base_layer.weight") in found and HEAD in lora_layers(model):
+        wanted[key] = model.lm_head.base_layer.weight  # PEFT stores the frozen weight of an adapted head
+    twice = ".modules_to_save.bias", ".original_module.bias"  # and, with bias "all", the biases inside its wrapper
+    check_names({key: tuple(p.shape) for key, p in wanted.items()},
+                {key: shape for key, shape in found.items() if not key.endswith(twice)}, file)
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(read_tensor(file, key))
+    model.train(trainable)
+    if not trainable:
+        model.requires_grad_(False)
+    return notices
+
+
+def untie(model):
+    """Gives the head of a tied model its own copy of the embedding."""
+    embedding = model.model.embed_tokens.weight
+    model.lm_head = Linear(*reversed(embedding.shape), bias=False, device="meta")
+    model.lm_head.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
+    model.config = replace(model.config, tie_word_embeddings=False)
+
+
+# --- without it, and into the model -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def disable_lora(model):
+    """The base model, while the block runs. UserError where a norm, a bias or the like is trained: in place, so what it
+    was is gone."""
+    layers = lora_layers(model).values()
+    if whole := [key for key in (adapter_parameters(model) if layers else ()) if ".lora_" not in key]:
+        raise UserError(f"disable_lora: {whole[0].removeprefix(PREFIX)} is trained in place; load the base instead")
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """The plain model again, in place and frozen: W + s·B A summed in fp32 and rounded once to the base's dtype; what
+    was trained whole goes back to that dtype (after full fine-tuning, that is all). Source: peft's merge_and_unload."""
+    for path, layer in lora_layers(model).items():
+        model.set_submodule(path, layer.merge())
+    for p in model.parameters():
+        p.data = p.data.to(model.dtype)
+    vars(model).pop("adapter", None)
+    return model.requires_grad_(False)
+
+
+def merge(adapter, output_dir, base=None):
+    """Writes the merge of an adapter and its base (default: the one its config names) to a new folder, in the base's
+    dtype and the Hugging Face layout. Returns notices."""
+    adapter, output_dir = find_adapter(adapter), Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"--output_dir {output_dir}: there is something already; name a new folder")
+    base = base or read_adapter_config(adapter)[1].get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter}: its config names no base model; give it with --model")
+    model = load_model(base)
+    tied, notices = model.config.tie_word_embeddings, load_adapter(model, adapter)
+    save_model(merge_lora(model).state_dict().items(), output_dir, model.folder)
+    if tied and not model.config.tie_word_embeddings:
+        raw = {**read_json(output_dir / "config.json"), "tie_word_embeddings": False}
+        (output_dir / "config.json.partial").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+        os.replace(output_dir / "config.json.partial", output_dir / "config.json")
+        notices.append("the adapter holds an embedding and a head of their own: the merged model is untied")
+    return notices
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Work with LoRA adapters.")
+    about = "merge an adapter into its base model"
+    merging = parser.add_subparsers(dest="command", required=True).add_parser("merge", help=about, description=about)
+    merging.add_argument("--adapter", required=True, help="the adapter's folder, a run folder, or a hub id")
+    merging.add_argument("--output_dir", "--output-dir", required=True, help="the merged model's folder, a new one")
+    merging.add_argument("--model", help="folder or hub id of the base model (default: the one the adapter names)")
+    args = parser.parse_args()
+    for notice in merge(args.adapter, args.output_dir, args.model):
+        print(notice)
+    print(f"merged {args.adapter} into {args.output_dir}")
+
+
+if __name__ == "__main__":
+    cli(main)
