@@ -43,7 +43,7 @@ def brief(value, width=60):
 # --- the tokenizer and the chat template -------------------------------------------------------------------------------
 
 # in place of an answer, and around {% generation %}; unguessable, or a row could forge one and move its own mask
-SENTINEL, OPEN, CLOSE = (f"\ue000{mark}{secrets.token_hex(8)}\ue001" for mark in "<()")
+SENTINEL, OPEN, CLOSE = (f"\ue000{secrets.token_hex(8)}\ue001" for _ in range(3))
 
 
 class Generation(jinja2.ext.Extension):
@@ -182,13 +182,9 @@ class Tokenizer:
         `{% generation %}` spans are taken where each turn has one, as for transformers' assistant masks.
         """
         speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        pieces = re.split(f"({OPEN}|{CLOSE})", self.render_marked(messages, **kwargs))
-        text, at = "".join(piece for piece in pieces if piece not in (OPEN, CLOSE)), np.cumsum([*map(len, pieces)])
-        marked = [
-            (int(at[n] - len(OPEN) * (n // 2 + 1)), int(at[n + 1] - len(OPEN) * (n // 2 + 1)))
-            for n in range(1, len(pieces) - 2, 4)
-        ]
-        marked = dict(zip(speaks, marked)) if len(marked) == len(speaks) else {}
+        pieces = re.split(f"{OPEN}|{CLOSE}", self.render_marked(messages, **kwargs))
+        text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
+        marked = dict(zip(speaks, zip(at[::2], at[1::2]))) if len(pieces) == 2 * len(speaks) + 1 else {}
         spans, is_open = [], False
         for i in speaks if wanted is None else [i for i in speaks if i in wanted]:
             span = marked.get(i) or self.find_turn(messages, i, text, spans[-1][1] if spans else 0, **kwargs)

@@ -350,7 +350,7 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     faults += [f"{key} is {json.dumps(raw.get(key))[:60]}; {json.dumps(values[0])} is supported"
                for key, values in COMPUTED.items() if raw.get(key) not in values]
     if str(raw.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        faults.append("its base was changed too: save it as plain LoRA (PEFT's path_initial_model_for_weight_conversion)")
+        faults.append("its base was changed too: save it as plain LoRA (path_initial_model_for_weight_conversion)")
     faults += [f"{k} = {json.dumps(v)[:60]} is not supported" for k, v in raw.items() if v and k not in known]
     if config.lora_r < 1 or not config.target_modules:
         faults.append("a rank r from 1 and target_modules are needed")

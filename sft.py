@@ -40,9 +40,9 @@ EXAMPLES = Path(__file__).resolve().parent / "examples"
 class SFTConfig(LoRAConfig):
     """Everything a run can be told. Names are those of transformers' TrainingArguments, TRL's SFTConfig and PEFT's LoraConfig."""
 
-    model: str = str(EXAMPLES / "tiny-qwen3")  # folder or hub id of the model to train
+    model: str = ""  # folder or hub id of the model to train; none: the embedded tiny one
     revision: str | None = None  # branch, tag or commit of a hub id
-    data: list[str] = field(default_factory=lambda: [str(EXAMPLES / "mcqa" / "train.jsonl")])  # training rows: files or hub ids
+    data: list[str] = field(default_factory=list)  # training rows: files or hub ids; none: the embedded questions
     eval_data: list[str] = field(default_factory=list)  # held-out rows: files or hub ids
     val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number of rows
     output_dir: str = "output/sft"  # the run folder
@@ -88,6 +88,10 @@ class SFTConfig(LoRAConfig):
     merge: bool = True  # write merged/, the model with the adapter merged in
 
     def __post_init__(self):
+        self.model = self.model or str(EXAMPLES / "tiny-qwen3")
+        if not self.data:
+            self.data = [str(EXAMPLES / "mcqa" / "train.jsonl")]
+            self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation.jsonl")]
         for key, options in CHOICES.items():
             if getattr(self, key) not in options:
                 raise UserError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(options)}" + nearest(getattr(self, key), options))
@@ -367,8 +371,8 @@ class Log:
 
 
 def read_log(path):
-    """The lines of a log.jsonl, as dicts."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The whole lines of a log.jsonl, as dicts; what a kill cut short is left out."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").rpartition("\n")[0].splitlines()]
 
 
 def plot_losses(path):
@@ -454,6 +458,7 @@ def open_run(config):
     Raises UserError where it holds a run of another configuration, naming the keys, or files that are no run's.
     """
     folder = Path(config.output_dir)
+    find_checkpoint(config)  # a --resume that is none is told before anything else happens
     if config.overwrite_output_dir and (folder / "config.json").exists():
         shutil.rmtree(folder)
     if (folder / "config.json").exists():

@@ -1,0 +1,59 @@
+"""What every test file may lean on. Nothing here reaches a network; `transformers` is the reference, never the code under test."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a hub starts its own on loopback
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
+
+# head_dim differs from C/H (which Llama's reference wants whole), K < H, the vocabulary is odd: whatever mixes up two sizes breaks
+TINY = dict(model_type="qwen3", vocab_size=199, hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6,
+            num_key_value_heads=2, head_dim=12, max_position_embeddings=512, tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=None)  # fmt: skip
+
+
+@pytest.fixture
+def shared():
+    """The folder of real models and data beside the repository; the test is skipped where there is none."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no ../shared folder beside the repository")
+    return folder
+
+
+def write_checkpoint(folder, seed=0, dtype="float32", dialect="new", max_shard_size="5GB", **config):
+    """Writes a checkpoint with transformers' own classes. config overrides TINY; every weight is random and far from its
+    initial value, norms and biases too. dialect "old" stores rope_theta + rope_scaling + torch_dtype. Returns folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch_dtype = getattr(torch, dtype)
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**TINY, **config}), dtype=torch_dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+    reference.save_pretrained(folder, max_shard_size=max_shard_size)
+    if dialect == "old":
+        raw = json.loads((folder / "config.json").read_text())
+        scaling = raw.pop("rope_parameters")
+        raw["rope_theta"], raw["torch_dtype"] = scaling.pop("rope_theta"), raw.pop("dtype")
+        raw["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path):
+    """make(name="tiny", **options of write_checkpoint) -> the folder of a new checkpoint below tmp_path."""
+    return lambda name="tiny", **options: write_checkpoint(tmp_path / name, **options)

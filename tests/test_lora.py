@@ -1,0 +1,606 @@
+"""lora.py against PEFT and transformers, and its properties. Tiny shapes that break wrong code: head_dim != C / H,
+K < H, biases, tied and untied, a vocabulary of odd size."""
+
+import json
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora
+from lora import (LoRAConfig, LoRALinear, add_lora, count_parameters, disable_lora, load_adapter, lora_layers, merge,
+                  merge_lora, read_adapter_config, save_adapter)
+from model import Batch, Linear, ModelConfig, Segment, Transformer, UserError, cli, load_model
+
+SHARED = Path(__file__).parents[2] / "shared" / "models" / "configs"
+SHAPE = dict(vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, head_dim=8)
+FAMILIES = {
+    "qwen3": dict(model_type="qwen3", tie_word_embeddings=False),
+    "qwen3-tied": dict(model_type="qwen3", tie_word_embeddings=True),
+    "qwen2-tied": dict(model_type="qwen2", tie_word_embeddings=True, head_dim=6),  # q, k, v biases
+    "llama": dict(model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+}
+DOCUMENTS = [np.random.default_rng(n).integers(0, 67, n) for n in (11, 7)]
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """{family: folder}, written by transformers; norms and biases random too: at their defaults they hide faults."""
+    folders = {}
+    for family, config in FAMILIES.items():
+        torch.manual_seed(len(folders))
+        hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**{**SHAPE, **config}))
+        with torch.no_grad():
+            for name, p in hf.named_parameters():
+                if p.dim() == 1:
+                    p += 0.3 * torch.randn_like(p)
+                else:
+                    p *= 8
+        folders[family] = tmp_path_factory.mktemp("base") / family
+        hf.save_pretrained(folders[family])
+    return folders
+
+
+def ours(folder, dtype="float32"):
+    return load_model(folder, dtype=dtype).eval()
+
+
+def theirs(folder, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def pack(documents):
+    return Batch.pack([[Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in documents])
+
+
+@torch.no_grad()
+def logits(model):
+    if isinstance(model, Transformer):
+        return model.logits(model(pack(DOCUMENTS)))
+    return torch.cat([model(torch.tensor(ids)[None]).logits[0] for ids in DOCUMENTS])
+
+
+def assert_close(a, b, tolerance=1e-5):
+    assert (a - b).abs().max() <= tolerance * b.abs().max(), f"{(a - b).abs().max() / b.abs().max():.1e}"
+
+
+@torch.no_grad()
+def shake(model, seed=1):
+    """Every trainable parameter a little elsewhere, as training would have left it."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+
+
+def stored(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def peft_model(folder, settings, seed=0):
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(theirs(folder), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    shake(model)
+    return model.eval()
+
+
+CASES = {  # name: family, PEFT's settings
+    "names": ("qwen3", dict(target_modules=["q_proj", "v_proj"])),
+    "all-linear": ("llama", dict(target_modules="all-linear")),
+    "regex": ("qwen3", dict(target_modules=r".*layers\.1\.(mlp|self_attn)\.(up|o)_proj")),
+    "paths": ("qwen3", dict(target_modules=["model.layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])),
+    "layers": ("qwen3", dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1])),
+    "bias none": ("llama", dict(target_modules=["q_proj", "down_proj"])),
+    "bias all": ("llama", dict(target_modules=["q_proj", "down_proj"], bias="all")),
+    "bias lora_only": ("qwen2-tied", dict(target_modules=["q_proj", "up_proj"], bias="lora_only")),
+    "norms": ("qwen3", dict(target_modules=["q_proj"],
+                            modules_to_save=["input_layernorm", "post_attention_layernorm"])),
+    "every norm": ("qwen3", dict(target_modules=["q_proj"], modules_to_save=["norm"])),
+    "both ends": ("qwen3", dict(target_modules=["o_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    "embedding": ("llama", dict(target_modules=["o_proj"], modules_to_save=["embed_tokens"])),
+    "tied embedding": ("qwen3-tied", dict(target_modules=["k_proj"], modules_to_save=["embed_tokens"],
+                                          ensure_weight_tying=True)),
+    "tied head": ("qwen2-tied", dict(target_modules=["k_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)),
+    "rslora": ("qwen3", dict(target_modules="all-linear", use_rslora=True)),
+    "patterns": ("qwen3", dict(target_modules=["q_proj", "k_proj", "up_proj"],
+                               alpha_pattern={r"layers\.1\..*": 5, "q_proj": 3},
+                               rank_pattern={"q_proj": 5, r"layers\.0\.self_attn\.k_proj": 2})),
+    "whole layers": ("llama", dict(target_modules="all-linear", modules_to_save=["mlp", "k_proj"])),
+    "whole biases": ("llama", dict(target_modules=["q_proj"], modules_to_save=["k_proj"], bias="all")),
+    "head": ("llama", dict(target_modules=["q_proj", "lm_head"])),
+    "everything": ("llama", dict(target_modules="all-linear", modules_to_save=["norm", "lm_head"], bias="all",
+                                 use_rslora=True, rank_pattern={"o_proj": 3})),
+}
+for _, settings in CASES.values():
+    settings |= dict(r=4, lora_alpha=6) | settings
+
+
+def config_of(settings):
+    """PEFT's settings as ours."""
+    rename = {"r": "lora_r"}
+    config = {rename.get(key, key): value for key, value in settings.items() if key != "ensure_weight_tying"}
+    config["target_modules"] = [t] if isinstance(t := config["target_modules"], str) else t
+    return LoRAConfig(**config)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_of_peft_opens_here_and_ours_in_peft(case, bases, tmp_path):
+    family, settings = CASES[case]
+    reference = peft_model(bases[family], settings)
+    reference.save_pretrained(tmp_path / "theirs")
+    model = ours(bases[family])
+    plain = logits(model)
+    load_adapter(model, tmp_path / "theirs")
+    expected = logits(reference)
+    assert (expected - plain).abs().max() > 1e-2 * expected.abs().max()
+    assert_close(logits(model), expected)
+    assert not any(p.requires_grad for p in model.parameters())
+
+    save_adapter(model, tmp_path / "ours", bases[family])
+    stray = (".base_layer.weight", ".modules_to_save.bias", ".original_module.bias")  # frozen, or there twice
+    assert set(stored(tmp_path / "ours")) == {key for key in stored(tmp_path / "theirs") if not key.endswith(stray)}
+    for key, tensor in stored(tmp_path / "ours").items():
+        assert torch.equal(tensor, stored(tmp_path / "theirs")[key]), key
+    again = peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "ours").eval()
+    assert_close(logits(again), expected, 1e-6)
+
+    merged = merge(tmp_path / "ours", tmp_path / "merged")  # the base from the adapter's own config
+    opened = theirs(tmp_path / "merged")
+    assert_close(logits(opened), expected)
+    assert_close(logits(ours(tmp_path / "merged")), expected)
+    if not family.endswith("tied"):  # PEFT's own merge leaves a tied pair in two
+        wanted = reference.merge_and_unload().state_dict()
+        for name, tensor in opened.state_dict().items():
+            assert_close(tensor, wanted[name], 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_made_here_opens_in_peft(case, bases, tmp_path):
+    family, settings = CASES[case]
+    model = ours(bases[family])
+    add_lora(model, config_of(settings), seed=3)
+    shake(model)
+    save_adapter(model, tmp_path / "ours", bases[family])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        reference = peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "ours").eval()
+    assert_close(logits(reference), logits(model))
+    assert {p.dtype for p in stored(tmp_path / "ours").values()} == {torch.float32}
+    trainable, total = count_parameters(model)
+    tied = family.endswith("tied") and settings.get("modules_to_save")
+    assert trainable == sum(t.numel() for k, t in stored(tmp_path / "ours").items() if not (tied and "lm_head" in k))
+    assert total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_tied_pair_that_peft_trained_apart_is_untied(whole, bases, tmp_path):
+    base = bases["qwen3-tied"]
+    reference = peft_model(base, dict(r=2, target_modules=["q_proj"], modules_to_save=whole))
+    reference.save_pretrained(tmp_path / "theirs")
+    model = ours(base)
+    load_adapter(model, tmp_path / "theirs")
+    assert_close(logits(model), logits(reference))
+    save_adapter(model, tmp_path / "ours", base)
+    assert set(stored(tmp_path / "ours")) == set(stored(tmp_path / "theirs"))
+    assert "untied" in merge(tmp_path / "ours", tmp_path / "merged")[0]
+    assert_close(logits(theirs(tmp_path / "merged")), logits(reference))
+    assert_close(logits(ours(tmp_path / "merged")), logits(reference))
+
+
+def test_a_list_of_targets_from_elsewhere_is_read_as_peft_reads_it(bases, tmp_path):
+    settings = dict(r=2, target_modules=["q_proj", "query_key_value"], rank_pattern={"wi": 3},
+                    exclude_modules=r".*\.1\..*")
+    reference = peft_model(bases["qwen3"], settings)
+    reference.save_pretrained(tmp_path / "theirs")
+    model = ours(bases["qwen3"])
+    notices = load_adapter(model, tmp_path / "theirs")
+    assert list(lora_layers(model)) == ["model.layers.0.self_attn.q_proj"]
+    assert len(notices) == 2 and "query_key_value" in notices[0] and "wi" in notices[1]
+    assert_close(logits(model), logits(reference))
+
+
+@pytest.mark.parametrize("case", ["all-linear", "norms", "tied embedding", "everything"])
+def test_training_is_pefts(case, bases, tmp_path):
+    """20 AdamW steps from the same adapter on the same batches, with weight decay and clipping."""
+    family, settings = CASES[case]
+    peft_model(bases[family], settings).save_pretrained(tmp_path / "start")
+    reference = peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "start", is_trainable=True)
+    model = ours(bases[family])
+    load_adapter(model, tmp_path / "start", trainable=True)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    rng = np.random.default_rng(0)
+    batches = [[rng.integers(0, 67, n) for n in rng.integers(4, 12, 2)] for _ in range(4)] * 5
+
+    def run(model, loss_fn):
+        parameters, losses = [p for p in model.parameters() if p.requires_grad], []
+        optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
+        for documents in batches:
+            loss = loss_fn(model, documents) / sum(len(ids) - 1 for ids in documents)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    def their_loss(model, documents):
+        return sum(nn.functional.cross_entropy(model(torch.tensor(ids)[None]).logits[0, :-1], torch.tensor(ids)[1:],
+                                               reduction="sum") for ids in documents)
+
+    expected = run(reference, their_loss)
+    losses = run(model, lambda model, documents: -model.logps(pack(documents)).sum())
+    assert expected[-4:].mean() < expected[:4].mean() - 0.1
+    assert_close(losses, expected)
+    reference.save_pretrained(tmp_path / "theirs")
+    save_adapter(model, tmp_path / "ours", bases[family])
+    start, end = stored(tmp_path / "start"), stored(tmp_path / "theirs")
+    for key, tensor in stored(tmp_path / "ours").items():
+        assert_close(tensor, end[key])
+        assert not torch.equal(tensor, start[key]), key
+    for name, p in frozen.items():
+        assert torch.equal(model.get_parameter(name), p), name
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fresh_lora_changes_nothing_and_comes_from_its_seed_alone(dtype, bases):
+    model, other = ours(bases["llama"], dtype), ours(bases["llama"], dtype)
+    before = logits(model)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert add_lora(model, LoRAConfig(bias="all", modules_to_save=["norm", "embed_tokens", "lm_head"]), seed=7) == []
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits(model), before)
+    add_lora(other, LoRAConfig(), seed=7)
+    for a, b in zip(lora_layers(model).values(), lora_layers(other).values()):
+        assert torch.equal(a.lora_A, b.lora_A)
+        bound = a.in_features**-0.5  # kaiming_uniform_(a=sqrt(5)), as in PEFT
+        assert 0.9 * bound < a.lora_A.abs().max() <= bound and abs(a.lora_A.std() / bound * 3**0.5 - 1) < 0.15
+        assert a.lora_A.dtype == a.lora_B.dtype == torch.float32 and a.base_layer.weight.dtype == getattr(torch, dtype)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(model.get_parameter(n).dtype == torch.float32 for n in trained)
+    assert all(("lora_" in n or "norm" in n or n.endswith("bias") or "embed" in n or "lm_head" in n) for n in trained)
+    assert torch.equal(logits(merge_lora(model)), before)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_a_layer_by_hand():
+    """r 1, alpha 3: y = W x + 3 b a·x; rsLoRA at r 4 divides by 2; leading dimensions are kept."""
+    layer = LoRALinear(Linear(2, 2, bias=False), 1, 3)
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+        layer.lora_A.copy_(torch.tensor([[1.0, -1.0]]))
+        layer.lora_B.copy_(torch.tensor([[2.0], [1.0]]))
+    x = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    expected = torch.tensor([[1.0 + 6, 0.0 + 3], [3.0, 1.0]])
+    assert torch.equal(layer(x), expected) and torch.equal(layer(x[None, :, None])[0, :, 0], expected)
+    assert torch.equal(layer.weight, torch.tensor([[7.0, -4.0], [3.0, -2.0]]))
+    assert LoRALinear(Linear(2, 2), 4, 3, use_rslora=True).scaling == 1.5
+
+
+def test_dropout_is_on_the_update_alone():
+    layer = LoRALinear(Linear(1, 1, bias=False), 1, 1, dropout=0.25)
+    with torch.no_grad():
+        layer.base_layer.weight.fill_(10), layer.lora_A.fill_(3), layer.lora_B.fill_(1)
+        torch.manual_seed(0)
+        y = layer(torch.ones(20000, 1))[:, 0]
+        assert set(y.unique().tolist()) == {10.0, 14.0}  # 10, or 10 + 3 / 0.75
+        assert abs((y == 10).float().mean() - 0.25) < 0.015
+        assert torch.equal(layer.eval()(torch.ones(4, 1)), torch.full((4, 1), 13.0))
+
+
+def test_merge_sums_in_fp32_and_rounds_once(bases):
+    model = ours(bases["llama"], "bfloat16")
+    add_lora(model, LoRAConfig(lora_r=4, target_modules=["q_proj", "lm_head"], bias="all", modules_to_save=["norm"]))
+    shake(model)
+    expected = {}
+    for path, layer in lora_layers(model).items():
+        W = layer.base_layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+        expected[path + ".weight"] = W.float().bfloat16()
+    expected |= {n: p.detach().bfloat16() for n, p in model.named_parameters() if "norm" in n}
+    before = logits(model)
+    merge_lora(model)
+    for name, tensor in expected.items():
+        wrong = model.get_parameter(name) != tensor
+        assert wrong.float().mean() < 0.01, name  # fp32 and fp64 sums fall on two sides of a tie now and then
+    assert not lora_layers(model) and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and type(model.lm_head) is Linear
+    assert (logits(model) - before).abs().max() < 0.1 * before.abs().max()
+
+
+def test_an_adapted_head_trains_through_its_matrix(bases):
+    model = ours(bases["llama"])
+    add_lora(model, LoRAConfig(lora_r=2, target_modules=["q_proj", "lm_head"]))
+    shake(model)
+    (-model.logps(pack(DOCUMENTS)).sum()).backward()
+    head = model.lm_head
+    grads = head.lora_A.grad.clone(), head.lora_B.grad.clone()
+    model.zero_grad()
+    out = nn.functional.log_softmax(head(model(pack(DOCUMENTS))), -1)
+    batch = pack(DOCUMENTS)
+    (-out[batch.scored, batch.targets].sum()).backward()
+    assert_close(head.lora_A.grad, grads[0])
+    assert_close(head.lora_B.grad, grads[1])
+
+
+def test_disable_lora_is_the_base_for_as_long_as_it_lasts(bases):
+    model = ours(bases["qwen3"])
+    before = logits(model)
+    with disable_lora(model):  # nothing to switch off
+        assert torch.equal(logits(model), before)
+    add_lora(model, LoRAConfig())
+    shake(model)
+    after = logits(model)
+    with pytest.raises(KeyError), disable_lora(model):
+        assert torch.equal(logits(model), before)
+        raise KeyError
+    assert torch.equal(logits(model), after) and not torch.equal(after, before)
+    model = ours(bases["qwen3"])
+    add_lora(model, LoRAConfig(modules_to_save=["norm"]))
+    with pytest.raises(UserError, match="norm.weight is trained in place"), disable_lora(model):
+        pass
+
+
+def test_any_linear_can_be_the_base():
+    class Halves(nn.Module):  # a stand-in for a quantised layer: no weight, but `dequantize`
+        in_features, out_features, bias = 6, 4, None
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("packed", torch.randint(-8, 8, (4, 6), dtype=torch.int8))
+
+        def dequantize(self):
+            return self.packed.bfloat16() / 2
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.dequantize().to(x.dtype))
+
+    layer = LoRALinear(Halves(), 2, 4)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = torch.randn(3, 6)
+    layer(x).sum().backward()
+    assert layer.lora_A.grad is not None
+    merged = layer.merge()
+    assert type(merged) is Linear and merged.weight.dtype == torch.bfloat16
+    wanted = (layer.base_layer.dequantize().float() + 2 * layer.lora_B @ layer.lora_A).bfloat16()
+    assert torch.equal(merged.weight, wanted)
+
+
+def test_rank_0_is_full_fine_tuning(bases):
+    model = ours(bases["qwen2-tied"], "bfloat16")
+    assert add_lora(model, LoRAConfig(lora_r=0)) == [] and not lora_layers(model)
+    trainable, total = count_parameters(model)
+    assert trainable == total == sum(p.numel() for p in theirs(bases["qwen2-tied"]).parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in merge_lora(model).parameters()} == {torch.bfloat16}
+
+
+def test_targeted_norms_are_trained_whole_and_said_so(bases, tmp_path):
+    model = ours(bases["qwen3"])
+    notices = add_lora(model, LoRAConfig(target_modules=["q_proj", "input_layernorm", "norm"], bias="all"))
+    assert [n.split()[1] for n in notices] == ["input_layernorm", "norm", "all"]
+    assert model.adapter.target_modules == ["q_proj"]
+    assert model.adapter.modules_to_save == ["input_layernorm", "model.norm"]  # PEFT's `norm` would be every norm
+    shake(model)
+    save_adapter(model, tmp_path / "a", bases["qwen3"])
+    assert_close(logits(peft.PeftModel.from_pretrained(theirs(bases["qwen3"]), tmp_path / "a")), logits(model))
+    model = ours(bases["qwen3"])
+    add_lora(model, LoRAConfig(target_modules=["q_proj", "input_layernorm"], layers_to_transform=[1]))
+    assert model.adapter.modules_to_save == ["model.layers.1.input_layernorm"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "norm" in n] == [
+        "model.layers.1.input_layernorm.weight"]
+
+
+def test_one_of_a_tied_pair_trains_both(bases):
+    for name in ("embed_tokens", "lm_head"):
+        model = ours(bases["qwen3-tied"])
+        (notice,) = add_lora(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=[name]))
+        assert "tied" in notice and model.model.embed_tokens.weight.requires_grad and model.lm_head is None
+        assert sum("embed" in n for n, p in model.named_parameters() if p.requires_grad) == 1
+
+
+def count_lora(raw, config):
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_dict(raw))
+    add_lora(model, config)
+    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n), count_parameters(model)
+
+
+def test_parameter_counts_of_a_real_shape():
+    raw = dict(model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+               num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    number, (trainable, total) = count_lora(raw, LoRAConfig(lora_r=128, target_modules=targets + norms, bias="all"))
+    assert number == 66_060_288 and trainable == number + 28 * 2 * 1024 and total == 596_049_920 + number
+
+
+@pytest.mark.parametrize("shape, r, targets, number", [
+    ("qwen3-0.6b", 128, ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], 66_060_288),
+    ("llama-3.2-3b", 16, ["all-linear"], 24_313_856),
+    ("llama-3.2-1b", 16, ["q_proj", "k_proj", "v_proj", "o_proj"], 3_407_872),
+    ("qwen3-4b", 64, ["all-linear"], 132_120_576),
+    ("qwen3-0.6b", 16, ["all-linear"], 10_092_544),
+])
+def test_parameter_counts_of_the_recipes(shape, r, targets, number):
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared folder beside the repository")
+    raw = json.loads((SHARED / f"{shape}.json").read_text())
+    assert count_lora(raw, LoRAConfig(lora_r=r, target_modules=targets))[0] == number
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(target_modules=["q_proj", "layer_norm1"]), "'layer_norm1'.*nearest: input_layernorm, post_attention_layern"),
+    (dict(target_modules=["q_porj", "gate"]), "'q_porj' matches.*nearest: q_proj.*'gate' matches.*nearest: gate_proj"),
+    (dict(target_modules=["c_attn2"]), r"'c_attn2'"),
+    (dict(target_modules=["model.layers.9.self_attn.q_proj"]), "layers.9.*nearest: q_proj"),
+    (dict(target_modules=["embed_tokens"]), "no form for model.embed_tokens; modules_to_save"),
+    (dict(target_modules=["lm_head", "q_proj"]), "no form for lm_head"),
+    (dict(target_modules=["mlp"]), "no form for model.layers.0.mlp"),
+    (dict(target_modules=[r"q_proj|("]), "is no regex: missing"),
+    (dict(target_modules=[r".*q_projection$"]), "matches nothing"),
+    (dict(target_modules=["q_proj", ".*k_proj"]), "a regex stands alone"),
+    (dict(target_modules=["norm"]), "no linear layer is left"),
+    (dict(target_modules=[]), "no linear layer is left"),
+    (dict(target_modules=["q_proj"], modules_to_save=["q_proj"]), "no linear layer is left"),
+    (dict(target_modules=[".*q_proj"], layers_to_transform=[0]), "layers_to_transform goes with names"),
+    (dict(layers_to_transform=[0, 2]), "2 is not one of this model's layers 0 to 1"),
+    (dict(modules_to_save=["final_layernorm"]), "modules_to_save: 'final_layernorm'.*nearest: .*input_layernorm"),
+    (dict(modules_to_save=["embed_in"]), "'embed_in'.*nearest: .*embed_tokens"),
+    (dict(rank_pattern={"qproj": 4}), "rank_pattern: 'qproj' matches no adapted layer.*nearest: q_proj"),
+    (dict(target_modules=["q_proj"], alpha_pattern={"k_proj": 4}), "alpha_pattern: 'k_proj' matches no adapted"),
+    (dict(alpha_pattern={"(": 4}), "alpha_pattern: '\\(' is no regex"),
+    (dict(rank_pattern={"q_proj": 0}), "rank_pattern: 0 is not above 0, for 'q_proj'"),
+    (dict(lora_r=-1), "lora_r: -1 is not above 0"),
+    (dict(lora_alpha=0), "lora_alpha: 0 is not above 0"),
+    (dict(lora_dropout=1.0), "lora_dropout: 1.0 is not in"),
+    (dict(bias="yes"), "bias: 'yes' is not one of none, all, lora_only"),
+])
+def test_a_wrong_setting_is_named(settings, message, bases):
+    model = ours(bases["qwen3-tied"])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match=message) as caught:
+        add_lora(model, LoRAConfig(**settings))
+    assert "\n" not in str(caught.value)
+    assert not lora_layers(model) and all(torch.equal(model.get_parameter(n), p) for n, p in before.items())
+
+
+def test_one_lora_at_a_time(bases):
+    model = ours(bases["qwen3"])
+    add_lora(model, LoRAConfig())
+    with pytest.raises(UserError, match="a LoRA already"):
+        add_lora(model, LoRAConfig())
+
+
+@pytest.fixture
+def adapter(bases, tmp_path):
+    model = ours(bases["qwen3"])
+    add_lora(model, LoRAConfig(lora_r=2, target_modules=["q_proj", "up_proj"]))
+    save_adapter(model, tmp_path / "adapter", bases["qwen3"])
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(peft_type="LOHA"), 'peft_type is "LOHA"; "LORA" is supported'),
+    (dict(task_type="SEQ_CLS"), 'task_type is "SEQ_CLS"'),
+    (dict(use_dora=True), "use_dora = true is not supported"),
+    (dict(fan_in_fan_out=True, lora_bias=True), "fan_in_fan_out = true is not.*lora_bias = true is not"),
+    (dict(megatron_config={"a": 1}), "megatron_config = .* is not supported"),
+    (dict(layer_replication=[[0, 2]]), "layer_replication"),
+    (dict(trainable_token_indices=[3]), "trainable_token_indices"),
+    (dict(a_field_of_next_year=2), "a_field_of_next_year = 2 is not supported"),
+    (dict(init_lora_weights="pissa"), "pissa.*base was changed too: save it as plain LoRA"),
+    (dict(r="16", bias=3), 'r is "16"; bias is 3'),
+    (dict(r=0), "a rank r from 1"),
+    (dict(target_modules=None), "target_modules are needed"),
+    (dict(rank_pattern={"q_proj": "8"}), "rank_pattern is"),
+    (dict(layers_pattern="h"), 'layers_pattern is "h"'),
+    (dict(bias="lora"), "not an adapter of this model: bias: 'lora'"),
+    (dict(target_modules=["c_attn"]), "not an adapter of this model: target_modules: no linear layer"),
+    (dict(target_modules="(("), "not an adapter of this model: .*no regex"),
+    (dict(r=3), r"8 tensor\(s\) do not fit: .*lora_A.weight is \[2, 24\], expected \[3, 24\]"),
+    (dict(target_modules=["q_proj", "down_proj"]), r"missing .*down_proj.*unexpected .*up_proj"),
+])
+def test_an_adapter_config_that_does_not_fit_is_named(changes, message, bases, adapter):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(UserError, match=message):
+        load_adapter(ours(bases["qwen3"]), adapter)
+
+
+def test_all_faults_of_the_weights_at_once(bases, adapter):
+    tensors = stored(adapter)
+    names = sorted(tensors)
+    del tensors[names[0]]
+    tensors[names[1]] = tensors[names[1]].T.contiguous()
+    tensors["base_model.model.extra"] = torch.zeros(1)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"3 tensor.*missing {names[0]}.*unexpected .*extra.*{names[1]} is"):
+        load_adapter(ours(bases["qwen3"]), adapter)
+
+
+def test_files_that_are_not_there_or_not_whole(bases, adapter, tmp_path):
+    model, weights = ours(bases["qwen3"]), adapter / "adapter_model.safetensors"
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(adapter, run / "adapter")
+    load_adapter(ours(bases["qwen3"]), run)  # a run folder will do
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_adapter(ours(bases["qwen3"]), adapter)
+    weights.rename(adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="no adapter_model.safetensors; adapter_model.bin is a pickle and never read"):
+        load_adapter(model, adapter)
+    (adapter / "adapter_config.json").write_text('{"r": 2,')
+    weights.touch()
+    with pytest.raises(UserError, match="adapter_config.json: not valid JSON"):
+        load_adapter(model, adapter)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="no adapter_config.json in it"):
+        load_adapter(model, adapter)
+    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+        load_adapter(model, tmp_path / "nowhere")
+
+
+def test_a_failed_write_leaves_the_old_adapter(bases, adapter, monkeypatch):
+    model = ours(bases["qwen3"])
+    load_adapter(model, adapter, trainable=True)
+    shake(model)
+    before = stored(adapter)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lora, "write_tensors", full)
+    with pytest.raises(OSError):
+        save_adapter(model, adapter)
+    assert all(torch.equal(stored(adapter)[key], tensor) for key, tensor in before.items())
+    assert sorted(p.name for p in adapter.parent.iterdir()) == ["adapter"]
+
+
+def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lora.py", "merge", *map(str, arguments)])
+        cli(lora.main)
+
+    command("--adapter", adapter, "--output-dir", tmp_path / "merged", "--model", bases["qwen3"])
+    assert "merged" in capsys.readouterr().out
+    assert (tmp_path / "merged" / "config.json").read_text() == (bases["qwen3"] / "config.json").read_text()
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as f:
+        assert f.metadata() == {"format": "pt"}
+    assert_close(logits(theirs(tmp_path / "merged")), logits(theirs(bases["qwen3"])))  # its B is still zero
+    for arguments, message in [
+        (("--output_dir", tmp_path / "merged"), "merged: there is something already"),
+        (("--output_dir", tmp_path / "new", "--model", tmp_path / "nowhere"), "nowhere: neither a folder nor a hub id"),
+        (("--output_dir", tmp_path / "new", "--model", bases["qwen2-tied"]), "2 tensor.s. do not fit"),
+    ]:
+        with pytest.raises(SystemExit) as left:
+            command("--adapter", adapter, *arguments)
+        error = capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+        assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") <= 2
+        assert re.search(message, error), error
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(UserError, match="names no base model; give it with --model"):
+        merge(adapter, tmp_path / "new")

@@ -1,0 +1,364 @@
+"""The loop: a plan that never changes the maths, a resume that can't be seen, mistakes that cost nothing."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import sft
+from conftest import ROOT, write_checkpoint
+from lora import add_lora
+from model import Segment, UserError, cli, load_model
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def write_tokenizer(folder):
+    """A byte-level tokenizer of 259 ids with a ChatML template."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))
+    (folder / "chat_template.jinja").write_text(CHATML)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("base") / "model", vocab_size=259)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """31 questions of different lengths: the last step of an epoch is a partial one."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [{"messages": [{"role": "user", "content": "word " * (i % 7) + f"number {i}?"},
+                           {"role": "assistant", "content": f"It is {i}.\nAnswer: {'ABCD'[i % 4]}"}]} for i in range(31)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+def flags(base, rows, out, **settings):
+    settings = {"model": base, "data": rows, "output_dir": out, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+                "learning_rate": 1e-2, "lora_r": 4, "lora_dropout": 0.1, "num_train_epochs": 2, "save_steps": 3, "logging_steps": 2,
+                "eval_answers": 0, "merge": False, **settings}
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def without_times(path):
+    """log.jsonl's lines less what a clock or the process's memory says, and less the closing line."""
+    timed = {"tokens_per_second", "examples_per_second", "peak_memory_gb", "train_runtime"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in sft.read_log(path) if "train_runtime" not in line]
+
+
+def same_tensors(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------------------
+
+
+def config(**settings):
+    return sft.SFTConfig(model="m", data=["d"], **settings)
+
+
+def fake_examples(n):
+    return [[Segment(np.arange(5 + i % 3), np.arange(5 + i % 3))] for i in range(n)]
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    """Each example once an epoch, in another order the next, the same for the same seed; the last step may be partial."""
+    examples = fake_examples(31)
+    plan, again = (sft.Plan(examples, config(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2)) for _ in "ab")
+    assert len(plan) == 8 and [len(plan[i]) for i in range(8)] == [8, 8, 8, 7, 8, 8, 8, 7]
+    epochs = [[id(e) for i in part for e in plan[i]] for part in (range(4), range(4, 8))]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(map(id, examples)) and epochs[0] != epochs[1]
+    assert all([id(e) for e in plan[i]] == [id(e) for e in again[i]] for i in range(8))
+    other = sft.Plan(examples, config(per_device_train_batch_size=8, seed=1))
+    assert [id(e) for e in other[0]] != epochs[0][:8]
+
+
+def test_max_steps_goes_on_into_the_next_epoch():
+    plan = sft.Plan(fake_examples(10), config(per_device_train_batch_size=4, max_steps=7))
+    assert len(plan) == 7 and [len(plan[i]) for i in range(7)] == [4, 4, 2, 4, 4, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [dict(warmup_ratio=0.1), dict(warmup_steps=7), dict(warmup_ratio=0.0)])
+def test_schedules_are_those_of_transformers(name, warmup):
+    from transformers import get_scheduler
+
+    settings = config(lr_scheduler_type=name, learning_rate=3e-4, **warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    steps = warmup.get("warmup_steps", math.ceil(50 * warmup.get("warmup_ratio", 0)))
+    reference = get_scheduler(name, optimizer, num_warmup_steps=steps, num_training_steps=50)
+    for step in range(50):
+        assert sft.learning_rate(step, 50, settings) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-15)
+        optimizer.step()
+        reference.step()
+
+
+def test_any_cut_into_micro_batches_gives_the_same_gradient(base, rows):
+    """1×8 = 8×1 = any token budget: one division by the planned count, gradients to 1e-6 of their size."""
+    model = load_model(base)
+    add_lora(model, config(lora_r=4, bias="none", modules_to_save=["norm"]), seed=1)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+    examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    examples = examples[:8]
+    count = sum(map(sft.count_scored, examples))
+    found = []
+    for budget in (1, 250, 400, 10**6):
+        model.zero_grad()
+        loss, _ = sft.accumulate(model, examples, count, sft.sft_loss, budget)
+        found.append((loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}))
+    sizes = [len(list(sft.micro_batches(examples, budget, "cpu"))) for budget in (1, 250, 400, 10**6)]
+    assert sizes[0] == 8 > sizes[1] > sizes[2] > sizes[3] == 1
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        for name, value in gradient.items():
+            assert (value - found[0][1][name]).abs().max() <= 1e-6 * found[0][1][name].abs().max() + 1e-9, name
+
+
+def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
+    """The first line of the log equals transformers' cross entropy over the same rows, before anything was learned."""
+    from transformers import AutoModelForCausalLM
+
+    sft.main(flags(base, rows, tmp_path / "run", per_device_train_batch_size=31, gradient_accumulation_steps=1, max_steps=1, logging_steps=1))
+    examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    reference, total, count = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), 0.0, 0
+    for (segment,) in examples:
+        logits = reference(torch.tensor(segment.ids[None], dtype=torch.long)).logits[0, :-1]
+        labels = torch.tensor(segment.labels[1:], dtype=torch.long)
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        count += int((labels != -100).sum())
+    line = sft.read_log(tmp_path / "run" / "log.jsonl")[0]
+    assert line["scored_tokens"] == count and line["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+# --- resume ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(lora_r=0, learning_rate=1e-3), dict(modules_to_save="norm", use_rslora=True),
+                                      dict(gradient_checkpointing=True)], ids=["lora", "full", "norms", "checkpointing"])
+def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
+    """8 steps, against 8 steps of which the last 5 were done again from the checkpoint in mid-epoch: adapter, optimizer and
+    log are equal to the last bit, dropout on."""
+    sft.main(flags(base, rows, tmp_path / "whole", **settings))
+    sft.main(flags(base, rows, tmp_path / "halves", **settings))
+    for path in (tmp_path / "halves").iterdir():
+        if path.name in ("checkpoint-000006", "checkpoint-000008", "adapter", "merged"):
+            subprocess.run(["rm", "-r", path], check=True)
+    assert [p.name for p in sft.checkpoints(tmp_path / "halves")] == ["checkpoint-000003"]
+    log = (tmp_path / "halves" / "log.jsonl").read_text().splitlines()
+    (tmp_path / "halves" / "log.jsonl").write_text("\n".join(log[:3]) + '\n{"step": 6, "half a li')  # what a kill leaves
+    sft.main(flags(base, rows, tmp_path / "halves", **settings))
+    names = ["optimizer.safetensors", "model.safetensors" if settings.get("lora_r") == 0 else "adapter_model.safetensors"]
+    for name in names:
+        assert same_tensors(*(tmp_path / run / "checkpoint-000008" / name for run in ("whole", "halves"))), name
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(tmp_path / "halves" / "log.jsonl")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(base, rows, tmp_path):
+    """A stopped run exits 143 with a checkpoint; run again it ends where an undisturbed run ends."""
+    argv = flags(base, rows, tmp_path / "stopped", num_train_epochs=20, save_steps=1000)
+    run = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "stopped" / "log.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2) and time.time() < deadline and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, output
+    assert "Traceback" not in output and "stopped after step" in output
+    (stopped,) = sft.checkpoints(tmp_path / "stopped")
+    assert 0 < int(stopped.name[-6:]) < 80
+    sft.main(argv)
+    sft.main(flags(base, rows, tmp_path / "whole", num_train_epochs=20, save_steps=1000))
+    assert same_tensors(*(tmp_path / run / "checkpoint-000080" / "adapter_model.safetensors" for run in ("stopped", "whole")))
+    assert without_times(log) == without_times(tmp_path / "whole" / "log.jsonl")
+
+
+# --- the run folder ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
+    """config, report, log, curve, checkpoints, adapter with tokenizer, merged; transformers gets the adapter's logits from merged."""
+    from transformers import AutoModelForCausalLM
+
+    from lora import load_adapter
+    from model import Batch, Segment
+
+    sft.main(flags(base, rows, tmp_path / "run", val_size=6, eval_answers=4, max_new_tokens=8, merge=True, save_total_limit=2))
+    run = tmp_path / "run"
+    assert sorted(p.name for p in run.iterdir()) == ["adapter", "checkpoint-000006", "checkpoint-000008", "config.json",
+                                                      "data_report.json", "log.jsonl", "merged", "training_loss.png"]
+    assert (run / "adapter" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert json.loads((run / "config.json").read_text())["lora_r"] == 4
+    lines = sft.read_log(run / "log.jsonl")
+    assert lines[0]["step"] == 0 and lines[0]["eval_loss"] > 0 and "eval_accuracy" in lines[-1] and "train_runtime" in lines[-1]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] and {"step", "epoch", "loss", "grad_norm", "learning_rate", "scored_tokens", "tokens_per_second",
+                                       "examples_per_second", "peak_memory_gb"} <= set(lines[1])
+    ids = np.arange(3, 40)
+    model = load_model(base)
+    load_adapter(model, run / "adapter")
+    ours = model.logits(model(Batch.pack([[Segment(ids, ids)]])))
+    theirs = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)(torch.tensor(ids[None])).logits[0]
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert (run / "training_loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_finished_run_says_so_and_another_configuration_is_refused(base, rows, tmp_path, capsys):
+    argv = flags(base, rows, tmp_path / "run", num_train_epochs=1)
+    sft.main(argv)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    sft.main(argv)
+    assert "finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"learning_rate \(0.01 there, 0.5 now\).*--overwrite_output_dir"):
+        sft.main([*argv, "--learning_rate", "0.5"])
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    sft.main([*argv, "--learning_rate", "0.5", "--overwrite_output_dir"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["learning_rate"] == 0.5
+
+
+def test_base_weights_stay_as_they_were(base, rows, tmp_path):
+    """What is frozen is equal to the last bit after training; what trains is not."""
+    before = load_file(base / "model.safetensors")
+    sft.main(flags(base, rows, tmp_path / "run", num_train_epochs=1, target_modules="q_proj", merge=True))
+    after = load_file(tmp_path / "run" / "merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) == ("q_proj" not in k) for k in before)
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------------------
+
+
+def refuse(argv, capsys):
+    """Runs the command as a user does; returns what stands on stderr after checking exit 2, at most two lines, no traceback."""
+    with pytest.raises(SystemExit) as stopped:
+        cli(lambda: sft.main(argv))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) <= 2 and "Traceback" not in error
+    return error
+
+
+MISTAKES = {
+    "unknown flag": (dict(learning_rat=1), ["--learning_rat", "learning_rate"]),
+    "wrong type": (dict(learning_rate="fast"), ["learning_rate", "fast"]),
+    "wrong choice": (dict(lr_scheduler_type="cosin"), ["lr_scheduler_type", "cosine"]),
+    "negative": (dict(learning_rate=-1), ["learning_rate"]),
+    "zero batch": (dict(per_device_train_batch_size=0), ["per_device_train_batch_size"]),
+    "no such file": (dict(data="nowhere.jsonl"), ["nowhere.jsonl"]),
+    "no such model": (dict(model="nowhere/at/all"), ["nowhere/at/all"]),
+    "unknown target": (dict(target_modules="q_porj"), ["q_porj", "q_proj"]),
+    "layer norms by wrong names": (dict(target_modules="layer_norm1"), ["layer_norm1", "input_layernorm"]),
+    "unknown module": (dict(modules_to_save="lm_haed"), ["lm_haed"]),
+    "bias": (dict(bias="some"), ["bias", "some"]),
+    "dropout": (dict(lora_dropout=1.5), ["lora_dropout"]),
+    "device": (dict(device="warp"), ["device", "warp"]),
+    "dtype": (dict(dtype="float8"), ["dtype", "float8"]),
+    "attention": (dict(attn_implementation="flsh"), ["attn_implementation", "flsh"]),
+    "hold out all": (dict(val_size=31), ["31"]),
+    "answers too long": (dict(max_length=3), ["max_length"]),
+    "resume path": (dict(resume="checkpoint-9"), ["resume", "checkpoint-9"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named_and_costs_nothing(case, base, rows, tmp_path, capsys):
+    """One or two lines naming the flag or file and the way out, exit 2, no run folder begun: the right command then works there."""
+    settings, names = MISTAKES[case]
+    error = refuse(flags(base, rows, tmp_path / "run", **settings), capsys)
+    assert all(name in error for name in names), error
+    assert not list((tmp_path / "run").glob("*"))
+
+
+FILES = {
+    "broken json": ('{"text": "a"}\n{"text": \n', ["rows.jsonl:2"]),
+    "wrong field": ('{"text": "a"}\n{"txet": "b"}\n', ["rows.jsonl:2", "txet"]),
+    "not an object": ('[1, 2]\n', ["rows.jsonl:1"]),
+    "empty": ("", ["rows.jsonl"]),
+    "wrong type": ('{"messages": "hello"}\n', ["rows.jsonl:1", "messages"]),
+    "no assistant": ('{"messages": [{"role": "user", "content": "a"}]}\n', ["nothing to train on"]),
+    "wrong role": ('{"messages": [{"role": "usr", "content": 3}]}\n', ["rows.jsonl:1"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_row_is_named_by_file_and_line(case, base, tmp_path, capsys):
+    text, names = FILES[case]
+    (tmp_path / "rows.jsonl").write_text(text)
+    error = refuse(flags(base, tmp_path / "rows.jsonl", tmp_path / "run"), capsys)
+    assert all(name in error for name in names), error
+
+
+def test_a_folder_of_other_files_is_left_alone(base, rows, tmp_path, capsys):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    for extra in ([], ["--overwrite_output_dir"]):
+        assert "thesis.txt" not in refuse([*flags(base, rows, tmp_path / "home"), *extra], capsys)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_output_that_cannot_be_written(base, rows, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refuse(flags(base, rows, tmp_path / "file" / "run"), capsys)
+    assert str(tmp_path / "file") in refuse(flags(base, rows, tmp_path / "file"), capsys)
+
+
+def test_other_data_under_a_resumed_run_is_refused(base, rows, tmp_path, capsys):
+    """The file of the same name with other rows in it: the checkpoint knows what it was trained on."""
+    file = tmp_path / "rows.jsonl"
+    lines = rows.read_text().splitlines()
+    file.write_text("\n".join(lines))
+    argv = flags(base, file, tmp_path / "run", num_train_epochs=1)
+    sft.main(argv)
+    subprocess.run(["sed", "-i", "$d", tmp_path / "run" / "log.jsonl"], check=True)  # as if it had not finished
+    file.write_text("\n".join(lines[1:] + lines[:1]))
+    assert "other data" in refuse(argv, capsys)
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp_path):
+    """On a file system of 300 kB the run stops with the disk's own words, and the checkpoints before it are whole."""
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        run = subprocess.run([sys.executable, str(ROOT / "sft.py"), *flags(base, rows, tmp_path / "run", lora_r=16, save_steps=1)],
+                             capture_output=True, text=True, timeout=200)
+        error = run.stderr.strip().splitlines()
+        assert run.returncode == 2 and error[-1].startswith("error: ") and "Traceback" not in run.stderr, run.stderr
+        assert "space" in error[-1]
+        kept = sft.checkpoints(tmp_path / "run")
+        assert kept and all(load_file(p / "adapter_model.safetensors") and load_file(p / "optimizer.safetensors") for p in kept)
+        assert not list((tmp_path / "run").glob(".checkpoint*"))
+    finally:
+        subprocess.run(["umount", tmp_path])
+
+
+def test_help_explains_every_flag(capsys):
+    """One line per field, with its comment and default."""
+    with pytest.raises(SystemExit):
+        sft.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    from dataclasses import fields
+
+    assert all(f"--{field.name}" in text for field in fields(sft.SFTConfig))
+    assert "peak learning rate (default: 0.0002)" in text
