@@ -1,11 +1,11 @@
-"""Data: the checkpoint's tokenizer and chat template, readers, rows rendered to (ids, labels), the token ledger, settings.
+"""Data: the checkpoint's tokenizer and chat template, readers, rows rendered to ids and labels, the ledger, settings.
 
 The decision that is not obvious: assistant turns are looked for in the *full* rendering. A template may render a turn
-differently once others follow (Qwen3 drops earlier thoughts), so masks made by rendering turn after turn are wrong. Each
-turn is replaced by a sentinel instead, which brackets it for any template. Pieces are tokenised one by one and their ids
-concatenated, so no token straddles prompt and answer, and a prompt has the ids that it will have at generation.
+differently once others follow (Qwen3 drops earlier thoughts), so masks made by rendering turn after turn are wrong.
+Each turn is replaced by a sentinel instead, which brackets it for any template. Pieces are tokenised one by one and
+their ids concatenated, so no token straddles prompt and answer, and a prompt has the ids it will have at generation.
 
-    python data.py show --model Qwen/Qwen3-0.6B --data rows.jsonl --n 3     # rows as the model sees them, what is scored in colour
+    python data.py show --model Qwen/Qwen3-0.6B --data rows.jsonl --n 3     # rows as rendered, what is scored in colour
 """
 
 import argparse
@@ -18,6 +18,7 @@ import re
 import secrets
 import sys
 import types
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime
 from functools import cached_property
@@ -40,7 +41,7 @@ def brief(value, width=60):
     return repr(text[:width] + "…" if len(text) > width else text)
 
 
-# --- the tokenizer and the chat template -------------------------------------------------------------------------------
+# --- the tokenizer and the chat template ------------------------------------------------------------------------------
 
 # in place of an answer, and around {% generation %}; unguessable, or a row could forge one and move its own mask
 SENTINEL, OPEN, CLOSE = (f"\ue000{secrets.token_hex(8)}\ue001" for _ in range(3))
@@ -72,8 +73,8 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
 class Tokenizer:
     """A checkpoint's `tokenizer.json` with its special tokens, end tokens and chat template.
 
-    `now` is what a template's `strftime_now` tells, the program's start unless given: Llama 3.2 writes the date into the
-    system prompt, so a run that goes on tomorrow has to be given the day it began.
+    `now` is what a template's `strftime_now` tells, the program's start unless given: Llama 3.2 writes the date into
+    its system turn, so a run that goes on tomorrow has to be given the day it began.
     UserError: a file that is missing or broken. Source: transformers' PreTrainedTokenizerFast and its chat templates.
     """
 
@@ -89,36 +90,36 @@ class Tokenizer:
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
-        tokens = {f"{name}_token": config.get(f"{name}_token") for name in "bos eos unk sep pad cls mask".split()}
-        tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+        names = [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
+        tokens = {name: config.get(name) for name in names}
+        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
         self.special = {name: token for name, token in tokens.items() if isinstance(token, str)}
+        self.bos_id, eos, self.pad_id = (self.backend.token_to_id(self.special.get(name, "")) for name in names[:3])
         added = self.backend.get_added_tokens_decoder()
         self.added = {token.content: id for id, token in added.items()}
         self.special_ids = {id for id, token in added.items() if token.special}
-        self.bos_id, eos, self.pad_id = (
-            self.backend.token_to_id(self.special.get(f"{name}_token", "")) for name in ("bos", "eos", "pad")
-        )
         ends = [self.read(name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
         ends = [eos, *(id for found in ends for id in (found if isinstance(found, list) else [found]))]
         self.eos_ids = [id for id in dict.fromkeys(ends) if isinstance(id, int)]
         self.head = self.backend.encode("", add_special_tokens=True).ids[:1]  # BOS, where texts begin with one
         self.newline = self.encode("\n")
-        self.prepends = self.encode("\na") != self.newline + self.encode("a")  # SentencePiece puts a space before a text
+        self.prepends = self.encode("\na") != self.newline + self.encode("a")  # SentencePiece: a space before all
 
         path, found = self.folder / "chat_template.jinja", config.get("chat_template")
         self.template_file = path if path.is_file() else self.folder / "tokenizer_config.json"
         if path.is_file():
             found = path.read_text(encoding="utf-8", errors="replace")
-        named = {t["name"]: t["template"] for t in found} if isinstance(found, list) else {"default": found} if found else {}
-        env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-        )
+        found = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
+        extensions = [Generation, jinja2.ext.loopcontrols]
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         env.filters["tojson"] = tojson
         env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: self.now.strftime(form)}
         try:
-            self.templates = {name: env.from_string(text) for name, text in named.items()}
+            self.templates = {t["name"]: env.from_string(t["template"]) for t in found}
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{self.template_file}: chat template, line {error.lineno}: {error.message}") from None
+        except (TypeError, KeyError, RecursionError):
+            raise UserError(f"{self.template_file}: not a chat template, nor a list of them by name") from None
         self.has_template = bool(self.templates)
 
     def read(self, name):
@@ -135,30 +136,28 @@ class Tokenizer:
         """Ids -> str, without special tokens unless they are asked for."""
         return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
 
-    def render(self, messages, add_generation_prompt=False, **kwargs):
-        """Messages -> text by the checkpoint's template, which also gets `kwargs` (`tools`, `enable_thinking`, ...).
-        UserError names the template's file where there is none, or it raises or fails."""
-        return self.render_marked(messages, add_generation_prompt, **kwargs).replace(OPEN, "").replace(CLOSE, "")
-
-    def render_marked(self, messages, add_generation_prompt=False, tools=None, **kwargs):
+    def render(self, messages, add_generation_prompt=False, tools=None, keep_marks=False, **kwargs):
+        """Messages -> text by the checkpoint's template, which also gets `kwargs` (`enable_thinking`, ...). UserError
+        names the template's file where there is none, or it raises or fails."""
         if not self.templates:
-            raise UserError(f"{self.folder} has no chat template: use prompt/completion or text rows, or a chat checkpoint")
+            raise UserError(f"{self.folder}: no chat template; use prompt/completion or text rows, or a chat model")
         template = self.templates.get("tool_use" if tools and "tool_use" in self.templates else "default")
         if template is None:
-            raise UserError(f"{self.template_file}: none of its templates is named 'default': {', '.join(self.templates)}")
+            raise UserError(f"{self.template_file}: no template is named 'default': {', '.join(self.templates)}")
         messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
         for m in messages:  # reasoning has had three names
             if thought := next((m[key] for key in ("reasoning_content", "thinking", "reasoning") if key in m), None):
                 m |= {"thinking": m.get("thinking", thought), "reasoning_content": thought}
         kwargs = self.special | {"tools": tools or None, "documents": None} | kwargs
         try:
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **kwargs)
+            text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **kwargs)
         except Exception as error:  # untrusted code over untrusted rows: whatever it raises is theirs
             raise UserError(f"{self.template_file}: the chat template failed: {brief(str(error), 160)}") from None
+        return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
     @cached_property
     def end_ids(self):
-        """Ids that end a turn: the end tokens, and what the template writes after an answer (Qwen3-Base: it is not eos)."""
+        """Ids that end a turn: the end tokens, and what the template writes after an answer (in Qwen3-Base not eos)."""
         try:
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
             tail = self.render(messages).partition(SENTINEL)[2].lstrip()
@@ -171,9 +170,9 @@ class Tokenizer:
     def turn_end(self):
         """Those as a pattern, with the space that a template may leave before them."""
         tokens = sorted(filter(None, map(self.backend.id_to_token, self.end_ids)), key=len)[::-1]
-        return r"\s*(?:" + "|".join(map(re.escape, tokens)) + ")" if tokens else r"(?!)"
+        return r"(?:\s*(?:" + "|".join(map(re.escape, tokens)) + "))+" if tokens else r"(?!)"
 
-    def turns(self, messages, wanted=None, **kwargs):
+    def turns(self, messages, wanted=None, /, **kwargs):
         """The full rendering, and where the model speaks in it, for any template.
 
         Returns (text, spans, open). spans: (start, end) of each rendered assistant message whose index is in `wanted`
@@ -182,7 +181,7 @@ class Tokenizer:
         `{% generation %}` spans are taken where each turn has one, as for transformers' assistant masks.
         """
         speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        pieces = re.split(f"{OPEN}|{CLOSE}", self.render_marked(messages, **kwargs))
+        pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
         text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
         marked = dict(zip(speaks, zip(at[::2], at[1::2]))) if len(pieces) == 2 * len(speaks) + 1 else {}
         spans, is_open = [], False
@@ -199,35 +198,38 @@ class Tokenizer:
             spans.append((start, end))
         return text, spans, is_open
 
-    def find_turn(self, messages, i, text, floor, **kwargs):
-        """(start, end) of assistant message `i` in `text`, not before `floor`; None where the template leaves it out."""
+    def find_turn(self, messages, i, text, floor, /, **kwargs):
+        """(start, end) of assistant message `i` in `text`, not before `floor`; None if the template leaves it out."""
         try:
             prompt, seen = self.render(messages[:i], True, **kwargs), False
-        except UserError:  # nothing is rendered before the first turn
-            prompt, seen = None, False
-        # without its tool calls, which are the model's words too; if the template can't do without them, then with them
+        except UserError:  # of no messages, say, when the assistant speaks first
+            prompt, seen = SENTINEL, False
+        # without its tool calls, which are the model's words too; or with them, if the template insists
         for stand_in in ({"role": "assistant", "content": SENTINEL}, {**messages[i], "content": SENTINEL}):
             try:
-                before, mark, after = self.render([*messages[:i], stand_in, *messages[i + 1 :]], **kwargs).partition(SENTINEL)
+                other = self.render([*messages[:i], stand_in, *messages[i + 1 :]], **kwargs)
             except UserError:
                 continue
+            before, mark, after = other.partition(SENTINEL)
             end, seen = len(text) - len(after), seen or bool(mark)
-            start = len(prompt) if prompt is not None and text.startswith(prompt) else self.find_start(before, floor, **kwargs)
-            if mark and text.startswith(before[:start]) and start <= end and text.endswith(after):
+            start = len(prompt) if text.startswith(prompt) else self.find_start(text, before, floor, **kwargs)
+            if mark and start <= end and text.endswith(after):
                 calls = "tool_calls" in stand_in and re.compile(self.turn_end).search(text, end)
                 return start, calls.end() if calls else end
         if seen:
-            raise UserError(f"{self.template_file}: cannot tell where message {i} stands in the rendering; mark it with "
-                            "{% generation %} in the template, or use prompt/completion rows")  # fmt: skip
+            fault = f"{self.template_file}: cannot tell where message {i} is in the rendering"
+            raise UserError(fault + "; mark it with {% generation %} in the template, or use prompt/completion rows")
         return None
 
-    def find_start(self, before, floor, **kwargs):
-        """Where a turn opened by `before` begins: after the template's header, or as much of it as is there (an earlier
-        turn may come without the <think> that the generation prompt opens)."""
+    def find_start(self, text, before, floor, /, **kwargs):
+        """Where a turn that `before` leads up to begins: after the template's header, or as much of it as is there (an
+        earlier turn may lack the <think> that the generation prompt opens); beyond the text where nothing fits."""
         ask = [{"role": "user", "content": "a"}]
         header = self.render(ask, True, **kwargs).removeprefix(self.render(ask, **kwargs))
-        found = (before.rfind(header[:size], floor) + size for size in range(len(header), 0, -1) if header[:size] in before[floor:])
-        return next(found, len(before))
+        same = len(os.path.commonprefix([text, before]))
+        starts = [before.rfind(header[:n], floor) + n for n in range(len(header), 0, -1)]
+        starts = [start for n, start in zip(range(len(header), 0, -1), starts) if start >= n]  # those found
+        return next((start for start in [*starts, len(before)] if start <= same), sys.maxsize)
 
     def encode_sides(self, rows):
         """[[side, ...], ...] with a side a list of (str or ids, scored) -> the same with a side as ids int32 (T,) and
@@ -238,9 +240,10 @@ class Tokenizer:
                 before = "" if side is sides[0] else "".join(piece for piece, _ in sides[0] if isinstance(piece, str))
                 for piece, _ in side:
                     if isinstance(piece, str):
-                        # within a text there is no space to prepend: after a newline, which is then taken off again
-                        inside.append(bool(self.prepends and piece and before and not before.endswith(tuple(self.added))))
-                        texts.append("\n" + piece if inside[-1] else piece)
+                        # inside a text no space is to be prepended: after a newline, which is then taken off again
+                        cut = self.prepends and piece and before and not before.endswith(tuple(self.added))
+                        texts.append("\n" + piece if cut else piece)
+                        inside.append(cut)
                         before = piece or before
         batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         batch = iter([e.ids[len(self.newline) :] if cut else e.ids for e, cut in zip(batch, inside)])
@@ -253,7 +256,7 @@ class Tokenizer:
         return [[join(side) for side in sides] for sides in rows]
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_text(path):
@@ -286,7 +289,8 @@ def read_list(path):
         why, line = getattr(error, "msg", str(error)), getattr(error, "lineno", 1)
         if why == "Extra data" and text.lstrip().startswith("{"):  # lines under another name
             return read_jsonl(path)
-        raise UserError(f"{path}:{line}: not JSON: {why}: {brief(text.split(chr(10))[line - 1] or 'the end')}") from None
+        found = brief(text.split("\n")[line - 1] or "the end")
+        raise UserError(f"{path}:{line}: not JSON: {why}: {found}") from None
     rows = rows.get("data", rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise UserError(f'{path}: expected a list of rows or {{"data": [...]}}, found {brief(rows)}')
@@ -297,7 +301,7 @@ def read_csv(path):
     csv.field_size_limit(2**31 - 1)
     for number, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""))):
         if None in row:
-            raise UserError(f"{path}[{number}]: more fields than the {len(row) - 1} of the header: {brief(row[None])}")
+            raise UserError(f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}")
         yield f"{path}[{number}]", row
 
 
@@ -306,7 +310,8 @@ def read_parquet(path):
 
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(4096)
-        yield from ((f"{path}[{n}]", row) for n, row in enumerate(row for batch in batches for row in batch.to_pylist()))
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file: {brief(str(error))}") from None
 
@@ -319,19 +324,19 @@ def kind_of(path):
 
 
 def hub_files(source):
-    """`org/name[:config][:split]` -> local paths of its files, downloaded into the hub's cache. The split defaults to train,
-    the configuration to `default` or the only one."""
+    """`org/name[:config][:split]` -> local paths of its files, downloaded into the hub's cache. The split defaults to
+    train, the configuration to `default` or the only one."""
     import huggingface_hub
 
     repo, *wanted = source.split(":")
     try:
         files = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset"))
-        found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [default/train/0.parquet]
+        found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
         for file in (file for file in files if kind_of(file) in READERS):
             *folders, name = file.split("/")
             split = re.split(r"-\d{5}-of-|\.", name)[0]
             split = folders.pop() if split.isdigit() and folders else split
-            config = folders[-1] if folders and folders[-1] != "data" else "default"
+            config = folders[-1] if folders not in ([], ["data"]) else "default"
             found.setdefault((config, split), []).append(file)
         keys = [key for key in found if set(wanted) <= set(key)]
         for default in ("train", "default"):
@@ -347,7 +352,7 @@ def hub_files(source):
 
 
 def read_rows(source):
-    """[(where, row), ...] of a .jsonl, .json, .csv or .parquet file, also .gz, a folder of them, or `org/name` of the hub.
+    """[(where, row), ...] of a .jsonl, .json, .csv or .parquet file, .gz too, a folder of them, or the hub's `org/name`.
 
     `where` is 'file:line' of lines, 'file[index]' of anything else; a UserError begins with it and says what is there.
     """
@@ -373,7 +378,7 @@ def read_rows(source):
     return rows
 
 
-# --- rows to pieces of text --------------------------------------------------------------------------------------------
+# --- rows to pieces of text -------------------------------------------------------------------------------------------
 
 SCHEMAS = ["messages", "conversations", "prompt completion", "prompt chosen rejected", "chosen rejected",
            "instruction output", "text"]  # fmt: skip
@@ -400,7 +405,7 @@ def messages_of(row, key):
             raise UserError(f"{key}[{i}] must be a message with role and content, found {brief(given)}")
         m = {name: value for name, value in given.items() if value is not None}
         if "from" in m:
-            m = {"role": SHAREGPT.get(m["from"], m["from"]), "content": m.get("value")}
+            m = {"role": SHAREGPT.get(str(m["from"]), m["from"]), "content": m.get("value")}
         content = m.get("content")
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             m["content"] = content = "".join(part["text"] for part in content)
@@ -413,23 +418,23 @@ def messages_of(row, key):
 
 
 def split_row(row, chat, preference=False):
-    """A row -> (prompt, answers): strings, or lists of messages if the row has such (Alpaca: if `chat`). The prompt of a
+    """A row -> (prompt, answers): strings, or lists of messages if the row has such (Alpaca if `chat`). The prompt of a
     text or conversation is empty; answers are one, or chosen and rejected."""
     has = {key for key, value in row.items() if value is not None}
     schemas = [schema for schema in SCHEMAS if not preference or "chosen" in schema]
     keys = next((schema.split() for schema in schemas if has.issuperset(schema.split())), None)
     if keys is None:
         there = f"it has {', '.join(sorted(map(str, has)))}" if has else "it is empty"
-        raise UserError(f"fits no schema: {there}; wanted is one of {', '.join(s.replace(' ', '+') for s in schemas)}")
+        wanted = ", ".join(schema.replace(" ", "+") for schema in schemas)
+        raise UserError(f"fits no schema: {there}; wanted is one of {wanted}")
     if keys == ["text"]:
         return "", [text_of(row, "text")]
+    system = [{"role": "system", "content": text_of(row, "system")}] if row.get("system") else []
     if len(keys) == 1:
-        system = [{"role": "system", "content": text_of(row, "system")}] if "system" in has and keys != ["messages"] else []
-        return [], [system + messages_of(row, keys[0])]
+        return [], [(system if keys == ["conversations"] else []) + messages_of(row, keys[0])]
     if keys[0] == "instruction":
         instruction, output, given = (text_of(row, key) if row.get(key) else "" for key in (*keys, "input"))
         if chat:
-            system = [{"role": "system", "content": text_of(row, "system")}] if row.get("system") else []
             ask = {"role": "user", "content": instruction + ("\n" + given if given else "")}
             return [*system, ask], [[{"role": "assistant", "content": output}]]
         paired = ", paired with an input that provides further context" if given else ""
@@ -445,18 +450,19 @@ def split_row(row, chat, preference=False):
         if isinstance(prompt, list):  # some sets say the prompt again in the answers
             answers = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in answers]
         return prompt, answers
-    prompt = os.path.commonprefix(sides)  # the prompt is what both sides begin with; a space belongs to the next word
+    same = next((n for n, (a, b) in enumerate(zip(*sides)) if a != b), min(map(len, sides)))
+    prompt = sides[0][:same]  # what both sides begin with; in a text the last space belongs to the answer
     prompt = prompt[: max(prompt.rfind(" "), 0)] if isinstance(prompt, str) else prompt
     return prompt, [side[len(prompt) :] for side in sides]
 
 
 def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True, preference=False):
-    """A row -> its sides, each a list of (text or ids, scored): one side, or prompt, chosen, rejected if `preference`; or
-    why it is of no use (str). UserError: it is malformed.
+    """A row -> its sides, each a list of (text or ids, scored): one side, or prompt, chosen, rejected if `preference`;
+    or why it is of no use (str). UserError: it is malformed.
 
-    Scored are, in TRL's names, every assistant turn of a conversation (`assistant_only_loss`, here the default) or its last
-    alone (`completion_only_loss` true), a completion without its prompt (unless `completion_only_loss` is false), all of a
-    text; and after every answer, the token that ends the turn. Unless `preference`, chosen serves as the completion.
+    Scored are, in TRL's names, every assistant turn of a conversation (`assistant_only_loss`, here the default) or its
+    last alone (`completion_only_loss` true), a completion without its prompt (unless `completion_only_loss` is false),
+    all of a text; and after every answer the token that ends the turn. Unless `preference`, chosen is the completion.
     """
     prompt, answers = split_row(row, tokenizer.has_template, preference)
     answers = answers if preference else answers[:1]
@@ -469,8 +475,8 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
         sides = [[(side, True)] + [eos] * (not said or not side.endswith(said)) for side in answers]
         return [ask, *sides] if preference else [ask + sides[0]]
     kwargs = row.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise UserError(f"'chat_template_kwargs' must be an object, found {brief(kwargs)}")
+    if not isinstance(kwargs, dict) or kwargs.keys() & {"messages", "add_generation_prompt", "keep_marks"}:
+        raise UserError(f"'chat_template_kwargs' must be an object of the template's own variables, found {brief(kwargs)}")
     if row.get("tools"):
         try:
             kwargs = kwargs | {"tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]}
@@ -492,14 +498,15 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     return [[(ask, False)], *([(side[0][0][len(ask) :], False), *side[1:]] for side in sides)]
 
 
-# --- pieces to segments ------------------------------------------------------------------------------------------------
+# --- pieces to segments -----------------------------------------------------------------------------------------------
 
 
 def fit(ids, scored, room, special):
     """ids, scored (T,) -> the same in at most `room` tokens; None where the last answer does not fit.
 
-    The prompt gives way from its left. Its first token stays if it is one of the `special`, and one always stays, or nothing
-    could predict the answer's first. What a cut leaves of an earlier answer is not scored. A text is cut at its end.
+    The prompt gives way from its left. Its first token stays if it is one of the `special`, and one always stays, or
+    nothing could predict the answer's first. An earlier answer that loses its prompt is no longer scored. A text is cut
+    at its end.
     """
     if len(ids) <= room:
         return ids, scored
@@ -511,7 +518,7 @@ def fit(ids, scored, room, special):
     if last - gaps[-1] > room:
         return None
     start = max(last - room + keep, keep)
-    if scored[start - 1] and start > keep:
+    if keep < start < gaps[-1] and scored[start]:
         scored = scored & (np.arange(len(ids)) >= start + int(np.argmin(scored[start:])))
     return np.concatenate([ids[:keep], ids[start:last]]), np.concatenate([scored[:keep], scored[start:last]])
 
@@ -531,15 +538,16 @@ def assemble(sides, tokenizer, max_length=None, weight=1.0):
     return [Segment(ids, labels[n], 0 if n else -1, max(n - 1, 0), weight) for n, (ids, _) in enumerate(parts)]
 
 
-def render_rows(rows, tokenizer, max_length=None, completion_only_loss=None, assistant_only_loss=True, preference=False):
-    """[(where, row), ...] -> per row (list[Segment] or why it is dropped, its tokens before truncation, those scored)."""
+def render_rows(rows, tokenizer, max_length=None, **options):
+    """[(where, row), ...] -> per row (list[Segment] or why it is dropped, its tokens before truncation, scored ones).
+    `options` as in `lay_out`. UserError: a row is malformed, beginning with its `where`."""
     laid = []
     for where, row in rows:
         try:
             weight = 1.0 if row.get("weight") is None else row["weight"]
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
                 raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-            sides = lay_out(row, tokenizer, completion_only_loss, assistant_only_loss, preference)
+            sides = lay_out(row, tokenizer, **options)
             for side in [] if isinstance(sides, str) else sides:
                 "".join(piece for piece, _ in side if isinstance(piece, str)).encode()
         except UserError as error:
@@ -562,7 +570,7 @@ def render_row(row, tokenizer, max_length=None, **options):
     return next(render_rows([("row", row)], tokenizer, max_length, **options))[0]
 
 
-# --- the ledger and data sets ------------------------------------------------------------------------------------------
+# --- the ledger and data sets -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -588,11 +596,11 @@ class Ledger:
         """Enters a row as `render_rows` yields it."""
         self.tokens += tokens
         if isinstance(found, str):
+            self.rows_dropped += 1
+            self.dropped += tokens
             reason = self.reasons.setdefault(found, {"rows": 0, "tokens": 0, "where": []})
             reason["where"] += [where] * (reason["rows"] < 5)
-            for entry, key, count in ((reason, "rows", 1), (reason, "tokens", tokens)):
-                entry[key] += count
-            self.rows_dropped, self.dropped = self.rows_dropped + 1, self.dropped + tokens
+            reason |= {"rows": reason["rows"] + 1, "tokens": reason["tokens"] + tokens}
             return
         labels = np.concatenate([segment.labels for segment in found])
         kept = int((labels != IGNORE).sum())
@@ -618,22 +626,23 @@ class Ledger:
         return asdict(self)
 
     def __str__(self):
-        counts = [(f"{self.rows_truncated:,} cut to max_length", self.rows_truncated)]
-        counts += [(f"{self.rows_dropped:,} dropped{self.why()}", self.rows_dropped)]
-        counts += [(f"{self.rows_not_sampled:,} not sampled", self.rows_not_sampled)]
-        parts = [(name, getattr(self, name)) for name in ("scored", "masked", "truncated", "dropped")]
-        shares = " · ".join(f"{n:,} {name} ({n / max(self.tokens, 1):.1%})" for name, n in parts if n or name == "scored")
-        rows = ", ".join([f"{self.rows:,} rows: {self.examples:,} examples", *(text for text, n in counts if n)])
-        return f"{rows}\n{self.tokens:,} tokens: {shares}"
+        counts = {"scored": self.scored, "masked": self.masked, "truncated": self.truncated, "dropped": self.dropped}
+        shares = [f"{n:,} {name} ({n / max(self.tokens, 1):.1%})" for name, n in counts.items() if n]
+        text = f"{self.rows:,} rows: {self.examples:,} examples"
+        text += f", {self.rows_truncated:,} cut to max_length" * bool(self.rows_truncated)
+        text += f", {self.rows_dropped:,} dropped{self.why()}" * bool(self.rows_dropped)
+        text += f", {self.rows_not_sampled:,} not sampled" * bool(self.rows_not_sampled)
+        return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
 
 
 def load_examples(sources, tokenizer, *, max_length=None, max_samples=None, seed=0, **options):
     """Sources (see `read_rows`) -> (examples: a list of list[Segment], the rows they came from, ledger).
 
-    `max_samples` rows are drawn by `seed` and keep their order; `options` as in `lay_out`. UserError: a file or row that is
-    wrong, nothing scored, or no end of turn scored in any row.
+    `max_samples` rows are drawn by `seed` and keep their order; `options` as in `lay_out`. UserError: a file or row is
+    wrong, nothing is scored, or no end of turn is scored in any row.
     """
-    rows = [found for source in ([sources] if isinstance(sources, (str, Path)) else sources) for found in read_rows(source)]
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
+    rows = [found for source in sources for found in read_rows(source)]
     ledger, examples, kept = Ledger(len(rows)), [], []
     if max_samples is not None and max_samples < len(rows):
         ledger.rows_not_sampled = len(rows) - max_samples
@@ -658,9 +667,9 @@ def split_holdout(examples, rows, size, seed=0):
     return pick(False), pick(True)
 
 
-# --- settings ----------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------
 
-# what LLaMA-Factory, Axolotl, PEFT and older TRL call it; a name counts where the dataclass has its target and not itself
+# the names of LLaMA-Factory, Axolotl, PEFT and older TRL; they count where a dataclass has the target and not the name
 ALIASES = {
     "cutoff_len": "max_length", "max_seq_length": "max_length", "sequence_len": "max_length",
     "model_name_or_path": "model", "base_model": "model", "dataset": "data", "dataset_name": "data",
@@ -668,6 +677,11 @@ ALIASES = {
     "num_epochs": "num_train_epochs", "micro_batch_size": "per_device_train_batch_size", "lr": "learning_rate",
 }  # fmt: skip
 BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def types_of(kind):
+    """The types that a union or Optional allows, without their arguments; or the one type."""
+    return [get_origin(k) or k for k in (get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind])]
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -682,29 +696,19 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def options_of(kind):
-    """The types that a value may have: those of a union or Optional, or the one."""
-    return list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
-
-
-def name_of(kind):
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
-
-
 def convert(value, kind):
-    """`value`, a flag's text or what YAML made of it, as the type `kind`; ValueError or TypeError where it is not one."""
+    """`value`, a flag's text or what YAML made of it, as the type `kind`; ValueError or TypeError if it is none."""
     origin, args = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, types.UnionType):
-        if types.NoneType in args and (value is None or str(value).lower() in ("none", "null")):
+        if types.NoneType in args and str(value).lower() in ("none", "null"):
             return None
         order = [bool, int, float, dict, str, list] if isinstance(value, str) and "," not in value else [list]
-        for option in sorted(args, key=lambda k: order.index(get_origin(k) or k) if (get_origin(k) or k) in order else 9):
-            try:
+        rank = {option: order.index(o) if (o := get_origin(option) or option) in order else 9 for option in args}
+        for option in sorted(args, key=rank.get):
+            with suppress(ValueError, TypeError):
                 return convert(value, option)
-            except (ValueError, TypeError):
-                pass
     elif origin is Literal and str(value) in map(str, args):
-        return args[list(map(str, args)).index(str(value))]
+        return next(option for option in args if str(option) == str(value))
     elif origin is bool and str(value).lower() in BOOLS:
         return BOOLS[str(value).lower()]
     elif origin in (int, float) and not isinstance(value, bool):
@@ -716,14 +720,15 @@ def convert(value, kind):
     elif origin is dict and isinstance(value := json.loads(value) if isinstance(value, str) else value, dict):
         return value
     elif origin in (list, tuple) and not isinstance(value, dict):
-        if isinstance(value, str) and re.fullmatch(r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+", value):
-            value = re.split(r"\s*,\s*", value)
-        return origin(convert(item, args[0] if args else str) for item in ([value] if isinstance(value, (str, int, float)) else value))
+        if isinstance(value, str):  # names may come as one word, a,b; a path keeps its comma
+            value = re.split(r"\s*,\s*", value) if re.fullmatch(r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+", value) else [value]
+        items = [value] if isinstance(value, (int, float)) else value
+        return origin(convert(item, args[0] if args else str) for item in items)
     raise ValueError(value)
 
 
 def read_settings(path, kinds, aliases):
-    """{field: value} of a YAML or JSON file, flat or in sections: `lora: {r: 32}` is `lora_r`, or `r` of whatever section."""
+    """{field: value} of a YAML or JSON file, flat or in sections: `lora: {r: 32}` is `lora_r`, else `r`."""
     settings = {}
 
     def enter(tree, sections):
@@ -731,7 +736,7 @@ def read_settings(path, kinds, aliases):
             where = [*sections, str(key)]
             names = ["_".join(where[n:]) for n in range(len(where))]
             name = next((aliases.get(name, name) for name in names if aliases.get(name, name) in kinds), None)
-            if isinstance(value, dict) and (name is None or dict not in map(lambda k: get_origin(k) or k, options_of(kinds[name]))):
+            if isinstance(value, dict) and (name is None or dict not in types_of(kinds[name])):
                 enter(value, where)
             elif name is None:
                 raise UserError(f"{path}: unknown key {'.'.join(where)!r}{nearest(names[0], kinds)}")
@@ -742,7 +747,7 @@ def read_settings(path, kinds, aliases):
 
     try:
         with open(path, encoding="utf-8") as file:
-            tree = yaml.load(file, UniqueKeys)
+            tree = yaml.load(file.read().replace("\t", "  ") if str(path).endswith(".json") else file, UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
@@ -755,13 +760,14 @@ def read_settings(path, kinds, aliases):
 
 
 def parse_config(cls, argv=None, description="", aliases=ALIASES):
-    """A command line -> an instance of the dataclass `cls`, whose fields are the flags and which holds the only defaults.
+    """A command line -> an instance of the dataclass `cls`, whose fields are the flags and hold the only defaults.
 
-    `--config FILE` (YAML or JSON) comes first and flags override it; the comment at the end of a field's line is its help.
-    UserError: an unknown flag or key, with the nearest; a value of another type, with the expected one; a field left open.
+    `--config FILE` (YAML or JSON) comes first, flags override it; the comment at the end of a field's line is its help.
+    UserError: an unknown flag or key, with the nearest; a value of another type, with the expected; a field left open.
     """
     hints = get_type_hints(cls)
     kinds = {f.name: hints[f.name] for f in fields(cls)}
+    names = {name: str(k) if get_args(k) else getattr(k, "__name__", str(k)) for name, k in kinds.items()}
     aliases = {alias: name for alias, name in aliases.items() if name in kinds and alias not in kinds}
     lines = [line for base in cls.__mro__[::-1] if is_dataclass(base) for line in getsource(base).splitlines()]
     notes = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+):.*?  # (.*)", line))}
@@ -769,18 +775,19 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
     def fail(message):
         raise UserError(f"{message}; --help explains every flag")
 
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=plain)
     parser.error = fail
-    parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON, flat or in sections; flags override them")
+    parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON, flat or in sections; flags win")
     for f in fields(cls):
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        shown = "" if default is MISSING else f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
-        origins = [get_origin(kind) or kind for kind in options_of(kinds[f.name])]
-        many = {"nargs": "*"} if {list, tuple} & {*origins} else {"nargs": "?", "const": "true"} if bool in origins else {}
-        help, metavar = (notes.get(f.name, "") + shown).replace("%", "%%"), getattr(origins[0], "__name__", "value").upper()
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, metavar=metavar, **many)
+        default = " ".join(map(str, default)) if isinstance(default, list) else default
+        help = notes.get(f.name, "") + (f" (default: {default})" if default is not MISSING else "")
+        allowed = types_of(kinds[f.name])
+        options = {"help": help.replace("%", "%%"), "metavar": getattr(allowed[0], "__name__", "value").upper()}
+        options |= {"nargs": "?", "const": "true"} if bool in allowed else {}
+        options |= {"nargs": "*"} if list in allowed or tuple in allowed else {}
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         if found := re.match(r"--([A-Za-z][\w-]*)", word):
@@ -791,7 +798,7 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
             word = f"--{name}{word[found.end() :]}"
         words.append(word)
     given = vars(parser.parse_args(words))
-    given = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()}
+    given |= {name: value[0] for name, value in given.items() if isinstance(value, list) and len(value) == 1}
     file = given.pop("config")
     values = (read_settings(file, kinds, aliases) if file else {}) | given
     for name, value in values.items():
@@ -799,14 +806,14 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
             values[name] = convert(value, kinds[name])
         except (ValueError, TypeError):
             where = f"--{name}" if name in given else f"{file}: {name}"
-            raise UserError(f"{where}: expected {name_of(kinds[name])}, found {brief(value)}") from None
+            raise UserError(f"{where}: expected {names[name]}, found {brief(value)}") from None
     for f in fields(cls):
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
-            fail(f"--{f.name} is needed ({notes.get(f.name, name_of(kinds[f.name]))})")
+            fail(f"--{f.name} is needed ({notes.get(f.name, names[f.name])})")
     return cls(**values)
 
 
-# --- commands ----------------------------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------------------------------
 
 
 def coloured(example, tokenizer):

@@ -20,6 +20,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -453,7 +454,7 @@ FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers",
 
 
 def open_run(config):
-    """Makes or reopens the run folder; returns True where its run is finished.
+    """Makes or reopens the run folder: (the day its run began, for templates that tell the date; whether it is finished).
 
     Raises UserError where it holds a run of another configuration, naming the keys, or files that are no run's.
     """
@@ -469,16 +470,17 @@ def open_run(config):
                             + (f" and {len(differ) - 4} more" if len(differ) > 4 else "")
                             + "; choose another --output_dir, or --overwrite_output_dir to start anew")
         log = folder / "log.jsonl"
-        return config.resume == "auto" and log.exists() and any("train_runtime" in line for line in read_log(log)[-1:])
+        finished = config.resume == "auto" and log.exists() and any("train_runtime" in line for line in read_log(log)[-1:])
+        return datetime.fromisoformat(old["began"]), finished
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    return False
+    return datetime.now(), False
 
 
-def describe_run(config, report):
+def describe_run(config, began, report):
     """Writes config.json and data_report.json: the run exists from here on. Nothing is written while data or model may be wrong."""
-    for name, value in (("data_report.json", report), ("config.json", asdict(config))):
+    for name, value in (("data_report.json", report), ("config.json", {**asdict(config), "began": began.isoformat()})):
         aside = Path(config.output_dir) / f".{name}"
         aside.write_text(json.dumps(value, indent=2))
         aside.replace(Path(config.output_dir) / name)
@@ -543,11 +545,12 @@ def finish(model, config):
 def main(argv=None):
     config = read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft")
     folder = Path(config.output_dir)
-    if open_run(config):
+    began, finished = open_run(config)
+    if finished:
         print(f"{folder} holds this run, finished; --overwrite_output_dir trains anew")
         return
     device = pick_device(config.device)
-    tokenizer = Tokenizer(resolve(config.model, config.revision))
+    tokenizer = Tokenizer(resolve(config.model, config.revision), began)
     wants = {"max_length": config.max_length, "completion_only_loss": config.completion_only_loss,
              "assistant_only_loss": config.assistant_only_loss, "seed": config.seed}
     examples, rows, ledger = load_examples(config.data, tokenizer, max_samples=config.max_samples, **wants)
@@ -571,7 +574,7 @@ def main(argv=None):
     print(f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of {steps.batch_size} examples "
           f"on {device} ({model.attention} attention, {model.dtype})")
 
-    describe_run(config, report)
+    describe_run(config, began, report)
     questions = held[: config.eval_answers]
     before = ask(model, tokenizer, questions, config)
     summary = train(model, steps, sft_loss, config, (lambda: evaluate_loss(model, held, sft_loss, config)) if held else None)

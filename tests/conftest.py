@@ -1,4 +1,4 @@
-"""What every test file may lean on. Nothing here reaches a network; `transformers` is the reference, never the code under test."""
+"""What every test file may lean on. No test reaches a network; `transformers` is the reference to hold ours against."""
 
 import json
 import os
@@ -16,10 +16,10 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 
-# head_dim differs from C/H (which Llama's reference wants whole), K < H, the vocabulary is odd: whatever mixes up two sizes breaks
-TINY = dict(model_type="qwen3", vocab_size=199, hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6,
-            num_key_value_heads=2, head_dim=12, max_position_embeddings=512, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=None)  # fmt: skip
+# head_dim differs from C/H (which Llama's reference wants whole), K < H, an odd vocabulary: mixed-up sizes break
+TINY = dict(model_type="qwen3", vocab_size=199, hidden_size=48, intermediate_size=56, num_hidden_layers=2,
+            num_attention_heads=6, num_key_value_heads=2, head_dim=12, max_position_embeddings=512,
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def shared():
 
 
 def write_checkpoint(folder, seed=0, dtype="float32", dialect="new", max_shard_size="5GB", **config):
-    """Writes a checkpoint with transformers' own classes. config overrides TINY; every weight is random and far from its
-    initial value, norms and biases too. dialect "old" stores rope_theta + rope_scaling + torch_dtype. Returns folder."""
+    """Writes a checkpoint with transformers' own classes and returns its folder. config overrides TINY; every weight is
+    random and far from its initial value, norms and biases too. dialect "old": rope_scaling beside rope_theta."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch_dtype = getattr(torch, dtype)

@@ -1,0 +1,697 @@
+"""data.py: rendering and masks against transformers and TRL, truncation and the ledger by their properties, the mistakes
+of files, rows and settings by their messages. Tokenizers are built here; what wants the real ones skips without ../shared."""
+
+import csv
+import gzip
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import data
+from data import Tokenizer, fit, load_examples, parse_config, read_rows, render_row, split_holdout
+from model import IGNORE, UserError
+
+SHARED = Path(__file__).parents[2] / "shared"
+real = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared folder beside the repository")
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")  # fmt: skip
+LLAMA = ("{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>\\n\\n' + m['content'] | trim + '<|eot|>' }}"
+         "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\\n\\n' }}{% endif %}")  # fmt: skip
+THINK = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% set c = m.content %}{% if m.role == 'assistant' %}"
+         "{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+         "{% if loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ c + '<|im_end|>\\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if no_think %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+         "{% endif %}{% endif %}")  # fmt: skip
+PLAIN = ("{% for m in messages %}{{ '### ' + m.role + ':\\n' + m.content + '\\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '### assistant:\\n' }}{% endif %}")  # fmt: skip
+MARKED = CHATML.replace("{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}",
+                        "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}"
+                        "{{ m.content + '<|im_end|>\\n' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\\n' }}"
+                        "{% endif %}")  # fmt: skip
+MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+           "{% elif m.role == 'assistant' %}{{ ' ' + m.content + '<|eos|>' }}{% else %}{{ raise_exception('no such role') }}"
+           "{% endif %}{% endfor %}")  # fmt: skip
+TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "think": THINK, "plain": PLAIN, "marked": MARKED, "mistral": MISTRAL}
+ENDS = {"llama": "<|eot|>", "plain": "<|eos|>", "mistral": "<|eos|>"}
+SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|stop|>", "<|eot|>"]
+WORDS = "a cat sat on the mat and said: yes no <b> é 猫 12 maybe\n\n x  y".split(" ")
+
+
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # Qwen's
+
+
+def write_tokenizer(folder, template=None, bos=True, sentencepiece=False, **config):
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>" if sentencepiece else None))
+    if sentencepiece:  # Llama 2's way: a space before every text
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        words = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(set("▁\n[]/#:<>" + "".join(WORDS))) if sentencepiece else pre_tokenizers.ByteLevel.alphabet()
+    special = (["<unk>"] if sentencepiece else []) + SPECIAL
+    text = [" ".join(random.Random(n).choices(WORDS, k=30)) for n in range(50)]
+    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=420, initial_alphabet=list(alphabet), special_tokens=special))
+    if bos:
+        at = backend.token_to_id("<|bos|>")
+        backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", at)])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.enable_truncation(5)  # as files that were saved in use have it; it must not bite
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "<|eos|>", "bos_token": {"content": "<|bos|>"} if bos else None, "unk_token": "<unk>" if sentencepiece else None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | config))
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def styled(request, tmp_path_factory):
+    """(style, tokenizer) for each way of writing a template."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, Tokenizer(write_tokenizer(folder, TEMPLATES[request.param]))
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("t"), CHATML))
+
+
+def reference(folder, template=None):
+    from transformers import PreTrainedTokenizerFast
+
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    names = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if isinstance(config.get(key), str)}
+    found = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **names)
+    found.chat_template = template or (folder / "chat_template.jinja").read_text()
+    return found
+
+
+def say(*contents, system=None):
+    turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system else []) + turns
+
+
+def scored_text(tokenizer, segment):
+    return tokenizer.decode(segment.labels[segment.labels != IGNORE], skip_special=False)
+
+
+def masked_text(tokenizer, segment):
+    return tokenizer.decode(segment.ids[segment.labels == IGNORE], skip_special=False)
+
+
+# --- tokenizer and template ---------------------------------------------------------------------------------------------
+
+CHATS = {
+    "single": say("Hi there", "Hello  you"),
+    "multi": say("a", "bbb", "c", "ddd"),
+    "system": say("a", "b", "c", "d", system="Be brief. é 猫 😀"),
+    "think": say("a", "<think>\none\n</think>\n\nbbb", "c", "<think>\ntwo\n</think>\n\nddd"),
+    "field": say("a", "b")[:1] + [{"role": "assistant", "content": "b", "reasoning_content": "because"}],
+    "reasoning": say("a", "b")[:1] + [{"role": "assistant", "content": "b", "thinking": "because", "tool_calls": None}],
+}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "<é> & 'x'", "parameters": {"b": 1, "a": [1, 2.5, None]}}}]
+
+
+@real
+@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+def test_real_templates_render_as_transformers_does(family):
+    folder = SHARED / "tokenizers" / family
+    ours, theirs = Tokenizer(folder), reference(folder)
+    cases = [(chat, {}) for chat in CHATS.values()] + [(say("q"), {"add_generation_prompt": True})]
+    cases += [(say("q", "a", "r"), {"add_generation_prompt": True, "enable_thinking": False}), (CHATS["multi"], {"tools": TOOLS})]
+    cases += [(CHATS["single"], {"date_string": "1 Jan 2030"})]
+    for chat, options in cases:
+        text = ours.render(chat, **options)
+        assert text == theirs.apply_chat_template(chat, tokenize=False, **options)
+        assert ours.encode(text) == theirs.apply_chat_template(chat, return_dict=False, **options)
+    for name, chat in CHATS.items():
+        if family == "llama3" or name != "reasoning":
+            segment = render_row({"messages": chat}, ours)[0]
+            assert segment.ids.tolist() == theirs.apply_chat_template(chat, return_dict=False), name
+    assert ours.encode("Hi", special=True) == theirs("Hi")["input_ids"] and len(ours) == len(theirs)
+    assert ours.decode(ours.encode("<|im_end|>é", special=True)) == theirs.decode(theirs("<|im_end|>é")["input_ids"], skip_special_tokens=True)
+
+
+def test_template_functions_are_those_of_transformers(tmp_path):
+    template = ("{{ strftime_now('%d %b %Y') }}|{{ tools | tojson }}|{{ tools | tojson(indent=2) }}|{{ {'b': '<&>é', 'a': 1} | tojson }}"
+                "|{{ bos_token }}|{{ eos_token }}|{{ unk_token is defined }}|{{ documents is none }}"
+                "{% for m in messages %}{% if loop.index0 > 0 %}{% break %}{% endif %}\n  {% if true %}\nx\n  {% endif %}\n{{ m.content }}"
+                "{% endfor %}\n")  # fmt: skip
+    folder = write_tokenizer(tmp_path, template)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<|bos|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = reference(folder).apply_chat_template(say("a", "b"), tools=TOOLS, tokenize=False)
+    assert Tokenizer(folder).render(say("a", "b"), tools=TOOLS) == theirs
+    assert "17 May 1999" in Tokenizer(folder, now=datetime(1999, 5, 17)).render(say("a"))
+
+
+def test_where_templates_and_end_tokens_come_from(tmp_path):
+    folder = write_tokenizer(tmp_path / "named", chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}])
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.render(say("a")) == "D" and tokenizer.render(say("a"), tools=TOOLS) == "T"
+    assert Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(say("a")) == "S"
+    (folder / "chat_template.jinja").write_text("F")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 1, 6]}')
+    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.render(say("a")) == "F" and tokenizer.eos_ids == [1, 5, 6, 7] and tokenizer.bos_id == 0 and tokenizer.pad_id is None
+    bare = Tokenizer(write_tokenizer(tmp_path / "bare"))
+    assert not bare.has_template and bare.encode("a cat", special=True)[0] == bare.bos_id
+    with pytest.raises(UserError, match="no chat template.*prompt/completion"):
+        bare.render(say("a"))
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"tokenizer.json": None}, "no tokenizer.json in it"),
+    ({"tokenizer.json": "{}"}, "tokenizer.json: not a tokenizer"),
+    ({"tokenizer_config.json": "{broken"}, "tokenizer_config.json: not valid JSON"),
+    ({"tokenizer_config.json": '{"chat_template": {"a": 1}}'}, "tokenizer_config.json: not a chat template"),
+    ({"tokenizer_config.json": '{"chat_template": [{"name": "x", "template": "y"}]}'}, "no template is named 'default': x"),
+])  # fmt: skip
+def test_tokenizers_that_are_broken_are_named(tmp_path, files, message):
+    folder = write_tokenizer(tmp_path)
+    for name, text in files.items():
+        (folder / name).unlink() if text is None else (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer(folder).render(say("a"))
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{% if %}", "chat_template.jinja: chat template, line 1"),
+    ("{{ raise_exception('only user roles') }}", "chat_template.jinja: the chat template failed: 'only user roles'"),
+    ("{{ messages[7].content.x }}", "the chat template failed"),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template failed.*unsafe"),
+    ("{{ messages.append(1) }}", "the chat template failed.*unsafe"),
+    ("{% for i in range(10000000) %}{% endfor %}", "the chat template failed.*[Rr]ange"),
+])  # fmt: skip
+def test_templates_that_fail_are_named(tmp_path, template, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer(write_tokenizer(tmp_path, template)).render(say("a"))
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------------
+
+
+def random_chat(rng):
+    """Contents that try to mislead: repeated, empty inside, ending in space, holding headers of other templates."""
+    pick = lambda: " ".join(rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))).strip() or "x"
+    pool = [pick() for _ in range(2)]
+    return say(*(rng.choice(pool) if rng.random() < 0.5 else pick() for _ in range(2 * rng.randint(1, 4))))
+
+
+def test_masks_hold_every_answer_and_its_end(styled):
+    style, tokenizer = styled
+    end, rng = ENDS.get(style, "<|im_end|>"), random.Random(1)
+    for n in range(60):
+        chat = random_chat(rng)
+        answers = [m["content"].strip() if style == "llama" else m["content"] for m in chat if m["role"] == "assistant"]
+        if style == "mistral":
+            answers = [" " + answer for answer in answers]  # its generation prompt ends before the space
+        parts = [answer + end for answer in answers]
+        if style == "plain":  # nothing ends a turn but the last, where eos is added
+            parts = answers[:-1] + [answers[-1] + end]
+        if style == "think":
+            parts[-1] = "<think>\n\n</think>\n\n" + parts[-1]
+        if style == "marked":
+            parts = [part + "\n" for part in parts]  # as the template says
+        segment = render_row({"messages": chat}, tokenizer)[0]
+        assert scored_text(tokenizer, segment) == "".join(parts), (style, n)
+        assert segment.ids.dtype == segment.labels.dtype == np.int32
+        last = render_row({"messages": chat}, tokenizer, completion_only_loss=True)[0]
+        assert scored_text(tokenizer, last) == parts[-1]
+        full = tokenizer.decode(segment.ids, skip_special=False)
+        rendered = tokenizer.render(chat)
+        assert full == rendered[: rendered.rindex(answers[-1]) + len(answers[-1])] + end if style == "plain" else full == rendered
+        everything = render_row({"messages": chat}, tokenizer, assistant_only_loss=False)[0]
+        assert (everything.labels[1:] == everything.ids[1:]).all() and everything.labels[0] == IGNORE
+        # the prompt has the ids it has at generation, and the whole goes on from there
+        prompt = tokenizer.encode(tokenizer.render(chat[:-1], True))
+        if style not in ("think", "marked") or len(chat) == 2:
+            assert last.ids[: len(prompt)].tolist() == prompt or len(chat) > 2
+        pair = render_row({"prompt": chat[:-1], "completion": chat[-1:]}, tokenizer)[0]
+        assert scored_text(tokenizer, pair) == parts[-1]
+
+
+def test_thoughts_that_a_later_turn_strips(tmp_path):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, THINK))
+    chat = say("q", "<think>\nx\n</think>\n\na", "<think> r", "<think>\ny\n</think>\n\nb")
+    segment = render_row({"messages": chat}, tokenizer)[0]
+    assert scored_text(tokenizer, segment) == "a<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
+    given = render_row({"messages": chat, "chat_template_kwargs": {"no_think": True}}, tokenizer)[0]
+    assert scored_text(tokenizer, given) == "a<|im_end|>b<|im_end|>"  # the prompt opens and closes the thought itself
+
+
+def write_wild(folder, name):
+    """A tokenizer with TRL's copy of a well-known template and every token that it names."""
+    import trl
+
+    path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not path.exists():
+        pytest.skip("this TRL has no such template")
+    write_tokenizer(folder, path.read_text(), bos_token="<|bos|>")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(sorted(set(re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", path.read_text())) | {"<|im_end|>"}))
+    backend.no_truncation()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder, path.with_name(f"{name}_training.jinja").read_text()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_instruct_2507", "llama3"])
+def test_masks_equal_trl(tmp_path, name):
+    """TRL's {% generation %} variants of templates, against ours from the templates as they are shipped. TRL's Qwen3 also
+    scores the newline that follows the end of a turn, which no model is ever asked for."""
+    folder, training = write_wild(tmp_path, name)
+    ours, theirs = Tokenizer(folder), reference(folder, training)
+    for chat in (CHATS["single"], CHATS["system"][:3], CHATS["think"][-2:], *([CHATS["multi"]] if name != "qwen3" else [])):
+        found = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = np.array(found["input_ids"]), np.array(found["assistant_masks"], bool)
+        segment = render_row({"messages": chat}, ours)[0]
+        newline = np.append(False, np.isin(ids[:-1], ours.end_ids)) & (ids == ours.encode("\n")[0])
+        assert segment.ids.tolist() == ids.tolist()
+        assert ((segment.labels != IGNORE) == (mask & ~newline)).all() and mask.any()
+
+
+def test_generation_tags_give_transformers_masks(tmp_path):
+    folder = write_tokenizer(tmp_path, MARKED)
+    ours, theirs, rng = Tokenizer(folder), reference(folder), random.Random(2)
+    for _ in range(20):
+        chat = random_chat(rng)
+        found = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        segment = render_row({"messages": chat}, ours)[0]
+        if segment.ids.tolist() == found["input_ids"]:  # else a token straddles prompt and answer there
+            assert (segment.labels != IGNORE).astype(int).tolist() == found["assistant_masks"]
+    (folder / "chat_template.jinja").write_text(MARKED.replace("+ '<|im_end|>\\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}"))
+    segment = render_row({"messages": say("q", "a", "r", "b")}, Tokenizer(folder))[0]
+    assert scored_text(Tokenizer(folder), segment) == "a<|im_end|>b<|im_end|>"  # the tags leave the end out: never here
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3", "gemma", "phi3", "deepseekv3", "qwen3_5_think"])
+def test_turns_are_found_in_templates_of_the_wild(tmp_path, name):
+    tokenizer = Tokenizer(write_wild(tmp_path, name)[0])
+    text, spans, is_open = tokenizer.turns(say("x", "x", "and", "yes"))
+    assert text == tokenizer.render(say("x", "x", "and", "yes")) and not is_open and len(spans) == 2
+    for (start, end), answer in zip(spans, ("x", "yes")):
+        assert re.fullmatch(r"(<think>)?\s*(</think>\s*)?" + answer + r"(\s*<[^<>]+>)+", text[start:end]), text[start:end]
+
+
+@real
+def test_tool_calls_are_the_models_words():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    chat = [*say("q"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "7"}, *say("", "seven")[1:]]
+    row = {"messages": chat, "tools": json.dumps(TOOLS)}
+    qwen, llama = (Tokenizer(SHARED / "tokenizers" / name) for name in ("qwen3", "llama3"))
+    assert scored_text(qwen, render_row(row, qwen)[0]) == (
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|><think>\n\n</think>\n\nseven<|im_end|>')
+    assert scored_text(llama, render_row(row, llama)[0]) == '{"name": "f", "parameters": {"x": 1}}<|eot_id|>seven<|eot_id|>'
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_schema(chatml, tmp_path):
+    scored = lambda row, **options: scored_text(chatml, render_row(row, chatml, **options)[0])
+    whole = lambda row: chatml.decode(render_row(row, chatml)[0].ids, skip_special=False)
+    row = {"prompt": "a cat", "completion": " sat"}
+    assert scored(row) == " sat<|eos|>" and whole(row) == "<|bos|>a cat sat<|eos|>"
+    assert scored(row, completion_only_loss=False) == "a cat sat<|eos|>"
+    assert scored({**row, "completion": " sat<|eos|>"}) == " sat<|eos|>"
+    assert scored({"text": "a cat"}) == "a cat<|eos|>"
+    assert scored({"prompt": "a", "completion": say("", "b")[1:]}) == "b<|im_end|>"
+    assert scored({"prompt": say("u", "v", "a"), "completion": "b"}) == "b<|im_end|>"
+    assert scored({"prompt": say("u", "v", "a"), "completion": "b"}, completion_only_loss=False) == "v<|im_end|>b<|im_end|>"
+    assert scored({"prompt": "p", "chosen": "c", "rejected": "r"}) == "c<|eos|>"
+    chat = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s", "weight": 0.5}
+    assert scored(chat) == "a<|im_end|>" and whole(chat).startswith("<|im_start|>system\ns<|im_end|>")
+    assert render_row(chat, chatml)[0].weight == 0.5 and render_row(row, chatml)[0].weight == 1
+    parts = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}, *say("", "a")[1:]]
+    assert whole({"messages": parts}).startswith("<|im_start|>user\nqr<|im_end|>")
+    alpaca = {"instruction": "do", "input": "it", "output": "done", "text": "not this"}
+    assert whole(alpaca) == "<|im_start|>user\ndo\nit<|im_end|>\n<|im_start|>assistant\ndone<|im_end|>\n"
+    bare = Tokenizer(write_tokenizer(tmp_path, bos=False))
+    segment = render_row(alpaca, bare)[0]
+    assert scored_text(bare, segment) == "done<|eos|>" and masked_text(bare, segment).endswith("### Input:\nit\n\n### Response:")
+    with pytest.raises(UserError, match="no chat template"):
+        render_row(chat, bare)
+
+
+def test_preference_rows_share_their_prompt(chatml):
+    pair = [say("", "yes")[1:], say("", "no way")[1:]]
+    rows = [{"prompt": say("q"), "chosen": pair[0], "rejected": pair[1]}, {"chosen": say("q") + pair[0], "rejected": say("q") + pair[1]},
+            {"prompt": "q", "chosen": say("q") + pair[0], "rejected": say("q") + pair[1]}]  # fmt: skip
+    for row in rows:
+        prompt, chosen, rejected = render_row(row, chatml, preference=True)
+        assert [(s.prefix, s.sequence) for s in (prompt, chosen, rejected)] == [(-1, 0), (0, 0), (0, 1)]
+        assert prompt.ids.tolist() == chatml.encode(chatml.render(say("q"), True)) and (prompt.labels == IGNORE).all()
+        assert scored_text(chatml, chosen) == "yes<|im_end|>" and scored_text(chatml, rejected) == "no way<|im_end|>"
+    prompt, chosen, rejected = render_row({"chosen": "Q: a\nA: yes", "rejected": "Q: a\nA: no"}, chatml, preference=True)
+    assert masked_text(chatml, prompt) == "<|bos|>Q: a\nA:" and scored_text(chatml, chosen) == " yes<|eos|>"
+    same = {"prompt": "q", "chosen": "a", "rejected": "a"}
+    assert render_row(same, chatml, preference=True) == "chosen and rejected are the same"
+    long = {"prompt": "a cat sat " * 20, "chosen": "yes", "rejected": "no no no no"}
+    prompt, chosen, rejected = render_row(long, chatml, 12, preference=True)
+    assert len(prompt.ids) + max(len(chosen.ids), len(rejected.ids)) == 12 and prompt.ids[0] == chatml.bos_id
+    assert render_row(long, chatml, 4, preference=True) == "answer longer than max_length"
+
+
+def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, PLAIN, sentencepiece=True))
+    assert tokenizer.prepends
+    for prompt, completion in (("a cat", " sat on"), ("a cat ", "sat"), ("x:\n", "yes"), ("a", "é")):
+        segment = render_row({"prompt": prompt, "completion": completion}, tokenizer)[0]
+        assert tokenizer.decode(segment.ids) == prompt + completion  # no second space
+        assert tokenizer.decode([tokenizer.bos_id, *segment.ids[segment.labels != IGNORE]]).strip() == completion.strip()
+
+
+@pytest.mark.parametrize("row, message", [
+    ({}, "fits no schema: it is empty"),
+    ({"question": "q", "answer": "a"}, "fits no schema: it has answer, question; wanted is one of messages"),
+    ({"prompt": "p", "completion": None}, "fits no schema: it has prompt"),
+    ({"prompt": 3, "completion": "c"}, "'prompt' must be a string, found '3'"),
+    ({"prompt": "p", "completion": {"a": 1}}, "'completion' must be a string"),
+    ({"text": ["a"]}, "'text' must be a string"),
+    ({"messages": "hi"}, "'messages' must be a list of messages, found 'hi'"),
+    ({"messages": []}, "'messages' must be a list of messages"),
+    ({"messages": ["hi"]}, r"messages\[0\] must be a message"),
+    ({"messages": [{"content": "x"}]}, r"messages\[0\] has no role"),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) must have text as its content, found 'null'"),
+    ({"messages": say("a") + [{"role": "assistant", "content": [{"type": "image"}]}]}, r"messages\[1\] \(assistant\) must have text"),
+    ({"conversations": [{"from": 3, "value": "x"}]}, r"conversations\[0\] has no role"),
+    ({"conversations": [{"from": [], "value": "x"}]}, r"conversations\[0\] has no role"),
+    ({"messages": say("a", "b"), "chat_template_kwargs": {"messages": 1}}, "'chat_template_kwargs' must be an object"),
+    ({"instruction": "i", "output": 5}, "'output' must be a string"),
+    ({"text": "a", "weight": "much"}, "'weight' must be a number"),
+    ({"text": "a", "weight": -1}, "'weight' must be a number of at least 0"),
+    ({"text": "cut \ud83d"}, "half a surrogate pair"),
+    ({"messages": say("a", "b"), "tools": "[broken"}, "'tools' must be"),
+    ({"messages": say("a", "b"), "chat_template_kwargs": 3}, "'chat_template_kwargs' must be an object"),
+])  # fmt: skip
+def test_rows_that_are_wrong_are_named(chatml, tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n\n' + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*{message}") as caught:
+        load_examples(str(path), chatml)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+# --- truncation and the ledger -------------------------------------------------------------------------------------------
+
+
+def test_truncation_takes_the_prompt_and_never_the_answer(styled):
+    style, tokenizer = styled
+    rng, seen = random.Random(3), set()
+    for _ in range(150):
+        chat = random_chat(rng)
+        row = rng.choice([{"messages": chat}, {"prompt": chat[0]["content"], "completion": chat[1]["content"]}, {"text": chat[0]["content"]}])
+        whole = render_row(row, tokenizer)
+        if isinstance(whole, str):
+            continue
+        whole, room = whole[0], rng.randint(1, 60)
+        cut = render_row(row, tokenizer, room)
+        scored = whole.labels != IGNORE
+        last = int(np.flatnonzero(scored)[-1]) + 1
+        answer = next(n for n in range(last + 1) if n == last or not scored[last - 1 - n])
+        if "text" in row:
+            seen.add("text")
+            assert cut == "nothing scored" or len(cut[0].ids) == min(room, len(whole.ids)) and (cut[0].ids == whole.ids[: len(cut[0].ids)]).all()
+        elif isinstance(cut, str):
+            seen.add(cut)
+            assert cut == "answer longer than max_length" and answer + 1 > room
+        else:
+            seen.add("cut" if len(cut[0].ids) < len(whole.ids) else "whole")
+            kept = cut[0]
+            assert len(kept.ids) <= room or len(whole.ids) <= room
+            end = int(np.flatnonzero(kept.labels != IGNORE)[-1]) + 1
+            assert kept.labels[end - answer : end].tolist() == whole.labels[last - answer : last].tolist()
+            if int(whole.ids[0]) in tokenizer.special_ids:
+                assert kept.ids[0] == whole.ids[0]
+            runs = lambda labels: "".join("x" if label != IGNORE else " " for label in labels).split()
+            assert all(run in runs(whole.labels) for run in runs(kept.labels))  # an answer is scored whole or not at all
+            assert len(kept.ids) == min(room, len(whole.ids)) or len(kept.ids) == last <= room
+    assert {"text", "cut", "whole", "answer longer than max_length"} <= seen
+
+
+def test_fit_by_hand():
+    ids, no, yes = np.arange(10), [False], [True]
+    flags = lambda *runs: np.array([flag for run in runs for flag in run])
+    got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 5, {0})
+    assert got[0].tolist() == [0, 6, 7, 8, 9] and got[1].tolist() == [False] * 3 + [True] * 2
+    got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 7, {0})  # through the first answer: its rest is context
+    assert got[0].tolist() == [0, 4, 5, 6, 7, 8, 9] and got[1].sum() == 2
+    got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 8, set())
+    assert got[0].tolist() == [*range(2, 10)] and got[1].sum() == 4
+    got = fit(ids, flags(no * 3, yes * 2, no * 5), 4, set())  # what follows the last answer goes first
+    assert got[0].tolist() == [1, 2, 3, 4]
+    assert fit(ids, flags(no * 8, yes * 2), 2, {0}) is None
+    assert fit(ids, flags(no * 8, yes * 2), 3, {0})[0].tolist() == [0, 8, 9]
+    assert fit(ids, flags(no, yes * 9), 4, {0})[0].tolist() == [0, 1, 2, 3]  # a text
+
+
+@pytest.mark.parametrize("preference", [False, True])
+def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
+    rng, path, rows = random.Random(4), tmp_path / "rows.jsonl", []
+    for _ in range(120):
+        chat = random_chat(rng)
+        pair = {"prompt": chat[0]["content"] * rng.randint(1, 4), "chosen": chat[1]["content"], "rejected": rng.choice(["no", chat[1]["content"]])}
+        rows.append(pair if preference else rng.choice([{"messages": chat}, pair, {"text": chat[0]["content"]}, {"messages": say("only asked")},
+                                                         {"prompt": "p", "completion": ""}]))  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    examples, kept, ledger = load_examples([path], chatml, max_length=24, max_samples=100, seed=5, preference=preference)
+    full = [render_row(row, chatml, preference=preference) for row in rows]
+    assert len(examples) == len(kept) == ledger.examples and ledger.rows == 120 and ledger.rows_not_sampled == 20
+    assert ledger.rows == ledger.examples + ledger.rows_dropped + ledger.rows_not_sampled
+    assert ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
+    assert ledger.scored == sum((s.labels != IGNORE).sum() for e in examples for s in e)
+    assert ledger.scored + ledger.masked == sum(len(s.ids) for e in examples for s in e)
+    assert sum(r["rows"] for r in ledger.reasons.values()) == ledger.rows_dropped
+    assert sum(r["tokens"] for r in ledger.reasons.values()) == ledger.dropped
+    before = [render_row(row, chatml, preference=preference) for row in kept]
+    assert ledger.truncated == sum(len(s.ids) for e in before for s in e) - ledger.scored - ledger.masked
+    assert ledger.truncated_scored == sum((s.labels != IGNORE).sum() for e in before for s in e) - ledger.scored
+    assert "answer longer than max_length" in ledger.reasons and all(r["where"][0].startswith(str(path)) for r in ledger.reasons.values())
+    assert ("chosen and rejected are the same" if preference else "nothing scored") in ledger.reasons
+    assert json.loads(json.dumps(ledger.as_dict()))["tokens"] == ledger.tokens and 2 <= len(str(ledger).splitlines()) <= 3
+    again = load_examples([path], chatml, max_length=24, max_samples=100, seed=5, preference=preference)[1]
+    other = load_examples([path], chatml, max_length=24, max_samples=100, seed=6, preference=preference)[1]
+    assert again == kept != other and [rows.index(row) for row in kept] == sorted(rows.index(row) for row in kept)
+    assert any(isinstance(found, str) for found in full)
+
+
+def test_what_could_teach_nothing_stops_the_run(chatml, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": say("only asked")}))
+    with pytest.raises(UserError, match=r"nothing to train on: .*nothing scored: 1, as .*rows.jsonl:1"):
+        load_examples(path, chatml)
+    path.write_text(json.dumps({"text": "a cat sat on the mat and said"}))
+    with pytest.raises(UserError, match="never learn to stop"):
+        load_examples(path, chatml, max_length=4)
+
+
+def test_holdout_is_a_seeded_partition():
+    rows = [{"n": n} for n in range(50)]
+    (kept, kept_rows), (held, held_rows) = split_holdout(list(range(50)), rows, 0.2, seed=1)
+    assert len(held) == 10 and sorted(kept + held) == list(range(50)) and [r["n"] for r in held_rows + kept_rows] == held + kept
+    assert split_holdout(list(range(50)), rows, 10, seed=1)[1][0] == held != split_holdout(list(range(50)), rows, 10, seed=2)[1][0]
+    with pytest.raises(UserError, match="cannot hold out 50 of 50"):
+        split_holdout(list(range(50)), rows, 50)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+ROWS = [{"text": "é\u2028 one"}, {"text": "two\n\nlines"}, {"text": "three"}]
+
+
+def test_readers_agree(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    (tmp_path / "a.jsonl").write_text("\ufeff" + lines.replace("\n", "\n\n", 1), encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    (tmp_path / "b.json").write_text(json.dumps({"data": ROWS}))
+    (tmp_path / "c.json").write_text(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.DictWriter(file, ["text"]).writeheader()
+        csv.DictWriter(file, ["text"]).writerows(ROWS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    files = sorted(tmp_path.iterdir())
+    assert all([row for _, row in read_rows(str(file))] == ROWS for file in files) and len(files) == 7
+    assert [where for where, _ in read_rows(tmp_path / "a.jsonl")] == [f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 3, 4)]
+    assert read_rows(tmp_path / "b.json")[2][0] == f"{tmp_path / 'b.json'}[2]" and len(read_rows(tmp_path)) == 21
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON: .*found|a.jsonl:2: not JSON: Expecting value: '{\"text\":'"),
+    ("a.jsonl", b'{"text": "x"}\n[1, 2]\n', r"a.jsonl:2: a row is an object, found '\[1, 2\]'"),
+    ("a.jsonl", b'{"text": "x"}\n"y"\n', "a.jsonl:2: a row is an object"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8: byte 0xff"),
+    ("a.jsonl", b"", "a.jsonl: no rows in it"),
+    ("a.jsonl", b"\n\n", "a.jsonl: no rows in it"),
+    ("a.jsonl", b"[" * 100000, "a.jsonl:1: not JSON"),
+    ("a.json", b'[{"text": "x"},\n {"text" "y"}]', "a.json:2: not JSON: Expecting ':' delimiter"),
+    ("a.json", b'{"rows": []}', r"a.json: expected a list of rows"),
+    ("a.json", b"[]", "a.json: no rows in it"),
+    ("a.json", b"", "a.json:1: not JSON"),
+    ("a.json", b'[{"text": "x"}, 5]', r"a.json\[1\]: a row is an object, found '5'"),
+    ("a.jsonl.gz", b"not gzip", "a.jsonl.gz: cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99)[:-9], "a.jsonl.gz: cannot be read"),
+    ("a.csv", b"text\nx\ny,z\n", r"a.csv\[1\]: more fields than the header's 1"),
+    ("a.parquet", b"PAR1 not really", "a.parquet: not a parquet file"),
+    ("a.txt", b"x", "a.txt: not a known kind of file; known are .jsonl"),
+])  # fmt: skip
+def test_files_that_are_wrong_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_rows(str(tmp_path / name))
+    assert len(str(caught.value).splitlines()) <= 2 and len(str(caught.value)) < 300
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"trian.jsonl: no such file \(nearest: .*train.jsonl"):
+        read_rows(str(tmp_path / "trian.jsonl"))
+
+
+@real
+def test_a_data_set_of_the_hub(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    for name in ("org/one/data/train-00000-of-00002", "org/one/data/train-00001-of-00002", "org/one/data/test-00000-of-00001",
+                 "org/two/main/train-00000-of-00001", "org/two/main/test-00000-of-00001", "org/two/other/train-00000-of-00001"):  # fmt: skip
+        path = tmp_path / "root" / "datasets" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": name}]), path)
+    hub = subprocess.Popen([sys.executable, SHARED / "tools" / "minihub.py", tmp_path / "root", "--port", "0"], stdout=subprocess.PIPE, text=True)
+    code = """if 1:
+        import sys; sys.path.insert(0, sys.argv[1])
+        from data import UserError, read_rows
+        for source in sys.argv[2:]:
+            try: print([row["text"].removeprefix("org/") for _, row in read_rows(source)])
+            except UserError as error: print("error:", error)"""
+    try:
+        url = hub.stdout.readline().split()[-1]
+        env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "local", "HF_HUB_OFFLINE": "0"}
+        sources = ["org/one", "org/one:test", "org/two:main", "org/two:main:test", "org/two", "org/two:mian", "org/none"]
+        output = subprocess.run([sys.executable, "-c", code, Path(data.__file__).parent, *sources], env=env, capture_output=True, text=True)
+    finally:
+        hub.terminate()
+    lines = output.stdout.splitlines()
+    assert lines[0] == "['one/data/train-00000-of-00002', 'one/data/train-00001-of-00002']", output.stderr
+    assert lines[1:4] == ["['one/data/test-00000-of-00001']", "['two/main/train-00000-of-00001']", "['two/main/test-00000-of-00001']"]
+    assert lines[4].startswith("error: org/two has several parts; name one of: org/two:main:train, org/two:other:train")
+    assert lines[5].startswith("error: org/two:mian has no such part") and lines[6].startswith("error: org/none: no file here")
+    assert "local" not in lines[6] and len(lines) == 7
+
+
+# --- settings ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Base:
+    seed: int = 42  # of order and dropout
+    lora_r: int = 16  # rank; 0: full fine-tuning
+    max_length: int | None = None  # tokens of an example # not more
+
+
+@dataclass
+class Settings(Base):
+    model: str = "tiny"  # folder or hub id, 100 %
+    learning_rate: float = 2e-4  # peak
+    data: list[str] = field(default_factory=lambda: ["a.jsonl", "b.jsonl"])  # files
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decays
+    merge: bool = True  # write merged/
+    target_modules: str | list[str] = "all-linear"  # which layers
+    rank_pattern: dict = field(default_factory=dict)  # ranks by name
+    kind: Literal["linear", "cosine"] = "cosine"  # of schedule
+    val_size: float | int = 0.0  # share or count
+
+
+def test_flags_and_files_make_a_config(tmp_path):
+    assert parse_config(Settings, []) == Settings()
+    got = parse_config(Settings, "--lora-r 8 --learning_rate=1e-3 --data x.jsonl d/y.jsonl --merge false --max_length 5 --kind linear".split())
+    assert got == Settings(lora_r=8, learning_rate=1e-3, data=["x.jsonl", "d/y.jsonl"], merge=False, max_length=5, kind="linear")
+    assert parse_config(Settings, ["--merge"]).merge is True and parse_config(Settings, ["--max_length", "none"]).max_length is None
+    assert parse_config(Settings, ["--betas", "0.8,0.9"]).betas == [0.8, 0.9] and parse_config(Settings, ["--data", "x"]).data == ["x"]
+    for words, modules in ((["all-linear"], "all-linear"), (["q_proj", "v_proj"], ["q_proj", "v_proj"]), (["q_proj,v_proj"], ["q_proj", "v_proj"])):
+        assert parse_config(Settings, ["--target_modules", *words]).target_modules == modules
+    assert parse_config(Settings, ["--rank_pattern", '{"q_proj": 4}']).rank_pattern == {"q_proj": 4}
+    assert parse_config(Settings, ["--cutoff_len", "7", "--lora-rank", "3"]) == Settings(max_length=7, lora_r=3)
+    path = tmp_path / "c.yaml"
+    path.write_text("lora: {r: 32}\ntraining:\n  learning_rate: 3e-5\n  deep: {seed: 1}\ncutoff_len: 9\ndata: z.jsonl\nrank_pattern: {a: 1}\nval_size: 5\n")
+    got = parse_config(Settings, ["--config", str(path), "--seed", "2"])
+    assert got == Settings(lora_r=32, learning_rate=3e-5, seed=2, max_length=9, data=["z.jsonl"], rank_pattern={"a": 1}, val_size=5)
+    (tmp_path / "c.json").write_text('{"lora": {"r": 4}, "merge": false,\n\t"learning_rate": 1}')
+    got = parse_config(Settings, ["--config", str(tmp_path / "c.json")])
+    assert got == Settings(lora_r=4, merge=False, learning_rate=1.0) and isinstance(got.learning_rate, float)
+
+
+@pytest.mark.parametrize("words, file, message", [
+    (["--lora_rr", "3"], None, r"unknown flag --lora_rr \(nearest: lora_r"),
+    (["--learning_rate", "fast"], None, "--learning_rate: expected float, found 'fast'"),
+    (["--seed", "1.5"], None, "--seed: expected int, found '1.5'"),
+    (["--merge", "perhaps"], None, "--merge: expected bool, found 'perhaps'"),
+    (["--kind", "round"], None, "--kind: expected .*linear.*found 'round'"),
+    (["--rank_pattern", "{x"], None, "--rank_pattern: expected dict, found"),
+    (["stray"], None, "unrecognized arguments: stray"),
+    (["--seed"], None, "argument --seed: expected one argument"),
+    (["--config", "nowhere.yaml"], None, "--config nowhere.yaml: No such file"),
+    ([], "lora: {rr: 3}", r"c.yaml: unknown key 'lora.rr' \(nearest: lora_r"),
+    ([], "seed: true", "c.yaml: seed: expected int, found 'true'"),
+    ([], "seed: [1]", r"c.yaml: seed: expected int, found '\[1\]'"),
+    ([], "learning_rate: null", "c.yaml: learning_rate: expected float, found 'null'"),
+    ([], "data: {a: 1}", "c.yaml: unknown key 'data.a'"),
+    ([], "seed: 1\nseed: 2", "c.yaml:2: key 'seed' is given twice"),
+    ([], "lora: {r: 1}\nlora_r: 2", "c.yaml: lora_r is given twice, the second time as 'lora_r'"),
+    ([], "- 1", r"c.yaml: expected settings, found '\[1\]'"),
+    ([], "a: [1\nb: 2", "c.yaml:2: not YAML"),
+    ([], "", "c.yaml: expected settings, found 'null'"),
+])  # fmt: skip
+def test_settings_that_are_wrong_are_named(tmp_path, words, file, message):
+    if file is not None:
+        (tmp_path / "c.yaml").write_text(file)
+        words = ["--config", str(tmp_path / "c.yaml")]
+    with pytest.raises(UserError, match=message) as caught:
+        parse_config(Settings, words)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_help_explains_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Settings, ["--help"], "What it does.")
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and "What it does." in text
+    for part in ("--lora_r INT rank; 0: full fine-tuning (default: 16)", "folder or hub id, 100 % (default: tiny)",
+                 "files (default: a.jsonl b.jsonl)", "tokens of an example # not more (default: None)", "--config FILE"):  # fmt: skip
+        assert part in text
+
+
+def test_show_prints_rows_and_ledger(tmp_path, chatml, capsys, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": say("a cat", "sat")}))
+    words = ["data.py", "show", "--model", str(chatml.folder), "--data", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(sys, "argv", words)
+    data.main()
+    output = capsys.readouterr().out
+    assert "<|im_start|>assistant\n⟦sat<|im_end|>⟧\n" in output and "1 rows: 1 examples" in output
+    for wrong, message in (([*words, "--dta", "x"], r"unknown flag --dta \(nearest: data"), (["data.py", "shw"], "unknown command 'shw'"),
+                           (["data.py", "show", "--data", "x"], "--model is needed")):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", wrong)
+        with pytest.raises(UserError, match=message):
+            data.main()
