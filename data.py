@@ -352,7 +352,7 @@ def hub_files(source):
 
 
 def read_rows(source):
-    """[(where, row), ...] of a .jsonl, .json, .csv or .parquet file, .gz too, a folder of them, or the hub's `org/name`.
+    """[(where, row), ...] of a .jsonl, .json, .csv or .parquet file, .gz too, a folder of them, or a hub's `org/name`.
 
     `where` is 'file:line' of lines, 'file[index]' of anything else; a UserError begins with it and says what is there.
     """
@@ -476,7 +476,7 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
         return [ask, *sides] if preference else [ask + sides[0]]
     kwargs = row.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict) or kwargs.keys() & {"messages", "add_generation_prompt", "keep_marks"}:
-        raise UserError(f"'chat_template_kwargs' must be an object of the template's own variables, found {brief(kwargs)}")
+        raise UserError(f"'chat_template_kwargs' must be an object of the template's variables, found {brief(kwargs)}")
     if row.get("tools"):
         try:
             kwargs = kwargs | {"tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]}

@@ -1,8 +1,8 @@
 """Evaluation: answers parsed out of generated reasoning.
 
-The decision that is not obvious: a model that never writes `Answer: X` is still asked. Its text is followed by "Answer:" and
-the likeliest letter counts, so a base model that knows nothing of the format lands at chance instead of at zero, and the
-gain of training is not the gain of learning a format.
+The decision that is not obvious: a model that never writes `Answer: X` is still asked. Its text is followed by
+"Answer:" and the likeliest letter counts, so a base model that knows nothing of the format lands at chance instead of
+at zero, and the gain of training is not the gain of learning a format.
 """
 
 import re
@@ -31,7 +31,8 @@ def split_prompt(example):
 
 @torch.inference_mode()
 def likeliest(model, contexts, choices):
-    """For each context (ids), the index of the choice (ids) with the highest summed log-probability; contexts are computed once."""
+    """For each context (ids), the index of the choice (ids) with the highest summed log-probability; contexts are
+    computed once."""
     none = [np.full(len(ids), IGNORE) for ids in contexts]
     examples = [[Segment(np.asarray(ids), mask), *(Segment(np.asarray(c), np.asarray(c), 0, n) for n, c in enumerate(choices))]
                 for ids, mask in zip(contexts, none)]
@@ -41,10 +42,11 @@ def likeliest(model, contexts, choices):
 
 
 def answer_questions(model, tokenizer, examples, max_new_tokens=128, batch_size=64):
-    """Greedy answers to SFT examples: [{'prompt', 'reference', 'output', 'gold', 'answer', 'forced'}], texts and letters.
+    """Greedy answers to SFT examples: [{'prompt', 'reference', 'output', 'gold', 'answer', 'forced'}], texts and
+    letters.
 
-    gold is the letter of the reference, None where it has none; answer is the output's letter, or, `forced`, the likeliest of
-    the letters that occur as gold. Accuracy is the share of rows with a gold whose answer equals it.
+    gold is the letter of the reference, None where it has none; answer is the output's letter, or, `forced`, the
+    likeliest of the letters that occur as gold. Accuracy is the share of rows with a gold whose answer equals it.
     """
     split = [split_prompt(example) for example in examples]
     found = []

@@ -1,9 +1,10 @@
 """Qwen3, Llama (2, 3, 3.1, 3.2) and Qwen2 in plain PyTorch, straight from Hugging Face safetensors.
 
 The decision that is not obvious: there is no batch dimension and no padding. A batch is one stream of T tokens cut into
-segments; a segment may continue another one (its prefix), whose tokens it then sees too. Documents are segments without a
-prefix, a preference pair is a prompt with two continuations, a multiple-choice question is one context with k continuations:
-what they share is computed once. Module paths are the checkpoint's tensor names, so loading needs no mapping.
+segments; a segment may continue another one (its prefix), whose tokens it then sees too. Documents are segments without
+a prefix, a preference pair is a prompt with two continuations, a multiple-choice question is one context with k
+continuations: what they share is computed once. Module paths are the checkpoint's tensor names, so loading needs no
+mapping.
 
 Shape letters, here and in the other modules: T packed tokens, S scored positions, B sequences, C hidden size, H heads,
 K key/value heads, D head dim, V vocabulary, L layers, R LoRA rank.
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-# --- what every command shares: mistakes that are the user's -------------------------------------------------------------
+# --- what every command shares: mistakes that are the user's ----------------------------------------------------------
 
 
 class UserError(Exception):
@@ -48,7 +49,8 @@ def nearest(name, options) -> str:
 
 
 def cli(main):
-    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, without a traceback."""
+    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, without a
+    traceback."""
     try:
         main()
     except UserError as error:
@@ -66,7 +68,7 @@ def cli(main):
     sys.exit(2)
 
 
-# --- the packed batch ----------------------------------------------------------------------------------------------------
+# --- the packed batch -------------------------------------------------------------------------------------------------
 
 IGNORE = -100  # the label of a token that is not scored
 
@@ -85,9 +87,9 @@ class Segment(NamedTuple):
 class Batch:
     """Examples packed into one stream.
 
-    tokens (T,), positions (T,); segments [(start, stop, prefix)], prefix the index of a segment or -1; and for every scored
-    token: scored (S,) the position whose hidden state predicts it, targets (S,) its id, sequence (S,) the sequence it
-    belongs to, numbered over the batch up to num_sequences, weights (S,) what it counts.
+    tokens (T,), positions (T,); segments [(start, stop, prefix)], prefix the index of a segment or -1; and for every
+    scored token: scored (S,) the position whose hidden state predicts it, targets (S,) its id, sequence (S,) the
+    sequence it belongs to, numbered over the batch up to num_sequences, weights (S,) what it counts.
     """
 
     tokens: Tensor
@@ -101,7 +103,8 @@ class Batch:
 
     @classmethod
     def pack(cls, examples, device="cpu"):
-        """examples: a list of lists of Segment. The first token of a segment without a prefix has no predictor: never scored."""
+        """examples: a list of lists of Segment. The first token of a segment without a prefix has no predictor: never
+        scored."""
         ids, positions, segments, scored, targets, sequence, weights = [], [], [], [], [], [], []
         start = num_sequences = 0
         for example in examples:
@@ -138,7 +141,8 @@ class Batch:
 
     @cached_property
     def keys(self):
-        """Per segment the positions it sees, ancestors first: a slice where they are adjacent in the stream, else (n,)."""
+        """Per segment the positions it sees, ancestors first: a slice where they are adjacent in the stream, else
+        (n,)."""
         found = []
         for index in range(len(self.segments)):
             spans = [self.segments[i][:2] for i in self.lineage(index)]
@@ -167,7 +171,8 @@ class Batch:
 
     @cached_property
     def varlen(self):
-        """varlen_attn's description of the batch: key positions (or None: the stream itself), cu_q, cu_k, max_q, max_k."""
+        """varlen_attn's description of the batch: key positions (or None: the stream itself), cu_q, cu_k, max_q,
+        max_k."""
         queries = [stop - start for start, stop, _ in self.segments]
         spans = [[self.segments[i][:2] for i in self.lineage(index)] for index in range(len(self.segments))]
         lengths = [sum(stop - start for start, stop in line) for line in spans]
@@ -180,7 +185,7 @@ class Batch:
         return gather, *cu, max(queries), max(lengths)
 
 
-# --- attention: three ways to the same numbers -----------------------------------------------------------------------------
+# --- attention: three ways to the same numbers ------------------------------------------------------------------------
 
 
 def eager_attention(q, k, v, batch):
@@ -193,7 +198,8 @@ def eager_attention(q, k, v, batch):
 
 
 def sdpa_attention(q, k, v, batch):
-    """One segment at a time over what it sees; never a (T, T) mask. Short ones on a CPU go through product_attention."""
+    """One segment at a time over what it sees; never a (T, T) mask. Short ones on a CPU go through
+    product_attention."""
     outputs = []
     for (start, stop, _), keys in zip(batch.segments, batch.keys):
         one = q[start:stop], k[keys], v[keys]
@@ -209,8 +215,9 @@ def sdpa_attention(q, k, v, batch):
 
 
 def product_attention(q, k, v, bias):
-    """One segment as plain matrix products, a group's query heads stacked on their key head. On a CPU with 16-bit products
-    this is up to 2.8 times as fast, forward and backward, as the flash kernel, whose tiles are made for long sequences."""
+    """One segment as plain matrix products, a group's query heads stacked on their key head. On a CPU with 16-bit
+    products this is up to 2.8 times as fast, forward and backward, as the flash kernel, whose tiles are made for long
+    sequences."""
     (own, H, D), K = q.shape, k.shape[1]
     rows = q.view(own, K, H // K, D).permute(1, 2, 0, 3).reshape(K, -1, D)  # (K, H/K · own, D)
     scores = torch.baddbmm(bias.repeat(H // K, 1), rows, k.permute(1, 2, 0), alpha=D**-0.5)
@@ -218,7 +225,8 @@ def product_attention(q, k, v, bias):
 
 
 def varlen_attention(q, k, v, batch):
-    """PyTorch's own variable-length flash attention (CUDA, 16 bit): bottom-right causal, so prefixes are just more keys."""
+    """PyTorch's own variable-length flash attention (CUDA, 16 bit): bottom-right causal, so prefixes are just more
+    keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     gather, cu_q, cu_k, max_q, max_k = batch.varlen
@@ -231,7 +239,8 @@ ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "varlen": varlen_
 
 
 def choose_attention(wanted, config, dtype, device):
-    """(name, notice): 'auto' is varlen where it runs (tried on two tokens), else sdpa; notice is '' or one line to print."""
+    """(name, notice): 'auto' is varlen where it runs (tried on two tokens), else sdpa; notice is '' or one line to
+    print."""
     if wanted not in ("auto", "flash", *ATTENTION):
         raise UserError(f"attn_implementation: {wanted!r} is not one of auto, flash, {', '.join(ATTENTION)}"
                         + nearest(wanted, ATTENTION))
@@ -248,7 +257,7 @@ def choose_attention(wanted, config, dtype, device):
         return "sdpa", f"attention: varlen does not run here ({reason}); using sdpa"
 
 
-# --- configuration -----------------------------------------------------------------------------------------------------------
+# --- configuration ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -381,8 +390,9 @@ def rope_parameters(raw, faults):
 
 
 def rope_frequencies(config):
-    """(inv_freq (D/2,) fp32, the factor on cos and sin). Plain and linear: Su et al. 2021, arXiv:2104.09864, Chen et al. 2023,
-    arXiv:2306.15595; yarn: Peng et al. 2023, arXiv:2309.00071, eqs. 17-22; llama3: as Llama 3.1's reference code scales."""
+    """(inv_freq (D/2,) fp32, the factor on cos and sin). Plain and linear: Su et al. 2021, arXiv:2104.09864, Chen et
+    al. 2023, arXiv:2306.15595; yarn: Peng et al. 2023, arXiv:2309.00071, eqs. 17-22; llama3: as Llama 3.1's reference
+    code scales."""
     rope, dim = config.rope, config.head_dim
     kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor") or 1.0
     plain = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
@@ -416,11 +426,12 @@ def rope_frequencies(config):
     return plain, 1.0
 
 
-# --- the network -------------------------------------------------------------------------------------------------------------
+# --- the network ------------------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
-    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here, a frozen one is as it was."""
+    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here, a frozen one is as it
+    was."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -459,8 +470,8 @@ class RMSNorm(nn.Module):
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary positions on x (T, heads, D), halves paired; cos and sin (T, 1, D/2) fp32, the product rounded once to x.dtype.
-    A rotation's gradient is the rotation back, so x need not be kept."""
+    """Rotary positions on x (T, heads, D), halves paired; cos and sin (T, 1, D/2) fp32, the product rounded once to
+    x.dtype. A rotation's gradient is the rotation back, so x need not be kept."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -539,7 +550,8 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The causal language model. Its state_dict is the checkpoint; with tied embeddings there is no lm_head, as in the file."""
+    """The causal language model. Its state_dict is the checkpoint; with tied embeddings there is no lm_head, as in the
+    file."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -584,7 +596,7 @@ class Transformer(nn.Module):
         return token_logps(self(batch)[batch.scored], self.head_weight(), batch.targets)
 
 
-# --- the one primitive that scores tokens --------------------------------------------------------------------------------------
+# --- the one primitive that scores tokens -----------------------------------------------------------------------------
 
 CHUNK = 256  # scored positions whose logits exist at a time: (256, V) in the stream's dtype
 
@@ -592,7 +604,8 @@ CHUNK = 256  # scored positions whose logits exist at a time: (256, V) in the st
 def log_softmax_(logits, targets, keep_grad):
     """Log-probabilities (n,) fp32 of targets under logits (n, V). keep_grad: logits become d logp / d logits, in place.
 
-    On a CPU a few rows at a time, so that the fp32 rows stay in cache: half the time of the head would go there otherwise.
+    On a CPU a few rows at a time, so that the fp32 rows stay in cache: half the time of the head would go there
+    otherwise.
     """
     rows = len(logits) if logits.device.type != "cpu" else max(1, 2**21 // logits.shape[1])
     found = []
@@ -608,7 +621,8 @@ def log_softmax_(logits, targets, keep_grad):
 
 
 def head_matmul(hidden, weight):
-    """hidden (n, C) times weight.T (C, V); CUDA keeps the fp32 accumulator, elsewhere the result is rounded to the dtype."""
+    """hidden (n, C) times weight.T (C, V); CUDA keeps the fp32 accumulator, elsewhere the result is rounded to the
+    dtype."""
     weight = weight.to(hidden.dtype)
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
@@ -616,8 +630,8 @@ def head_matmul(hidden, weight):
 
 
 class FrozenHead(torch.autograd.Function):
-    """token_logps of a head that does not train. d logp_s / d hidden_s = W[target] - softmax W is known in the forward pass,
-    a row per position, so backward is one multiplication by the upstream gradient and saves (S, C) alone."""
+    """token_logps of a head that does not train. d logp_s / d hidden_s = W[target] - softmax W is known in the forward
+    pass, a row per position, so backward is one multiplication by the upstream gradient and saves (S, C) alone."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
@@ -657,12 +671,13 @@ def token_logps(hidden, weight, targets):
                       for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK))])
 
 
-# --- generation ------------------------------------------------------------------------------------------------------------------
+# --- generation -------------------------------------------------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of B rows of up to N tokens, per layer (B, N, K, D). The first pass is a packed batch of the prompts
-    (it attends as any batch does); every later pass adds one token to each live row and attends over the row."""
+    """Keys and values of B rows of up to N tokens, per layer (B, N, K, D). The first pass is a packed batch of the
+    prompts (it attends as any batch does); every later pass adds one token to each live row and attends over the
+    row."""
 
     def __init__(self, model, lengths, room):
         c = model.config
@@ -693,8 +708,8 @@ class KVCache:
 def sample(logits, uniform, temperature, top_k, top_p):
     """One token per row of logits (B, V) by inverse transform of uniform (B,) in [0, 1). temperature 0 is greedy.
 
-    Order as in transformers: temperature, then the top_k likeliest, then the smallest set of them whose mass reaches top_p
-    (Holtzman et al. 2020, arXiv:1904.09751).
+    Order as in transformers: temperature, then the top_k likeliest, then the smallest set of them whose mass reaches
+    top_p (Holtzman et al. 2020, arXiv:1904.09751).
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -711,7 +726,8 @@ def sample(logits, uniform, temperature, top_k, top_p):
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, eos_ids=None, seed=0):
-    """Continues prompts, a list of B id lists of any lengths -> B lists of new ids, each ending before its first end token.
+    """Continues prompts, a list of B id lists of any lengths -> B lists of new ids, each ending before its first end
+    token.
 
     eos_ids: end tokens (default: the config's). Row i draws from (seed, i), whatever else is in the batch.
     """
@@ -748,7 +764,7 @@ def generate(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, top_p
     return outputs
 
 
-# --- checkpoints: read strictly, streamed; written aside and renamed -----------------------------------------------------------------
+# --- checkpoints: read strictly, streamed; written aside and renamed --------------------------------------------------
 
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
@@ -768,7 +784,8 @@ def read_json(path):
 
 
 def resolve(name, revision=None):
-    """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text files alone)."""
+    """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text files
+    alone)."""
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -791,7 +808,8 @@ def resolve(name, revision=None):
 
 
 def checkpoint_tensors(folder):
-    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded; no data is read."""
+    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded; no data is
+    read."""
     folder, index, single = Path(folder), Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
     if single.exists():
         weight_map, files = {}, [single.name]
@@ -877,7 +895,8 @@ def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", rev
 
 @contextmanager
 def written_aside(target):
-    """A folder to write into. It is synced and takes target's place when the block ends well, and is removed when not."""
+    """A folder to write into. It is synced and takes target's place when the block ends well, and is removed when
+    not."""
     target = Path(target)
     aside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
 
@@ -915,8 +934,8 @@ def write_tensors(tensors, file):
 def save_model(tensors, folder, source, max_shard_bytes=5 * 10**9):
     """Writes a checkpoint in the Hugging Face layout that opens in transformers and vLLM.
 
-    tensors: (name, tensor) pairs, taken one at a time: no more than a shard of them is held. They are stored in the dtype
-    that the config of `source` names; its config, tokenizer and chat template are copied as they are.
+    tensors: (name, tensor) pairs, taken one at a time: no more than a shard of them is held. They are stored in the
+    dtype that the config of `source` names; its config, tokenizer and chat template are copied as they are.
     """
     dtype = DTYPES[ModelConfig.read(source).dtype]
     with written_aside(folder) as aside:

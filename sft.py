@@ -1,8 +1,8 @@
 """Supervised fine-tuning, and the training loop that SFT and DPO share.
 
-The decision that is not obvious: a step is planned before it runs. Which examples it holds follows from (seed, epoch, step)
-alone, and the number that divides its loss (scored tokens, or pairs) is known from the data. So how a step is cut into
-micro-batches is a matter of memory, never of the result; and going on at step k needs no random state.
+The decision that is not obvious: a step is planned before it runs. Which examples it holds follows from (seed, epoch,
+step) alone, and the number that divides its loss (scored tokens, or pairs) is known from the data. So how a step is cut
+into micro-batches is a matter of memory, never of the result; and going on at step k needs no random state.
 
     python sft.py                                        # the embedded tiny model and question set, about a minute
     python sft.py --model Qwen/Qwen3-0.6B --data my.jsonl --output_dir output/mine
@@ -39,7 +39,8 @@ EXAMPLES = Path(__file__).resolve().parent / "examples"
 
 @dataclass
 class SFTConfig(LoRAConfig):
-    """Everything a run can be told. Names are those of transformers' TrainingArguments, TRL's SFTConfig and PEFT's LoraConfig."""
+    """Everything a run can be told. Names are those of transformers' TrainingArguments, TRL's SFTConfig and PEFT's
+    LoraConfig."""
 
     model: str = ""  # folder or hub id of the model to train; none: the embedded tiny one
     revision: str | None = None  # branch, tag or commit of a hub id
@@ -111,7 +112,7 @@ CHOICES = {
 }
 
 
-# --- the plan ------------------------------------------------------------------------------------------------------------------
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 def count_tokens(example):
@@ -125,7 +126,8 @@ def count_scored(example):
 
 
 class Plan:
-    """Which examples each optimizer step holds. `count(example)` is what an example adds to the number that divides the loss.
+    """Which examples each optimizer step holds. `count(example)` is what an example adds to the number that divides the
+    loss.
 
     Every epoch is a permutation drawn from (seed, epoch), cut into steps of per_device_train_batch_size ×
     gradient_accumulation_steps examples; the last step of an epoch may be smaller, as in transformers' Trainer.
@@ -180,7 +182,8 @@ def micro_batches(examples, budget, device):
 
 
 def learning_rate(step, steps, config):
-    """The learning rate of step `step` (from 0) of `steps`: linear warmup, then as transformers' schedules of the same names."""
+    """The learning rate of step `step` (from 0) of `steps`: linear warmup, then as transformers' schedules of the same
+    names."""
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
     if config.lr_scheduler_type == "constant":
         return config.learning_rate
@@ -191,7 +194,7 @@ def learning_rate(step, steps, config):
     return config.learning_rate * shape[config.lr_scheduler_type]
 
 
-# --- the loop ------------------------------------------------------------------------------------------------------------------
+# --- the loop ---------------------------------------------------------------------------------------------------------
 
 
 def sft_loss(model, batch):
@@ -222,7 +225,8 @@ def accumulate(model, examples, count, loss_fn, budget):
 
 @torch.no_grad()
 def evaluate_loss(model, examples, loss_fn, config, count=count_scored):
-    """{'eval_loss': mean per scored token (or pair), and loss_fn's metrics likewise} on held-out examples, without dropout."""
+    """{'eval_loss': mean per scored token (or pair), and loss_fn's metrics likewise} on held-out examples, without
+    dropout."""
     training = model.training
     model.eval()
     total, sums = 0.0, {}
@@ -268,7 +272,8 @@ def train(model, steps, loss_fn, config, evaluate=None):
     """Runs the plan `steps` from the last checkpoint in config.output_dir, if any, to its end.
 
     loss_fn(model, batch) -> (summed loss, {metric: summed value}); both are divided by the step's planned count.
-    evaluate() -> {name: value}, called when config says so. Ctrl-C and SIGTERM save at the step's end and exit 130 / 143.
+    evaluate() -> {name: value}, called when config says so. Ctrl-C and SIGTERM save at the step's end and exit 130 /
+    143.
     """
     folder, device = Path(config.output_dir), model.device
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -346,7 +351,8 @@ class Clock:
 
 
 class Log:
-    """log.jsonl, cut back to `size` bytes (what the checkpoint saw), echoed to the terminal, drawn as training_loss.png."""
+    """log.jsonl, cut back to `size` bytes (what the checkpoint saw), echoed to the terminal, drawn as
+    training_loss.png."""
 
     def __init__(self, folder, size=0):
         self.path, self.drawn = folder / "log.jsonl", 0.0
@@ -397,11 +403,12 @@ def plot_losses(path):
     pyplot.close(figure)
 
 
-# --- checkpoints and the run folder ------------------------------------------------------------------------------------------
+# --- checkpoints and the run folder -----------------------------------------------------------------------------------
 
 
 def save_checkpoint(folder, model, parameters, optimizer, state, config):
-    """checkpoint-000500/: the trained tensors in fp32 (as an adapter, or as a whole model), the optimizer's, and state.json."""
+    """checkpoint-000500/: the trained tensors in fp32 (as an adapter, or as a whole model), the optimizer's, and
+    state.json."""
     names = {p: name for name, p in parameters.items()}
     tensors = {f"{names[p]}:{key}": torch.as_tensor(value) for p, values in optimizer.state.items() for key, value in values.items()}
     with written_aside(folder / f"checkpoint-{state['step']:06d}") as aside:
@@ -454,7 +461,8 @@ FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers",
 
 
 def open_run(config):
-    """Makes or reopens the run folder: (the day its run began, for templates that tell the date; whether it is finished).
+    """Makes or reopens the run folder: (the day its run began, for templates that tell the date; whether it is
+    finished).
 
     Raises UserError where it holds a run of another configuration, naming the keys, or files that are no run's.
     """
@@ -479,7 +487,8 @@ def open_run(config):
 
 
 def describe_run(config, began, report):
-    """Writes config.json and data_report.json: the run exists from here on. Nothing is written while data or model may be wrong."""
+    """Writes config.json and data_report.json: the run exists from here on. Nothing is written while data or model may
+    be wrong."""
     for name, value in (("data_report.json", report), ("config.json", {**asdict(config), "began": began.isoformat()})):
         aside = Path(config.output_dir) / f".{name}"
         aside.write_text(json.dumps(value, indent=2))
@@ -497,11 +506,12 @@ def pick_device(name):
         raise UserError(f"device: {name} can't be used here ({str(error).splitlines()[0][:80]})") from None
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def read_config(cls, argv, embedded):
-    """The config of a command line. Without --model and --config it is the embedded example's, examples/{embedded}.yaml."""
+    """The config of a command line. Without --model and --config it is the embedded example's,
+    examples/{embedded}.yaml."""
     given = {arg.split("=")[0] for arg in argv}
     if not given & {"--model", "--config", "-h", "--help"}:
         argv = ["--config", str(EXAMPLES / f"{embedded}.yaml"), *argv]

@@ -114,8 +114,8 @@ def trl_side(side, model, data, out, steps, rows, **settings):
     trainer = (OwnLoss if side == "trl-tuned" else SFTTrainer)(
         model=str(model),
         args=SFTConfig(**settings),
-        train_dataset=Dataset.from_list([json.loads(line) for line in Path(data).read_text("utf-8").splitlines()]),
-        peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
+        train_dataset=Dataset.from_list([json.loads(line) for line in open(data, encoding="utf-8")]),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Log()],
     )
     end = trainer.processing_class.eos_token_id
@@ -158,6 +158,14 @@ def child_command(**task):
 # Measuring
 
 
+def memory_of(pid):
+    """[(VmHWM, kB), (RssAnon, kB)] of a process; [] once it has ended, and on systems without /proc."""
+    try:
+        return re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return []
+
+
 def watch(command, out, env):
     """Runs `command`, which logs to out/log.jsonl. -> (when each line appeared, {VmHWM, RssAnon: peak in GB})"""
     out.mkdir()
@@ -168,8 +176,7 @@ def watch(command, out, env):
             while process.poll() is None:
                 lines = log.read_bytes().count(b"\n") if log.exists() else 0
                 seen += [time.perf_counter() - began] * (lines - len(seen))
-                status = Path(f"/proc/{process.pid}/status")
-                for key, kb in re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", status.read_text() if status.exists() else ""):
+                for key, kb in memory_of(process.pid):
                     peak[key] = max(peak[key], int(kb) * 1024 / 1e9)
                 time.sleep(0.02)
         finally:
@@ -195,11 +202,12 @@ def useful_flops(c, tokens, scored):
 def measure(side, name, n, pairs, folder, args, env, roof):
     """One measurement -> what it found, for its JSON line."""
     data, out, rows = folder / f"{name}-{n}.jsonl", folder / f"{name}-{n}-{side}", len(pairs)
-    chats = [[{"role": "user", "content": ask}] for ask, _ in pairs], [[{"role": "assistant", "content": a}] for _, a in pairs]
-    data.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in zip(*chats)), encoding="utf-8")
+    roles = {"prompt": "user", "completion": "assistant"}
+    chats = [{k: [{"role": role, "content": text}] for (k, role), text in zip(roles.items(), pair)} for pair in pairs]
+    data.write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
     task = dict(model=args.model, data=data, out=out, steps=args.steps + 1, rows=rows)
-    command = plaintune_command(**task) if side == "plaintune" else child_command(side=side, **task, **args.trl_packed)
-    seen, peak = watch(command, out, env)
+    trl = child_command(side=side, **task, **args.trl_packed)
+    seen, peak = watch(plaintune_command(**task) if side == "plaintune" else trl, out, env)
     lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
     ledger = json.loads((out / "data_report.json").read_text())["train"]
     shutil.rmtree(out)
@@ -209,9 +217,10 @@ def measure(side, name, n, pairs, folder, args, env, roof):
     flops = useful_flops(json.loads((args.model / "config.json").read_text()), tokens, ledger["scored"])
     gpu = {"peak_gpu_gb": lines[-1]["peak_memory_gb"]} if roof["cuda"] else {}
     return {
-        "set": name, "round": n, "side": side, "examples_per_second": rows / seconds, "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds, "first_step_done": seen[0], "peak_gb": peak["VmHWM"], "peak_anon_gb": peak["RssAnon"], **gpu,
-        "roof_share": flops / seconds / roof["flops"], "examples": rows, "tokens": tokens, "scored_tokens": ledger["scored"],
+        "set": name, "round": n, "side": side, "examples_per_second": rows / seconds,
+        "tokens_per_second": tokens / seconds, "step_seconds": seconds, "first_step_done": seen[0],
+        "peak_gb": peak["VmHWM"], "peak_anon_gb": peak["RssAnon"], **gpu, "roof_share": flops / seconds / roof["flops"],
+        "examples": rows, "tokens": tokens, "scored_tokens": ledger["scored"],
         "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"],
     }  # fmt: skip
 
@@ -220,9 +229,9 @@ def report(results, cuda):
     """Prints the median of every side, and the medians of the rounds' ratios."""
     memory = "peak_gpu_gb" if cuda else "peak_gb"
     columns = {
-        "examples/s": "examples_per_second", "tokens/s": "tokens_per_second", "step s": "step_seconds", "step 1 at s": "first_step_done",
-        "peak GB": memory, "anon GB": "peak_anon_gb", "of roof": "roof_share", "tokens": "tokens", "scored": "scored_tokens",
-        "first loss": "first_loss", "last loss": "last_loss",
+        "examples/s": "examples_per_second", "tokens/s": "tokens_per_second", "step s": "step_seconds",
+        "1st step at": "first_step_done", "peak GB": memory, "anon GB": "peak_anon_gb", "of roof": "roof_share",
+        "tokens": "tokens", "scored": "scored_tokens", "first loss": "first_loss", "last loss": "last_loss",
     }  # fmt: skip
     for name in dict.fromkeys(r["set"] for r in results):
         sides = {}
@@ -232,7 +241,7 @@ def report(results, cuda):
         print(f"\n{name}, {results[0]['examples']} examples a step, median of {len(next(iter(sides.values())))}")
         print("".join(f"{title:>12}" for title in ("", *columns)))
         for side, runs in sides.items():
-            print(f"{side:>12}" + "".join(f"{median(r[key] for r in runs):>12.4g}" for key in columns.values()))
+            print(f"{side:>12}" + "".join(f"{median(r[key] for r in runs):>12.5g}" for key in columns.values()))
         ours = sides.pop("plaintune", [])
         for side, runs in sides.items() if ours else ():
             speed = [a["examples_per_second"] / b["examples_per_second"] for a, b in zip(ours, runs)]
@@ -249,7 +258,7 @@ def main():
     parser.add_argument("--shape", default="qwen3-0.6b", help="shape to make without --model (default: %(default)s)")
     parser.add_argument("--sets", default="ecqa,alpaca", help="(default: %(default)s)")
     parser.add_argument("--sides", default="plaintune,trl,trl-packed,trl-tuned", help="(default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=16, help="examples in a step, a multiple of 8 (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=16, help="examples a step, a multiple of 8 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps measured after the first (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, each with other rows (default: %(default)s)")
     parser.add_argument("--trl_packed", type=json.loads, default={}, help="JSON: SFTConfig fields over PACKED")
@@ -265,7 +274,8 @@ def main():
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}  # nothing cached, nothing fetched
         if args.model is None:
             args.model = folder / "model"
-            subprocess.run([sys.executable, args.shared / "tools/make_checkpoint.py", args.shape, args.model], check=True)
+            tool = args.shared / "tools/make_checkpoint.py"
+            subprocess.run([sys.executable, tool, args.shape, args.model], check=True)
         for n in range(args.repeats):
             for name in args.sets.split(","):
                 pairs = [pair for pair in SETS[name](args.shared) if sum(map(len, pair)) <= LONGEST]
@@ -277,8 +287,8 @@ def main():
                     print(json.dumps(results[-1]), flush=True)
     report(results, roofs[0]["cuda"])
     flops = [r["flops"] / 1e9 for r in roofs]
-    print(f"\nroof: {median(flops):.0f} GFLOP/s ({min(flops):.0f} to {max(flops):.0f}), a bf16 (2048 x 1024) @ (1024 x 3072) "
-          f"product on {roofs[0]['machine']}")  # fmt: skip
+    print(f"\nroof: {median(flops):.0f} GFLOP/s ({min(flops):.0f} to {max(flops):.0f}), a bf16 product of "
+          f"(2048 x 1024) and (1024 x 3072) on {roofs[0]['machine']}")  # fmt: skip
 
 
 if __name__ == "__main__":
