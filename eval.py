@@ -33,12 +33,12 @@ def split_prompt(example):
 def likeliest(model, contexts, choices):
     """For each context (ids), the index of the choice (ids) with the highest summed log-probability; contexts are
     computed once."""
-    none = [np.full(len(ids), IGNORE) for ids in contexts]
-    examples = [[Segment(np.asarray(ids), mask), *(Segment(np.asarray(c), np.asarray(c), 0, n) for n, c in enumerate(choices))]
-                for ids, mask in zip(contexts, none)]
+    ends = [Segment(np.asarray(ids), np.asarray(ids), 0, n) for n, ids in enumerate(choices)]
+    examples = [[Segment(np.asarray(ids), np.full(len(ids), IGNORE)), *ends] for ids in contexts]
     batch = Batch.pack(examples, model.device)
     logps = model.logps(batch)
-    return logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence, logps).view(-1, len(choices)).argmax(-1).tolist()
+    sums = logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence, logps)
+    return sums.view(-1, len(choices)).argmax(-1).tolist()
 
 
 def answer_questions(model, tokenizer, examples, max_new_tokens=128, batch_size=64):
@@ -52,11 +52,12 @@ def answer_questions(model, tokenizer, examples, max_new_tokens=128, batch_size=
     found = []
     for at in range(0, len(split), batch_size):
         part = split[at : at + batch_size]
-        outputs = generate(model, [prompt for prompt, _ in part], max_new_tokens, eos_ids=tokenizer.eos_ids)
+        outputs = generate(model, [prompt for prompt, _ in part], max_new_tokens, eos_ids=tokenizer.end_ids)
         for (prompt, reference), output in zip(part, outputs):
             text, wanted = tokenizer.decode(output), tokenizer.decode(reference)
-            found.append({"prompt": tokenizer.decode(prompt).strip(), "reference": wanted.strip(), "output": text.strip(),
-                          "gold": find_answer(wanted), "answer": find_answer(text), "ids": prompt + output})
+            found.append({"prompt": tokenizer.decode(prompt).strip(), "reference": wanted.strip(),
+                          "output": text.strip(), "gold": find_answer(wanted), "answer": find_answer(text),
+                          "ids": prompt + output})
     letters = sorted({row["gold"] for row in found} - {None})
     mute = [row for row in found if row["gold"] and not row["answer"]]
     asked, choices = tokenizer.encode("\nAnswer:"), [tokenizer.encode(" " + letter) for letter in letters]

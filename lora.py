@@ -1,6 +1,6 @@
 """LoRA: train a low-rank update of a frozen model, keep it in PEFT's file format, merge it.
 
-A linear layer's weight W (out, in) stays as it is; beside it two small matrices learn y = W x + s·B A x, with A (R, in)
+A linear layer's weight W (out, in) stays as it is; beside it two small matrices learn y = W x + s·B A x, A (R, in)
 and B (out, R). B starts at zero, so a fresh LoRA changes nothing. Norms, embeddings and the head have no low-rank form
 here: they are trained whole (`modules_to_save`); biases as `bias` says.
 
@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """(out, in): W + s·B A, summed in fp32, rounded once to W's dtype. A head is read so; A and B get gradients."""
+        """(out, in): W + s·B A, summed in fp32, rounded to W's dtype. A head is read so; A and B get gradients."""
         W = self.base_layer.dequantize() if hasattr(self.base_layer, "dequantize") else self.base_layer.weight
         return torch.addmm(W.float(), self.lora_B, self.lora_A, alpha=self.scaling).to(W.dtype) if self.enabled else W
 

@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -100,6 +100,7 @@ class Batch:
     sequence: Tensor
     weights: Tensor
     num_sequences: int
+    biases: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def pack(cls, examples, device="cpu"):
@@ -164,10 +165,10 @@ class Batch:
 
     def bias(self, own, seen, dtype):
         """(own, seen): -inf where one of a segment's `own` tokens would see what comes after it, 0 elsewhere."""
-        made = self.__dict__.setdefault("made", {})
-        if (own, seen, dtype) not in made:
-            made[own, seen, dtype] = torch.full((own, seen), float("-inf"), dtype=dtype, device=self.tokens.device).triu(seen - own + 1)
-        return made[own, seen, dtype]
+        if (own, seen, dtype) not in self.biases:
+            future = torch.full((own, seen), float("-inf"), dtype=dtype, device=self.tokens.device)
+            self.biases[own, seen, dtype] = future.triu(seen - own + 1)
+        return self.biases[own, seen, dtype]
 
     @cached_property
     def varlen(self):
@@ -191,7 +192,7 @@ class Batch:
 def eager_attention(q, k, v, batch):
     """The maths, for readers and tests. q (T, H, D), k and v (T, K, D) -> (T, H, D); softmax in fp32."""
     group = q.shape[1] // k.shape[1]  # query head h reads key/value head h // group
-    q, k, v = q.transpose(0, 1), k.repeat_interleave(group, 1).transpose(0, 1), v.repeat_interleave(group, 1).transpose(0, 1)
+    q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
     scores = (q @ k.transpose(1, 2)).float() / math.sqrt(q.shape[-1])  # (H, T, T)
     weights = scores.masked_fill(~batch.mask, float("-inf")).softmax(-1)
     return (weights.to(v.dtype) @ v).transpose(0, 1)
@@ -408,7 +409,8 @@ def rope_frequencies(config):
     if kind == "yarn":
 
         def dimension(rotations):  # the dimension that turns this often over the original context
-            return dim * math.log(rope["original_max_position_embeddings"] / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+            waves = rope["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+            return dim * math.log(waves) / (2 * math.log(theta))
 
         def magnitude(m=1.0):
             return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -789,7 +791,7 @@ def resolve(name, revision=None):
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise UserError(f"{folder}: no config.json in it; a model is a folder in the Hugging Face layout, or a hub id")
+            raise UserError(f"{folder}: no config.json in it; a model is a folder in Hugging Face's layout or a hub id")
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise UserError(f"model {name}: neither a folder nor a hub id of the form org/name")
@@ -797,20 +799,23 @@ def resolve(name, revision=None):
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.safetensors", "*.index.json", *COMPANIONS]))
+        wanted = ["*.safetensors", "*.json", *COMPANIONS]
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except GatedRepoError:
-        raise UserError(f"model {name}: the hub asks for its licence to be accepted first; do so there, then set HF_TOKEN") from None
+        raise UserError(f"model {name}: accept its licence on the hub first, then set HF_TOKEN") from None
     except RepositoryNotFoundError:
-        raise UserError(f"model {name}: no such folder here and no such model on the hub (a private one needs HF_TOKEN)") from None
+        raise UserError(f"model {name}: no such folder here and no such model on the hub "
+                        "(a private one needs HF_TOKEN)") from None
     except Exception as error:  # the client's own errors and those of whichever http library it stands on
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"model {name}: no folder here, and the hub can't be reached or breaks off ({reason})") from None
+        raise UserError(f"model {name}: no folder here, and the hub can't be reached or broke off ({reason})") from None
 
 
 def checkpoint_tensors(folder):
     """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded; no data is
     read."""
-    folder, index, single = Path(folder), Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists():
         weight_map, files = {}, [single.name]
     elif index.exists():
@@ -876,14 +881,14 @@ def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", rev
         model = Transformer(config)
     found = checkpoint_tensors(folder)
     if odd := [f"{name} ({kind})" for name, (_, _, kind) in found.items() if kind not in ("BF16", "F16", "F32", "F64")]:
-        raise UserError(f"{folder}: {len(odd)} tensors are not floating point, {odd[0]} first; use the 16-bit checkpoint")
-    found = {n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")}  # old Llama files carry the table
+        raise UserError(f"{folder}: {len(odd)} tensors are not floating point, {odd[0]} first; use a 16-bit one")
+    found = {n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")}  # old Llama files carry it
     if config.tie_word_embeddings and "lm_head.weight" in found and "model.embed_tokens.weight" in found:
         head = found.pop("lm_head.weight")  # some tied checkpoints store the one tensor twice
         if not torch.equal(read_tensor(head[0], "lm_head.weight"), read_tensor(found["model.embed_tokens.weight"][0],
                                                                                 "model.embed_tokens.weight")):
-            raise UserError(f"{head[0]}: lm_head.weight differs from model.embed_tokens.weight, yet config.json ties them; "
-                            "set tie_word_embeddings to false there")
+            raise UserError(f"{head[0]}: lm_head.weight differs from model.embed_tokens.weight, yet config.json ties "
+                            "them; set tie_word_embeddings to false there")
     check_names({n: tuple(p.shape) for n, p in model.named_parameters()}, {n: at[1] for n, at in found.items()}, folder)
     for name, (file, _, _) in found.items():
         owner, _, leaf = name.rpartition(".")

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions
 from lora import LoRAConfig, adapter_parameters, add_lora, count_parameters, merge_lora, write_adapter
-from model import (COMPANIONS, IGNORE, Batch, UserError, cli, load_model, nearest, read_json, read_tensor, resolve, save_model,
-                   write_tensors, written_aside)
+from model import (COMPANIONS, IGNORE, Batch, UserError, cli, load_model, nearest, read_json, read_tensor, resolve,
+                   save_model, write_tensors, written_aside)
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
@@ -51,7 +51,7 @@ class SFTConfig(LoRAConfig):
     max_samples: int | None = None  # use this many rows of data, drawn by seed
     max_eval_samples: int | None = None  # use this many held-out rows
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
-    completion_only_loss: bool | None = None  # true: score the last assistant turn alone; false: prompts of completions too
+    completion_only_loss: bool | None = None  # true: the last assistant turn alone; false: completions' prompts too
     assistant_only_loss: bool = True  # of conversations, score the assistant's turns; false: everything
     eval_answers: int = 64  # held-out rows whose "Answer: X" is generated and checked before and after; 0: none
     num_samples: int = 3  # of those, how many are shown
@@ -66,7 +66,7 @@ class SFTConfig(LoRAConfig):
     num_train_epochs: float = 3.0  # passes over the data
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
     per_device_train_batch_size: int = 8  # examples per step, times gradient_accumulation_steps
-    gradient_accumulation_steps: int = 1  # see per_device_train_batch_size; the memory a step takes is micro_batch_tokens' matter
+    gradient_accumulation_steps: int = 1  # times this many; memory is micro_batch_tokens' matter
     learning_rate: float = 2e-4  # peak learning rate
     lr_scheduler_type: str = "cosine"  # cosine, linear, constant
     warmup_ratio: float = 0.03  # share of the steps over which the learning rate rises from 0
@@ -95,10 +95,10 @@ class SFTConfig(LoRAConfig):
             self.data = [str(EXAMPLES / "mcqa" / "train.jsonl")]
             self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation.jsonl")]
         for key, options in CHOICES.items():
-            if getattr(self, key) not in options:
-                raise UserError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(options)}" + nearest(getattr(self, key), options))
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps",
-                    "max_length", "max_new_tokens"):
+            if (value := getattr(self, key)) not in options:
+                raise UserError(f"{key}: {value!r} is not one of {', '.join(options)}" + nearest(value, options))
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps",
+                    "save_steps", "max_length", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)} is below 1")
         for key in ("learning_rate", "num_train_epochs", "warmup_ratio", "weight_decay", "max_grad_norm", "val_size"):
@@ -107,8 +107,10 @@ class SFTConfig(LoRAConfig):
 
 
 CHOICES = {
-    "optim": ("adamw", "adamw_torch", "adamw_torch_fused"), "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
-    "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch"), "dtype": ("auto", "bfloat16", "float32"),
+    "optim": ("adamw", "adamw_torch", "adamw_torch_fused"),
+    "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
+    "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch"),
+    "dtype": ("auto", "bfloat16", "float32"),
 }
 
 
@@ -137,7 +139,9 @@ class Plan:
         self.examples, self.seed, self.count = examples, config.seed, count
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = max(1, -(-len(examples) // self.batch_size))
-        self.steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        if config.max_steps > 0:
+            self.steps = config.max_steps
 
     def __len__(self):
         return self.steps
@@ -301,14 +305,15 @@ def train(model, steps, loss_fn, config, evaluate=None):
             optimizer.step()
             optimizer.zero_grad()
             clock.add(sum(map(count_tokens, examples)), len(examples))
-            for name, value in {"loss": loss, "count": count, "scored_tokens": sum(map(count_scored, examples)), **metrics}.items():
-                window[name] = window.get(name, 0.0) + value
+            metrics |= {"loss": loss, "count": count, "scored_tokens": sum(map(count_scored, examples))}
+            window = {name: window.get(name, 0.0) + value for name, value in metrics.items()}
             bar.update()
             if step % config.logging_steps == 0 or step == len(steps):
                 total, scored = window.pop("count"), window.pop("scored_tokens")
-                log.write({"step": step, "epoch": round(steps.epoch(step), 4), **{name: v / total for name, v in window.items()},
-                           "grad_norm": float(norm), "learning_rate": lr, "scored_tokens": round(scored),
-                           **clock.read(), "peak_memory_gb": round(peak_memory_gb(device), 3)})
+                means = {"loss": window.pop("loss") / total, **{name: value / total for name, value in window.items()}}
+                log.write({"step": step, "epoch": round(steps.epoch(step), 4), **means, "grad_norm": float(norm),
+                           "learning_rate": lr, "scored_tokens": round(scored), **clock.read(),
+                           "peak_memory_gb": round(peak_memory_gb(device), 3)})
                 window = {}
             if evaluate and steps.due(step, config.eval_strategy, config.eval_steps) or (
                     evaluate and config.eval_strategy != "no" and step == len(steps)):
@@ -340,12 +345,14 @@ class Clock:
 
     def add(self, tokens, examples):
         now = time.perf_counter()
-        self.tokens, self.examples, self.seconds = self.tokens + tokens, self.examples + examples, self.seconds + now - self.last
+        self.tokens, self.examples, self.seconds = (
+            self.tokens + tokens, self.examples + examples, self.seconds + now - self.last)
         self.last = now
 
     def read(self):
         seconds = max(self.seconds, 1e-9)
-        found = {"tokens_per_second": round(self.tokens / seconds, 1), "examples_per_second": round(self.examples / seconds, 3)}
+        found = {"tokens_per_second": round(self.tokens / seconds, 1),
+                 "examples_per_second": round(self.examples / seconds, 3)}
         self.tokens = self.examples = self.seconds = 0
         return found
 
@@ -410,7 +417,8 @@ def save_checkpoint(folder, model, parameters, optimizer, state, config):
     """checkpoint-000500/: the trained tensors in fp32 (as an adapter, or as a whole model), the optimizer's, and
     state.json."""
     names = {p: name for name, p in parameters.items()}
-    tensors = {f"{names[p]}:{key}": torch.as_tensor(value) for p, values in optimizer.state.items() for key, value in values.items()}
+    tensors = {f"{names[p]}:{key}": torch.as_tensor(value)
+               for p, values in optimizer.state.items() for key, value in values.items()}
     with written_aside(folder / f"checkpoint-{state['step']:06d}") as aside:
         if config.lora_r:
             write_adapter(model, aside, config.model)
@@ -432,7 +440,7 @@ def find_checkpoint(config):
     """The checkpoint to go on from, or None."""
     if config.resume not in ("auto", "never"):
         if not (Path(config.resume) / "state.json").exists():
-            raise UserError(f"resume: {config.resume} is no checkpoint (no state.json in it); auto and never are the other choices")
+            raise UserError(f"resume: {config.resume} is no checkpoint (no state.json in it); else give auto or never")
         return Path(config.resume)
     found = checkpoints(config.output_dir) if config.resume == "auto" else []
     return found[-1] if found else None
@@ -443,8 +451,8 @@ def load_checkpoint(path, model, parameters, optimizer, steps):
     """Puts a checkpoint's tensors back where they were and returns its state."""
     state = read_json(path / "state.json")
     if state["data"] != steps.fingerprint:
-        raise UserError(f"{path}: was trained on other data than --data gives now; take the old data, another --output_dir, "
-                        "or --overwrite_output_dir")
+        raise UserError(f"{path}: was trained on other data than --data gives now; take the old data, "
+                        "another --output_dir, or --overwrite_output_dir")
     file, trained = (("adapter_model.safetensors", adapter_parameters(model)) if hasattr(model, "adapter")
                      else ("model.safetensors", parameters))
     for name, parameter in trained.items():
@@ -456,8 +464,9 @@ def load_checkpoint(path, model, parameters, optimizer, steps):
     return state
 
 
-FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples", "max_new_tokens", "logging_steps",
-        "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing", "attn_implementation"}  # may differ in a rerun
+FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples", "max_new_tokens",
+        "logging_steps", "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing",
+        "attn_implementation"}  # may differ when a command is run again
 
 
 def open_run(config):
@@ -473,13 +482,13 @@ def open_run(config):
     if (folder / "config.json").exists():
         old, new = read_json(folder / "config.json"), json.loads(json.dumps(asdict(config)))
         if differ := [key for key in new if key not in FREE and old.get(key) != new[key]]:
-            shown = ", ".join(f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new[key])} now)" for key in differ[:4])
+            shown = ", ".join(f"{k} ({json.dumps(old.get(k))} there, {json.dumps(new[k])} now)" for k in differ[:4])
             raise UserError(f"{folder} holds a run of another configuration: {shown}"
                             + (f" and {len(differ) - 4} more" if len(differ) > 4 else "")
                             + "; choose another --output_dir, or --overwrite_output_dir to start anew")
         log = folder / "log.jsonl"
-        finished = config.resume == "auto" and log.exists() and any("train_runtime" in line for line in read_log(log)[-1:])
-        return datetime.fromisoformat(old["began"]), finished
+        last = read_log(log)[-1:] if log.exists() and config.resume == "auto" else []
+        return datetime.fromisoformat(old["began"]), any("train_runtime" in line for line in last)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -533,7 +542,8 @@ def show_answers(before, after, config):
     (was, count), (now, _) = accuracy(before), accuracy(after)
     if count:
         choices = len({row["gold"] for row in after})
-        print(f"\nanswers right on {count} held-out questions: {was:.1%} before, {now:.1%} after (chance {1 / choices:.0%})")
+        print(f"\nanswers right on {count} held-out questions: {was:.1%} before, {now:.1%} after "
+              f"(chance {1 / choices:.0%})")
 
 
 def finish(model, config):
@@ -545,9 +555,10 @@ def finish(model, config):
             for file in COMPANIONS:
                 if "config.json" != file and (model.folder / file).exists():
                     shutil.copyfile(model.folder / file, aside / file)
+        file = folder / "adapter" / "adapter_model.safetensors"
         for name, parameter in adapter_parameters(model).items():
-            if not torch.equal(read_tensor(folder / "adapter" / "adapter_model.safetensors", name), parameter.detach().cpu()):
-                raise UserError(f"{folder / 'adapter'}: {name} does not read back as it was written; is the disk sound?")
+            if not torch.equal(read_tensor(file, name), parameter.detach().cpu()):
+                raise UserError(f"{file}: {name} does not read back as it was written; is the disk sound?")
     if config.merge or not config.lora_r:
         save_model(merge_lora(model).state_dict().items(), folder / "merged", model.folder)
 
@@ -587,7 +598,8 @@ def main(argv=None):
     describe_run(config, began, report)
     questions = held[: config.eval_answers]
     before = ask(model, tokenizer, questions, config)
-    summary = train(model, steps, sft_loss, config, (lambda: evaluate_loss(model, held, sft_loss, config)) if held else None)
+    evaluate = (lambda: evaluate_loss(model, held, sft_loss, config)) if held else None
+    summary = train(model, steps, sft_loss, config, evaluate)
     after = ask(model, tokenizer, questions, config)
     finish(model, config)
     show_answers(before, after, config)
