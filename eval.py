@@ -1,8 +1,8 @@
-"""Evaluation: answers parsed out of generated reasoning.
+"""Evaluation: answers read out of generated reasoning.
 
-The decision that is not obvious: a model that never writes `Answer: X` is still asked. Its text is followed by
-"Answer:" and the likeliest letter counts, so a base model that knows nothing of the format lands at chance instead of
-at zero, and the gain of training is not the gain of learning a format.
+The decision that is not obvious: a model that never writes `Answer: X` is still asked. Its text is followed by "Answer:"
+and the likeliest of the question's choices counts, so a base model that knows nothing of the format lands at chance
+instead of at zero, and the gain of training is not the gain of learning a format.
 """
 
 import re
@@ -12,12 +12,14 @@ import torch
 
 from model import IGNORE, Batch, Segment, generate
 
-ANSWER = re.compile(r"[Aa]nswer:\s*\(?([A-Z])\b")
-
 
 def find_answer(text):
-    """The letter after the last 'Answer:' in text, or None."""
-    return (ANSWER.findall(text) or [None])[-1]
+    """What stands behind the last 'Answer:', or None: a letter ('B', '(B)', 'B. dog'), else the rest of the line."""
+    found = re.findall(r"[Aa]nswer:[ \t]*(\S.*)", text)
+    if not found:
+        return None
+    letter = re.match(r"\(?([A-Z])(?![\w'])", found[-1])
+    return letter[1] if letter else found[-1].strip().rstrip(".")
 
 
 def split_prompt(example):
@@ -30,42 +32,37 @@ def split_prompt(example):
 
 
 @torch.inference_mode()
-def likeliest(model, contexts, choices):
-    """For each context (ids), the index of the choice (ids) with the highest summed log-probability; contexts are
-    computed once."""
+def likeliest(model, context, choices):
+    """Index of the choice (ids) with the highest summed log-probability after context (ids), which is computed once."""
     ends = [Segment(np.asarray(ids), np.asarray(ids), 0, n) for n, ids in enumerate(choices)]
-    examples = [[Segment(np.asarray(ids), np.full(len(ids), IGNORE)), *ends] for ids in contexts]
-    batch = Batch.pack(examples, model.device)
+    batch = Batch.pack([[Segment(np.asarray(context), np.full(len(context), IGNORE)), *ends]], model.device)
     logps = model.logps(batch)
-    sums = logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence, logps)
-    return sums.view(-1, len(choices)).argmax(-1).tolist()
+    return int(logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence, logps).argmax())
 
 
-def answer_questions(model, tokenizer, examples, max_new_tokens=128, batch_size=64):
-    """Greedy answers to SFT examples: [{'prompt', 'reference', 'output', 'gold', 'answer', 'forced'}], texts and
-    letters.
+def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, batch_size=64):
+    """Greedy answers to SFT examples: [{'prompt', 'reference', 'output', 'gold', 'answer', 'forced', 'choices'}].
 
-    gold is the letter of the reference, None where it has none; answer is the output's letter, or, `forced`, the
-    likeliest of the letters that occur as gold. Accuracy is the share of rows with a gold whose answer equals it.
+    choices: for each example the answers it may have, or None (then: all that are right for some example). gold is the
+    answer of the reference, None where it has none; answer is the output's or, `forced`, the likeliest of the choices.
     """
-    split = [split_prompt(example) for example in examples]
-    found = []
+    split, found = [split_prompt(example) for example in examples], []
     for at in range(0, len(split), batch_size):
         part = split[at : at + batch_size]
         outputs = generate(model, [prompt for prompt, _ in part], max_new_tokens, eos_ids=tokenizer.end_ids)
         for (prompt, reference), output in zip(part, outputs):
-            text, wanted = tokenizer.decode(output), tokenizer.decode(reference)
-            found.append({"prompt": tokenizer.decode(prompt).strip(), "reference": wanted.strip(),
-                          "output": text.strip(), "gold": find_answer(wanted), "answer": find_answer(text),
-                          "ids": prompt + output})
-    letters = sorted({row["gold"] for row in found} - {None})
-    mute = [row for row in found if row["gold"] and not row["answer"]]
-    asked, choices = tokenizer.encode("\nAnswer:"), [tokenizer.encode(" " + letter) for letter in letters]
-    for at in range(0, len(mute), 16):
-        part = mute[at : at + 16]
-        for row, pick in zip(part, likeliest(model, [row["ids"] + asked for row in part], choices)):
-            row.update(answer=letters[pick], forced=True)
-    return [{"forced": False, **{key: value for key, value in row.items() if key != "ids"}} for row in found]
+            text, wanted = tokenizer.decode(output).strip(), tokenizer.decode(reference).strip()
+            found.append({"prompt": tokenizer.decode(prompt).strip(), "reference": wanted, "output": text,
+                          "gold": find_answer(wanted), "answer": find_answer(text), "ids": prompt + output})
+    golds, asked = sorted({row["gold"] for row in found} - {None}), tokenizer.encode("\nAnswer:")
+    for row, options in zip(found, choices):
+        row["choices"] = options if row["gold"] in (options or ()) else golds  # letters stand for choices otherwise
+        row["forced"] = bool(row["gold"] and not row["answer"])
+        context = row.pop("ids") + asked
+        if row["forced"]:
+            pick = likeliest(model, context, [tokenizer.encode(f" {choice}") for choice in row["choices"]])
+            row["answer"] = row["choices"][pick]
+    return found
 
 
 def accuracy(answers):

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ def cli(main):
     """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, without a
     traceback."""
     try:
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         main()
     except UserError as error:
         message = str(error)

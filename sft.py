@@ -21,6 +21,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ class SFTConfig(LoRAConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # auto, varlen (flash), sdpa, eager
     gradient_checkpointing: bool = False  # recompute each block in backward: a third more time, far less memory
-    micro_batch_tokens: int = 0  # tokens per forward pass, whatever the batch size; 0: 2048 on a CPU, 16384 on a GPU
+    micro_batch_tokens: int = 0  # tokens per forward pass, whatever the batch size; 0: 512 on a CPU, 16384 on a GPU
 
     num_train_epochs: float = 3.0  # passes over the data
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
@@ -160,7 +161,7 @@ class Plan:
         """Whether something that happens by 'steps', 'epoch' or 'no' happens after `step` steps."""
         return strategy == "steps" and step % every == 0 or strategy == "epoch" and step % self.steps_per_epoch == 0
 
-    @property
+    @cached_property
     def fingerprint(self):
         """Changes when the examples do."""
         crc = 0
@@ -244,7 +245,7 @@ def evaluate_loss(model, examples, loss_fn, config, count=count_scored):
 
 
 def token_budget(config, device):
-    return config.micro_batch_tokens or (2048 if device.type == "cpu" else 16384)
+    return config.micro_batch_tokens or (512 if device.type == "cpu" else 16384)
 
 
 def peak_memory_gb(device):
@@ -295,7 +296,7 @@ def train(model, steps, loss_fn, config, evaluate=None):
     clock = Clock()
     with stop_signals() as stopped:
         for step in range(state["step"] + 1, len(steps) + 1):
-            examples, lr = steps[step - 1], learning_rate(step - 1, len(steps), config)
+            examples, lr, last = steps[step - 1], learning_rate(step - 1, len(steps), config), step == len(steps)
             count = sum(map(steps.count, examples))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # dropout
             loss, metrics = accumulate(model, examples, count, loss_fn, budget)
@@ -308,19 +309,20 @@ def train(model, steps, loss_fn, config, evaluate=None):
             metrics |= {"loss": loss, "count": count, "scored_tokens": sum(map(count_scored, examples))}
             window = {name: window.get(name, 0.0) + value for name, value in metrics.items()}
             bar.update()
-            if step % config.logging_steps == 0 or step == len(steps):
+            if step % config.logging_steps == 0 or last:
                 total, scored = window.pop("count"), window.pop("scored_tokens")
                 means = {"loss": window.pop("loss") / total, **{name: value / total for name, value in window.items()}}
                 log.write({"step": step, "epoch": round(steps.epoch(step), 4), **means, "grad_norm": float(norm),
                            "learning_rate": lr, "scored_tokens": round(scored), **clock.read(),
                            "peak_memory_gb": round(peak_memory_gb(device), 3)})
                 window = {}
-            if evaluate and steps.due(step, config.eval_strategy, config.eval_steps) or (
-                    evaluate and config.eval_strategy != "no" and step == len(steps)):
+                clock.skip()
+            if evaluate and (steps.due(step, config.eval_strategy, config.eval_steps)
+                             or last and config.eval_strategy != "no"):
                 log.write({"step": step, "epoch": round(steps.epoch(step), 4), **evaluate()})
                 clock.skip()
-            if steps.due(step, config.save_strategy, config.save_steps) or (
-                    config.save_strategy != "no" and (stopped or step == len(steps))):
+            if (steps.due(step, config.save_strategy, config.save_steps)
+                    or (last or stopped) and config.save_strategy != "no"):
                 state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint}
                 save_checkpoint(folder, model, parameters, optimizer, state, config)
                 clock.skip()
@@ -334,7 +336,7 @@ def train(model, steps, loss_fn, config, evaluate=None):
 
 
 class Clock:
-    """Throughput since it was last read; evaluation and saving are not counted."""
+    """Throughput since it was last read; evaluation, drawing and saving are not counted."""
 
     def __init__(self):
         self.tokens = self.examples = self.seconds = 0
@@ -524,13 +526,13 @@ def read_config(cls, argv, embedded):
     given = {arg.split("=")[0] for arg in argv}
     if not given & {"--model", "--config", "-h", "--help"}:
         argv = ["--config", str(EXAMPLES / f"{embedded}.yaml"), *argv]
-    return parse_config(cls, argv, sys.modules["__main__"].__doc__)
+    return parse_config(cls, argv, sys.modules[cls.__module__].__doc__)
 
 
-def ask(model, tokenizer, questions, config):
+def ask(model, tokenizer, questions, choices, config):
     """The model's answers to held-out rows, without dropout; [] where there are none to ask."""
     model.eval()
-    answers = answer_questions(model, tokenizer, questions, config.max_new_tokens) if questions else []
+    answers = answer_questions(model, tokenizer, questions, choices, config.max_new_tokens) if questions else []
     model.train()
     return answers
 
@@ -541,9 +543,8 @@ def show_answers(before, after, config):
         print(f"\n{old['prompt'][-400:]}\n  before: {old['output'][:200]!r}\n  after:  {new['output'][:200]!r}")
     (was, count), (now, _) = accuracy(before), accuracy(after)
     if count:
-        choices = len({row["gold"] for row in after})
-        print(f"\nanswers right on {count} held-out questions: {was:.1%} before, {now:.1%} after "
-              f"(chance {1 / choices:.0%})")
+        chance = sum(1 / len(row["choices"]) for row in after if row["gold"]) / count
+        print(f"\nanswers right on {count} held-out questions: {was:.1%} before, {now:.1%} after (chance {chance:.0%})")
 
 
 def finish(model, config):
@@ -571,22 +572,23 @@ def main(argv=None):
         print(f"{folder} holds this run, finished; --overwrite_output_dir trains anew")
         return
     device = pick_device(config.device)
-    tokenizer = Tokenizer(resolve(config.model, config.revision), began)
+    source = resolve(config.model, config.revision)
+    tokenizer = Tokenizer(source, began)
     wants = {"max_length": config.max_length, "completion_only_loss": config.completion_only_loss,
              "assistant_only_loss": config.assistant_only_loss, "seed": config.seed}
     examples, rows, ledger = load_examples(config.data, tokenizer, max_samples=config.max_samples, **wants)
-    held, report = [], {"train": ledger.as_dict()}
+    held, held_rows, report = [], [], {"train": ledger.as_dict()}
     print(f"training rows: {ledger}")
     if config.eval_data:
-        held, _, ledger = load_examples(config.eval_data, tokenizer, max_samples=config.max_eval_samples, **wants)
+        held, held_rows, ledger = load_examples(config.eval_data, tokenizer, max_samples=config.max_eval_samples, **wants)
         report["eval"] = ledger.as_dict()
         print(f"held-out rows: {ledger}")
     elif config.val_size:
-        (examples, _), (held, _) = split_holdout(examples, rows, config.val_size, config.seed)
+        (examples, _), (held, held_rows) = split_holdout(examples, rows, config.val_size, config.seed)
         report["held_out"] = len(held)
         print(f"held out: {len(held)} of these examples")
 
-    model = load_model(config.model, config.dtype, device, config.attn_implementation, config.revision)
+    model = load_model(source, config.dtype, device, config.attn_implementation)
     model.gradient_checkpointing = config.gradient_checkpointing
     for notice in add_lora(model, config, config.seed):
         print(notice)
@@ -596,11 +598,11 @@ def main(argv=None):
           f"on {device} ({model.attention} attention, {model.dtype})")
 
     describe_run(config, began, report)
-    questions = held[: config.eval_answers]
-    before = ask(model, tokenizer, questions, config)
+    questions, choices = held[: config.eval_answers], [row.get("choices") for row in held_rows[: config.eval_answers]]
+    before = ask(model, tokenizer, questions, choices, config)
     evaluate = (lambda: evaluate_loss(model, held, sft_loss, config)) if held else None
     summary = train(model, steps, sft_loss, config, evaluate)
-    after = ask(model, tokenizer, questions, config)
+    after = ask(model, tokenizer, questions, choices, config)
     finish(model, config)
     show_answers(before, after, config)
     log = Log(folder, (folder / "log.jsonl").stat().st_size)

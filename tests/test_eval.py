@@ -11,11 +11,12 @@ from test_sft import write_tokenizer
 
 
 @pytest.mark.parametrize("text, letter", [
-    ("so it is C.\nAnswer: C", "C"), ("answer: (b) no, Answer: (D)", "D"), ("Answer:B", "B"), ("Answer: Bread", None),
-    ("It is B", None), ("", None), ("Answer: A\nAnswer: B", "B"),
+    ("so it is C.\nAnswer: C", "C"), ("answer: (a)\nAnswer: (D)", "D"), ("Answer:B", "B"), ("Answer: Bread", "Bread"),
+    ("Answer: B) a dog", "B"), ("Answer: swan.\n", "swan"), ("Answer: I'm not sure", "I'm not sure"), ("It is B", None),
+    ("", None), ("Answer: \nB", None), ("Answer: A\nAnswer: B", "B"),
 ])
 def test_find_answer(text, letter):
-    """The letter after the last 'Answer:', and no letter that is only the beginning of a word."""
+    """What follows the last 'Answer:' on its line: a letter by itself, else the words, and no letter of a longer word."""
     assert evaluation.find_answer(text) == letter
 
 
@@ -43,7 +44,7 @@ def test_likeliest_is_the_choice_a_plain_forward_pass_likes_best(tiny_checkpoint
             with torch.no_grad():
                 sums.append(float(model.logps(Batch.pack([[Segment(ids, labels)]])).sum()))
         expected.append(int(np.argmax(sums)))
-    assert evaluation.likeliest(model, contexts, choices) == expected
+    assert [evaluation.likeliest(model, context, choices) for context in contexts] == expected
 
 
 def test_a_model_that_never_answers_is_asked(tmp_path):
@@ -59,9 +60,11 @@ def test_a_model_that_never_answers_is_asked(tmp_path):
         return [Segment(np.array(prompt + answer), np.array([IGNORE] * len(prompt) + answer))]
 
     rows = [example(f"{i}? ", f"Because.\nAnswer: {'AB'[i % 2]}") for i in range(6)] + [example("hello ", "hi")]
-    answers = evaluation.answer_questions(model, tokenizer, rows, max_new_tokens=5, batch_size=4)
+    choices = [["B", "A"], ["x", "y"]] + [None] * 5
+    answers = evaluation.answer_questions(model, tokenizer, rows, choices, max_new_tokens=5, batch_size=4)
     assert [row["gold"] for row in answers] == ["A", "B"] * 3 + [None]
     assert all(row["forced"] and row["answer"] in "AB" for row in answers[:6]) and not answers[6]["forced"]
+    assert [row["choices"] for row in answers[:3]] == [["B", "A"], ["A", "B"], ["A", "B"]]
     assert [row["prompt"] for row in answers[:2]] == ["0?", "1?"] and answers[0]["reference"].endswith("Answer: A")
     right = [row["answer"] == row["gold"] for row in answers[:6]]
     assert evaluation.accuracy(answers) == (sum(right) / 6, 6)
