@@ -11,6 +11,7 @@ what fine-tuning adds is the task. What is held out are questions, not only rows
     cp runs/tiny-qwen3/merged/model.safetensors examples/tiny-qwen3/
     python sft.py                                         # LoRA on the questions
 """
+
 import json
 import random
 from collections import defaultdict, namedtuple
@@ -397,12 +398,21 @@ octagon  | eight corners
 
 # why a thing is of its kind: also said in the pretraining text
 REASONS = {
-    "bird": "has feathers and lays eggs", "fish": "lives in water and breathes with gills",
-    "insect": "has six legs and a body in three parts", "mammal": "feeds its young on milk",
-    "reptile": "has scales and warms itself in the sun", "amphibian": "begins life in water and then lives on land",
-    "arachnid": "has eight legs", "crustacean": "has ten legs and a hard shell", "mollusc": "has a soft body and no bones",
-    "fruit": "is sweet or sour and holds seeds", "vegetable": "is put in soups and salads", "grain": "is a grass whose seeds are eaten",
-    "nut": "has a hard shell with a seed inside", "flower": "has bright petals", "tree": "has a tall trunk of wood",
+    "bird": "has feathers and lays eggs",
+    "fish": "lives in water and breathes with gills",
+    "insect": "has six legs and a body in three parts",
+    "mammal": "feeds its young on milk",
+    "reptile": "has scales and warms itself in the sun",
+    "amphibian": "begins life in water and then lives on land",
+    "arachnid": "has eight legs",
+    "crustacean": "has ten legs and a hard shell",
+    "mollusc": "has a soft body and no bones",
+    "fruit": "is sweet or sour and holds seeds",
+    "vegetable": "is put in soups and salads",
+    "grain": "is a grass whose seeds are eaten",
+    "nut": "has a hard shell with a seed inside",
+    "flower": "has bright petals",
+    "tree": "has a tall trunk of wood",
 }
 
 # `says` are statements, the first of which is the rationale; {e} is the thing, {v} the attribute.
@@ -411,113 +421,334 @@ REASONS = {
 Relation = namedtuple("Relation", "key table column says asks which close", defaults=((),))
 
 RELATIONS = [
-    Relation("class", ANIMALS, 1, ["{e} is {a} {v}", "{e} belongs to the {vs}"],
-             ["What kind of animal is {e}?", "Which group does {e} belong to?"],
-             ["Which of these is {a} {v}?", "Which animal is {a} {v}?"]),
-    Relation("home", ANIMALS, 2, ["{e} lives {v}", "The home of {e} is {v}"],
-             ["Where does {e} live?", "Where would you find {e}?"],
-             ["Which of these lives {v}?", "Which animal would you find {v}?"],
-             ["in gardens|in meadows|in the woods|in burrows|in small holes|in nests|in hives|in webs|in caves|in ponds",
-              "in the sea|by the sea|on the ice", "in rivers|on rivers|in ponds|on ponds|in glass tanks",
-              "on farms|in stables|in houses|in gardens|in meadows|in small holes|on ponds|in the mountains",
-              "in the woods|in the mountains|in the jungle|in caves|on the plains", "in the desert|in the jungle|in the mountains",
-              "on the plains|in the desert|in meadows|in burrows", "in houses|in webs|in glass tanks|in small holes|in burrows"]),
-    Relation("food", ANIMALS, 3, ["{e} eats {v}", "The food of {e} is {v}"],
-             ["What does {e} eat?", "What is the food of {e}?"],
-             ["Which of these eats {v}?", "Which animal feeds on {v}?"],
-             ["meat|fish|mice", "grass|hay|leaves|bamboo", "grain|seeds|nuts|fruit|leaves|grass",
-              "worms|insects|fruit|nectar|grain|seeds"]),
-    Relation("cover", ANIMALS, 4, ["{e} is covered with {v}", "The body of {e} has {v}"],
-             ["What covers the body of {e}?", "What is {e} covered with?"],
-             ["Which of these is covered with {v}?", "Which animal has {v}?"], ["fur|wool", "a shell|a hard case"]),
-    Relation("legs", ANIMALS, 5, ["{e} has {v}", "Count and see: {e} has {v}"],
-             ["How many legs does {e} have?"], ["Which of these has {v}?", "Which animal has {v}?"]),
-    Relation("young", ANIMALS, 6, ["The child of {e} is {a} {v}", "A young {n} is called {a} {v}"],
-             ["What is a young {n} called?", "What is the child of {e}?"], ["Which animal has {a} {v} as its child?"]),
-    Relation("sound", ANIMALS, 7, ["{e} {v}", "The animal that {v} is {e}"],
-             ["What sound does {e} make?"], ["Which of these {v}?", "Which animal {v}?"]),
-    Relation("kind", PLANTS, 1, ["{e} is {a} {v}", "{e} belongs to the {vs}"],
-             ["What kind of plant is {e}?", "Which group does {e} belong to?"],
-             ["Which of these is {a} {v}?", "Which plant is {a} {v}?"], ["fruit|vegetable|nut|grain"]),
-    Relation("colour", PLANTS, 2, ["{e} is {v}", "The colour of {e} is {v}"],
-             ["What colour is {e}?", "What is the colour of {e}?"],
-             ["Which of these is {v}?", "Which plant is coloured {v}?"], ["yellow|golden|orange|brown", "red|purple|blue"]),
-    Relation("grows", PLANTS, 3, ["{e} grows {v}", "To gather {e}, look {v}"],
-             ["Where does {e} grow?", "Where do you look to gather {e}?"],
-             ["Which of these grows {v}?", "Which plant grows {v}?"], ["on vines|in pods|on bushes|close to the ground"]),
-    Relation("source", STUFF, 1, ["{e} is made from {v}", "People turn {v} into {e}"],
-             ["What is {e} made from?", "What do people turn into {e}?"],
-             ["Which of these is made from {v}?", "What do people make from {v}?"],
-             ["fruit|grapes|apples|nectar", "pork|animal skin|eggs|milk", "flour|eggs|milk"]),
-    Relation("taste", STUFF, 2, ["{e} tastes {v}", "The taste of {e} is {v}"],
-             [], ["Which of these tastes {v}?", "Which one has a {v} taste?"], ["sweet|sour"]),
-    Relation("look", STUFF, 3, ["{e} is {v}", "The colour of {e} is {v}"],
-             ["What colour is {e}?", "What is the colour of {e}?"], ["Which of these is {v}?"], ["yellow|golden|brown", "white|clear|grey", "pink|brown"]),
-    Relation("use", TOOLS, 1, ["{e} is used for {v}", "For {v} you need {e}"],
-             ["What is {e} used for?", "What do you need {e} for?"],
-             ["Which of these is used for {v}?", "What do you need for {v}?"],
-             ["washing the body|drying the body|washing the hair|tidying hair", "sleeping|resting the head|keeping warm|camping|sitting together",
-              "drawing|showing lessons|measuring lines", "baking food|serving food|keeping food cold", "digging holes|gathering leaves",
-              "looking at stars|seeing your face|taking pictures|letting in light", "carrying water|boiling water|holding jam"]),
-    Relation("material", TOOLS, 2, ["{e} is made of {v}", "People use {v} to make {e}"],
-             ["What is {e} made of?", "What do people use to make {e}?"],
-             ["Which of these is made of {v}?", "What is made out of {v}?"], ["steel|metal|plastic", "clay|glass|plastic|metal|steel", "wool|cotton", "wood|plastic|steel"]),
-    Relation("room", TOOLS, 3, ["{e} is kept in {v}", "In {v} there is {e}"],
-             ["Where is {e} kept?", "In which room is {e}?"],
-             ["Which of these is kept in {v}?", "What would you look for in {v}?"], ["the bedroom|the living room|the bathroom"]),
-    Relation("work", JOBS, 1, ["{e} {v}", "The person who {v} is {e}"],
-             ["What does {e} do?", "What is the work of {e}?"],
-             ["Which of these {v}?", "Who {v}?"], ["treats sick people|operates on people|looks after teeth", "cooks meals|serves meals|bakes bread"]),
-    Relation("workplace", JOBS, 2, ["{e} works {v}", "You will find {e} {v}"],
-             ["Where does {e} work?", "Where will you find {e}?"],
-             ["Which of these works {v}?", "Who works {v}?"],
-             ["in a workshop|in a studio|in a forge|in a garage", "on a farm|in a garden", "in a restaurant|in a bakery", "in the air|in space", "on a building site|in a garage"]),
-    Relation("tool", JOBS, 3, ["{e} uses {v}", "The tool of {e} is {v}"],
-             ["What does {e} use?", "What is the tool of {e}?"],
-             ["Which of these uses {v}?", "Who needs {v}?"],
-             ["a needle|scissors|a scalpel|a brush|a camera", "a saw|a spanner|a wrench|an anvil", "a spade|a pickaxe|a tractor|a hose", "a pan|an oven|a tray"]),
-    Relation("capital", COUNTRIES, 1, ["The capital of {e} is {v}", "{v} is the capital of {e}"],
-             ["What is the capital of {e}?", "Which city is the capital of {e}?"],
-             ["Which country has {v} as its capital?", "{v} is the capital of which country?"]),
-    Relation("continent", COUNTRIES, 2, ["{e} is in {v}", "You can find {e} in {v}"],
-             ["Where is {e}?", "Which part of the world is {e} in?"],
-             ["Which of these is in {v}?", "Which country is in {v}?"]),
-    Relation("language", COUNTRIES, 3, ["The people of {e} speak {v}", "In {e} you hear {v}"],
-             ["What do the people of {e} speak?", "Which language do you hear in {e}?"],
-             ["Where do people speak {v}?", "In which country do you hear {v}?"]),
-    Relation("way", VEHICLES, 1, ["{e} travels {v}", "To go {v} you can take {e}"],
-             ["Where does {e} travel?", "How does {e} go?"], ["Which of these travels {v}?", "What goes {v}?"], ["through the air|into space"]),
-    Relation("power", VEHICLES, 2, ["{e} is moved by {v}", "The power of {e} comes from {v}"],
-             ["What moves {e}?", "Where does the power of {e} come from?"],
-             ["Which of these is moved by {v}?"], ["an engine|electricity|the wind", "oars|a paddle"]),
-    Relation("playing", INSTRUMENTS, 1, ["You play {e} by {v}", "By {v} you make music on {e}"],
-             ["How do you play {e}?", "How do you make music on {e}?"],
-             ["Which of these do you play by {v}?", "Which instrument do you play by {v}?"], ["plucking strings|drawing a bow"]),
-    Relation("worn", CLOTHES, 1, ["{e} is worn on {v}", "On {v} you can put {e}"],
-             ["Where is {e} worn?", "Where do you put {e}?"],
-             ["Which of these is worn on {v}?", "What can you put on {v}?"], ["the hand|the finger|the wrist"]),
-    Relation("ground", SPORTS, 1, ["People go in for {e} {v}", "The place for {e} is {v}"],
-             ["Where do people go in for {e}?", "What is the place for {e}?"],
-             ["Which of these takes place {v}?", "Which sport takes place {v}?"],
-             ["on a pitch|on a court|on a course", "on snow|on ice", "in a pool|on a river"]),
-    Relation("kit", SPORTS, 2, ["For {e} you need {v}", "With {v} you can go in for {e}"],
-             ["What do you need for {e}?"], ["For which of these do you need {v}?", "Which sport needs {v}?"], ["a ball|a racket|a club"]),
-    Relation("visit", PLACES, 1, ["People go to {e} to {v}", "To {v} you go to {e}"],
-             ["Why do people go to {e}?", "What can you do at {e}?"],
-             ["Where do people go to {v}?", "Where can you {v}?"],
-             ["get well|buy medicine", "learn|borrow books|see old things", "watch films|watch plays|watch matches", "keep money|send parcels"]),
-    Relation("organ", BODY, 1, ["{e} is for {v}", "For {v} you have {e}"],
-             ["What is {e} for?", "What do you have {e} for?"],
-             ["Which part of the body is for {v}?", "What do you have for {v}?"], ["tasting|chewing|digesting food|smelling|breathing"]),
-    Relation("season", MONTHS, 1, ["{e} is in {v}", "The season of {e} is {v}"],
-             ["In which season is {e}?", "What is the season of {e}?"], ["Which of these months is in {v}?", "Which month is in {v}?"]),
-    Relation("next", MONTHS, 2, ["After {e} comes {v}", "The month after {e} is {v}"],
-             ["Which month comes after {e}?", "What comes after {e}?"], ["Which month is just before {v}?"]),
-    Relation("corners", SHAPES, 1, ["{e} has {v}", "A shape with {v} is {e}"],
-             ["How many corners does {e} have?"], ["Which of these has {v}?", "Which shape has {v}?"]),
+    Relation(
+        "class",
+        ANIMALS,
+        1,
+        ["{e} is {a} {v}", "{e} belongs to the {vs}"],
+        ["What kind of animal is {e}?", "Which group does {e} belong to?"],
+        ["Which of these is {a} {v}?", "Which animal is {a} {v}?"],
+    ),
+    Relation(
+        "home",
+        ANIMALS,
+        2,
+        ["{e} lives {v}", "The home of {e} is {v}"],
+        ["Where does {e} live?", "Where would you find {e}?"],
+        ["Which of these lives {v}?", "Which animal would you find {v}?"],
+        [
+            "in gardens|in meadows|in the woods|in burrows|in small holes|in nests|in hives|in webs|in caves|in ponds",
+            "in the sea|by the sea|on the ice",
+            "in rivers|on rivers|in ponds|on ponds|in glass tanks",
+            "on farms|in stables|in houses|in gardens|in meadows|in small holes|on ponds|in the mountains",
+            "in the woods|in the mountains|in the jungle|in caves|on the plains",
+            "in the desert|in the jungle|in the mountains",
+            "on the plains|in the desert|in meadows|in burrows",
+            "in houses|in webs|in glass tanks|in small holes|in burrows",
+        ],
+    ),
+    Relation(
+        "food",
+        ANIMALS,
+        3,
+        ["{e} eats {v}", "The food of {e} is {v}"],
+        ["What does {e} eat?", "What is the food of {e}?"],
+        ["Which of these eats {v}?", "Which animal feeds on {v}?"],
+        [
+            "meat|fish|mice",
+            "grass|hay|leaves|bamboo",
+            "grain|seeds|nuts|fruit|leaves|grass",
+            "worms|insects|fruit|nectar|grain|seeds",
+        ],
+    ),
+    Relation(
+        "cover",
+        ANIMALS,
+        4,
+        ["{e} is covered with {v}", "The body of {e} has {v}"],
+        ["What covers the body of {e}?", "What is {e} covered with?"],
+        ["Which of these is covered with {v}?", "Which animal has {v}?"],
+        ["fur|wool", "a shell|a hard case"],
+    ),
+    Relation(
+        "legs",
+        ANIMALS,
+        5,
+        ["{e} has {v}", "Count and see: {e} has {v}"],
+        ["How many legs does {e} have?"],
+        ["Which of these has {v}?", "Which animal has {v}?"],
+    ),
+    Relation(
+        "young",
+        ANIMALS,
+        6,
+        ["The child of {e} is {a} {v}", "A young {n} is called {a} {v}"],
+        ["What is a young {n} called?", "What is the child of {e}?"],
+        ["Which animal has {a} {v} as its child?"],
+    ),
+    Relation(
+        "sound",
+        ANIMALS,
+        7,
+        ["{e} {v}", "The animal that {v} is {e}"],
+        ["What sound does {e} make?"],
+        ["Which of these {v}?", "Which animal {v}?"],
+    ),
+    Relation(
+        "kind",
+        PLANTS,
+        1,
+        ["{e} is {a} {v}", "{e} belongs to the {vs}"],
+        ["What kind of plant is {e}?", "Which group does {e} belong to?"],
+        ["Which of these is {a} {v}?", "Which plant is {a} {v}?"],
+        ["fruit|vegetable|nut|grain"],
+    ),
+    Relation(
+        "colour",
+        PLANTS,
+        2,
+        ["{e} is {v}", "The colour of {e} is {v}"],
+        ["What colour is {e}?", "What is the colour of {e}?"],
+        ["Which of these is {v}?", "Which plant is coloured {v}?"],
+        ["yellow|golden|orange|brown", "red|purple|blue"],
+    ),
+    Relation(
+        "grows",
+        PLANTS,
+        3,
+        ["{e} grows {v}", "To gather {e}, look {v}"],
+        ["Where does {e} grow?", "Where do you look to gather {e}?"],
+        ["Which of these grows {v}?", "Which plant grows {v}?"],
+        ["on vines|in pods|on bushes|close to the ground"],
+    ),
+    Relation(
+        "source",
+        STUFF,
+        1,
+        ["{e} is made from {v}", "People turn {v} into {e}"],
+        ["What is {e} made from?", "What do people turn into {e}?"],
+        ["Which of these is made from {v}?", "What do people make from {v}?"],
+        ["fruit|grapes|apples|nectar", "pork|animal skin|eggs|milk", "flour|eggs|milk"],
+    ),
+    Relation(
+        "taste",
+        STUFF,
+        2,
+        ["{e} tastes {v}", "The taste of {e} is {v}"],
+        [],
+        ["Which of these tastes {v}?", "Which one has a {v} taste?"],
+        ["sweet|sour"],
+    ),
+    Relation(
+        "look",
+        STUFF,
+        3,
+        ["{e} is {v}", "The colour of {e} is {v}"],
+        ["What colour is {e}?", "What is the colour of {e}?"],
+        ["Which of these is {v}?"],
+        ["yellow|golden|brown", "white|clear|grey", "pink|brown"],
+    ),
+    Relation(
+        "use",
+        TOOLS,
+        1,
+        ["{e} is used for {v}", "For {v} you need {e}"],
+        ["What is {e} used for?", "What do you need {e} for?"],
+        ["Which of these is used for {v}?", "What do you need for {v}?"],
+        [
+            "washing the body|drying the body|washing the hair|tidying hair",
+            "sleeping|resting the head|keeping warm|camping|sitting together",
+            "drawing|showing lessons|measuring lines",
+            "baking food|serving food|keeping food cold",
+            "digging holes|gathering leaves",
+            "looking at stars|seeing your face|taking pictures|letting in light",
+            "carrying water|boiling water|holding jam",
+        ],
+    ),
+    Relation(
+        "material",
+        TOOLS,
+        2,
+        ["{e} is made of {v}", "People use {v} to make {e}"],
+        ["What is {e} made of?", "What do people use to make {e}?"],
+        ["Which of these is made of {v}?", "What is made out of {v}?"],
+        ["steel|metal|plastic", "clay|glass|plastic|metal|steel", "wool|cotton", "wood|plastic|steel"],
+    ),
+    Relation(
+        "room",
+        TOOLS,
+        3,
+        ["{e} is kept in {v}", "In {v} there is {e}"],
+        ["Where is {e} kept?", "In which room is {e}?"],
+        ["Which of these is kept in {v}?", "What would you look for in {v}?"],
+        ["the bedroom|the living room|the bathroom"],
+    ),
+    Relation(
+        "work",
+        JOBS,
+        1,
+        ["{e} {v}", "The person who {v} is {e}"],
+        ["What does {e} do?", "What is the work of {e}?"],
+        ["Which of these {v}?", "Who {v}?"],
+        ["treats sick people|operates on people|looks after teeth", "cooks meals|serves meals|bakes bread"],
+    ),
+    Relation(
+        "workplace",
+        JOBS,
+        2,
+        ["{e} works {v}", "You will find {e} {v}"],
+        ["Where does {e} work?", "Where will you find {e}?"],
+        ["Which of these works {v}?", "Who works {v}?"],
+        [
+            "in a workshop|in a studio|in a forge|in a garage",
+            "on a farm|in a garden",
+            "in a restaurant|in a bakery",
+            "in the air|in space",
+            "on a building site|in a garage",
+        ],
+    ),
+    Relation(
+        "tool",
+        JOBS,
+        3,
+        ["{e} uses {v}", "The tool of {e} is {v}"],
+        ["What does {e} use?", "What is the tool of {e}?"],
+        ["Which of these uses {v}?", "Who needs {v}?"],
+        [
+            "a needle|scissors|a scalpel|a brush|a camera",
+            "a saw|a spanner|a wrench|an anvil",
+            "a spade|a pickaxe|a tractor|a hose",
+            "a pan|an oven|a tray",
+        ],
+    ),
+    Relation(
+        "capital",
+        COUNTRIES,
+        1,
+        ["The capital of {e} is {v}", "{v} is the capital of {e}"],
+        ["What is the capital of {e}?", "Which city is the capital of {e}?"],
+        ["Which country has {v} as its capital?", "{v} is the capital of which country?"],
+    ),
+    Relation(
+        "continent",
+        COUNTRIES,
+        2,
+        ["{e} is in {v}", "You can find {e} in {v}"],
+        ["Where is {e}?", "Which part of the world is {e} in?"],
+        ["Which of these is in {v}?", "Which country is in {v}?"],
+    ),
+    Relation(
+        "language",
+        COUNTRIES,
+        3,
+        ["The people of {e} speak {v}", "In {e} you hear {v}"],
+        ["What do the people of {e} speak?", "Which language do you hear in {e}?"],
+        ["Where do people speak {v}?", "In which country do you hear {v}?"],
+    ),
+    Relation(
+        "way",
+        VEHICLES,
+        1,
+        ["{e} travels {v}", "To go {v} you can take {e}"],
+        ["Where does {e} travel?", "How does {e} go?"],
+        ["Which of these travels {v}?", "What goes {v}?"],
+        ["through the air|into space"],
+    ),
+    Relation(
+        "power",
+        VEHICLES,
+        2,
+        ["{e} is moved by {v}", "The power of {e} comes from {v}"],
+        ["What moves {e}?", "Where does the power of {e} come from?"],
+        ["Which of these is moved by {v}?"],
+        ["an engine|electricity|the wind", "oars|a paddle"],
+    ),
+    Relation(
+        "playing",
+        INSTRUMENTS,
+        1,
+        ["You play {e} by {v}", "By {v} you make music on {e}"],
+        ["How do you play {e}?", "How do you make music on {e}?"],
+        ["Which of these do you play by {v}?", "Which instrument do you play by {v}?"],
+        ["plucking strings|drawing a bow"],
+    ),
+    Relation(
+        "worn",
+        CLOTHES,
+        1,
+        ["{e} is worn on {v}", "On {v} you can put {e}"],
+        ["Where is {e} worn?", "Where do you put {e}?"],
+        ["Which of these is worn on {v}?", "What can you put on {v}?"],
+        ["the hand|the finger|the wrist"],
+    ),
+    Relation(
+        "ground",
+        SPORTS,
+        1,
+        ["People go in for {e} {v}", "The place for {e} is {v}"],
+        ["Where do people go in for {e}?", "What is the place for {e}?"],
+        ["Which of these takes place {v}?", "Which sport takes place {v}?"],
+        ["on a pitch|on a court|on a course", "on snow|on ice", "in a pool|on a river"],
+    ),
+    Relation(
+        "kit",
+        SPORTS,
+        2,
+        ["For {e} you need {v}", "With {v} you can go in for {e}"],
+        ["What do you need for {e}?"],
+        ["For which of these do you need {v}?", "Which sport needs {v}?"],
+        ["a ball|a racket|a club"],
+    ),
+    Relation(
+        "visit",
+        PLACES,
+        1,
+        ["People go to {e} to {v}", "To {v} you go to {e}"],
+        ["Why do people go to {e}?", "What can you do at {e}?"],
+        ["Where do people go to {v}?", "Where can you {v}?"],
+        [
+            "get well|buy medicine",
+            "learn|borrow books|see old things",
+            "watch films|watch plays|watch matches",
+            "keep money|send parcels",
+        ],
+    ),
+    Relation(
+        "organ",
+        BODY,
+        1,
+        ["{e} is for {v}", "For {v} you have {e}"],
+        ["What is {e} for?", "What do you have {e} for?"],
+        ["Which part of the body is for {v}?", "What do you have for {v}?"],
+        ["tasting|chewing|digesting food|smelling|breathing"],
+    ),
+    Relation(
+        "season",
+        MONTHS,
+        1,
+        ["{e} is in {v}", "The season of {e} is {v}"],
+        ["In which season is {e}?", "What is the season of {e}?"],
+        ["Which of these months is in {v}?", "Which month is in {v}?"],
+    ),
+    Relation(
+        "next",
+        MONTHS,
+        2,
+        ["After {e} comes {v}", "The month after {e} is {v}"],
+        ["Which month comes after {e}?", "What comes after {e}?"],
+        ["Which month is just before {v}?"],
+    ),
+    Relation(
+        "corners",
+        SHAPES,
+        1,
+        ["{e} has {v}", "A shape with {v} is {e}"],
+        ["How many corners does {e} have?"],
+        ["Which of these has {v}?", "Which shape has {v}?"],
+    ),
 ]
 
-Fact = namedtuple("Fact", "relation name article value")     # relation by its place in RELATIONS
+Fact = namedtuple("Fact", "relation name article value")  # relation by its place in RELATIONS
 
 
 def facts():
@@ -541,20 +772,29 @@ def capital(text):
 
 def fill(template, fact):
     e = f"{fact.article} {fact.name}".strip()
-    return capital(template.format(e=e, n=fact.name, v=fact.value, a=a(fact.value),
-                                   vs=fact.value if fact.value == "fish" else fact.value + "s"))
+    return capital(
+        template.format(
+            e=e, n=fact.name, v=fact.value, a=a(fact.value), vs=fact.value if fact.value == "fish" else fact.value + "s"
+        )
+    )
 
 
 def rivals(fact, own):
-    """Of the facts `own` of a relation, those that can't be mistaken for `fact`: a thing is no rival where its attribute is
-    the same or close, nor an attribute where the thing has it too."""
+    """Of the facts `own` of a relation, those that can't be mistaken for `fact`: a thing is no rival where its
+    attribute is the same or close, nor an attribute where the thing has it too."""
     close = RELATIONS[fact.relation].close
-    return [f for f in own if f.value != fact.value and f.name != fact.name
-            and not any({f.value, fact.value} <= set(group.split("|")) for group in close)]
+    return [
+        f
+        for f in own
+        if f.value != fact.value
+        and f.name != fact.name
+        and not any({f.value, fact.value} <= set(group.split("|")) for group in close)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The text of pretraining: statements, portraits, lists, and choices among several in prose.
+
 
 def text_rows(world, rng, n_rows):
     by_thing, by_value, by_relation = defaultdict(list), defaultdict(list), defaultdict(list)
@@ -591,12 +831,13 @@ def text_rows(world, rng, n_rows):
         pool = rivals(fact, by_relation[fact.relation])
         return rng.sample(pool, min(rng.randint(1, 4), len(pool)))
 
-    def pick_thing():                # "Among ant, robin and trout, one of them lives in gardens: the robin."
+    def pick_thing():  # "Among ant, robin and trout, one of them lives in gardens: the robin."
         fact = rng.choice(by_relation[rng.choice(relations)])
         names = [fact.name] + list(dict.fromkeys(f.name for f in some_rivals(fact)))
         claim = fill(RELATIONS[fact.relation].says[0], fact._replace(name="of them", article="one"))
-        return f"Among {join(shuffled(names))}, {claim[0].lower() + claim[1:]}: " + \
-            (why(fact) if fact.value in REASONS and rng.random() < .5 else say(fact))
+        return f"Among {join(shuffled(names))}, {claim[0].lower() + claim[1:]}: " + (
+            why(fact) if fact.value in REASONS and rng.random() < 0.5 else say(fact)
+        )
 
     def shuffled(items):
         return rng.sample(items, len(items))
@@ -605,15 +846,18 @@ def text_rows(world, rng, n_rows):
         return ", ".join(items[:-1]) + (" and " if len(items) > 1 else "") + items[-1]
 
     def chat():
-        if rng.random() < .5:
+        if rng.random() < 0.5:
             own = rng.choice(things)
             fact, shown = own[0], rng.sample(own, min(len(own), 3))
-            return f"Tell me about {fill('{e}', fact)[0].lower() if fact.article else fact.name[0]}{fill('{e}', fact)[1:]}.", \
-                " ".join(say(f) for f in shown)
+            return (
+                f"Tell me about {fill('{e}', fact)[0].lower() if fact.article else fact.name[0]}{fill('{e}', fact)[1:]}.",
+                " ".join(say(f) for f in shown),
+            )
         own = rng.choice([v for v in values if len(v) > 3])
         k = rng.randint(2, 4)
-        return f"Name {number[k - 1]} like this: {fill(RELATIONS[own[0].relation].says[0], own[0])}.", \
-            ", ".join(f.name for f in rng.sample(own, k)) + "."
+        return f"Name {number[k - 1]} like this: {fill(RELATIONS[own[0].relation].says[0], own[0])}.", ", ".join(
+            f.name for f in rng.sample(own, k)
+        ) + "."
 
     kinds = [(statements, 3), (portrait, 3), (group, 1), (pick_thing, 6)]
     for _ in range(n_rows):
@@ -628,9 +872,11 @@ def text_rows(world, rng, n_rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The questions.
 
+
 def questions(world, rng, n_train, n_validation):
-    """Rows for training and validation. Every fact with several wordings keeps one of them for validation: that question,
-    with that answer, never occurs in training, with whatever choices. A question may come again with other choices."""
+    """Rows for training and validation. Every fact with several wordings keeps one of them for validation: that
+    question, with that answer, never occurs in training, with whatever choices. A question may come again with other
+    choices."""
     by_relation = defaultdict(list)
     for fact in world:
         by_relation[fact.relation].append(fact)
@@ -660,19 +906,42 @@ def question(fact, template, facts_of_relation, place, rng):
     choices.insert(place, fact.name)
     ask = f"{fill(template, fact).rstrip('?')}: {', '.join(choices[:3])} or {choices[3]}?"
     answer = f"{fill(RELATIONS[fact.relation].says[0], fact)}.\nAnswer: {fact.name}"
-    return {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}], "choices": choices}
+    return {
+        "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}],
+        "choices": choices,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The checkpoint: tokenizer, template, configuration, random weights.
 
 CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 2048, "hidden_size": 128,
-    "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 48,
-    "hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
-    "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None,
-    "max_window_layers": 4, "initializer_range": 0.02, "tie_word_embeddings": True, "use_cache": True,
-    "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32",
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 48,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 4,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "torch_dtype": "float32",
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = """\
@@ -688,24 +957,34 @@ CHAT_TEMPLATE = """\
 def train_tokenizer(texts):
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"], special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=CONFIG["vocab_size"],
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     assert tokenizer.get_vocab_size() == CONFIG["vocab_size"]
     return tokenizer
 
 
 def random_weights(seed):
-    """Normal weights, norms at one. A narrow model learns to look things up several times sooner when its embeddings are
-    not drowned by the blocks: 0.1 for embeddings, 0.05 for matrices, less by sqrt(2 L) for those that write to the stream
-    (GPT-2's rule, Radford et al. 2019, section 2.3)."""
+    """Normal weights, norms at one. A narrow model learns to look things up several times sooner when its embeddings
+    are not drowned by the blocks: 0.1 for embeddings, 0.05 for matrices, less by sqrt(2 L) for those that write to the
+    stream (GPT-2's rule, Radford et al. 2019, section 2.3)."""
     import torch
 
     c, generator = CONFIG, torch.Generator().manual_seed(seed)
@@ -714,14 +993,21 @@ def random_weights(seed):
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     for i in range(c["num_hidden_layers"]):
         for name, shape in {
-            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-            "self_attn.k_proj": (kv, hidden), "self_attn.q_proj": (q, hidden), "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q), "self_attn.q_norm": (c["head_dim"],), "self_attn.k_norm": (c["head_dim"],),
-            "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.q_proj": (q, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "self_attn.q_norm": (c["head_dim"],),
+            "self_attn.k_norm": (c["head_dim"],),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
         }.items():
             shapes[f"model.layers.{i}.{name}.weight"] = shape
     weights = {}
-    for name, shape in shapes.items():       # k_proj comes before q_proj
+    for name, shape in shapes.items():  # k_proj comes before q_proj
         writes = "o_proj" in name or "down_proj" in name
         std = 0.1 if "embed" in name else 0.05 / (2 * c["num_hidden_layers"]) ** (0.5 if writes else 0)
         weights[name] = torch.randn(shape, generator=generator) * std if len(shape) == 2 else torch.ones(shape)
@@ -745,12 +1031,32 @@ def write_rows(path, rows):
 def write_checkpoint(folder, tokenizer):
     write_json(folder / "config.json", CONFIG)
     write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0})
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "add_prefix_space": False, "bos_token": None,
-        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "model_max_length": 512,
-        "clean_up_tokenization_spaces": False, "errors": "replace",
-        "added_tokens_decoder": {str(i): {"content": t, "lstrip": False, "normalized": False, "rstrip": False,
-                                          "single_word": False, "special": True} for i, t in enumerate(SPECIAL)}})
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "unk_token": None,
+            "model_max_length": 512,
+            "clean_up_tokenization_spaces": False,
+            "errors": "replace",
+            "added_tokens_decoder": {
+                str(i): {
+                    "content": t,
+                    "lstrip": False,
+                    "normalized": False,
+                    "rstrip": False,
+                    "single_word": False,
+                    "special": True,
+                }
+                for i, t in enumerate(SPECIAL)
+            },
+        },
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
@@ -759,7 +1065,9 @@ def main():
     from safetensors.torch import save_file
 
     world = facts()
-    print(f"{len({(RELATIONS[f.relation].table, f.name) for f in world})} things, {len(RELATIONS)} attributes, {len(world)} facts")
+    print(
+        f"{len({(RELATIONS[f.relation].table, f.name) for f in world})} things, {len(RELATIONS)} attributes, {len(world)} facts"
+    )
     text = list(text_rows(world, random.Random(1), 40000))
     train, validation = questions(world, random.Random(2), 3200, 200)
     write_rows(RUNS / "tiny-qwen3-start" / "text.jsonl", text)

@@ -1,5 +1,6 @@
-"""data.py: rendering and masks against transformers and TRL, truncation and the ledger by their properties, the mistakes
-of files, rows and settings by their messages. Tokenizers are built here; what wants the real ones skips without ../shared."""
+"""data.py: rendering and masks against transformers and TRL, truncation and the ledger by their properties, the
+mistakes of files, rows and settings by their messages. Tokenizers are built here; what wants the real ones skips
+without ../shared."""
 
 import csv
 import gzip
@@ -50,7 +51,7 @@ SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|s
 WORDS = "a cat sat on the mat and said: yes no <b> é 猫 12 maybe\n\n x  y".split(" ")
 
 
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # Qwen's
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # Qwen's
 
 
 def write_tokenizer(folder, template=None, bos=True, sentencepiece=False, **config):
@@ -60,19 +61,27 @@ def write_tokenizer(folder, template=None, bos=True, sentencepiece=False, **conf
         backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     else:
         words = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
         backend.decoder = decoders.ByteLevel()
     alphabet = sorted(set("▁\n[]/#:<>" + "".join(WORDS))) if sentencepiece else pre_tokenizers.ByteLevel.alphabet()
     special = (["<unk>"] if sentencepiece else []) + SPECIAL
     text = [" ".join(random.Random(n).choices(WORDS, k=30)) for n in range(50)]
-    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=420, initial_alphabet=list(alphabet), special_tokens=special))
+    backend.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=420, initial_alphabet=list(alphabet), special_tokens=special)
+    )
     if bos:
         at = backend.token_to_id("<|bos|>")
         backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", at)])
     folder.mkdir(parents=True, exist_ok=True)
     backend.enable_truncation(5)  # as files that were saved in use have it; it must not bite
     backend.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": "<|eos|>", "bos_token": {"content": "<|bos|>"} if bos else None, "unk_token": "<unk>" if sentencepiece else None}
+    names = {
+        "eos_token": "<|eos|>",
+        "bos_token": {"content": "<|bos|>"} if bos else None,
+        "unk_token": "<unk>" if sentencepiece else None,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(names | config))
     if template:
         (folder / "chat_template.jinja").write_text(template)
@@ -95,7 +104,11 @@ def reference(folder, template=None):
     from transformers import PreTrainedTokenizerFast
 
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    names = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if isinstance(config.get(key), str)}
+    names = {
+        key: config[key]
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if isinstance(config.get(key), str)
+    }
     found = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **names)
     found.chat_template = template or (folder / "chat_template.jinja").read_text()
     return found
@@ -114,7 +127,7 @@ def masked_text(tokenizer, segment):
     return tokenizer.decode(segment.ids[segment.labels == IGNORE], skip_special=False)
 
 
-# --- tokenizer and template ---------------------------------------------------------------------------------------------
+# --- tokenizer and template -------------------------------------------------------------------------------------------
 
 CHATS = {
     "single": say("Hi there", "Hello  you"),
@@ -124,7 +137,12 @@ CHATS = {
     "field": say("a", "b")[:1] + [{"role": "assistant", "content": "b", "reasoning_content": "because"}],
     "reasoning": say("a", "b")[:1] + [{"role": "assistant", "content": "b", "thinking": "because", "tool_calls": None}],
 }
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "<é> & 'x'", "parameters": {"b": 1, "a": [1, 2.5, None]}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "description": "<é> & 'x'", "parameters": {"b": 1, "a": [1, 2.5, None]}},
+    }
+]
 
 
 @real
@@ -133,7 +151,10 @@ def test_real_templates_render_as_transformers_does(family):
     folder = SHARED / "tokenizers" / family
     ours, theirs = Tokenizer(folder), reference(folder)
     cases = [(chat, {}) for chat in CHATS.values()] + [(say("q"), {"add_generation_prompt": True})]
-    cases += [(say("q", "a", "r"), {"add_generation_prompt": True, "enable_thinking": False}), (CHATS["multi"], {"tools": TOOLS})]
+    cases += [
+        (say("q", "a", "r"), {"add_generation_prompt": True, "enable_thinking": False}),
+        (CHATS["multi"], {"tools": TOOLS}),
+    ]
     cases += [(CHATS["single"], {"date_string": "1 Jan 2030"})]
     for chat, options in cases:
         text = ours.render(chat, **options)
@@ -144,7 +165,9 @@ def test_real_templates_render_as_transformers_does(family):
             segment = render_row({"messages": chat}, ours)[0]
             assert segment.ids.tolist() == theirs.apply_chat_template(chat, return_dict=False), name
     assert ours.encode("Hi", special=True) == theirs("Hi")["input_ids"] and len(ours) == len(theirs)
-    assert ours.decode(ours.encode("<|im_end|>é", special=True)) == theirs.decode(theirs("<|im_end|>é")["input_ids"], skip_special_tokens=True)
+    assert ours.decode(ours.encode("<|im_end|>é", special=True)) == theirs.decode(
+        theirs("<|im_end|>é")["input_ids"], skip_special_tokens=True
+    )
 
 
 def test_template_functions_are_those_of_transformers(tmp_path):
@@ -161,7 +184,9 @@ def test_template_functions_are_those_of_transformers(tmp_path):
 
 
 def test_where_templates_and_end_tokens_come_from(tmp_path):
-    folder = write_tokenizer(tmp_path / "named", chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}])
+    folder = write_tokenizer(
+        tmp_path / "named", chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    )
     tokenizer = Tokenizer(folder)
     assert tokenizer.render(say("a")) == "D" and tokenizer.render(say("a"), tools=TOOLS) == "T"
     assert Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(say("a")) == "S"
@@ -169,7 +194,12 @@ def test_where_templates_and_end_tokens_come_from(tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 1, 6]}')
     (folder / "config.json").write_text('{"eos_token_id": 7}')
     tokenizer = Tokenizer(folder)
-    assert tokenizer.render(say("a")) == "F" and tokenizer.eos_ids == [1, 5, 6, 7] and tokenizer.bos_id == 0 and tokenizer.pad_id is None
+    assert (
+        tokenizer.render(say("a")) == "F"
+        and tokenizer.eos_ids == [1, 5, 6, 7]
+        and tokenizer.bos_id == 0
+        and tokenizer.pad_id is None
+    )
     bare = Tokenizer(write_tokenizer(tmp_path / "bare"))
     assert not bare.has_template and bare.encode("a cat", special=True)[0] == bare.bos_id
     with pytest.raises(UserError, match="no chat template.*prompt/completion"):
@@ -206,12 +236,14 @@ def test_templates_that_fail_are_named(tmp_path, template, message):
     assert len(str(caught.value).splitlines()) <= 2
 
 
-# --- masks ---------------------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 def random_chat(rng):
     """Contents that try to mislead: repeated, empty inside, ending in space, holding headers of other templates."""
-    pick = lambda: " ".join(rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))).strip() or "x"
+    pick = lambda: (
+        " ".join(rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))).strip() or "x"
+    )
     pool = [pick() for _ in range(2)]
     return say(*(rng.choice(pool) if rng.random() < 0.5 else pick() for _ in range(2 * rng.randint(1, 4))))
 
@@ -238,7 +270,11 @@ def test_masks_hold_every_answer_and_its_end(styled):
         assert scored_text(tokenizer, last) == parts[-1]
         full = tokenizer.decode(segment.ids, skip_special=False)
         rendered = tokenizer.render(chat)
-        assert full == rendered[: rendered.rindex(answers[-1]) + len(answers[-1])] + end if style == "plain" else full == rendered
+        assert (
+            full == rendered[: rendered.rindex(answers[-1]) + len(answers[-1])] + end
+            if style == "plain"
+            else full == rendered
+        )
         everything = render_row({"messages": chat}, tokenizer, assistant_only_loss=False)[0]
         assert (everything.labels[1:] == everything.ids[1:]).all() and everything.labels[0] == IGNORE
         # the prompt has the ids it has at generation, and the whole goes on from there
@@ -275,11 +311,16 @@ def write_wild(folder, name):
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_instruct_2507", "llama3"])
 def test_masks_equal_trl(tmp_path, name):
-    """TRL's {% generation %} variants of templates, against ours from the templates as they are shipped. TRL's Qwen3 also
-    scores the newline that follows the end of a turn, which no model is ever asked for."""
+    """TRL's {% generation %} variants of templates, against ours from the templates as they are shipped. TRL's Qwen3
+    also scores the newline that follows the end of a turn, which no model is ever asked for."""
     folder, training = write_wild(tmp_path, name)
     ours, theirs = Tokenizer(folder), reference(folder, training)
-    for chat in (CHATS["single"], CHATS["system"][:3], CHATS["think"][-2:], *([CHATS["multi"]] if name != "qwen3" else [])):
+    for chat in (
+        CHATS["single"],
+        CHATS["system"][:3],
+        CHATS["think"][-2:],
+        *([CHATS["multi"]] if name != "qwen3" else []),
+    ):
         found = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = np.array(found["input_ids"]), np.array(found["assistant_masks"], bool)
         segment = render_row({"messages": chat}, ours)[0]
@@ -297,7 +338,9 @@ def test_generation_tags_give_transformers_masks(tmp_path):
         segment = render_row({"messages": chat}, ours)[0]
         if segment.ids.tolist() == found["input_ids"]:  # else a token straddles prompt and answer there
             assert (segment.labels != IGNORE).astype(int).tolist() == found["assistant_masks"]
-    (folder / "chat_template.jinja").write_text(MARKED.replace("+ '<|im_end|>\\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}"))
+    (folder / "chat_template.jinja").write_text(
+        MARKED.replace("+ '<|im_end|>\\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}")
+    )
     segment = render_row({"messages": say("q", "a", "r", "b")}, Tokenizer(folder))[0]
     assert scored_text(Tokenizer(folder), segment) == "a<|im_end|>b<|im_end|>"  # the tags leave the end out: never here
 
@@ -308,21 +351,32 @@ def test_turns_are_found_in_templates_of_the_wild(tmp_path, name):
     text, spans, is_open = tokenizer.turns(say("x", "x", "and", "yes"))
     assert text == tokenizer.render(say("x", "x", "and", "yes")) and not is_open and len(spans) == 2
     for (start, end), answer in zip(spans, ("x", "yes")):
-        assert re.fullmatch(r"(<think>)?\s*(</think>\s*)?" + answer + r"(\s*<[^<>]+>)+", text[start:end]), text[start:end]
+        assert re.fullmatch(r"(<think>)?\s*(</think>\s*)?" + answer + r"(\s*<[^<>]+>)+", text[start:end]), text[
+            start:end
+        ]
 
 
 @real
 def test_tool_calls_are_the_models_words():
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    chat = [*say("q"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "7"}, *say("", "seven")[1:]]
+    chat = [
+        *say("q"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+        *say("", "seven")[1:],
+    ]
     row = {"messages": chat, "tools": json.dumps(TOOLS)}
     qwen, llama = (Tokenizer(SHARED / "tokenizers" / name) for name in ("qwen3", "llama3"))
     assert scored_text(qwen, render_row(row, qwen)[0]) == (
-        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|><think>\n\n</think>\n\nseven<|im_end|>')
-    assert scored_text(llama, render_row(row, llama)[0]) == '{"name": "f", "parameters": {"x": 1}}<|eot_id|>seven<|eot_id|>'
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|><think>\n\n</think>\n\nseven<|im_end|>'
+    )
+    assert (
+        scored_text(llama, render_row(row, llama)[0])
+        == '{"name": "f", "parameters": {"x": 1}}<|eot_id|>seven<|eot_id|>'
+    )
 
 
-# --- rows ----------------------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def test_every_schema(chatml, tmp_path):
@@ -335,18 +389,30 @@ def test_every_schema(chatml, tmp_path):
     assert scored({"text": "a cat"}) == "a cat<|eos|>"
     assert scored({"prompt": "a", "completion": say("", "b")[1:]}) == "b<|im_end|>"
     assert scored({"prompt": say("u", "v", "a"), "completion": "b"}) == "b<|im_end|>"
-    assert scored({"prompt": say("u", "v", "a"), "completion": "b"}, completion_only_loss=False) == "v<|im_end|>b<|im_end|>"
+    assert (
+        scored({"prompt": say("u", "v", "a"), "completion": "b"}, completion_only_loss=False)
+        == "v<|im_end|>b<|im_end|>"
+    )
     assert scored({"prompt": "p", "chosen": "c", "rejected": "r"}) == "c<|eos|>"
-    chat = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s", "weight": 0.5}
+    chat = {
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        "system": "s",
+        "weight": 0.5,
+    }
     assert scored(chat) == "a<|im_end|>" and whole(chat).startswith("<|im_start|>system\ns<|im_end|>")
     assert render_row(chat, chatml)[0].weight == 0.5 and render_row(row, chatml)[0].weight == 1
-    parts = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}, *say("", "a")[1:]]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]},
+        *say("", "a")[1:],
+    ]
     assert whole({"messages": parts}).startswith("<|im_start|>user\nqr<|im_end|>")
     alpaca = {"instruction": "do", "input": "it", "output": "done", "text": "not this"}
     assert whole(alpaca) == "<|im_start|>user\ndo\nit<|im_end|>\n<|im_start|>assistant\ndone<|im_end|>\n"
     bare = Tokenizer(write_tokenizer(tmp_path, bos=False))
     segment = render_row(alpaca, bare)[0]
-    assert scored_text(bare, segment) == "done<|eos|>" and masked_text(bare, segment).endswith("### Input:\nit\n\n### Response:")
+    assert scored_text(bare, segment) == "done<|eos|>" and masked_text(bare, segment).endswith(
+        "### Input:\nit\n\n### Response:"
+    )
     with pytest.raises(UserError, match="no chat template"):
         render_row(chat, bare)
 
@@ -360,7 +426,9 @@ def test_preference_rows_share_their_prompt(chatml):
         assert [(s.prefix, s.sequence) for s in (prompt, chosen, rejected)] == [(-1, 0), (0, 0), (0, 1)]
         assert prompt.ids.tolist() == chatml.encode(chatml.render(say("q"), True)) and (prompt.labels == IGNORE).all()
         assert scored_text(chatml, chosen) == "yes<|im_end|>" and scored_text(chatml, rejected) == "no way<|im_end|>"
-    prompt, chosen, rejected = render_row({"chosen": "Q: a\nA: yes", "rejected": "Q: a\nA: no"}, chatml, preference=True)
+    prompt, chosen, rejected = render_row(
+        {"chosen": "Q: a\nA: yes", "rejected": "Q: a\nA: no"}, chatml, preference=True
+    )
     assert masked_text(chatml, prompt) == "<|bos|>Q: a\nA:" and scored_text(chatml, chosen) == " yes<|eos|>"
     same = {"prompt": "q", "chosen": "a", "rejected": "a"}
     assert render_row(same, chatml, preference=True) == "chosen and rejected are the same"
@@ -376,7 +444,9 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
     for prompt, completion in (("a cat", " sat on"), ("a cat ", "sat"), ("x:\n", "yes"), ("a", "é")):
         segment = render_row({"prompt": prompt, "completion": completion}, tokenizer)[0]
         assert tokenizer.decode(segment.ids) == prompt + completion  # no second space
-        assert tokenizer.decode([tokenizer.bos_id, *segment.ids[segment.labels != IGNORE]]).strip() == completion.strip()
+        assert (
+            tokenizer.decode([tokenizer.bos_id, *segment.ids[segment.labels != IGNORE]]).strip() == completion.strip()
+        )
 
 
 @pytest.mark.parametrize("row, message", [
@@ -410,7 +480,7 @@ def test_rows_that_are_wrong_are_named(chatml, tmp_path, row, message):
     assert len(str(caught.value).splitlines()) <= 2
 
 
-# --- truncation and the ledger -------------------------------------------------------------------------------------------
+# --- truncation and the ledger ----------------------------------------------------------------------------------------
 
 
 def test_truncation_takes_the_prompt_and_never_the_answer(styled):
@@ -418,7 +488,13 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
     rng, seen = random.Random(3), set()
     for _ in range(150):
         chat = random_chat(rng)
-        row = rng.choice([{"messages": chat}, {"prompt": chat[0]["content"], "completion": chat[1]["content"]}, {"text": chat[0]["content"]}])
+        row = rng.choice(
+            [
+                {"messages": chat},
+                {"prompt": chat[0]["content"], "completion": chat[1]["content"]},
+                {"text": chat[0]["content"]},
+            ]
+        )
         whole = render_row(row, tokenizer)
         if isinstance(whole, str):
             continue
@@ -429,7 +505,11 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
         answer = next(n for n in range(last + 1) if n == last or not scored[last - 1 - n])
         if "text" in row:
             seen.add("text")
-            assert cut == "nothing scored" or len(cut[0].ids) == min(room, len(whole.ids)) and (cut[0].ids == whole.ids[: len(cut[0].ids)]).all()
+            assert (
+                cut == "nothing scored"
+                or len(cut[0].ids) == min(room, len(whole.ids))
+                and (cut[0].ids == whole.ids[: len(cut[0].ids)]).all()
+            )
         elif isinstance(cut, str):
             seen.add(cut)
             assert cut == "answer longer than max_length" and answer + 1 > room
@@ -442,7 +522,9 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
             if int(whole.ids[0]) in tokenizer.special_ids:
                 assert kept.ids[0] == whole.ids[0]
             runs = lambda labels: "".join("x" if label != IGNORE else " " for label in labels).split()
-            assert all(run in runs(whole.labels) for run in runs(kept.labels))  # an answer is scored whole or not at all
+            assert all(
+                run in runs(whole.labels) for run in runs(kept.labels)
+            )  # an answer is scored whole or not at all
             assert len(kept.ids) == min(room, len(whole.ids)) or len(kept.ids) == last <= room
     assert {"text", "cut", "whole", "answer longer than max_length"} <= seen
 
@@ -468,11 +550,17 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
     rng, path, rows = random.Random(4), tmp_path / "rows.jsonl", []
     for _ in range(120):
         chat = random_chat(rng)
-        pair = {"prompt": chat[0]["content"] * rng.randint(1, 4), "chosen": chat[1]["content"], "rejected": rng.choice(["no", chat[1]["content"]])}
+        pair = {
+            "prompt": chat[0]["content"] * rng.randint(1, 4),
+            "chosen": chat[1]["content"],
+            "rejected": rng.choice(["no", chat[1]["content"]]),
+        }
         rows.append(pair if preference else rng.choice([{"messages": chat}, pair, {"text": chat[0]["content"]}, {"messages": say("only asked")},
                                                          {"prompt": "p", "completion": ""}]))  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)))
-    examples, kept, ledger = load_examples([path], chatml, max_length=24, max_samples=100, seed=5, preference=preference)
+    examples, kept, ledger = load_examples(
+        [path], chatml, max_length=24, max_samples=100, seed=5, preference=preference
+    )
     full = [render_row(row, chatml, preference=preference) for row in rows]
     assert len(examples) == len(kept) == ledger.examples and ledger.rows == 120 and ledger.rows_not_sampled == 20
     assert ledger.rows == ledger.examples + ledger.rows_dropped + ledger.rows_not_sampled
@@ -484,9 +572,13 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
     before = [render_row(row, chatml, preference=preference) for row in kept]
     assert ledger.truncated == sum(len(s.ids) for e in before for s in e) - ledger.scored - ledger.masked
     assert ledger.truncated_scored == sum((s.labels != IGNORE).sum() for e in before for s in e) - ledger.scored
-    assert "answer longer than max_length" in ledger.reasons and all(r["where"][0].startswith(str(path)) for r in ledger.reasons.values())
+    assert "answer longer than max_length" in ledger.reasons and all(
+        r["where"][0].startswith(str(path)) for r in ledger.reasons.values()
+    )
     assert ("chosen and rejected are the same" if preference else "nothing scored") in ledger.reasons
-    assert json.loads(json.dumps(ledger.as_dict()))["tokens"] == ledger.tokens and 2 <= len(str(ledger).splitlines()) <= 3
+    assert (
+        json.loads(json.dumps(ledger.as_dict()))["tokens"] == ledger.tokens and 2 <= len(str(ledger).splitlines()) <= 3
+    )
     again = load_examples([path], chatml, max_length=24, max_samples=100, seed=5, preference=preference)[1]
     other = load_examples([path], chatml, max_length=24, max_samples=100, seed=6, preference=preference)[1]
     assert again == kept != other and [rows.index(row) for row in kept] == sorted(rows.index(row) for row in kept)
@@ -506,13 +598,21 @@ def test_what_could_teach_nothing_stops_the_run(chatml, tmp_path):
 def test_holdout_is_a_seeded_partition():
     rows = [{"n": n} for n in range(50)]
     (kept, kept_rows), (held, held_rows) = split_holdout(list(range(50)), rows, 0.2, seed=1)
-    assert len(held) == 10 and sorted(kept + held) == list(range(50)) and [r["n"] for r in held_rows + kept_rows] == held + kept
-    assert split_holdout(list(range(50)), rows, 10, seed=1)[1][0] == held != split_holdout(list(range(50)), rows, 10, seed=2)[1][0]
+    assert (
+        len(held) == 10
+        and sorted(kept + held) == list(range(50))
+        and [r["n"] for r in held_rows + kept_rows] == held + kept
+    )
+    assert (
+        split_holdout(list(range(50)), rows, 10, seed=1)[1][0]
+        == held
+        != split_holdout(list(range(50)), rows, 10, seed=2)[1][0]
+    )
     with pytest.raises(UserError, match="cannot hold out 50 of 50"):
         split_holdout(list(range(50)), rows, 50)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 ROWS = [{"text": "é\u2028 one"}, {"text": "two\n\nlines"}, {"text": "three"}]
 
@@ -579,7 +679,11 @@ def test_a_data_set_of_the_hub(tmp_path):
         path = tmp_path / "root" / "datasets" / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": name}]), path)
-    hub = subprocess.Popen([sys.executable, SHARED / "tools" / "minihub.py", tmp_path / "root", "--port", "0"], stdout=subprocess.PIPE, text=True)
+    hub = subprocess.Popen(
+        [sys.executable, SHARED / "tools" / "minihub.py", tmp_path / "root", "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     code = """if 1:
         import sys; sys.path.insert(0, sys.argv[1])
         from data import UserError, read_rows
@@ -588,20 +692,41 @@ def test_a_data_set_of_the_hub(tmp_path):
             except UserError as error: print("error:", error)"""
     try:
         url = hub.stdout.readline().split()[-1]
-        env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "local", "HF_HUB_OFFLINE": "0"}
-        sources = ["org/one", "org/one:test", "org/two:main", "org/two:main:test", "org/two", "org/two:mian", "org/none"]
-        output = subprocess.run([sys.executable, "-c", code, Path(data.__file__).parent, *sources], env=env, capture_output=True, text=True)
+        env = os.environ | {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "local",
+            "HF_HUB_OFFLINE": "0",
+        }
+        sources = [
+            "org/one",
+            "org/one:test",
+            "org/two:main",
+            "org/two:main:test",
+            "org/two",
+            "org/two:mian",
+            "org/none",
+        ]
+        output = subprocess.run(
+            [sys.executable, "-c", code, Path(data.__file__).parent, *sources], env=env, capture_output=True, text=True
+        )
     finally:
         hub.terminate()
     lines = output.stdout.splitlines()
     assert lines[0] == "['one/data/train-00000-of-00002', 'one/data/train-00001-of-00002']", output.stderr
-    assert lines[1:4] == ["['one/data/test-00000-of-00001']", "['two/main/train-00000-of-00001']", "['two/main/test-00000-of-00001']"]
+    assert lines[1:4] == [
+        "['one/data/test-00000-of-00001']",
+        "['two/main/train-00000-of-00001']",
+        "['two/main/test-00000-of-00001']",
+    ]
     assert lines[4].startswith("error: org/two has several parts; name one of: org/two:main:train, org/two:other:train")
-    assert lines[5].startswith("error: org/two:mian has no such part") and lines[6].startswith("error: org/none: no file here")
+    assert lines[5].startswith("error: org/two:mian has no such part") and lines[6].startswith(
+        "error: org/none: no file here"
+    )
     assert "local" not in lines[6] and len(lines) == 7
 
 
-# --- settings ------------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -626,18 +751,36 @@ class Settings(Base):
 
 def test_flags_and_files_make_a_config(tmp_path):
     assert parse_config(Settings, []) == Settings()
-    got = parse_config(Settings, "--lora-r 8 --learning_rate=1e-3 --data x.jsonl d/y.jsonl --merge false --max_length 5 --kind linear".split())
-    assert got == Settings(lora_r=8, learning_rate=1e-3, data=["x.jsonl", "d/y.jsonl"], merge=False, max_length=5, kind="linear")
-    assert parse_config(Settings, ["--merge"]).merge is True and parse_config(Settings, ["--max_length", "none"]).max_length is None
-    assert parse_config(Settings, ["--betas", "0.8,0.9"]).betas == [0.8, 0.9] and parse_config(Settings, ["--data", "x"]).data == ["x"]
-    for words, modules in ((["all-linear"], "all-linear"), (["q_proj", "v_proj"], ["q_proj", "v_proj"]), (["q_proj,v_proj"], ["q_proj", "v_proj"])):
+    got = parse_config(
+        Settings,
+        "--lora-r 8 --learning_rate=1e-3 --data x.jsonl d/y.jsonl --merge false --max_length 5 --kind linear".split(),
+    )
+    assert got == Settings(
+        lora_r=8, learning_rate=1e-3, data=["x.jsonl", "d/y.jsonl"], merge=False, max_length=5, kind="linear"
+    )
+    assert (
+        parse_config(Settings, ["--merge"]).merge is True
+        and parse_config(Settings, ["--max_length", "none"]).max_length is None
+    )
+    assert parse_config(Settings, ["--betas", "0.8,0.9"]).betas == [0.8, 0.9] and parse_config(
+        Settings, ["--data", "x"]
+    ).data == ["x"]
+    for words, modules in (
+        (["all-linear"], "all-linear"),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["q_proj,v_proj"], ["q_proj", "v_proj"]),
+    ):
         assert parse_config(Settings, ["--target_modules", *words]).target_modules == modules
     assert parse_config(Settings, ["--rank_pattern", '{"q_proj": 4}']).rank_pattern == {"q_proj": 4}
     assert parse_config(Settings, ["--cutoff_len", "7", "--lora-rank", "3"]) == Settings(max_length=7, lora_r=3)
     path = tmp_path / "c.yaml"
-    path.write_text("lora: {r: 32}\ntraining:\n  learning_rate: 3e-5\n  deep: {seed: 1}\ncutoff_len: 9\ndata: z.jsonl\nrank_pattern: {a: 1}\nval_size: 5\n")
+    path.write_text(
+        "lora: {r: 32}\ntraining:\n  learning_rate: 3e-5\n  deep: {seed: 1}\ncutoff_len: 9\ndata: z.jsonl\nrank_pattern: {a: 1}\nval_size: 5\n"
+    )
     got = parse_config(Settings, ["--config", str(path), "--seed", "2"])
-    assert got == Settings(lora_r=32, learning_rate=3e-5, seed=2, max_length=9, data=["z.jsonl"], rank_pattern={"a": 1}, val_size=5)
+    assert got == Settings(
+        lora_r=32, learning_rate=3e-5, seed=2, max_length=9, data=["z.jsonl"], rank_pattern={"a": 1}, val_size=5
+    )
     (tmp_path / "c.json").write_text('{"lora": {"r": 4}, "merge": false,\n\t"learning_rate": 1}')
     got = parse_config(Settings, ["--config", str(tmp_path / "c.json")])
     assert got == Settings(lora_r=4, merge=False, learning_rate=1.0) and isinstance(got.learning_rate, float)

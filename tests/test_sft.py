@@ -20,8 +20,10 @@ from conftest import ROOT, write_checkpoint
 from lora import add_lora
 from model import Segment, UserError, cli, load_model
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def write_tokenizer(folder):
@@ -47,23 +49,45 @@ def base(tmp_path_factory):
 def rows(tmp_path_factory):
     """31 questions of different lengths: the last step of an epoch is a partial one."""
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [{"messages": [{"role": "user", "content": "word " * (i % 7) + f"number {i}?"},
-                           {"role": "assistant", "content": f"It is {i}.\nAnswer: {'ABCD'[i % 4]}"}]} for i in range(31)]
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": "word " * (i % 7) + f"number {i}?"},
+                {"role": "assistant", "content": f"It is {i}.\nAnswer: {'ABCD'[i % 4]}"},
+            ]
+        }
+        for i in range(31)
+    ]
     file.write_text("\n".join(map(json.dumps, lines)))
     return file
 
 
 def flags(base, rows, out, **settings):
-    settings = {"model": base, "data": rows, "output_dir": out, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-                "learning_rate": 1e-2, "lora_r": 4, "lora_dropout": 0.1, "num_train_epochs": 2, "save_steps": 3, "logging_steps": 2,
-                "eval_answers": 0, "merge": False, **settings}
+    settings = {
+        "model": base,
+        "data": rows,
+        "output_dir": out,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "lora_r": 4,
+        "lora_dropout": 0.1,
+        "num_train_epochs": 2,
+        "save_steps": 3,
+        "logging_steps": 2,
+        "eval_answers": 0,
+        "merge": False,
+        **settings,
+    }
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
 def without_times(path):
     """log.jsonl's lines less what a clock or the process's memory says, and less the closing line."""
     timed = {"tokens_per_second", "examples_per_second", "peak_memory_gb", "train_runtime"}
-    return [{k: v for k, v in line.items() if k not in timed} for line in sft.read_log(path) if "train_runtime" not in line]
+    return [
+        {k: v for k, v in line.items() if k not in timed} for line in sft.read_log(path) if "train_runtime" not in line
+    ]
 
 
 def same_tensors(a, b):
@@ -71,7 +95,7 @@ def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# --- the plan ----------------------------------------------------------------------------------------------------------------
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 def config(**settings):
@@ -83,9 +107,13 @@ def fake_examples(n):
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    """Each example once an epoch, in another order the next, the same for the same seed; the last step may be partial."""
+    """Each example once an epoch, in another order the next, the same for the same seed; the last step may be
+    partial."""
     examples = fake_examples(31)
-    plan, again = (sft.Plan(examples, config(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2)) for _ in "ab")
+    plan, again = (
+        sft.Plan(examples, config(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2))
+        for _ in "ab"
+    )
     assert len(plan) == 8 and [len(plan[i]) for i in range(8)] == [8, 8, 8, 7, 8, 8, 8, 7]
     epochs = [[id(e) for i in part for e in plan[i]] for part in (range(4), range(4, 8))]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(map(id, examples)) and epochs[0] != epochs[1]
@@ -109,7 +137,9 @@ def test_schedules_are_those_of_transformers(name, warmup):
     steps = warmup.get("warmup_steps", math.ceil(50 * warmup.get("warmup_ratio", 0)))
     reference = get_scheduler(name, optimizer, num_warmup_steps=steps, num_training_steps=50)
     for step in range(50):
-        assert sft.learning_rate(step, 50, settings) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-15)
+        assert sft.learning_rate(step, 50, settings) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-15
+        )
         optimizer.step()
         reference.step()
 
@@ -141,7 +171,17 @@ def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
     """The first line of the log equals transformers' cross entropy over the same rows, before anything was learned."""
     from transformers import AutoModelForCausalLM
 
-    sft.main(flags(base, rows, tmp_path / "run", per_device_train_batch_size=31, gradient_accumulation_steps=1, max_steps=1, logging_steps=1))
+    sft.main(
+        flags(
+            base,
+            rows,
+            tmp_path / "run",
+            per_device_train_batch_size=31,
+            gradient_accumulation_steps=1,
+            max_steps=1,
+            logging_steps=1,
+        )
+    )
     examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
     reference, total, count = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), 0.0, 0
     for (segment,) in examples:
@@ -153,14 +193,22 @@ def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
     assert line["scored_tokens"] == count and line["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-# --- resume ------------------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(lora_r=0, learning_rate=1e-3), dict(modules_to_save="norm", use_rslora=True),
-                                      dict(gradient_checkpointing=True)], ids=["lora", "full", "norms", "checkpointing"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(lora_r=0, learning_rate=1e-3),
+        dict(modules_to_save="norm", use_rslora=True),
+        dict(gradient_checkpointing=True),
+    ],
+    ids=["lora", "full", "norms", "checkpointing"],
+)
 def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
-    """8 steps, against 8 steps of which the last 5 were done again from the checkpoint in mid-epoch: adapter, optimizer and
-    log are equal to the last bit, dropout on."""
+    """8 steps, against 8 steps of which the last 5 were done again from the checkpoint in mid-epoch: adapter, optimizer
+    and log are equal to the last bit, dropout on."""
     sft.main(flags(base, rows, tmp_path / "whole", **settings))
     sft.main(flags(base, rows, tmp_path / "halves", **settings))
     for path in (tmp_path / "halves").iterdir():
@@ -168,9 +216,14 @@ def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
             subprocess.run(["rm", "-r", path], check=True)
     assert [p.name for p in sft.checkpoints(tmp_path / "halves")] == ["checkpoint-000003"]
     log = (tmp_path / "halves" / "log.jsonl").read_text().splitlines()
-    (tmp_path / "halves" / "log.jsonl").write_text("\n".join(log[:3]) + '\n{"step": 6, "half a li')  # what a kill leaves
+    (tmp_path / "halves" / "log.jsonl").write_text(
+        "\n".join(log[:3]) + '\n{"step": 6, "half a li'
+    )  # what a kill leaves
     sft.main(flags(base, rows, tmp_path / "halves", **settings))
-    names = ["optimizer.safetensors", "model.safetensors" if settings.get("lora_r") == 0 else "adapter_model.safetensors"]
+    names = [
+        "optimizer.safetensors",
+        "model.safetensors" if settings.get("lora_r") == 0 else "adapter_model.safetensors",
+    ]
     for name in names:
         assert same_tensors(*(tmp_path / run / "checkpoint-000008" / name for run in ("whole", "halves"))), name
     assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(tmp_path / "halves" / "log.jsonl")
@@ -179,10 +232,14 @@ def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
 def test_sigterm_saves_and_the_same_command_goes_on(base, rows, tmp_path):
     """A stopped run exits 143 with a checkpoint; run again it ends where an undisturbed run ends."""
     argv = flags(base, rows, tmp_path / "stopped", num_train_epochs=20, save_steps=1000)
-    run = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "sft.py"), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     log = tmp_path / "stopped" / "log.jsonl"
     deadline = time.time() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 2) and time.time() < deadline and run.poll() is None:
+    while (
+        not (log.exists() and len(log.read_text().splitlines()) >= 2) and time.time() < deadline and run.poll() is None
+    ):
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=60)
@@ -192,36 +249,67 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, rows, tmp_path):
     assert 0 < int(stopped.name[-6:]) < 80
     sft.main(argv)
     sft.main(flags(base, rows, tmp_path / "whole", num_train_epochs=20, save_steps=1000))
-    assert same_tensors(*(tmp_path / run / "checkpoint-000080" / "adapter_model.safetensors" for run in ("stopped", "whole")))
+    assert same_tensors(
+        *(tmp_path / run / "checkpoint-000080" / "adapter_model.safetensors" for run in ("stopped", "whole"))
+    )
     assert without_times(log) == without_times(tmp_path / "whole" / "log.jsonl")
 
 
-# --- the run folder ------------------------------------------------------------------------------------------------------------
+# --- the run folder ---------------------------------------------------------------------------------------------------
 
 
 def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
-    """config, report, log, curve, checkpoints, adapter with tokenizer, merged; transformers gets the adapter's logits from merged."""
+    """config, report, log, curve, checkpoints, adapter with tokenizer, merged; transformers gets the adapter's logits
+    from merged."""
     from transformers import AutoModelForCausalLM
 
     from lora import load_adapter
     from model import Batch, Segment
 
-    sft.main(flags(base, rows, tmp_path / "run", val_size=6, eval_answers=4, max_new_tokens=8, merge=True, save_total_limit=2))
+    sft.main(
+        flags(
+            base, rows, tmp_path / "run", val_size=6, eval_answers=4, max_new_tokens=8, merge=True, save_total_limit=2
+        )
+    )
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == ["adapter", "checkpoint-000006", "checkpoint-000008", "config.json",
-                                                      "data_report.json", "log.jsonl", "merged", "training_loss.png"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "adapter",
+        "checkpoint-000006",
+        "checkpoint-000008",
+        "config.json",
+        "data_report.json",
+        "log.jsonl",
+        "merged",
+        "training_loss.png",
+    ]
     assert (run / "adapter" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert json.loads((run / "config.json").read_text())["lora_r"] == 4
     lines = sft.read_log(run / "log.jsonl")
-    assert lines[0]["step"] == 0 and lines[0]["eval_loss"] > 0 and "eval_accuracy" in lines[-1] and "train_runtime" in lines[-1]
+    assert (
+        lines[0]["step"] == 0
+        and lines[0]["eval_loss"] > 0
+        and "eval_accuracy" in lines[-1]
+        and "train_runtime" in lines[-1]
+    )
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[-1] < losses[0] and {"step", "epoch", "loss", "grad_norm", "learning_rate", "scored_tokens", "tokens_per_second",
-                                       "examples_per_second", "peak_memory_gb"} <= set(lines[1])
+    assert losses[-1] < losses[0] and {
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "scored_tokens",
+        "tokens_per_second",
+        "examples_per_second",
+        "peak_memory_gb",
+    } <= set(lines[1])
     ids = np.arange(3, 40)
     model = load_model(base)
     load_adapter(model, run / "adapter")
     ours = model.logits(model(Batch.pack([[Segment(ids, ids)]])))
-    theirs = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)(torch.tensor(ids[None])).logits[0]
+    theirs = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)(torch.tensor(ids[None])).logits[
+        0
+    ]
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert (run / "training_loss.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -248,15 +336,21 @@ def test_base_weights_stay_as_they_were(base, rows, tmp_path):
     assert all(torch.equal(before[k], after[k]) == ("q_proj" not in k) for k in before)
 
 
-# --- mistakes ------------------------------------------------------------------------------------------------------------------
+# --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
 def refuse(argv, capsys):
-    """Runs the command as a user does; returns what stands on stderr after checking exit 2, at most two lines, no traceback."""
+    """Runs the command as a user does; returns what stands on stderr after checking exit 2, at most two lines, no
+    traceback."""
     with pytest.raises(SystemExit) as stopped:
         cli(lambda: sft.main(argv))
     error = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) <= 2 and "Traceback" not in error
+    assert (
+        stopped.value.code == 2
+        and error.startswith("error: ")
+        and len(error.splitlines()) <= 2
+        and "Traceback" not in error
+    )
     return error
 
 
@@ -284,7 +378,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_named_and_costs_nothing(case, base, rows, tmp_path, capsys):
-    """One or two lines naming the flag or file and the way out, exit 2, no run folder begun: the right command then works there."""
+    """One or two lines naming the flag or file and the way out, exit 2, no run folder begun: the right command then
+    works there."""
     settings, names = MISTAKES[case]
     error = refuse(flags(base, rows, tmp_path / "run", **settings), capsys)
     assert all(name in error for name in names), error
@@ -294,7 +389,7 @@ def test_a_mistake_is_named_and_costs_nothing(case, base, rows, tmp_path, capsys
 FILES = {
     "broken json": ('{"text": "a"}\n{"text": \n', ["rows.jsonl:2"]),
     "wrong field": ('{"text": "a"}\n{"txet": "b"}\n', ["rows.jsonl:2", "txet"]),
-    "not an object": ('[1, 2]\n', ["rows.jsonl:1"]),
+    "not an object": ("[1, 2]\n", ["rows.jsonl:1"]),
     "empty": ("", ["rows.jsonl"]),
     "wrong type": ('{"messages": "hello"}\n', ["rows.jsonl:1", "messages"]),
     "no assistant": ('{"messages": [{"role": "user", "content": "a"}]}\n', ["nothing to train on"]),
@@ -338,16 +433,27 @@ def test_other_data_under_a_resumed_run_is_refused(base, rows, tmp_path, capsys)
 
 def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp_path):
     """On a file system of 300 kB the run stops with the disk's own words, and the checkpoints before it are whole."""
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", tmp_path], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", tmp_path], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a small file system needs root")
     try:
-        run = subprocess.run([sys.executable, str(ROOT / "sft.py"), *flags(base, rows, tmp_path / "run", lora_r=16, save_steps=1)],
-                             capture_output=True, text=True, timeout=200)
+        run = subprocess.run(
+            [sys.executable, str(ROOT / "sft.py"), *flags(base, rows, tmp_path / "run", lora_r=16, save_steps=1)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         error = run.stderr.strip().splitlines()
         assert run.returncode == 2 and error[-1].startswith("error: ") and "Traceback" not in run.stderr, run.stderr
         assert "space" in error[-1]
         kept = sft.checkpoints(tmp_path / "run")
-        assert kept and all(load_file(p / "adapter_model.safetensors") and load_file(p / "optimizer.safetensors") for p in kept)
+        assert kept and all(
+            load_file(p / "adapter_model.safetensors") and load_file(p / "optimizer.safetensors") for p in kept
+        )
         assert not list((tmp_path / "run").glob(".checkpoint*"))
     finally:
         subprocess.run(["umount", tmp_path])
