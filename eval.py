@@ -1,8 +1,8 @@
 """Evaluation: answers read out of generated reasoning.
 
-The decision that is not obvious: a model that never writes `Answer: X` is still asked. Its text is followed by "Answer:"
-and the likeliest of the question's choices counts, so a base model that knows nothing of the format lands at chance
-instead of at zero, and the gain of training is not the gain of learning a format.
+The decision that is not obvious: a model that never writes `Answer: X` is still asked. Its text is followed by
+"Answer:" and the likeliest of the question's choices counts, so a base model that knows nothing of the format lands at
+chance instead of at zero, and the gain of training is not the gain of learning a format.
 """
 
 import re

@@ -811,7 +811,8 @@ def resolve(name, revision=None):
                         "(a private one needs HF_TOKEN)") from None
     except Exception as error:  # the client's own errors and those of whichever http library it stands on
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"model {name}: no folder here, and the hub can't be reached or breaks off ({reason})") from None
+        raise UserError(f"model {name}: no folder here, and the hub can't be reached or breaks off "
+                        f"({reason})") from None
 
 
 def checkpoint_tensors(folder):

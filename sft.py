@@ -544,7 +544,8 @@ def show_answers(before, after, config):
     (was, count), (now, _) = accuracy(before), accuracy(after)
     if count:
         chance = sum(1 / len(row["choices"]) for row in after if row["gold"]) / count
-        print(f"\nanswers right on {count} held-out questions: {was:.1%} before, {now:.1%} after (chance {chance:.0%})")
+        print(f"\nanswers right on {count} held-out questions: {was:.1%} before, {now:.1%} after "
+              f"(chance {chance:.0%})")
 
 
 def finish(model, config):
@@ -575,12 +576,14 @@ def main(argv=None):
     source = resolve(config.model, config.revision)
     tokenizer = Tokenizer(source, began)
     wants = {"max_length": config.max_length, "completion_only_loss": config.completion_only_loss,
-             "assistant_only_loss": config.assistant_only_loss, "seed": config.seed}
-    examples, rows, ledger = load_examples(config.data, tokenizer, max_samples=config.max_samples, **wants)
+             "assistant_only_loss": config.assistant_only_loss, "seed": config.seed,
+             "max_samples": config.max_samples}
+    examples, rows, ledger = load_examples(config.data, tokenizer, **wants)
     held, held_rows, report = [], [], {"train": ledger.as_dict()}
     print(f"training rows: {ledger}")
     if config.eval_data:
-        held, held_rows, ledger = load_examples(config.eval_data, tokenizer, max_samples=config.max_eval_samples, **wants)
+        wants["max_samples"] = config.max_eval_samples
+        held, held_rows, ledger = load_examples(config.eval_data, tokenizer, **wants)
         report["eval"] = ledger.as_dict()
         print(f"held-out rows: {ledger}")
     elif config.val_size:
