@@ -3,8 +3,8 @@ Everything in examples/, made again from nothing: a small world of true facts, t
 its tokenizer and random weights, and a multiple-choice set with rationales.
 
 The one decision that is not obvious: the pretraining text holds every fact and every skill the questions need (knowing,
-and picking one of several), but no question with choices and no `Answer:`. So the base model sits at about chance, and
-what fine-tuning adds is the task. What is held out are questions, not only rows.
+and picking one of several), but no question with choices and no `Answer:`. So the base model sits at about chance,
+and what fine-tuning adds is the task. What is held out are questions, not only rows.
 
     python examples/make_example.py                       # tokenizer, questions; text and random weights in runs/
     python sft.py --config examples/pretrain.yaml         # full fine-tuning from the random weights, about ten minutes
@@ -1073,10 +1073,9 @@ def main():
     write_rows(RUNS / "tiny-qwen3-start" / "text.jsonl", text)
     write_rows(HERE / "mcqa" / "train.jsonl", train)
     write_rows(HERE / "mcqa" / "validation.jsonl", validation)
-    # each word once per fact, so that the rare words get tokens of their own
-    words = [fill(t, fact) for fact in world for t in RELATIONS[fact.relation].says + RELATIONS[fact.relation].asks]
-    words += [f" {fact.name}" for fact in world] * 40  # and every name one token
-    tokenizer = train_tokenizer(words + [m["content"] for row in train for m in row["messages"]])
+    # each word once per fact and every name often, so that rare words get tokens of their own; no row of the questions
+    words = [fill(t, fact) for fact in world for t in RELATIONS[fact.relation].says + RELATIONS[fact.relation].which]
+    tokenizer = train_tokenizer(words + [f" {fact.name}" for fact in world] * 40 + ["Answer: user assistant"] * 40)
     for folder in (HERE / "tiny-qwen3", RUNS / "tiny-qwen3-start"):
         write_checkpoint(folder, tokenizer)
     save_file(random_weights(0), RUNS / "tiny-qwen3-start" / "model.safetensors", metadata={"format": "pt"})
