@@ -941,7 +941,7 @@ def write_tensors(tensors, file):
 
 
 def save_model(tensors, folder, source, max_shard_bytes=5 * 10**9):
-    """Writes a checkpoint in the Hugging Face layout that opens in transformers and vLLM.
+    """Writes a checkpoint in the Hugging Face layout; it opens in transformers.
 
     tensors: (name, tensor) pairs, taken one at a time: no more than a shard of them is held. They are stored in the
     dtype that the config of `source` names; its config, tokenizer and chat template are copied as they are.
