@@ -58,6 +58,9 @@ def cli(main):
         main()
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno is None:
             raise
