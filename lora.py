@@ -17,7 +17,6 @@ import argparse
 import difflib
 import json
 import math
-import os
 import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,8 +28,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from model import (Linear, UserError, check_names, cli, load_model, read_json, read_tensor, resolve, save_model,
-                   write_tensors, written_aside)
+from model import (DTYPES, Linear, UserError, check_names, cli, open_model, place, read_json, read_tensor, resolve,
+                   save_model, write_tensors, written_aside)
 
 
 @dataclass
@@ -48,26 +47,34 @@ class LoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)  # ranks of their own: {name or regex: rank}
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # alphas of their own: {name or regex: alpha}
     layers_to_transform: list[int] = field(default_factory=list)  # adapt these layers only; empty: all of them
+    use_dora: bool = False  # train the length of each weight row apart from its direction
+    init_lora_weights: str = "true"  # true, gaussian, pissa, pissa_niter_N (a faster SVD), loftq (of 4-bit weights)
 
 
 class LoRALinear(nn.Module):
     """y = base(x) + s·B A dropout(x), over any linear layer, plain or quantised. Source: arXiv:2106.09685 section 4.1.
 
-    base: a module with `in_features`, `out_features`, `bias` and base(x); for merging also `weight` (out, in) or, where
-    it is quantised, `dequantize()` that returns it. A (R, in) ~ U(±1/√in) from `generator`, B (out, R) = 0; both are
-    fp32 and multiplied in x's dtype. s = alpha / R, or alpha / √R for rsLoRA.
+    base: a module with `in_features`, `out_features`, `bias` and base(x), and with `weight` (out, in) or, where it is
+    quantised, `dequantize()` that returns it. A (R, in) ~ U(±1/√in) from `generator`, B (out, R) = 0; both are fp32 and
+    multiplied in x's dtype. s = alpha / R, or alpha / √R for rsLoRA. With `use_dora` row i of W + s·B A has the trained
+    length m_i (Liu et al. 2024, arXiv:2402.09353, eq. 5; the length it is divided by passes no gradient, section 4.3).
     """
 
-    def __init__(self, base, r, alpha, dropout=0.0, use_rslora=False, generator=None):
+    def __init__(self, base, r, alpha, dropout=0.0, use_rslora=False, use_dora=False, generator=None):
         super().__init__()
         self.base_layer, self.dropout, self.enabled = base, dropout, True
         self.in_features, self.out_features = base.in_features, base.out_features
         self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
+        self.start = None  # A and B of a start that was taken out of the base (PiSSA)
         device = next(iter(base.state_dict().values())).device
         A = torch.empty(r, self.in_features, device="meta" if device.type == "meta" else "cpu")
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # drawn on the CPU: the same on every device
         self.lora_A = nn.Parameter(A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        self.lora_magnitude_vector = None
+        if use_dora:
+            length = torch.empty(self.out_features, device=device) if device.type == "meta" else self.lengths()
+            self.lora_magnitude_vector = nn.Parameter(length)
 
     def forward(self, x):  # (T, in) -> (T, out)
         if x.dim() != 2:
@@ -75,15 +82,38 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)
         if not self.enabled:
             return y
-        x = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        h = F.linear(x, self.lora_A.to(x.dtype))  # (T, R)
-        return y.addmm_(h, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # in place: never a second (T, out)
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        h = F.linear(dropped, self.lora_A.to(x.dtype))  # (T, R)
+        if self.lora_magnitude_vector is None:
+            return y.addmm_(h, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # in place: never a second (T, out)
+        stretch = (self.lora_magnitude_vector / self.lengths()).to(x.dtype)  # (out,)
+        turned = y if dropped is x else self.base_layer(dropped)  # as in PEFT, all that DoRA adds is of the dropped x
+        turned = turned if self.base_layer.bias is None else turned - self.base_layer.bias.to(x.dtype)
+        return y + (stretch - 1) * turned + stretch * self.scaling * (h @ self.lora_B.to(x.dtype).t())
+
+    @torch.no_grad()
+    def lengths(self):
+        """(out,) fp32: the lengths of the rows of W + s·B A, by |W|² + 2s·W(BA) + s²|BA|², which needs no (out, in)."""
+        A, B, W = self.lora_A, self.lora_B, self.base_weight()
+        if not hasattr(self, "squares"):
+            self.squares = W.float().square().sum(1)
+        twice = (F.linear(A.to(W.dtype), W).t().float() + self.scaling / 2 * (B @ (A @ A.t()))) * B
+        return (self.squares + 2 * self.scaling * twice.sum(1)).sqrt()
+
+    def base_weight(self):
+        return self.base_layer.dequantize() if hasattr(self.base_layer, "dequantize") else self.base_layer.weight
+
+    def merged(self, W):
+        """(out, in): W (out, in), this layer's or another base's, with the update, summed in fp32, in W's dtype."""
+        W, dtype = torch.addmm(W.float(), self.lora_B, self.lora_A, alpha=self.scaling), W.dtype
+        if self.lora_magnitude_vector is not None:
+            W = W * (self.lora_magnitude_vector / W.detach().norm(dim=1))[:, None]
+        return W.to(dtype)
 
     @property
     def weight(self):
-        """(out, in): W + s·B A, summed in fp32, rounded to W's dtype. A head is read so; A and B get gradients."""
-        W = self.base_layer.dequantize() if hasattr(self.base_layer, "dequantize") else self.base_layer.weight
-        return torch.addmm(W.float(), self.lora_B, self.lora_A, alpha=self.scaling).to(W.dtype) if self.enabled else W
+        """(out, in): W with the update. A head is read so; what trains gets its gradient."""
+        return self.merged(self.base_weight()) if self.enabled else self.base_weight()
 
     @torch.no_grad()
     def merge(self):
@@ -95,6 +125,35 @@ class LoRALinear(nn.Module):
         plain.weight = nn.Parameter(self.weight, requires_grad=False)
         return plain
 
+    @torch.no_grad()
+    def begin(self, kind, generator):
+        """Sets A and B by `init_lora_weights`. gaussian: A ~ N(0, 1/R²), B = 0. pissa: s·B A is the weight's part of rank
+        R, by its SVD or by `niter` rounds of a randomised one, and is taken out of the base (Meng et al. 2024,
+        arXiv:2404.02948, eqs. 2-4). loftq: s·B A is rank R of what 4 bits lost, one round (Li et al. 2023,
+        arXiv:2310.08659, algorithm 1). Sources: peft's pissa_init and replace_lora_weights_loftq, which has s = 1."""
+        base, r = self.base_layer, len(self.lora_A)
+        if kind == "gaussian":
+            self.lora_A.copy_(torch.randn(self.lora_A.shape, generator=generator) / r)
+        if kind in ("true", "gaussian") or self.lora_A.is_meta:
+            return
+        quantised = hasattr(base, "original")
+        W = (base.original() if quantised else base.weight).float()
+        of = W - base.dequantize().float() if kind == "loftq" else W
+        if niter := re.fullmatch(r"pissa_niter_(\d+)", kind):
+            with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
+                torch.manual_seed(generator.initial_seed())
+                U, S, V = torch.svd_lowrank(of, r, niter=int(niter[1]))
+            Vh = V.t()
+        else:
+            U, S, Vh = torch.linalg.svd(of, full_matrices=False)
+        root = (S[:r] / self.scaling).sqrt()
+        self.lora_A.copy_(root[:, None] * Vh[:r])
+        self.lora_B.copy_(U[:, :r] * root)
+        if kind != "loftq":
+            self.start = self.lora_A.clone(), self.lora_B.clone()
+            rest = torch.addmm(W, *self.start[::-1], alpha=-self.scaling)
+            base.quantize_(rest.to(base.original().dtype)) if quantised else base.weight.copy_(rest)
+
 
 def lora_layers(model) -> dict[str, LoRALinear]:
     """The adapted layers by module path."""
@@ -102,9 +161,10 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """(trainable, all) parameters. A tied tensor counts once."""
+    """(trainable, all) parameters. A tied tensor counts once, a weight in 4 bit as what it stands for."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+    quantised = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize"))
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantised
 
 
 # --- what is adapted --------------------------------------------------------------------------------------------------
@@ -132,7 +192,9 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
         r = by_pattern(config.rank_pattern, name, config.lora_r)
         alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
         base = model.get_submodule(name)
-        model.set_submodule(name, LoRALinear(base, r, alpha, config.lora_dropout, config.use_rslora, generator))
+        layer = LoRALinear(base, r, alpha, config.lora_dropout, config.use_rslora, config.use_dora, generator)
+        layer.begin(config.init_lora_weights, generator)
+        model.set_submodule(name, layer)
     model.adapter = config
     model.requires_grad_(False)
     trained = adapter_parameters(model)
@@ -195,9 +257,11 @@ def resolve_targets(model, config, strict=True):
     """(LoRAConfig without all-linear or norm targets, paths of the layers to wrap, notices). modules_to_save wins over
     a target; a targeted norm moves there; a tied head and embedding are there together or not at all."""
     config = LoRAConfig(**{f.name: getattr(config, f.name) for f in fields(LoRAConfig)})
+    config.init_lora_weights = config.init_lora_weights.lower()
     paths, modules, depth = module_paths(model), dict(model.named_modules()), len(model.model.layers)
     linear = [path for path in paths if hasattr(modules.get(path), "in_features")]
-    norms = [path for path in paths if path in modules and [p.dim() for p in modules[path].parameters()] == [1]]
+    norms = [path for path in paths if path in modules and path not in linear
+             and [p.dim() for p in modules[path].parameters()] == [1]]
     leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in linear + norms))
     config.target_modules = [t] if isinstance(t := config.target_modules, str) else t
     if [t.lower() for t in config.target_modules] == ["all-linear"]:
@@ -232,6 +296,10 @@ def resolve_targets(model, config, strict=True):
     lost += [f"layers_to_transform: {i} is not one of this model's layers 0 to {depth - 1}"
              for i in config.layers_to_transform if i not in range(depth)]
     faults += lost if strict else []
+    faults += [f"modules_to_save: {path} is held in 4 bit, which can't be trained; give it as a target"
+               for path in whole_modules(linear, config.modules_to_save) if hasattr(modules[path], "dequantize")][:1]
+    if config.init_lora_weights == "loftq" and not all(hasattr(modules[path], "dequantize") for path in names):
+        faults.append("init_lora_weights: loftq makes up for what 4 bits lose; give --load_in_4bit too")
     if faults or not names:
         raise UserError("; ".join(faults or ["target_modules: no linear layer is left to adapt"]))
     if model.lm_head is None and {EMBEDDING, HEAD} & set(whole_modules(paths, save)):
@@ -252,6 +320,11 @@ def config_faults(config, patterns):
         faults.append(f"target_modules: {odd[0]!r} among other names; a regex stands alone")
     if is_regex(config.target_modules) and config.layers_to_transform:
         faults.append("layers_to_transform goes with names; a regex can name the layers itself")
+    if not re.fullmatch(r"true|gaussian|pissa(_niter_\d+)?|loftq", config.init_lora_weights):
+        faults.append(f"init_lora_weights: {config.init_lora_weights!r} is not one of true, gaussian, pissa, "
+                      "pissa_niter_N, loftq")
+    elif config.use_dora and config.init_lora_weights not in ("true", "gaussian"):
+        faults.append(f"use_dora does not go with init_lora_weights {config.init_lora_weights}")
     if config.bias not in ("none", "all", "lora_only"):
         faults.append(f"bias: {config.bias!r} is not one of none, all, lora_only")
     if not 0 <= config.lora_dropout < 1:
@@ -270,37 +343,62 @@ COMPUTED = {  # what these may be; initialisations that leave the base weights a
     "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva", "mica"]}
 
 
-def adapter_parameters(model) -> dict[str, nn.Parameter]:
-    """All that the model's adapter consists of, {key in PEFT's file: parameter}; a tied tensor has two keys, as it has
-    there. Source: peft.utils.get_peft_model_state_dict."""
+def adapter_names(model) -> dict[str, str]:
+    """All that the model's adapter consists of, {key in PEFT's file: parameter's name}; a tied tensor has two keys, as
+    it has there. Source: peft.utils.get_peft_model_state_dict."""
     whole = whole_modules(module_paths(model), model.adapter.modules_to_save)
-    biases = {"none": (), "all": ".bias", "lora_only": ".base_layer.bias"}[model.adapter.bias]
+    ends = (".lora_magnitude_vector", *{"none": (), "all": (".bias",), "lora_only": (".base_layer.bias",)}[
+        model.adapter.bias])
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         if name.endswith((".lora_A", ".lora_B")):
-            found[f"{PREFIX}{name}.weight"] = parameter
-        elif within(name, whole) or name.endswith(biases):
-            found[PREFIX + name] = parameter
+            found[f"{PREFIX}{name}.weight"] = name
+        elif within(name, whole) or name.endswith(ends):
+            found[PREFIX + name] = name
     if HEAD in whole and model.lm_head is None:
-        found[f"{PREFIX}{HEAD}.weight"] = model.model.embed_tokens.weight
+        found[f"{PREFIX}{HEAD}.weight"] = f"{EMBEDDING}.weight"
     return found
 
 
+def adapter_parameters(model) -> dict[str, nn.Parameter]:
+    """`adapter_names` with the parameters themselves."""
+    return {key: model.get_parameter(name) for key, name in adapter_names(model).items()}
+
+
+def plain_lora(model):
+    """(config, {key: tensor}) of an adapter as it is told to others: one that began as a part of the base (PiSSA) becomes
+    B A − B₀ A₀, a plain LoRA of twice the rank on the base as it was. Source: peft's subtract_mutated_init."""
+    config, tensors = model.adapter, {key: p.detach() for key, p in adapter_parameters(model).items()}
+    layers = lora_layers(model)
+    if not any(layer.start for layer in layers.values()):
+        return replace(config, init_lora_weights="true"), tensors
+    for path, layer in layers.items():
+        A, B = layer.start
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([layer.lora_A.detach(), A])
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([layer.lora_B.detach(), -B], 1)
+    louder = math.sqrt(2) if config.use_rslora else 2  # the scale stays what it was
+    return replace(config, lora_r=2 * config.lora_r, lora_alpha=louder * config.lora_alpha, init_lora_weights="true",
+                   rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+                   alpha_pattern={key: louder * a for key, a in config.alpha_pattern.items()}), tensors
+
+
 def write_adapter(model, folder, base_model=None):
-    """Writes adapter_config.json and adapter_model.safetensors, fp32 as trained, into an existing folder. base_model:
-    the path or hub id that a reader should start from."""
+    """Writes adapter_config.json and adapter_model.safetensors, fp32 as trained, into an existing folder, as
+    `plain_lora`. base_model: the path or hub id that a reader should start from. Returns the tensors."""
     raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model and str(base_model),
-           "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": False}
-    for name, value in asdict(model.adapter).items():
+           "inference_mode": True, "fan_in_fan_out": False}
+    config, tensors = plain_lora(model)
+    for name, value in asdict(config).items():
         if value != []:  # the default, and some of these names are unknown to PEFT's older releases
             regex = name in ("target_modules", "exclude_modules") and is_regex(value)
             raw["r" if name == "lora_r" else name] = value[0] if regex else value
-    parameters = adapter_parameters(model)
-    if model.lm_head is None and f"{PREFIX}{HEAD}.weight" in parameters:
+    raw["init_lora_weights"] = True
+    if model.lm_head is None and f"{PREFIX}{HEAD}.weight" in tensors:
         raw["ensure_weight_tying"] = True
     (Path(folder) / "adapter_config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
-    tensors = {key: p.detach().to("cpu", torch.float32, copy=True) for key, p in parameters.items()}
+    tensors = {key: t.to("cpu", torch.float32, copy=True) for key, t in tensors.items()}
     write_tensors(tensors, Path(folder) / "adapter_model.safetensors")
+    return tensors
 
 
 def save_adapter(model, folder, base_model=None):
@@ -340,6 +438,8 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     known = HARMLESS | set(COMPUTED)
     for f in fields(LoRAConfig):
         key = "r" if f.name == "lora_r" else f.name
+        if key in COMPUTED:
+            continue
         known.add(key)
         if (value := raw.get(key)) is not None:
             value = [value] if get_origin(f.type) is list and type(value) in (int, str) else value
@@ -365,6 +465,19 @@ def load_adapter(model, folder, trainable=False) -> list[str]:
     Every key and shape is checked before a value is read, all faults at once. Values become fp32. Returns add_lora's
     notices. PEFT may have trained a tied model's two ends apart (no ensure_weight_tying): then the model is untied.
     """
+    names, file, notices = open_adapter(model, folder)
+    with torch.no_grad():
+        for key, name in names.items():
+            model.get_parameter(name).copy_(read_tensor(file, key))
+    model.train(trainable)
+    if not trainable:
+        model.requires_grad_(False)
+    return notices
+
+
+def open_adapter(model, folder):
+    """Makes room on a plain model, which may be on `meta`, for the adapter of a PEFT folder, and checks that it fits:
+    ({key in its file: parameter's name}, the file, notices)."""
     folder = find_adapter(folder)
     config, raw = read_adapter_config(folder)
     ends = {EMBEDDING, HEAD} & set(whole_modules(module_paths(model), config.modules_to_save))
@@ -374,24 +487,18 @@ def load_adapter(model, folder, trainable=False) -> list[str]:
         notices = add_lora(model, config, strict=False)
     except UserError as error:
         raise UserError(f"{folder}: not an adapter of this model: {error}") from None
-    wanted, file = adapter_parameters(model), folder / "adapter_model.safetensors"
+    names, file = adapter_names(model), folder / "adapter_model.safetensors"
     try:
         with safe_open(file, "pt") as f:
             found = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
     except SafetensorError as error:
         raise UserError(f"{file}: not a whole safetensors file ({error})") from None
     if (key := f"{PREFIX}{HEAD}.base_layer.weight") in found and HEAD in lora_layers(model):
-        wanted[key] = model.lm_head.base_layer.weight  # PEFT stores the frozen weight of an adapted head
+        names[key] = f"{HEAD}.base_layer.weight"  # PEFT stores the frozen weight of an adapted head
     twice = ".modules_to_save.bias", ".original_module.bias"  # and, with bias "all", the biases inside its wrapper
-    check_names({key: tuple(p.shape) for key, p in wanted.items()},
+    check_names({key: tuple(model.get_parameter(name).shape) for key, name in names.items()},
                 {key: shape for key, shape in found.items() if not key.endswith(twice)}, file)
-    with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(read_tensor(file, key))
-    model.train(trainable)
-    if not trainable:
-        model.requires_grad_(False)
-    return notices
+    return names, file, notices
 
 
 def untie(model):
@@ -425,32 +532,61 @@ def disable_lora(model):
 def merge_lora(model):
     """The plain model again, in place and frozen: W + s·B A summed in fp32 and rounded once to the base's dtype; what
     was trained whole goes back to that dtype (after full fine-tuning, that is all). Source: peft's merge_and_unload."""
-    for path, layer in lora_layers(model).items():
-        model.set_submodule(path, layer.merge())
+    for path, layer in [(path, layer) for path, layer in model.named_modules() if hasattr(layer, "merge")]:
+        if not path.endswith(".base_layer"):
+            model.set_submodule(path, layer.merge())
     for p in model.parameters():
         p.data = p.data.to(model.dtype)
     vars(model).pop("adapter", None)
     return model.requires_grad_(False)
 
 
-def merge(adapter, output_dir, base=None):
-    """Writes the merge of an adapter and its base (default: the one its config names) to a new folder, in the base's
-    dtype and the Hugging Face layout. Returns notices."""
-    adapter, output_dir = find_adapter(adapter), Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"--output_dir {output_dir}: there is something already; name a new folder")
+def merge(adapter, output_dir, base=None, prepare=None):
+    """Writes the merge of an adapter and its base (default: the one its config names) to a folder, in the base's dtype
+    and the Hugging Face layout. A layer at a time: no more than a shard is held. `prepare` as in `open_model`: layers
+    in 4 bit are merged as what they stand for. Returns notices."""
+    adapter = find_adapter(adapter)
     base = base or read_adapter_config(adapter)[1].get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter}: its config names no base model; give it with --model")
-    model = load_model(base)
-    tied, notices = model.config.tie_word_embeddings, load_adapter(model, adapter)
-    save_model(merge_lora(model).state_dict().items(), output_dir, model.folder)
-    if tied and not model.config.tie_word_embeddings:
-        raw = {**read_json(output_dir / "config.json"), "tie_word_embeddings": False}
-        (output_dir / "config.json.partial").write_text(json.dumps(raw, indent=2), encoding="utf-8")
-        os.replace(output_dir / "config.json.partial", output_dir / "config.json")
+    model, found = open_model(base, prepare=prepare)
+    was, dtype = model.config, DTYPES[model.config.dtype]
+    names, file, notices = open_adapter(model, adapter)
+    trained = {name: key for key, name in names.items()}
+
+    def source(name):
+        if name in trained:
+            return read_tensor(file, trained[name]), torch.float32
+        name = name.replace(".base_layer.", ".")
+        name = name if name in found else f"{EMBEDDING}.weight"  # a head that was tied to it
+        return read_tensor(found[name][0], name), dtype
+
+    @torch.no_grad()
+    def merged():
+        for path, layer in list(model.named_modules()):
+            if path.endswith(".base_layer") or not (hasattr(layer, "merge") or hasattr(layer, "weight")):
+                continue
+            for leaf in list(layer.state_dict()):
+                tensor, kind = source(f"{path}.{leaf}")
+                place(model, f"{path}.{leaf}", tensor, "cpu", kind)
+            plain = layer.merge() if hasattr(layer, "merge") else layer
+            yield from ((f"{path}.{leaf}", tensor) for leaf, tensor in plain.state_dict().items())
+            layer.to("meta")  # this one has been told: it need not be held any longer
+
+    changes = {"quantization_config": None} if was.quantized else {}
+    if was.tie_word_embeddings and not model.config.tie_word_embeddings:
+        changes["tie_word_embeddings"] = False
         notices.append("the adapter holds an embedding and a head of their own: the merged model is untied")
+    save_model(merged(), output_dir, model.folder, **changes)
     return notices
+
+
+def new_folder(path):
+    """--output_dir's Path; UserError if there is something already."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--output_dir {path}: there is something already; name a new folder")
+    return path
 
 
 def main():
@@ -461,7 +597,7 @@ def main():
     merging.add_argument("--output_dir", "--output-dir", required=True, help="the merged model's folder, a new one")
     merging.add_argument("--model", help="folder or hub id of the base model (default: the one the adapter names)")
     args = parser.parse_args()
-    for notice in merge(args.adapter, args.output_dir, args.model):
+    for notice in merge(args.adapter, new_folder(args.output_dir), args.model):
         print(notice)
     print(f"merged {args.adapter} into {args.output_dir}")
 

@@ -288,6 +288,7 @@ class ModelConfig:
     mlp_bias: bool
     dtype: str  # of the checkpoint's tensors
     eos_token_id: tuple
+    quantized: bool  # the checkpoint holds bitsandbytes' 4-bit weights, which qlora.py reads
 
     @classmethod
     def read(cls, folder):
@@ -335,8 +336,9 @@ class ModelConfig:
         if (raw.get("sliding_window") and raw.get("use_sliding_window")
                 or not isinstance(layers, list) or any(layer != "full_attention" for layer in layers)):
             faults.append("sliding-window attention (use_sliding_window, layer_types) is not supported")
-        if raw.get("quantization_config"):
-            faults.append("quantization_config: quantised checkpoints are not supported; use the 16-bit one")
+        quantization = raw.get("quantization_config") or {}
+        if quantization and not (isinstance(quantization, dict) and quantization.get("load_in_4bit")):
+            faults.append("quantization_config: only bitsandbytes' 4-bit weights are read; use those or the 16-bit ones")
         bias, eos = flag("attention_bias"), raw.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         if any(isinstance(token, bool) or not isinstance(token, int) for token in eos):
@@ -350,7 +352,7 @@ class ModelConfig:
             tie_word_embeddings=flag("tie_word_embeddings"), qkv_bias=kind == "qwen2" or bias,
             o_bias=kind != "qwen2" and bias, mlp_bias=kind == "llama" and flag("mlp_bias"),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
-            eos_token_id=eos,
+            eos_token_id=eos, quantized=bool(quantization),
         )
         if config.dtype not in DTYPES:
             faults.append(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
@@ -870,25 +872,19 @@ def check_names(wanted, found, where):
         raise UserError(f"{where}: {len(faults)} tensor(s) do not fit: " + "; ".join(faults[:8]) + more)
 
 
-def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", revision=None):
-    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own).
+def open_model(name, revision=None, prepare=None):
+    """(a Transformer on `meta`, where its tensors are: {name: (file, shape, dtype name)}) of folder or hub id `name`.
 
-    Built on `meta` and filled a tensor at a time: peak memory is the model and one tensor. Names and shapes are checked
-    before the first byte is read, all faults at once.
+    Every name, shape and kind is checked against the model, all faults in one UserError; no weight is read.
+    prepare(model, found) may put other layers in place first, those of 4-bit weights say.
     """
     folder = resolve(name, revision)
     config = ModelConfig.read(folder)
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}" + nearest(dtype, DTYPES))
-    dtype = DTYPES[config.dtype if dtype == "auto" else dtype]
-    attention, notice = choose_attention(attn_implementation, config, dtype, device)
-    if notice:
-        print(notice, file=sys.stderr)
+    if config.quantized and prepare is None:
+        raise UserError(f"{folder}: holds 4-bit weights, which have no place here; name the 16-bit model")
     with torch.device("meta"):
         model = Transformer(config)
     found = checkpoint_tensors(folder)
-    if odd := [f"{name} ({kind})" for name, (_, _, kind) in found.items() if kind not in ("BF16", "F16", "F32", "F64")]:
-        raise UserError(f"{folder}: {len(odd)} tensors are not floating point, {odd[0]} first; use a 16-bit one")
     found = {n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")}  # old Llama files carry it
     if config.tie_word_embeddings and "lm_head.weight" in found and "model.embed_tokens.weight" in found:
         head = found.pop("lm_head.weight")  # some tied checkpoints store the one tensor twice
@@ -896,12 +892,43 @@ def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", rev
                                                                                 "model.embed_tokens.weight")):
             raise UserError(f"{head[0]}: lm_head.weight differs from model.embed_tokens.weight, yet config.json ties "
                             "them; set tie_word_embeddings to false there")
-    check_names({n: tuple(p.shape) for n, p in model.named_parameters()}, {n: at[1] for n, at in found.items()}, folder)
+    if prepare:
+        prepare(model, found)
+    wanted = model.state_dict()
+    check_names({n: tuple(t.shape) for n, t in wanted.items()}, {n: at[1] for n, at in found.items()}, folder)
+    if odd := [f"{n} ({kind})" for n, (_, _, kind) in found.items()
+               if wanted[n].is_floating_point() != (kind in ("BF16", "F16", "F32", "F64"))]:
+        raise UserError(f"{folder}: {len(odd)} tensors are of another kind than the model's, {odd[0]} first; "
+                        "use a 16-bit checkpoint")
+    model.folder = folder
+    return model, found
+
+
+def place(model, name, tensor, device, dtype):
+    """Puts a tensor where its name says: frozen, on the device, in dtype; a layer with a `place` of its own decides."""
+    path, leaf = re.fullmatch(r"(.+?)\.(weight.*|bias|lora_\w+)", name).groups()
+    module = model.get_submodule(path)
+    if hasattr(module, "place"):
+        module.place(leaf, tensor, device, dtype)
+    else:
+        setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False))
+
+
+def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", revision=None, prepare=None):
+    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own).
+
+    Built on `meta` and filled a tensor at a time: peak memory is the model and one tensor. Names and shapes are checked
+    before the first byte is read, all faults at once; prepare as in `open_model`.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}" + nearest(dtype, DTYPES))
+    model, found = open_model(name, revision, prepare)
+    model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
+    model.attention, notice = choose_attention(attn_implementation, model.config, model.dtype, device)
+    if notice:
+        print(notice, file=sys.stderr)
     for name, (file, _, _) in found.items():
-        owner, _, leaf = name.rpartition(".")
-        tensor = read_tensor(file, name).to(device=device, dtype=dtype, copy=True)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    model.dtype, model.folder, model.attention = dtype, folder, attention
+        place(model, name, read_tensor(file, name), device, model.dtype)
     return model
 
 
@@ -943,11 +970,12 @@ def write_tensors(tensors, file):
         raise UserError(f"{file}: could not be written ({error})") from None
 
 
-def save_model(tensors, folder, source, max_shard_bytes=5 * 10**9):
+def save_model(tensors, folder, source, max_shard_bytes=5 * 10**9, **changes):
     """Writes a checkpoint in the Hugging Face layout; it opens in transformers.
 
-    tensors: (name, tensor) pairs, taken one at a time: no more than a shard of them is held. They are stored in the
-    dtype that the config of `source` names; its config, tokenizer and chat template are copied as they are.
+    tensors: (name, tensor) pairs, taken one at a time: no more than a shard of them is held. Weights and biases are
+    stored in the dtype that the config of `source` names; its tokenizer and chat template are copied as they are, its
+    config with `changes` (None takes a key out).
     """
     dtype = DTYPES[ModelConfig.read(source).dtype]
     with written_aside(folder) as aside:
@@ -959,7 +987,8 @@ def save_model(tensors, folder, source, max_shard_bytes=5 * 10**9):
             shard.clear()
 
         for name, tensor in tensors:
-            tensor = tensor.detach().to(device="cpu", dtype=dtype)
+            whole = tensor.is_floating_point() and name.endswith((".weight", ".bias"))  # else a part of 4-bit weights
+            tensor = tensor.detach().to(device="cpu", dtype=dtype if whole else tensor.dtype)
             if shard and size + tensor.nbytes > max_shard_bytes:
                 flush()
                 size = 0
@@ -976,3 +1005,6 @@ def save_model(tensors, folder, source, max_shard_bytes=5 * 10**9):
         for file in COMPANIONS:
             if (Path(source) / file).exists():
                 shutil.copyfile(Path(source) / file, aside / file)
+        if changes:
+            raw = {key: value for key, value in (read_json(aside / "config.json") | changes).items() if value is not None}
+            (aside / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")

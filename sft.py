@@ -21,7 +21,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +31,18 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions
-from lora import LoRAConfig, adapter_parameters, add_lora, count_parameters, merge_lora, write_adapter
-from model import (COMPANIONS, IGNORE, Batch, UserError, cli, load_model, nearest, read_json, read_tensor, resolve,
-                   save_model, write_tensors, written_aside)
+from lora import LoRAConfig, adapter_parameters, add_lora, count_parameters, merge, merge_lora, write_adapter
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, nearest, read_json, read_tensor,
+                   resolve, save_model, write_tensors, written_aside)
+from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
 
 @dataclass
-class SFTConfig(LoRAConfig):
-    """Everything a run can be told. Names are those of transformers' TrainingArguments, TRL's SFTConfig and PEFT's
-    LoraConfig."""
+class SFTConfig(LoRAConfig, QuantConfig):
+    """Everything a run can be told. Names are those of transformers' TrainingArguments and BitsAndBytesConfig, TRL's
+    SFTConfig and PEFT's LoraConfig."""
 
     model: str = ""  # folder or hub id of the model to train; none: the embedded tiny one
     revision: str | None = None  # branch, tag or commit of a hub id
@@ -58,7 +59,7 @@ class SFTConfig(LoRAConfig):
     num_samples: int = 3  # of those, how many are shown
     max_new_tokens: int = 128  # longest generated answer
 
-    dtype: str = "auto"  # of base weights and matmuls: auto (the checkpoint's), bfloat16, float32
+    dtype: str = "auto"  # of base weights and matmuls: auto (the checkpoint's), bfloat16, float16, float32
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # auto, varlen (flash), sdpa, eager
     gradient_checkpointing: bool = False  # recompute each block in backward: a third more time, far less memory
@@ -72,7 +73,8 @@ class SFTConfig(LoRAConfig):
     lr_scheduler_type: str = "cosine"  # cosine, linear, constant
     warmup_ratio: float = 0.03  # share of the steps over which the learning rate rises from 0
     warmup_steps: int = 0  # number of those steps; overrides warmup_ratio when positive
-    optim: str = "adamw"  # adamw
+    optim: str = "adamw"  # adamw; adamw_8bit, paged_adamw_8bit: state in 8 bit, that of the latter in CPU memory too
+    loraplus_lr_ratio: float | None = None  # LoRA+: B's learning rate is this many times A's
     adam_beta1: float = 0.9  # decay of the gradient's mean
     adam_beta2: float = 0.999  # decay of the gradient's square
     adam_epsilon: float = 1e-8  # added to the root of the square
@@ -89,6 +91,7 @@ class SFTConfig(LoRAConfig):
     resume: str = "auto"  # auto: go on from the last checkpoint in output_dir; never; or a checkpoint's path
     overwrite_output_dir: bool = False  # delete what output_dir holds and start anew
     merge: bool = True  # write merged/, the model with the adapter merged in
+    merge_base: str = "auto"  # of a 4-bit run: original weights, dequantized ones, or auto: what changes least
 
     def __post_init__(self):
         self.model = self.model or str(EXAMPLES / "tiny-qwen3")
@@ -105,13 +108,15 @@ class SFTConfig(LoRAConfig):
         for key in ("learning_rate", "num_train_epochs", "warmup_ratio", "weight_decay", "max_grad_norm", "val_size"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{key}: {getattr(self, key)} is not a number from 0 up")
+        if self.load_in_4bit and not self.lora_r:
+            raise UserError("lora_r: 0 trains every weight, which 4-bit weights can't be; give a rank or no load_in_4bit")
 
 
 CHOICES = {
-    "optim": ("adamw", "adamw_torch", "adamw_torch_fused"),
+    "optim": ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
     "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch"),
-    "dtype": ("auto", "bfloat16", "float32"),
+    "dtype": ("auto", *DTYPES), "merge_base": ("auto", "original", "dequantized"),
 }
 
 
@@ -208,20 +213,32 @@ def sft_loss(model, batch):
 
 
 def make_optimizer(parameters, config):
-    """AdamW over {name: parameter}; weight decay leaves norms and biases alone, as transformers' Trainer does."""
-    plain = {name for name in parameters if name.endswith("bias") or "norm" in name}
-    groups = [{"params": [p for n, p in parameters.items() if n not in plain], "weight_decay": config.weight_decay},
-              {"params": [p for n, p in parameters.items() if n in plain], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True,
-                             betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+    """AdamW over {name: parameter}; weight decay leaves norms and biases alone, as transformers' Trainer does. A group's
+    `ratio` is what the step's learning rate is multiplied by: loraplus_lr_ratio for LoRA's B and for vectors, else 1
+    (Hayou et al. 2024, arXiv:2402.12354; groups as in peft's create_loraplus_optimizer)."""
+    groups = {}
+    for name, p in parameters.items():
+        decay = 0.0 if name.endswith("bias") or "norm" in name else config.weight_decay
+        ratio = config.loraplus_lr_ratio if name.endswith("lora_B") or p.dim() == 1 else None
+        groups.setdefault((decay, ratio or 1.0), []).append(p)
+    groups = [{"params": ps, "weight_decay": decay, "ratio": ratio} for (decay, ratio), ps in groups.items()]
+    options = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    if "8bit" not in config.optim:
+        return torch.optim.AdamW(groups, fused=True, **options)
+    paged = "paged" in config.optim
+    if paged and not groups[0]["params"][0].is_cuda:
+        print("paged_adamw_8bit: pages between a GPU and the CPU; without a GPU it is adamw_8bit", file=sys.stderr)
+        paged = False
+    library = bitsandbytes().optim
+    return (library.PagedAdamW8bit if paged else library.AdamW8bit)(groups, **options)
 
 
-def accumulate(model, examples, count, loss_fn, budget):
+def accumulate(model, examples, count, loss_fn, budget, scale=lambda loss: loss):
     """Adds the gradient of loss / count over the examples to the parameters; returns (summed loss, summed metrics)."""
     total, sums = 0.0, {}
     for batch in micro_batches(examples, budget, model.device):
         loss, metrics = loss_fn(model, batch)
-        (loss / count).backward()
+        scale(loss / count).backward()
         total += loss.detach()
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
@@ -283,9 +300,11 @@ def train(model, steps, loss_fn, config, evaluate=None):
     folder, device = Path(config.output_dir), model.device
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
     state = {"step": 0, "log_bytes": 0, "window": {}, "data": steps.fingerprint}
     if checkpoint := find_checkpoint(config):
         state = load_checkpoint(checkpoint, model, parameters, optimizer, steps)
+        scaler.load_state_dict(state["scaler"])
         print(f"going on from {checkpoint}: step {state['step']} of {len(steps)}")
     log, window = Log(folder, state["log_bytes"]), state["window"]
     budget, began = token_budget(config, device), time.perf_counter()
@@ -299,11 +318,13 @@ def train(model, steps, loss_fn, config, evaluate=None):
             examples, lr, last = steps[step - 1], learning_rate(step - 1, len(steps), config), step == len(steps)
             count = sum(map(steps.count, examples))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # dropout
-            loss, metrics = accumulate(model, examples, count, loss_fn, budget)
+            loss, metrics = accumulate(model, examples, count, loss_fn, budget, scaler.scale)
+            scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+                group["lr"] = lr * group["ratio"]
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             clock.add(sum(map(count_tokens, examples)), len(examples))
             metrics |= {"loss": loss, "count": count, "scored_tokens": sum(map(count_scored, examples))}
@@ -323,7 +344,8 @@ def train(model, steps, loss_fn, config, evaluate=None):
                 clock.skip()
             if (steps.due(step, config.save_strategy, config.save_steps)
                     or (last or stopped) and config.save_strategy != "no"):
-                state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint}
+                state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint,
+                         "scaler": scaler.state_dict()}
                 save_checkpoint(folder, model, parameters, optimizer, state, config)
                 clock.skip()
             if stopped:
@@ -419,8 +441,8 @@ def save_checkpoint(folder, model, parameters, optimizer, state, config):
     """checkpoint-000500/: the trained tensors in fp32 (as an adapter, or as a whole model), the optimizer's, and
     state.json."""
     names = {p: name for name, p in parameters.items()}
-    tensors = {f"{names[p]}:{key}": torch.as_tensor(value)
-               for p, values in optimizer.state.items() for key, value in values.items()}
+    tensors = {f"{names[p]}:{key}": torch.as_tensor(value) for p, values in optimizer.state.items()
+               for key, value in values.items() if not key.startswith("qmap")}  # bitsandbytes' tables, always the same
     with written_aside(folder / f"checkpoint-{state['step']:06d}") as aside:
         if config.lora_r:
             write_adapter(model, aside, config.model)
@@ -457,12 +479,20 @@ def load_checkpoint(path, model, parameters, optimizer, steps):
                         "another --output_dir, or --overwrite_output_dir")
     file, trained = (("adapter_model.safetensors", adapter_parameters(model)) if hasattr(model, "adapter")
                      else ("model.safetensors", parameters))
-    for name, parameter in trained.items():
-        parameter.copy_(read_tensor(path / file, name))
+    for name, parameter in trained.items():  # PiSSA's start is written behind what was trained
+        parameter.copy_(read_tensor(path / file, name)[tuple(map(slice, parameter.shape))])
+    for g, group in enumerate(optimizer.param_groups if hasattr(optimizer, "init_state") else ()):
+        for n, p in enumerate(group["params"]):  # bitsandbytes says where its state lies, paged or not
+            optimizer.init_state(group, p, g, n)
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, slot = key.rpartition(":")
-        p = parameters[name]
-        optimizer.state[p][slot] = value if slot == "step" else value.to(p.device)
+        held = optimizer.state[parameters[name]]
+        if slot == "step":
+            held[slot] = type(held.get(slot, value))(value)
+        elif slot in held:
+            held[slot].copy_(value)
+        else:
+            held[slot] = value.to(parameters[name].device)
     return state
 
 
@@ -548,21 +578,57 @@ def show_answers(before, after, config):
               f"(chance {chance:.0%})")
 
 
-def finish(model, config):
-    """Writes adapter/, reads it back, then merged/. After full fine-tuning there is only merged/, the model itself."""
-    folder = Path(config.output_dir)
-    if config.lora_r:
-        with written_aside(folder / "adapter") as aside:
-            write_adapter(model, aside, config.model)
-            for file in COMPANIONS:
-                if "config.json" != file and (model.folder / file).exists():
-                    shutil.copyfile(model.folder / file, aside / file)
-        file = folder / "adapter" / "adapter_model.safetensors"
-        for name, parameter in adapter_parameters(model).items():
-            if not torch.equal(read_tensor(file, name), parameter.detach().cpu()):
-                raise UserError(f"{file}: {name} does not read back as it was written; is the disk sound?")
-    if config.merge or not config.lora_r:
+def pick_dtype(config, source, device):
+    """The dtype to load in: float16 where the checkpoint's bfloat16 has no hardware (a T4), said in one line."""
+    if (config.dtype == "auto" and device.type == "cuda" and ModelConfig.read(source).dtype == "bfloat16"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        print(f"dtype: {torch.cuda.get_device_name(device)} has no bfloat16; float16 with a gradient scaler")
+        return "float16"
+    return config.dtype
+
+
+def finish(model, config, examples):
+    """Writes adapter/, reads it back, then merged/. After full fine-tuning there is only merged/, the model itself.
+
+    An adapter trained on 4 bits is merged into what changes it least on `examples`, the 16-bit weights or the
+    dequantised ones; returns what each changes, as `measure_merge` does, and under 'merged' which was taken.
+    """
+    folder, figures = Path(config.output_dir), {}
+    if not config.lora_r:
         save_model(merge_lora(model).state_dict().items(), folder / "merged", model.folder)
+        return figures
+    with written_aside(folder / "adapter") as aside:
+        tensors = write_adapter(model, aside, config.model)
+        for file in COMPANIONS:
+            if "config.json" != file and (model.folder / file).exists():
+                shutil.copyfile(model.folder / file, aside / file)
+    file = folder / "adapter" / "adapter_model.safetensors"
+    for name, tensor in tensors.items():
+        if not torch.equal(read_tensor(file, name), tensor):
+            raise UserError(f"{file}: {name} does not read back as it was written; is the disk sound?")
+    if not config.merge:
+        return figures
+    if config.load_in_4bit or model.config.quantized:
+        batches = list(micro_batches(examples[:MERGE_ROWS], token_budget(config, model.device), model.device))
+        figures = measure_merge(model, batches)
+        best = min(figures, key=lambda base: figures[base]["kl"])
+        figures["merged"] = config.merge_base if config.merge_base in figures else best
+    dequantized = figures.get("merged") == "dequantized"
+    merge(folder / "adapter", folder / "merged", model.folder, partial(hold_4bit, config) if dequantized else None)
+    return figures
+
+
+MERGE_ROWS = 32  # held-out rows on which the two ways to merge are compared
+
+
+def show_merge(figures):
+    """The table of a measured merge, as text for the terminal and the model card."""
+    names = {"original": "the 16-bit weights", "dequantized": "the dequantised 4-bit weights"}
+    tokens = next(iter(figures.values()))["tokens"]
+    rows = [f"| {names[base]} | {figures[base]['kl']:.6f} | {figures[base]['top1']:.2%} |" + " written" * (
+            base == figures["merged"]) for base in names if base in figures]
+    return "\n".join([f"against the adapter on 4 bits, over {tokens:,} scored tokens of held-out rows:",
+                      "", "| merged into | KL, nats per token | same likeliest token |", "|---|---|---|", *rows])
 
 
 def main(argv=None):
@@ -591,7 +657,8 @@ def main(argv=None):
         report["held_out"] = len(held)
         print(f"held out: {len(held)} of these examples")
 
-    model = load_model(source, config.dtype, device, config.attn_implementation)
+    model = load_4bit(source, config, dtype=pick_dtype(config, source, device), device=device,
+                      attn_implementation=config.attn_implementation)
     model.gradient_checkpointing = config.gradient_checkpointing
     for notice in add_lora(model, config, config.seed):
         print(notice)
@@ -606,7 +673,8 @@ def main(argv=None):
     evaluate = (lambda: evaluate_loss(model, held, sft_loss, config)) if held else None
     summary = train(model, steps, sft_loss, config, evaluate)
     after = ask(model, tokenizer, questions, choices, config)
-    finish(model, config)
+    if figures := finish(model, config, held or examples):
+        print(f"\n{show_merge(figures)}")
     show_answers(before, after, config)
     log = Log(folder, (folder / "log.jsonl").stat().st_size)
     answers = {"eval_accuracy_before": accuracy(before)[0], "eval_accuracy": accuracy(after)[0]}

@@ -116,6 +116,9 @@ CASES = {  # name: family, PEFT's settings
                                           ensure_weight_tying=True)),
     "tied head": ("qwen2-tied", dict(target_modules=["k_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)),
     "rslora": ("qwen3", dict(target_modules="all-linear", use_rslora=True)),
+    "dora": ("qwen3", dict(target_modules="all-linear", use_dora=True)),
+    "dora and biases": ("llama", dict(target_modules=["q_proj", "down_proj"], use_dora=True, bias="lora_only",
+                                      use_rslora=True)),
     "patterns": ("qwen3", dict(target_modules=["q_proj", "k_proj", "up_proj"],
                                alpha_pattern={r"layers\.1\..*": 5, "q_proj": 3},
                                rank_pattern={"q_proj": 5, r"layers\.0\.self_attn\.k_proj": 2})),
@@ -213,7 +216,7 @@ def test_a_list_of_targets_from_elsewhere_is_read_as_peft_reads_it(bases, tmp_pa
     assert_close(logits(model), logits(reference))
 
 
-@pytest.mark.parametrize("case", ["all-linear", "norms", "tied embedding", "everything"])
+@pytest.mark.parametrize("case", ["all-linear", "norms", "tied embedding", "everything", "dora", "dora and biases"])
 def test_training_is_pefts(case, bases, tmp_path):
     """20 AdamW steps from the same adapter on the same batches, with weight decay and clipping. Adam's eps is 1e-5 on
     both sides: some gradients are nothing but rounding (a key's bias hardly moves a softmax), which 1e-8 turns into
@@ -505,7 +508,7 @@ def adapter(bases, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     (dict(peft_type="LOHA"), 'peft_type is "LOHA"; "LORA" is supported'),
     (dict(task_type="SEQ_CLS"), 'task_type is "SEQ_CLS"'),
-    (dict(use_dora=True), "use_dora = true is not supported"),
+    (dict(use_dora=True), r"missing .*lora_magnitude_vector"),
     (dict(fan_in_fan_out=True, lora_bias=True), "fan_in_fan_out = true is not.*lora_bias = true is not"),
     (dict(megatron_config={"a": 1}), "megatron_config = .* is not supported"),
     (dict(layer_replication=[[0, 2]]), "layer_replication"),
