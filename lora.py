@@ -93,7 +93,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def lengths(self):
-        """(out,) fp32: the lengths of the rows of W + s·B A, by |W|² + 2s·W(BA) + s²|BA|², which needs no (out, in)."""
+        """(out,) fp32: the lengths of the rows of W + s·B A; from |W|² + 2s W·BA + s²|BA|², which needs no (out, in)."""
         A, B, W = self.lora_A, self.lora_B, self.base_weight()
         if not hasattr(self, "squares"):
             self.squares = W.float().square().sum(1)
@@ -127,8 +127,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def begin(self, kind, generator):
-        """Sets A and B by `init_lora_weights`. gaussian: A ~ N(0, 1/R²), B = 0. pissa: s·B A is the weight's part of rank
-        R, by its SVD or by `niter` rounds of a randomised one, and is taken out of the base (Meng et al. 2024,
+        """Sets A and B by `init_lora_weights`. gaussian: A ~ N(0, 1/R²), B = 0. pissa: s·B A is the weight's part of
+        rank R, by its SVD or `niter` rounds of a randomised one, and is taken out of the base (Meng et al. 2024,
         arXiv:2404.02948, eqs. 2-4). loftq: s·B A is rank R of what 4 bits lost, one round (Li et al. 2023,
         arXiv:2310.08659, algorithm 1). Sources: peft's pissa_init and replace_lora_weights_loftq, which has s = 1."""
         base, r = self.base_layer, len(self.lora_A)
@@ -193,6 +193,9 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
         alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
         base = model.get_submodule(name)
         layer = LoRALinear(base, r, alpha, config.lora_dropout, config.use_rslora, config.use_dora, generator)
+        most = min(base.in_features, base.out_features)
+        if r > most and config.init_lora_weights not in ("true", "gaussian"):
+            raise UserError(f"lora_r: {r} singular values are wanted of {name}, which has {most}")
         layer.begin(config.init_lora_weights, generator)
         model.set_submodule(name, layer)
     model.adapter = config
@@ -366,8 +369,8 @@ def adapter_parameters(model) -> dict[str, nn.Parameter]:
 
 
 def plain_lora(model):
-    """(config, {key: tensor}) of an adapter as it is told to others: one that began as a part of the base (PiSSA) becomes
-    B A − B₀ A₀, a plain LoRA of twice the rank on the base as it was. Source: peft's subtract_mutated_init."""
+    """(config, {key: tensor}) of an adapter as it is told to others: one that began as a part of the base (PiSSA)
+    becomes B A − B₀ A₀, a plain LoRA of twice the rank on the base as it was. Source: peft's subtract_mutated_init."""
     config, tensors = model.adapter, {key: p.detach() for key, p in adapter_parameters(model).items()}
     layers = lora_layers(model)
     if not any(layer.start for layer in layers.values()):

@@ -338,7 +338,7 @@ class ModelConfig:
             faults.append("sliding-window attention (use_sliding_window, layer_types) is not supported")
         quantization = raw.get("quantization_config") or {}
         if quantization and not (isinstance(quantization, dict) and quantization.get("load_in_4bit")):
-            faults.append("quantization_config: only bitsandbytes' 4-bit weights are read; use those or the 16-bit ones")
+            faults.append("quantization_config: only bitsandbytes' 4-bit weights are read; take those, or 16-bit ones")
         bias, eos = flag("attention_bias"), raw.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         if any(isinstance(token, bool) or not isinstance(token, int) for token in eos):
@@ -1006,5 +1006,6 @@ def save_model(tensors, folder, source, max_shard_bytes=5 * 10**9, **changes):
             if (Path(source) / file).exists():
                 shutil.copyfile(Path(source) / file, aside / file)
         if changes:
-            raw = {key: value for key, value in (read_json(aside / "config.json") | changes).items() if value is not None}
+            raw = read_json(aside / "config.json") | changes
+            raw = {key: value for key, value in raw.items() if value is not None or key not in changes}
             (aside / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")

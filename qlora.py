@@ -50,7 +50,7 @@ def bitsandbytes():
 
 
 class Matmul4bit(torch.autograd.Function):
-    """x Wᵀ. W is made from its 4 bits when it is needed, in backward again, and never kept; its gradient is none."""
+    """x Wᵀ. W is made from its 4 bits when it is needed, in backward again, and never kept. It has no gradient."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -112,8 +112,8 @@ class Linear4bit(nn.Module):
     def dequantize(self):
         """W (out, in), in the dtype it was quantised from."""
         F4, state, parts = bitsandbytes().functional, self.state, self._buffers
-        nested = F4.QuantState(parts["weight.nested_absmax"], code=parts["weight.nested_quant_map"], dtype=torch.float32,
-                               blocksize=state["nested_blocksize"]) if "nested_offset" in state else None
+        nested = F4.QuantState(parts["weight.nested_absmax"], code=parts["weight.nested_quant_map"],
+                               dtype=torch.float32, blocksize=256) if "nested_offset" in state else None
         return F4.dequantize_4bit(self.weight, F4.QuantState(
             parts["weight.absmax"], tuple(state["shape"]), None, state["blocksize"], state["quant_type"],
             DTYPES[state["dtype"]], state.get("nested_offset"), nested))
@@ -186,7 +186,8 @@ def load_4bit(name, quant=QuantConfig(), **options):
 def save_4bit(model, folder, quant):
     """Writes a model of Linear4bit layers without an adapter as a checkpoint that transformers reads."""
     about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, **asdict(quant),
-             "bnb_4bit_compute_dtype": quant.bnb_4bit_compute_dtype or model.config.dtype, "bnb_4bit_quant_storage": "uint8"}
+             "bnb_4bit_compute_dtype": quant.bnb_4bit_compute_dtype or model.config.dtype,
+             "bnb_4bit_quant_storage": "uint8"}
     save_model(model.state_dict().items(), folder, model.folder, quantization_config=about)
 
 
@@ -235,8 +236,7 @@ def measure_merge(model, batches):
     training = model.training
     model.eval()
     before, found = [model(batch)[batch.scored] for batch in batches], {}
-    inner = [getattr(m, "base_layer", m) for m in model.modules() if isinstance(getattr(m, "base_layer", m), Linear4bit)]
-    bases = ["original"] * all(layer.file for layer in inner)
+    bases = ["original"] * all(layer.file for layer in model.modules() if isinstance(layer, Linear4bit))
     bases += ["dequantized"] * (not any(layer.start for layer in model.modules() if isinstance(layer, LoRALinear)))
     for base in bases:
         kl, same, count = 0.0, 0, 0

@@ -109,7 +109,7 @@ class SFTConfig(LoRAConfig, QuantConfig):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{key}: {getattr(self, key)} is not a number from 0 up")
         if self.load_in_4bit and not self.lora_r:
-            raise UserError("lora_r: 0 trains every weight, which 4-bit weights can't be; give a rank or no load_in_4bit")
+            raise UserError("lora_r: 0 trains every weight, which 4-bit ones can't be; give a rank, or no load_in_4bit")
 
 
 CHOICES = {
@@ -213,7 +213,7 @@ def sft_loss(model, batch):
 
 
 def make_optimizer(parameters, config):
-    """AdamW over {name: parameter}; weight decay leaves norms and biases alone, as transformers' Trainer does. A group's
+    """AdamW over {name: parameter}; weight decay leaves norms and biases alone, as in transformers' Trainer. A group's
     `ratio` is what the step's learning rate is multiplied by: loraplus_lr_ratio for LoRA's B and for vectors, else 1
     (Hayou et al. 2024, arXiv:2402.12354; groups as in peft's create_loraplus_optimizer)."""
     groups = {}
