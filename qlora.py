@@ -194,38 +194,27 @@ def save_4bit(model, folder, quant):
 # --- the measured merge -----------------------------------------------------------------------------------------------
 
 
-def merged_layers(model, base):
-    """{path: weight()} of what a merged model would hold where this one has 4 bits: `base` is 'original', the 16-bit
-    weights, or 'dequantized'. A weight is made when it is asked for."""
-    def weight(layer):
+@contextmanager
+def as_merged(model, base):
+    """While the block runs, the model computes what its merge would: into 'original', the 16-bit weights, read from the
+    checkpoint, or 'dequantized'. A merged weight is there for its product alone."""
+    def forward(layer, x):
         wrapped = isinstance(layer, LoRALinear)
         inner = layer.base_layer if wrapped else layer
         W = inner.dequantize() if base == "dequantized" else inner.original()
         if wrapped and layer.start and base == "original":
             W = torch.addmm(W.float(), *layer.start[::-1], alpha=-layer.scaling).to(W.dtype)
-        return layer.merged(W) if wrapped else W
+        W = layer.merged(W) if wrapped else W
+        return F.linear(x, W.to(x.dtype), None if inner.bias is None else inner.bias.to(x.dtype))
 
-    return {path: partial(weight, module) for path, module in model.named_modules()
-            if isinstance(getattr(module, "base_layer", module), Linear4bit) and not path.endswith(".base_layer")}
-
-
-@contextmanager
-def as_merged(model, base):
-    """While the block runs, the model computes what its merge into `base` would, a weight at a time."""
-    weights = merged_layers(model, base)
-
-    def forward(path, x):
-        layer = model.get_submodule(path)
-        bias = getattr(layer, "base_layer", layer).bias
-        return F.linear(x, weights[path]().to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    for path in weights:
-        model.get_submodule(path).forward = partial(forward, path)
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "base_layer", layer), Linear4bit)]
+    for layer in layers:
+        layer.forward = partial(forward, layer)
     try:
         yield
     finally:
-        for path in weights:
-            del model.get_submodule(path).forward
+        for layer in layers:
+            del layer.forward
 
 
 @torch.inference_mode()
@@ -247,7 +236,7 @@ def measure_merge(model, batches):
                     kl += float((p.exp() * (p - q)).sum())
                     same += int((p.argmax(-1) == q.argmax(-1)).sum())
                     count += len(h)
-        found[base] = {"kl": kl / count, "top1": same / count, "tokens": count}
+        found[base] = {"kl": max(kl / count, 0.0), "top1": same / count, "tokens": count}
     model.train(training)
     return found
 

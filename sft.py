@@ -625,10 +625,24 @@ def show_merge(figures):
     """The table of a measured merge, as text for the terminal and the model card."""
     names = {"original": "the 16-bit weights", "dequantized": "the dequantised 4-bit weights"}
     tokens = next(iter(figures.values()))["tokens"]
-    rows = [f"| {names[base]} | {figures[base]['kl']:.6f} | {figures[base]['top1']:.2%} |" + " written" * (
-            base == figures["merged"]) for base in names if base in figures]
+    rows = [f"| {name}{', written' * (base == figures['merged'])} | {figures[base]['kl']:.6f} | "
+            f"{figures[base]['top1']:.2%} |" for base, name in names.items() if base in figures]
     return "\n".join([f"against the adapter on 4 bits, over {tokens:,} scored tokens of held-out rows:",
                       "", "| merged into | KL, nats per token | same likeliest token |", "|---|---|---|", *rows])
+
+
+def write_card(config, ledger, results, figures):
+    """README.md, the model card: base, what was set, the data's ledger, the results, the measured merge."""
+    plain = type(config)()
+    chosen = {k: v for k, v in asdict(config).items() if k not in FREE | {"model"} and v != getattr(plain, k)}
+    tables = [("Settings", chosen), ("Results", results)]
+    text = f"---\nbase_model: {config.model}\ntags: [plaintune]\n---\n\n# {Path(config.output_dir).name}\n\n"
+    text += f"Trained from `{config.model}` with plaintune's {Path(sys.argv[0]).name}.\n\n## Data\n\n{ledger}\n"
+    for title, values in tables:
+        lines = [f"| {name} | {json.dumps(value)} |" for name, value in values.items()]
+        text += "\n".join([f"\n## {title}\n", "| | |", "|---|---|", *lines, ""])
+    text += f"\n## Merge\n\nMeasured {show_merge(figures)}\n" if figures else ""
+    (Path(config.output_dir) / "README.md").write_text(text, encoding="utf-8")
 
 
 def main(argv=None):
@@ -647,6 +661,7 @@ def main(argv=None):
     examples, rows, ledger = load_examples(config.data, tokenizer, **wants)
     held, held_rows, report = [], [], {"train": ledger.as_dict()}
     print(f"training rows: {ledger}")
+    trained_on = ledger
     if config.eval_data:
         wants["max_samples"] = config.max_eval_samples
         held, held_rows, ledger = load_examples(config.eval_data, tokenizer, **wants)
@@ -673,13 +688,16 @@ def main(argv=None):
     evaluate = (lambda: evaluate_loss(model, held, sft_loss, config)) if held else None
     summary = train(model, steps, sft_loss, config, evaluate)
     after = ask(model, tokenizer, questions, choices, config)
-    if figures := finish(model, config, held or examples):
+    figures = finish(model, config, held or examples)
+    if figures:
         print(f"\n{show_merge(figures)}")
     show_answers(before, after, config)
     log = Log(folder, (folder / "log.jsonl").stat().st_size)
     answers = {"eval_accuracy_before": accuracy(before)[0], "eval_accuracy": accuracy(after)[0]}
-    log.write({"step": len(steps), **summary, **{k: v for k, v in answers.items() if v is not None}})
+    results = {"step": len(steps), **summary, **{k: v for k, v in answers.items() if v is not None}}
+    log.write(results)
     log.draw()
+    write_card(config, trained_on, results, figures)
     print(f"saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")
 
 

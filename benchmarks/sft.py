@@ -12,6 +12,7 @@ far the other's memory rises (VmHWM). The sides:
 - trl-packed  SFTTrainer with its best settings (PACKED; --trl_packed '{"max_length": 1024}' tries others)
 - trl-tuned   trl-packed, with transformers' own loss for TRL's fused head. Without Triton that head scores every
               position, with products in fp32, and takes as long as all the layers. Not a setting: three lines of code
+Any of them with -4bit behind its name (plaintune-4bit, trl-packed-4bit) holds the base in NF4, doubly quantised.
 All of them: bf16 weights, LoRA (r 16, alpha 32) on the seven projections, AdamW at 2e-4 falling linearly, loss on the
 completion through its end token (TRL would also score the newline that the template writes after that; here it is told
 not to, so that the first losses must agree).
@@ -68,12 +69,12 @@ SETS = {"ecqa": ecqa, "alpaca": alpaca}
 # The sides. Each writes log.jsonl and data_report.json into `out`
 
 
-def plaintune_command(model, data, out, steps, rows):
+def plaintune_command(side, model, data, out, steps, rows):
     settings = dict(
         model=model, data=data, output_dir=out, max_steps=steps, per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=rows // BATCH, learning_rate=2e-4, lr_scheduler_type="linear", warmup_ratio=0,
         lora_r=16, lora_alpha=32, max_length=1024, logging_steps=1,
-        save_strategy="no", eval_strategy="no", merge="false",
+        save_strategy="no", eval_strategy="no", merge="false", load_in_4bit=side.endswith("-4bit"),
     )  # fmt: skip
     return [sys.executable, HERE.parents[1] / "sft.py", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
 
@@ -83,16 +84,20 @@ def trl_side(side, model, data, out, steps, rows, **settings):
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import Trainer, TrainerCallback
+    from transformers import BitsAndBytesConfig, Trainer, TrainerCallback
     from transformers.utils import is_flash_attn_2_available
     from trl import SFTConfig, SFTTrainer
 
     out, cuda = Path(out), torch.cuda.is_available()
+    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                               bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+    quant = {"quantization_config": quant} if side.endswith("-4bit") else {}
+    side = side.removesuffix("-4bit")
     attention = "flash_attention_2" if cuda and side != "trl" and is_flash_attn_2_available() else "sdpa"
     fixed = dict(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=2e-4, logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not cuda,
-        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": attention},
+        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": attention, **quant},
     )  # fmt: skip
     settings = fixed | ({} if side == "trl" else PACKED["cuda" if cuda else "cpu"] | settings)
     # one step is one pass over the rows, however many packs they make: the Trainer ends a step with the epoch
@@ -207,8 +212,9 @@ def measure(side, name, n, pairs, folder, args, env, roof):
     chats = [{k: [{"role": role, "content": text}] for (k, role), text in zip(roles.items(), pair)} for pair in pairs]
     data.write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
     task = dict(model=args.model, data=data, out=out, steps=args.steps + 1, rows=rows)
-    trl = child_command(side=side, **task, **args.trl_packed)
-    seen, peak = watch(plaintune_command(**task) if side == "plaintune" else trl, out, env)
+    ours = plaintune_command(side, **task)
+    theirs = child_command(side=side, **task, **args.trl_packed)
+    seen, peak = watch(ours if side.startswith("plaintune") else theirs, out, env)
     lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
     ledger = json.loads((out / "data_report.json").read_text())["train"]
     shutil.rmtree(out)
