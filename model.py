@@ -56,7 +56,6 @@ def cli(main):
     try:
         if not sys.stderr.isatty():
             disable_progress_bars()
-        keep_pages()
         main()
     except UserError as error:
         message = str(error)
@@ -981,12 +980,12 @@ def write_tensors(tensors, file):
         raise UserError(f"{file}: could not be written ({error})") from None
 
 
-def save_model(tensors, folder, source, max_shard_bytes=5 * 10**9, **changes):
+def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
     """Writes a checkpoint in the Hugging Face layout; it opens in transformers.
 
-    tensors: (name, tensor) pairs, taken one at a time: no more than a shard of them is held. Weights and biases are
-    stored in the dtype that the config of `source` names; its tokenizer and chat template are copied as they are, its
-    config with `changes` (None takes a key out).
+    tensors: (name, tensor) pairs, taken one at a time: a shard of them is held, and its bytes once more. Weights and
+    biases are stored in the dtype that the config of `source` names; its tokenizer and chat template are copied as they
+    are, its config with `changes` (None takes a key out).
     """
     dtype = DTYPES[ModelConfig.read(source).dtype]
     with written_aside(folder) as aside:

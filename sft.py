@@ -308,6 +308,9 @@ def train(model, steps, loss_fn, config, evaluate=None):
         print(f"going on from {checkpoint}: step {state['step']} of {len(steps)}")
     log, window = Log(folder, state["log_bytes"]), state["window"]
     budget, began = token_budget(config, device), time.perf_counter()
+    if os.environ.get("KEEP"):
+        from model import keep_pages
+        keep_pages()
     model.train()
     if evaluate and config.eval_strategy != "no" and state["step"] == 0:
         log.write({"step": 0, "epoch": 0.0, **evaluate()})

@@ -273,6 +273,7 @@ def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
     )
     run = tmp_path / "run"
     assert sorted(p.name for p in run.iterdir()) == [
+        "README.md",
         "adapter",
         "checkpoint-000006",
         "checkpoint-000008",
