@@ -72,9 +72,9 @@ class DPOConfig(SFTConfig):
         if not 0 <= self.label_smoothing < 0.5 or "exo_pair" in self.loss_type and not self.label_smoothing:
             raise UserError(f"label_smoothing: {self.label_smoothing} is not from 0 to below 0.5, and for exo_pair "
                             "above 0 (its paper: 0.001)")
-        if self.ref_model and self.reference_free:
-            raise UserError("reference_free has no use for a ref_model; leave one of them out")
         self.reference_free |= set(self.loss_type) <= REFERENCE_FREE
+        if self.ref_model and self.reference_free:
+            raise UserError("ref_model: has no use with reference_free or losses that compare with none; leave it out")
         if SORTING & set(self.loss_type):
             self.micro_batch_tokens = sys.maxsize
 

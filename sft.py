@@ -620,9 +620,9 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     print(f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of {steps.batch_size} examples "
           f"on {device} ({model.attention} attention, {model.dtype})")
 
-    describe_run(config, began, report)
     if prepare:
         prepare(model, steps, held)
+    describe_run(config, began, report)
     questions, choices = held[: config.eval_answers], [row.get("choices") for row in held_rows[: config.eval_answers]]
     before = ask(model, tokenizer, questions, choices, config)
     evaluate = (lambda: evaluate_loss(model, held, loss_fn, config, count)) if held else None
