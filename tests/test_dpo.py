@@ -15,7 +15,7 @@ import dpo
 import sft
 from conftest import write_checkpoint
 from data import render_row
-from lora import adapter_parameters, add_lora, load_adapter, lora_layers
+from lora import adapter_parameters, add_lora, load_adapter, lora_layers, write_adapter
 from model import Segment, UserError, cli, load_model
 from test_sft import same_tensors, without_times, write_tokenizer
 
@@ -272,21 +272,22 @@ def adapter(base, tmp_path_factory):
     model, folder = load_model(base), tmp_path_factory.mktemp("adapter") / "adapter"
     add_lora(model, config(lora_dropout=0.1, modules_to_save=["post_attention_layernorm"]), seed=3)
     move(model)
-    dpo.sft.write_adapter(model, folder.mkdir() or folder, "base")
+    write_adapter(model, folder.mkdir() or folder, "base")
     return folder
 
 
 STARTS = {
     "lora": {}, "adapter": dict(adapter="adapter"), "bias and norms": dict(bias="all", modules_to_save="norm"),
     "head": dict(modules_to_save="lm_head"), "adapted head": dict(target_modules="q_proj,lm_head"),
-    "full": dict(lora_r=0), "checkpointing": dict(gradient_checkpointing=True), "eager": dict(attn_implementation="eager"),
+    "full": dict(lora_r=0), "checkpointing": dict(gradient_checkpointing=True),
+    "eager": dict(attn_implementation="eager"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("start", STARTS)
-def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, many, tmp_path, request):
-    """Whatever trains and in bf16 too, to the last bit, in micro-batches of a few pairs each; held-out pairs as well."""
+def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, many, tmp_path):
+    """Whatever trains and in bf16 too, to the last bit, in micro-batches of a few pairs; held-out pairs as well."""
     settings = STARTS[start] | ({"adapter": adapter} if start == "adapter" else {})
     model = base
     if start == "bias and norms":
@@ -305,17 +306,16 @@ def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, 
 
 
 def test_dropout_is_off_unless_it_is_wanted(base, many, tmp_path):
-    """With --disable_dropout false the reference still has none, so a margin is there from the first step on."""
-    for wanted in ("true", "false"):
-        argv = flags(base, many, tmp_path / wanted, max_steps=1, lora_dropout=0.5, bias="none", adapter=None)
-        model = load_model(base)
-        add_lora(model, config(lora_dropout=0.5), seed=42)
-        move(model)
-        folder = tmp_path / f"adapter-{wanted}"
-        dpo.sft.write_adapter(model, folder.mkdir() or folder, "base")
-        dpo.main([*argv, "--adapter", str(folder), "--disable_dropout", wanted])
-        margin = next(line for line in sft.read_log(tmp_path / wanted / "log.jsonl") if "loss" in line)
-        assert (margin["rewards/margins"] == 0.0) == (wanted == "true")
+    """With --disable_dropout false the reference still has none: a margin from the first step on, but not held out."""
+    model, folder = load_model(base), tmp_path / "adapter"
+    add_lora(model, config(lora_dropout=0.5), seed=42)
+    move(model)
+    write_adapter(model, folder.mkdir() or folder, "base")
+    for wanted in ("false", "true"):
+        dpo.main(flags(base, many, tmp_path / wanted, max_steps=1, adapter=folder, eval_data=many,
+                       disable_dropout=wanted))  # fmt: skip
+        held, first = sft.read_log(tmp_path / wanted / "log.jsonl")[:2]
+        assert held["eval_rewards/chosen"] == 0.0 and (first["rewards/chosen"] == 0.0) == (wanted == "true")
 
 
 def scored_under(base, examples, **options):
@@ -353,19 +353,15 @@ def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path
     other = tmp_path / "rows.jsonl"
     other.write_text(many.read_text().replace("surely", "truly"))
     assert not reads("rows", data=other)
-    assert not reads("weights", model=tuple_checkpoint(tmp_path))
+    reseeded = write_checkpoint(tmp_path / "reseeded", seed=9, vocab_size=259)
+    write_tokenizer(reseeded)
+    assert not reads("weights", model=reseeded)
     broken = sorted((tmp_path / "reference").iterdir())
     for file in broken:
         file.write_bytes(b"half a file")
     assert not reads("broken")
     first, last = (sft.read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("first", "broken"))
     assert first == last
-
-
-def tuple_checkpoint(tmp_path):
-    folder = write_checkpoint(tmp_path / "reseeded", seed=9, vocab_size=259)
-    write_tokenizer(folder)
-    return folder
 
 
 def test_no_reference_where_none_is_needed(base, rows, tmp_path):
@@ -473,7 +469,7 @@ def test_two_halves_are_the_whole_bit_for_bit(settings, base, adapter, many, tmp
 
 
 def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
-    """Going on from an adapter with questions to answer: the log, the curves, adapter and merged model are all there."""
+    """Going on from an adapter with questions to answer: log, curves, adapter and merged model are all there."""
     file = tmp_path / "chats.jsonl"
     chats = [
         {
@@ -572,7 +568,8 @@ def test_sides_share_tokens_not_characters(base):
     """What both sides begin with, unscored, is the prompt, however it was said; every side reads as it would alone."""
     tokenizer = sft.Tokenizer(base)
     say = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    row = {"prompt": say("hello", "hi"), "chosen": say("once more", "yes"), "rejected": say("once again", "no", "why", "so")}
+    row = {"prompt": say("hello", "hi"), "chosen": say("once more", "yes"),
+           "rejected": say("once again", "no", "why", "so")}  # fmt: skip
     prompt, *sides = render_row(row, tokenizer, preference=True)
     for side, answer in zip(sides, (row["chosen"], row["rejected"])):
         text = tokenizer.render(row["prompt"] + answer).removesuffix("\n")
