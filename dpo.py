@@ -19,15 +19,14 @@ DPO: Rafailov et al. 2023, arXiv:2305.18290. Names and definitions are those of 
 import hashlib
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 from tqdm import tqdm
 
@@ -203,8 +202,9 @@ def content_hash(model, groups, budget):
 def add_reference(model, steps, held, config):
     """Gives every segment of the plan's and the held-out examples, in place, its scored tokens' log-probs under
     `model`: from the cache, or in one pass over the micro-batches that the first epoch and an evaluation will have."""
-    budget = token_budget(config, model.device)
-    groups = [steps[step] for step in range(min(len(steps), steps.steps_per_epoch))] + [held] * bool(held)
+    budget, began = token_budget(config, model.device), time.perf_counter()
+    groups = [steps[step] for step in range(min(len(steps), steps.steps_per_epoch))]
+    groups += [held] * (len(held) > 0 and config.eval_strategy != "no")
     file = Path(config.ref_cache) / f"{content_hash(model, groups, budget)}.safetensors"
     try:
         found = read_tensor(file, "logps").numpy()
@@ -212,7 +212,7 @@ def add_reference(model, steps, held, config):
     except (FileNotFoundError, SafetensorError):
         training, parts = model.training, []
         model.eval()
-        with torch.set_grad_enabled(model.head_weight().requires_grad):  # such a head is scored by code of its own
+        with torch.set_grad_enabled(model.head_weight().requires_grad):  # token_logps scores such a head another way
             for group in tqdm(groups, "reference", disable=not sys.stderr.isatty(), leave=False):
                 parts += [model.logps(batch).detach().cpu() for batch in micro_batches(group, budget, model.device)]
         model.train(training)
@@ -220,7 +220,7 @@ def add_reference(model, steps, held, config):
         write_tensors({"logps": torch.cat(parts)}, aside := file.with_suffix(".partial"))
         aside.replace(file)
         found = torch.cat(parts).numpy()
-        print(f"reference: {len(found):,} tokens scored, kept in {file}")
+        print(f"reference: {len(found):,} tokens scored in {time.perf_counter() - began:.2f} s, kept in {file}")
     at = 0
     for example in (example for group in groups for example in group):
         for n, segment in enumerate(example):
@@ -245,9 +245,9 @@ def prepare(model, steps, held, config):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    config = read_config(DPOConfig, argv, "dpo")
-    if config.adapter == "output/sft" and not Path(config.adapter).exists():
+    config = read_config(DPOConfig, sys.argv[1:] if argv is None else argv, "dpo")
+    embedded = [config.model, config.adapter] == [str(EXAMPLES / "tiny-qwen3"), "output/sft"]
+    if embedded and not Path("output/sft/adapter").exists():
         sft.main([])  # the embedded example goes on from the other's result
     sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare, config=config), preference=True)
     lines = [line for line in read_log(Path(config.output_dir) / "log.jsonl") if "eval_rewards/margins" in line]

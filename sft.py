@@ -610,8 +610,12 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     model = load_model(source, config.dtype, device, config.attn_implementation)
     model.gradient_checkpointing = config.gradient_checkpointing
     if config.adapter:
+        tied = model.config.tie_word_embeddings
         notices = load_adapter(model, config.adapter, trainable=True)
         print(f"going on from {config.adapter}: r {model.adapter.lora_r}, alpha {model.adapter.lora_alpha:g}")
+        if tied != model.config.tie_word_embeddings:
+            raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
+                            "python lora.py merge")
     else:
         notices = add_lora(model, config, config.seed)
     print(*notices, sep="\n", end="\n" * bool(notices))

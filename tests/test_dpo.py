@@ -517,7 +517,8 @@ def test_the_plot_has_a_panel_for_each_thing_logged(tmp_path, monkeypatch):
 
 
 def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):
-    """`python dpo.py`: what sft.py makes is made first where it is not there, and is what training goes on from."""
+    """`python dpo.py`: what sft.py makes is made first where it is not there, finished, and is what training goes on
+    from. With a model of one's own nothing is made."""
     monkeypatch.chdir(tmp_path)
     calls = []
     monkeypatch.setattr(sft, "main", lambda argv: calls.append(argv))
@@ -526,6 +527,13 @@ def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):
     dpo.main([])
     assert calls[0] == [] and calls[1].adapter == "output/sft" and calls[1].output_dir == "output/dpo"
     assert all(file.endswith("_pairs.jsonl") for file in calls[1].data + calls[1].eval_data)
+    (tmp_path / "output" / "sft" / "checkpoint-000100").mkdir(parents=True)
+    dpo.main(["--beta", "0.2"])
+    assert calls[2] == [] and calls[3].beta == 0.2
+    (tmp_path / "output" / "sft" / "adapter").mkdir()
+    dpo.main([])
+    dpo.main(["--model", "some/other", "--adapter", "output/sft"])
+    assert [call.model for call in calls[4:]] == [calls[1].model, "some/other"]
 
 
 # --- rows and mistakes ------------------------------------------------------------------------------------------------
@@ -577,6 +585,19 @@ def test_sides_share_tokens_not_characters(base):
         assert whole[: len(tokenizer.encode(text))] == tokenizer.encode(text)
     assert (prompt.labels < 0).all() and sides[0].ids[0] != sides[1].ids[0]
     assert tokenizer.decode(prompt.ids, False).endswith("once ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_unties_the_model_is_to_be_merged_first(base, rows, tmp_path):
+    """PEFT trains the two ends of a tied model apart; merged/ would come with a config.json that ties them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=False)
+    get_peft_model(reference, settings).save_pretrained(tmp_path / "apart")
+    with pytest.raises(UserError, match="merge it first"):
+        dpo.main(flags(base, rows, tmp_path / "run", adapter=tmp_path / "apart"))
 
 
 def refuse(argv, capsys):
