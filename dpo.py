@@ -6,9 +6,9 @@ will have, and what it gives every scored token goes with the data from then on.
 step 0 has margin 0 and loss ln 2 to the last bit, whatever trains. What was found is kept under a hash of all it hangs
 on (weights, adapter, tokens, packing), for the runs of a sweep and for a resume.
 
-A pair is one prompt with two continuations (see model.py): the prompt is computed once. Its loss is a function of the
-summed log-probs of both answers, and a step's loss is the mean over its pairs. Where TRL averages over the tokens of a
-batch (its SFT term), a pair counts as much as any other here: equal to TRL's per_device_train_batch_size 1.
+A pair is one prompt with two continuations (see model.py): the prompt is computed once. A step's loss is the mean over
+its pairs, also where TRL's is one over a batch's tokens (sft): there it equals TRL's per_device_train_batch_size 1. aot
+compares all pairs of a step, which then is one micro-batch, whatever micro_batch_tokens: its size must fit the memory.
 
 DPO: Rafailov et al. 2023, arXiv:2305.18290. Names and definitions are those of TRL's DPOConfig, if not said otherwise.
 
@@ -95,12 +95,12 @@ def preference_loss(kind, chosen, rejected, ref_chosen, ref_rejected, chosen_tok
     (conservative DPO: Mitchell 2023; TRL has ε in robust, exo_pair, aot, cpo and simpo alone).
 
     sigmoid       S(x)                                        DPO: Rafailov et al. 2023, arXiv:2305.18290, eq. 7
-    sigmoid_norm  S(β(|w| - |l|))                             Tülu 3: Lambert et al. 2024, arXiv:2411.15124, eq. 6
-    hinge         max(0, 1 - x)                               RSO: Liu et al. 2023, arXiv:2309.06657, eq. 10
+    sigmoid_norm  S(β(|w| - |l|))                             Tülu 3's DPO: Lambert et al. 2024, arXiv:2411.15124
+    hinge         max(0, 1 - x)                               RSO's hinge-norm: Liu et al. 2023, arXiv:2309.06657
     ipo           (|w| - |l| - 1/(2β))²                       Azar et al. 2023, arXiv:2310.12036, eq. 17
-    robust        (-(1-ε) log σ(x) + ε log σ(-x)) / (1-2ε)    Chowdhury et al. 2024, arXiv:2403.00409, eq. 12
+    robust        (-(1-ε) log σ(x) + ε log σ(-x)) / (1-2ε)    rDPO: Chowdhury et al. 2024, arXiv:2403.00409
     exo_pair      KL((σ(x), σ(-x)) ‖ (1-ε, ε))                Ji et al. 2024, arXiv:2402.00856, eq. 16
-    nca_pair      -log σ(βw) - ½ log σ(-βw) - ½ log σ(-βl)    Chen et al. 2024, arXiv:2402.05369, eq. 11
+    nca_pair      -log σ(βw) - ½ log σ(-βw) - ½ log σ(-βl)    Chen et al. 2024, arXiv:2402.05369, two answers
     bco_pair      -log σ(βw) - log σ(-βl)                     Jung et al. 2024, arXiv:2404.04656, without its shift
     sppo_hard     (w - 1/(2β))² + (l + 1/(2β))²               Wu et al. 2024, arXiv:2405.00675, eq. 4.7
     aot           S(β(sorted(p_w - p_l) - sorted(its reference's)))   Melnyk et al. 2024, arXiv:2406.05882

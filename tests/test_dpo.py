@@ -344,6 +344,7 @@ def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path
 
     def reads(name, model=base, data=many, **settings):
         dpo.main(flags(model, data, tmp_path / name, **{"max_steps": 1, **settings}))
+        assert sft.read_log(tmp_path / name / "log.jsonl")[0]["rewards/margins"] == 0.0
         return "reference: read" in capsys.readouterr().out
 
     assert not reads("first")
