@@ -43,11 +43,11 @@ class DPOConfig(SFTConfig):
     output_dir: str = "output/dpo"  # the run folder
     learning_rate: float = 1e-6  # peak learning rate: TRL's, for full fine-tuning; a LoRA wants about ten times that
     beta: float = 0.1  # how dear it is to leave the reference; ipo's tau, orpo's lambda
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # one loss or several (see dpo.py)
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # one or several of preference_loss's
     loss_weights: list[float] = field(default_factory=list)  # of several losses; none: 1 each
     label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round, below 0.5
     rpo_alpha: float = 0.0  # adds this much of the chosen answer's mean token loss (RPO; loss_type sft is the same)
-    simpo_gamma: float = 0.5  # simpo: the margin that the average log-probs should have, times beta
+    simpo_gamma: float = 0.5  # simpo: the margin wanted between the average log-probs times beta
     cpo_alpha: float = 1.0  # cpo: weight of the chosen answer's mean token loss
     discopop_tau: float = 0.05  # discopop: temperature of the blend
     ref_model: str = ""  # folder or hub id of another reference than the model training starts from
