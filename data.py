@@ -468,6 +468,8 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     answers = answers if preference else answers[:1]
     if preference and answers[0] == answers[1]:
         return "chosen and rejected are the same"
+    if preference and not prompt:
+        return "chosen and rejected share no prompt"
     eos = (tokenizer.eos_ids[:1], True)
     if isinstance(prompt, str):
         ask = [(tokenizer.head, False), (prompt, completion_only_loss is False and not preference)]
@@ -492,10 +494,7 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
         cuts = [0, *(at for span in spans for at in span), len(text)]
         side = [(text[start:end], rest or n % 2 == 1) for n, (start, end) in enumerate(zip(cuts, cuts[1:]))]
         sides.append(side + [eos] * is_open)
-    if not preference:
-        return sides
-    ask = os.path.commonprefix([side[0][0] for side in sides])
-    return [[(ask, False)], *([(side[0][0][len(ask) :], False), *side[1:]] for side in sides)]
+    return [[], *sides] if preference else sides
 
 
 # --- pieces to segments -----------------------------------------------------------------------------------------------
@@ -521,6 +520,17 @@ def fit(ids, scored, room, special):
     if keep < start < gaps[-1] and scored[start]:
         scored = scored & (np.arange(len(ids)) >= start + int(np.argmin(scored[start:])))
     return np.concatenate([ids[:keep], ids[start:last]]), np.concatenate([scored[:keep], scored[start:last]])
+
+
+def share_prompt(sides):
+    """Encoded sides; of a pair's, the unscored tokens that both answers begin with are moved to the prompt."""
+    (ids, scored), *answers = sides
+    heads = [np.where(flags, -n, side).tolist() for n, (side, flags) in enumerate(answers, 1)]
+    same = len(os.path.commonprefix(heads))
+    if not same:
+        return sides
+    prompt = np.append(ids, answers[0][0][:same]), np.append(scored, answers[0][1][:same])
+    return [prompt, *((side[same:], flags[same:]) for side, flags in answers)]
 
 
 def assemble(sides, tokenizer, max_length=None, weight=1.0):
@@ -560,7 +570,7 @@ def render_rows(rows, tokenizer, max_length=None, **options):
         if isinstance(sides, str):
             yield sides, 0, 0
         else:
-            sides = next(encoded)
+            sides = share_prompt(next(encoded))
             tokens, scored = sum(len(ids) for ids, _ in sides), sum(int(flags.sum()) for _, flags in sides)
             yield assemble(sides, tokenizer, max_length, weight), tokens, scored - int(sides[0][1][:1].sum())
 

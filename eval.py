@@ -23,12 +23,13 @@ def find_answer(text):
 
 
 def split_prompt(example):
-    """(prompt ids, reference ids): the reference is the last run of scored tokens of an SFT example."""
-    segment = example[-1]
-    masked = np.asarray(segment.labels) == IGNORE
+    """(prompt ids, reference ids): the reference is the last run of scored tokens of an SFT example, or of a preference
+    pair's prompt with its chosen answer."""
+    ids, labels = (np.concatenate(parts) for parts in zip(*((s.ids, s.labels) for s in example[:2])))
+    masked = labels == IGNORE
     stop = int(np.flatnonzero(~masked)[-1]) + 1
     start = int((np.flatnonzero(masked[:stop])[-1:] + 1).sum())
-    return segment.ids[:start].tolist(), segment.ids[start:stop].tolist()
+    return ids[:start].tolist(), ids[start:stop].tolist()
 
 
 @torch.inference_mode()

@@ -97,6 +97,7 @@ class Segment(NamedTuple):
     prefix: int = -1  # which segment of the example, earlier than this one, it continues; -1: none
     sequence: int = 0  # which of the example's sequences its scored tokens count for
     weight: float = 1.0  # what each of its scored tokens counts
+    reference: np.ndarray | float = 0.0  # (n,) log-probs of its n scored tokens under DPO's reference
 
 
 @dataclass
@@ -105,7 +106,8 @@ class Batch:
 
     tokens (T,), positions (T,); segments [(start, stop, prefix)], prefix the index of a segment or -1; and for every
     scored token: scored (S,) the position whose hidden state predicts it, targets (S,) its id, sequence (S,) the
-    sequence it belongs to, numbered over the batch up to num_sequences, weights (S,) what it counts.
+    sequence it belongs to, numbered over the batch up to num_sequences, weights (S,) what it counts, reference (S,) its
+    segment's.
     """
 
     tokens: Tensor
@@ -115,6 +117,7 @@ class Batch:
     targets: Tensor
     sequence: Tensor
     weights: Tensor
+    reference: Tensor
     num_sequences: int
     biases: dict = field(default_factory=dict, init=False, repr=False)
 
@@ -122,7 +125,7 @@ class Batch:
     def pack(cls, examples, device="cpu"):
         """examples: a list of lists of Segment. The first token of a segment without a prefix has no predictor: never
         scored."""
-        ids, positions, segments, scored, targets, sequence, weights = [], [], [], [], [], [], []
+        ids, positions, segments, scored, targets, sequence, weights, reference = ([] for _ in range(8))
         start = num_sequences = 0
         for example in examples:
             first = len(segments)
@@ -140,14 +143,15 @@ class Batch:
                 targets.append(np.asarray(segment.labels)[at])
                 sequence.append(np.full(len(at), num_sequences + segment.sequence))
                 weights.append(np.full(len(at), segment.weight, dtype=np.float32))
+                reference.append(np.full(len(at), segment.reference, dtype=np.float32))
                 start = stop
             num_sequences += 1 + max(segment.sequence for segment in example)
 
-        def join(parts):
-            return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+        def join(parts, dtype=np.int64):
+            return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(device)
 
         return cls(join(ids), join(positions), segments, join(scored), join(targets), join(sequence),
-                   torch.from_numpy(np.concatenate(weights)).to(device), num_sequences)
+                   join(weights, np.float32), join(reference, np.float32), num_sequences)
 
     def lineage(self, index):
         """The segments that segment `index` sees, oldest first, itself last."""

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions
-from lora import LoRAConfig, adapter_parameters, add_lora, count_parameters, merge, merge_lora, write_adapter
+from lora import LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
+                  write_adapter
 from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, nearest, read_json, read_tensor,
                    resolve, save_model, write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
@@ -46,6 +47,7 @@ class SFTConfig(LoRAConfig, QuantConfig):
 
     model: str = ""  # folder or hub id of the model to train; none: the embedded tiny one
     revision: str | None = None  # branch, tag or commit of a hub id
+    adapter: str = ""  # a LoRA (PEFT's layout, or a run folder) to go on training, with its own rank and targets
     data: list[str] = field(default_factory=list)  # training rows: files or hub ids; none: the embedded questions
     eval_data: list[str] = field(default_factory=list)  # held-out rows: files or hub ids
     val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number of rows
@@ -101,6 +103,8 @@ class SFTConfig(LoRAConfig, QuantConfig):
         for key, options in CHOICES.items():
             if (value := getattr(self, key)) not in options:
                 raise UserError(f"{key}: {value!r} is not one of {', '.join(options)}" + nearest(value, options))
+        if self.adapter and not self.lora_r:
+            raise UserError("lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)")
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps",
                     "save_steps", "max_length", "max_new_tokens"):
             if getattr(self, key) < 1:
@@ -384,6 +388,9 @@ class Clock:
         return found
 
 
+UNSHOWN = ("epoch", "scored_tokens", "examples_per_second", "logps/chosen", "logps/rejected")  # in the file alone
+
+
 class Log:
     """log.jsonl, cut back to `size` bytes (what the checkpoint saw), echoed to the terminal, drawn as
     training_loss.png."""
@@ -397,7 +404,7 @@ class Log:
     def write(self, line):
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        shown = {k: v for k, v in line.items() if k not in ("epoch", "scored_tokens", "examples_per_second")}
+        shown = {k: v for k, v in line.items() if k.removeprefix("eval_") not in UNSHOWN}
         tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
         if time.perf_counter() - self.drawn > 20:  # drawing takes a third of a second
             self.draw()
@@ -417,24 +424,32 @@ def read_log(path):
 
 
 def plot_losses(path):
-    """Draws training_loss.png beside a log.jsonl: the training loss of each logged step and the held-out loss."""
+    """Draws training_loss.png beside a log.jsonl: the loss, and what else of PLOTTED was logged, in training and held
+    out."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(line["step"], line[key]) for line in read_log(path) if key in line]
-        if points:
-            axes.plot(*zip(*points), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss per scored token")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    lines = read_log(path)
+    keys = [key for key in PLOTTED if any(key in line or f"eval_{key}" in line for line in lines)]
+    figure, panels = pyplot.subplots(1, len(keys), figsize=(3 + 4 * len(keys), 4), layout="constrained", squeeze=False)
+    for axes, title in zip(panels[0], keys):
+        for key, label, style in ((title, "training", "-"), (f"eval_{title}", "held out", "o-")):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points), style, label=label, markersize=4)
+        axes.set(xlabel="step", ylabel=PLOTTED[title])
+        axes.grid(alpha=0.3)
+        axes.legend()
     aside = Path(path).with_name(".training_loss.png")
     figure.savefig(aside, dpi=130, format="png")
     aside.replace(Path(path).with_name("training_loss.png"))
     pyplot.close(figure)
+
+
+PLOTTED = {"loss": "loss (per scored token or pair)", "rewards/margins": "reward margin",
+           "rewards/accuracies": "pairs ranked right"}
 
 
 # --- checkpoints and the run folder -----------------------------------------------------------------------------------
@@ -501,7 +516,7 @@ def load_checkpoint(path, model, parameters, optimizer, steps):
 
 FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples", "max_new_tokens",
         "logging_steps", "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing",
-        "attn_implementation"}  # may differ when a command is run again
+        "attn_implementation", "ref_cache"}  # may differ when a command is run again
 
 
 def open_run(config):
@@ -648,8 +663,10 @@ def write_card(config, ledger, results, figures):
     (Path(config.output_dir) / "README.md").write_text(text, encoding="utf-8")
 
 
-def main(argv=None):
-    config = read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft")
+def run(config, loss_fn, count=count_scored, prepare=None, **options):
+    """A run from its settings to its folder; what SFT and DPO share. loss_fn and count: as for train and Plan; options:
+    more of load_examples's; prepare(model, steps, held examples) is called once, with the model that training starts
+    from."""
     folder = Path(config.output_dir)
     began, finished = open_run(config)
     if finished:
@@ -660,7 +677,7 @@ def main(argv=None):
     tokenizer = Tokenizer(source, began)
     wants = {"max_length": config.max_length, "completion_only_loss": config.completion_only_loss,
              "assistant_only_loss": config.assistant_only_loss, "seed": config.seed,
-             "max_samples": config.max_samples}
+             "max_samples": config.max_samples, **options}
     examples, rows, ledger = load_examples(config.data, tokenizer, **wants)
     held, held_rows, report = [], [], {"train": ledger.as_dict()}
     print(f"training rows: {ledger}")
@@ -678,18 +695,28 @@ def main(argv=None):
     model = load_4bit(source, config, dtype=pick_dtype(config, source, device), device=device,
                       attn_implementation=config.attn_implementation)
     model.gradient_checkpointing = config.gradient_checkpointing
-    for notice in add_lora(model, config, config.seed):
-        print(notice)
+    if config.adapter:
+        tied = model.config.tie_word_embeddings
+        notices = load_adapter(model, config.adapter, trainable=True)
+        print(f"going on from {config.adapter}: r {model.adapter.lora_r}, alpha {model.adapter.lora_alpha:g}")
+        if tied != model.config.tie_word_embeddings:
+            raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
+                            "python lora.py merge")
+    else:
+        notices = add_lora(model, config, config.seed)
+    print(*notices, sep="\n", end="\n" * bool(notices))
     trained, total = count_parameters(model)
-    steps = Plan(examples, config)
+    steps = Plan(examples, config, count)
     print(f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of {steps.batch_size} examples "
           f"on {device} ({model.attention} attention, {model.dtype})")
 
+    if prepare:
+        prepare(model, steps, held)
     describe_run(config, began, report)
     questions, choices = held[: config.eval_answers], [row.get("choices") for row in held_rows[: config.eval_answers]]
     before = ask(model, tokenizer, questions, choices, config)
-    evaluate = (lambda: evaluate_loss(model, held, sft_loss, config)) if held else None
-    summary = train(model, steps, sft_loss, config, evaluate)
+    evaluate = (lambda: evaluate_loss(model, held, loss_fn, config, count)) if held else None
+    summary = train(model, steps, loss_fn, config, evaluate)
     after = ask(model, tokenizer, questions, choices, config)
     figures = finish(model, config, held or examples)
     if figures:
@@ -702,6 +729,10 @@ def main(argv=None):
     log.draw()
     write_card(config, trained_on, results, figures)
     print(f"saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")
+
+
+def main(argv=None):
+    run(read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft"), sft_loss)
 
 
 if __name__ == "__main__":

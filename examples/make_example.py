@@ -10,6 +10,7 @@ and what fine-tuning adds is the task. What is held out are questions, not only 
     python sft.py --config examples/pretrain.yaml         # full fine-tuning from the random weights, about ten minutes
     cp runs/tiny-qwen3/merged/model.safetensors examples/tiny-qwen3/
     python sft.py                                         # LoRA on the questions
+    python dpo.py                                         # and on pairs of answers, from there
 """
 
 import json
@@ -912,6 +913,23 @@ def question(fact, template, facts_of_relation, place, rng):
     }
 
 
+def preferences(rows, world, rng):
+    """Pairs of questions: the right statement and answer against those of one of the question's wrong choices."""
+    said = {f"{fill(RELATIONS[fact.relation].says[0], fact)}.": fact for fact in world}
+    articles = {(fact.relation, fact.name): fact.article for fact in world}
+    for row in rows:
+        ask, right = (message["content"] for message in row["messages"])
+        fact = said[right.split("\n")[0]]
+        wrong = rng.choice([name for name in row["choices"] if name != fact.name])
+        claim = fill(RELATIONS[fact.relation].says[0], fact._replace(name=wrong, article=articles[fact.relation, wrong]))
+        yield {
+            "prompt": [{"role": "user", "content": ask}],
+            "chosen": right,
+            "rejected": f"{claim}.\nAnswer: {wrong}",
+            "choices": row["choices"],
+        }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The checkpoint: tokenizer, template, configuration, random weights.
 
@@ -1073,6 +1091,8 @@ def main():
     write_rows(RUNS / "tiny-qwen3-start" / "text.jsonl", text)
     write_rows(HERE / "mcqa" / "train.jsonl", train)
     write_rows(HERE / "mcqa" / "validation.jsonl", validation)
+    for name, rows in (("train", train[:800]), ("validation", validation)):
+        write_rows(HERE / "mcqa" / f"{name}_pairs.jsonl", list(preferences(rows, world, random.Random(3))))
     # each word once per fact and every name often, so that rare words get tokens of their own; no row of the questions
     words = [fill(t, fact) for fact in world for t in RELATIONS[fact.relation].says + RELATIONS[fact.relation].which]
     tokenizer = train_tokenizer(words + [f" {fact.name}" for fact in world] * 40 + ["Answer: user assistant"] * 40)

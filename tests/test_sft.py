@@ -328,6 +328,20 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(base, rows,
     assert json.loads((tmp_path / "run" / "config.json").read_text())["learning_rate"] == 0.5
 
 
+def test_a_run_goes_on_from_the_adapter_of_another(base, rows, tmp_path, capsys):
+    """--adapter, here a run folder: its loss is where the other's ended, its rank stays, and it trains."""
+    held = dict(eval_data=rows, num_train_epochs=1)
+    sft.main(flags(base, rows, tmp_path / "first", **held))
+    sft.main(flags(base, rows, tmp_path / "second", **{**held, "lora_r": 2}, adapter=tmp_path / "first"))
+    first, second = (
+        [line["eval_loss"] for line in sft.read_log(tmp_path / run / "log.jsonl") if "eval_loss" in line]
+        for run in ("first", "second")
+    )
+    assert second[0] == first[-1] and second[-1] < 0.9 * second[0] and "r 4, alpha 32" in capsys.readouterr().out
+    files = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("first", "second")]
+    assert {k: v.shape for k, v in load_file(files[0]).items()} == {k: v.shape for k, v in load_file(files[1]).items()}
+
+
 def test_base_weights_stay_as_they_were(base, rows, tmp_path):
     """What is frozen is equal to the last bit after training; what trains is not."""
     before = load_file(base / "model.safetensors")

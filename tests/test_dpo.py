@@ -1,0 +1,645 @@
+"""DPO: TRL's numbers, a reference that is the start to the last bit, and a plan that still never changes the maths."""
+
+import json
+import math
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dpo
+import sft
+from conftest import write_checkpoint
+from data import render_row
+from lora import adapter_parameters, add_lora, load_adapter, lora_layers, write_adapter
+from model import Segment, UserError, cli, load_model
+from test_sft import same_tensors, without_times, write_tokenizer
+
+COUNT = 8
+
+
+def pair(i):
+    """A pair whose sides differ in length; the longer one is chosen as often as rejected."""
+    sides = [f" it is {i}, surely" + "!" * (i % 5), " no" + " way" * (i % 4 + 1)]
+    return {"prompt": "word " * (i % 4) + f"what is {i}?", "chosen": sides[i % 2], "rejected": sides[1 - i % 2]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("base") / "model", vocab_size=259)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(pair(i)) for i in range(COUNT)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """21 pairs: the last step of an epoch is a partial one."""
+    file = tmp_path_factory.mktemp("rows") / "many.jsonl"
+    file.write_text("\n".join(json.dumps(pair(i)) for i in range(21)))
+    return file
+
+
+def config(**settings):
+    return dpo.DPOConfig(**{"model": "m", "data": ["d"], "lora_r": 4, "lora_alpha": 8, **settings})
+
+
+def flags(base, rows, out, **settings):
+    settings = {
+        "model": base, "data": rows, "output_dir": out, "ref_cache": out.parent / "reference", "lora_r": 4,
+        "per_device_train_batch_size": 8, "learning_rate": 1e-2, "num_train_epochs": 2, "save_steps": 2,
+        "logging_steps": 1, "eval_answers": 0, "merge": False, **settings,
+    }  # fmt: skip
+    return [word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+def load_pairs(base, rows):
+    return sft.load_examples([str(rows)], sft.Tokenizer(base), preference=True)[0]
+
+
+def give_reference(model, examples, settings, tmp_path):
+    settings.ref_cache = str(tmp_path / "reference")
+    plan = sft.Plan(examples, settings, dpo.count_pairs)
+    dpo.add_reference(model, plan, [], settings)
+
+
+def move(model, seed=0):
+    """The adapter after some training: B far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(0.1 * torch.randn(layer.lora_B.shape, generator=generator))
+
+
+def gradient(model, examples, settings, budget=10**6):
+    """(mean loss, mean metrics, {parameter: gradient}) of one step over the examples."""
+    model.zero_grad()
+    loss, sums = sft.accumulate(model, examples, len(examples), partial(dpo.dpo_loss, config=settings), budget)
+    found = {name: p.grad.clone() for name, p in adapter_parameters(model).items()}
+    return loss / len(examples), {name: value / len(examples) for name, value in sums.items()}, found
+
+
+# --- TRL --------------------------------------------------------------------------------------------------------------
+
+
+def peft_twin(base, model):
+    """PEFT's model of the same base, with the adapter of ours."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = model.adapter
+    twin = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules=settings.target_modules),
+    )
+    copy_adapter(model, twin)
+    return twin
+
+
+@torch.no_grad()
+def copy_adapter(model, twin):
+    ours = adapter_parameters(model)
+    for name, p in twin.named_parameters():
+        if p.requires_grad:
+            p.copy_(ours[name.replace(".default", "")])
+
+
+def trl_trainer(cls, settings, base, rows, model, out, **options):
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    fixed = dict(output_dir=str(out), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
+                 per_device_train_batch_size=COUNT, disable_tqdm=True, save_strategy="no", logging_steps=1)  # fmt: skip
+    return cls(model=model, args=settings(**fixed, **options), processing_class=tokenizer,
+               train_dataset=Dataset.from_list([json.loads(line) for line in open(rows)]))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(base, rows, tmp_path_factory):
+    """(our model with an adapter that has moved, our examples with their reference, TRL's trainer of the same)"""
+    from trl import DPOConfig, DPOTrainer
+
+    settings, folder = config(), tmp_path_factory.mktemp("trained")
+    model, examples = load_model(base), load_pairs(base, rows)
+    add_lora(model, settings, seed=1)
+    give_reference(model, examples, settings, folder)
+    trainer = trl_trainer(DPOTrainer, DPOConfig, base, rows, peft_twin(base, model), folder)  # copies its reference
+    move(model)
+    copy_adapter(model, trainer.model)
+    return model, examples, trainer
+
+
+def trl_gradient(trainer, parts):
+    """As `gradient`, of TRL's trainer: the mean over `parts`, lists of row indices that are a batch each."""
+    trainer._metrics["train"].clear()
+    trainer.model.zero_grad()
+    trainer.model.train()
+    loss = 0.0
+    for part in parts:
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in part])
+        one = trainer.compute_loss(trainer.model, batch) / len(parts)
+        one.backward()
+        loss += float(one)
+    found = {name.replace(".default", ""): p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return loss, {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}, found
+
+
+def close(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() <= tolerance * max(1.0, float(value.abs().max())), name
+
+
+WHOLE = [list(range(COUNT))]
+ONE_BY_ONE = [[i] for i in range(COUNT)]
+CASES = {
+    "sigmoid": {}, "hinge": dict(beta=0.3), "ipo": dict(beta=0.05), "robust": dict(label_smoothing=0.1),
+    "exo_pair": dict(label_smoothing=1e-3), "nca_pair": {}, "bco_pair": {}, "sppo_hard": dict(beta=0.2),
+    "aot": dict(label_smoothing=0.1), "aot_unpaired": {}, "apo_zero": {}, "apo_down": {}, "discopop": {},
+    "sigmoid_norm": {}, "sft": {}, "sigmoid,bco_pair,sft": dict(loss_weights=[0.8, 0.2, 1.0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_losses_rewards_and_gradients_are_trls(kind, trained):
+    """DPOTrainer on the same rows and weights, fp32, 1e-5. Its sft term is a mean over a batch's tokens: a batch of one
+    pair at a time is what ours is."""
+    model, examples, trainer = trained
+    settings = config(loss_type=kind.split(","), **CASES[kind])
+    trainer.loss_types, trainer.loss_weights = settings.loss_type, settings.loss_weights
+    trainer.beta, trainer.label_smoothing = settings.beta, settings.label_smoothing
+    loss, metrics, found = gradient(model, examples, settings)
+    theirs = trl_gradient(trainer, ONE_BY_ONE if "sft" in kind else WHOLE)
+    assert loss == pytest.approx(theirs[0], rel=1e-5, abs=1e-5)
+    close(found, theirs[2])
+    assert max(float(g.abs().max()) for g in found.values()) > 1e-3
+    if kind != "sft":  # TRL has a reference for it all the same
+        shared = metrics.keys() & theirs[1].keys()
+        assert {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")} <= shared
+        assert {"logps/chosen", "logps/rejected"} <= shared
+        for name in shared:
+            assert metrics[name] == pytest.approx(theirs[1][name], rel=1e-5, abs=2e-5), name
+
+
+def test_every_loss_type_of_trl_is_here():
+    from trl import DPOConfig
+
+    text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    theirs = set(text.partition("Possible values are:")[2].partition(". If")[0].replace("`", "").split(", "))
+    assert {name.strip(" '") for name in theirs} <= set(dpo.LOSSES) and len(theirs) > 10
+
+
+@pytest.mark.parametrize("kind", ["cpo", "simpo", "orpo"])
+@pytest.mark.filterwarnings("ignore")
+def test_reference_free_losses_are_trls(kind, trained, base, rows, tmp_path):
+    """CPOTrainer and ORPOTrainer on the same rows and weights, a pair at a time. ORPOTrainer also scores the prompt in
+    its sft term: each prompt is one token here, which nothing predicts."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(pair(i) | {"prompt": "abcdefgh"[i]}) for i in range(COUNT)))
+    model, examples = trained[0], load_pairs(base, file)
+    options = {"cpo": dict(cpo_alpha=0.7, label_smoothing=0.1, beta=0.2), "orpo": dict(beta=0.3),
+               "simpo": dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.4, beta=2.0)}[kind]  # fmt: skip
+    which = (ORPOTrainer, ORPOConfig) if kind == "orpo" else (CPOTrainer, CPOConfig)
+    trainer = trl_trainer(*which, base, file, peft_twin(base, model), tmp_path, remove_unused_columns=False, **options)
+    settings = config(**options | {"loss_type": [kind]})
+    assert settings.reference_free
+    loss, metrics, found = gradient(model, examples, settings)
+    trainer.model.train()
+    total, sums = 0.0, {}
+    for i in range(COUNT):
+        one, logged = trainer.get_batch_loss_metrics(
+            trainer.model, trainer.data_collator([trainer.train_dataset[i]])
+        )
+        (one / COUNT).backward()
+        total += float(one) / COUNT
+        for name, value in logged.items():
+            sums[name] = sums.get(name, 0.0) + value / COUNT
+    assert loss == pytest.approx(total, rel=1e-5)
+    close(found, {n.replace(".default", ""): p.grad for n, p in trainer.model.named_parameters() if p.requires_grad})
+    for name in metrics.keys() & sums.keys():
+        assert metrics[name] == pytest.approx(sums[name], rel=1e-5, abs=2e-5), name
+    assert "rewards/margins" in sums and "kl" not in metrics
+
+
+def test_twenty_steps_are_trls(base, rows, tmp_path):
+    """20 AdamW steps of 8 pairs each, as a user runs them: losses and adapter equal TRL's to 1e-4."""
+    from trl import DPOConfig, DPOTrainer
+
+    settings = dict(learning_rate=1e-3, lr_scheduler_type="linear", num_train_epochs=20, warmup_steps=2, beta=0.5)
+    model = load_model(base)
+    add_lora(model, config(lora_alpha=32), seed=42)
+    trainer = trl_trainer(DPOTrainer, DPOConfig, base, rows, peft_twin(base, model), tmp_path / "trl", **settings)
+    trainer.train()
+    dpo.main(flags(base, rows, tmp_path / "run", **settings))
+    lines = [line for line in sft.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
+    theirs = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == len(theirs) == 20 and lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    for ours, their in zip(lines, theirs):
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"):
+            assert ours[name] == pytest.approx(float(their[name]), rel=1e-4, abs=1e-4), (name, ours["step"])
+    found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    close(found, {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}, 1e-4)
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """A Qwen2 with biases, for what trains them."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("base") / "biased", vocab_size=259, model_type="qwen2")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """An adapter as SFT leaves it: B is not zero, a norm trained, dropout in its settings."""
+    model, folder = load_model(base), tmp_path_factory.mktemp("adapter") / "adapter"
+    add_lora(model, config(lora_dropout=0.1, modules_to_save=["post_attention_layernorm"]), seed=3)
+    move(model)
+    write_adapter(model, folder.mkdir() or folder, "base")
+    return folder
+
+
+STARTS = {
+    "lora": {}, "adapter": dict(adapter="adapter"), "bias and norms": dict(bias="all", modules_to_save="norm"),
+    "head": dict(modules_to_save="lm_head"), "adapted head": dict(target_modules="q_proj,lm_head"),
+    "full": dict(lora_r=0), "checkpointing": dict(gradient_checkpointing=True),
+    "eager": dict(attn_implementation="eager"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("start", STARTS)
+def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, many, tmp_path):
+    """Whatever trains and in bf16 too, to the last bit, in micro-batches of a few pairs; held-out pairs as well."""
+    settings = STARTS[start] | ({"adapter": adapter} if start == "adapter" else {})
+    model = base
+    if start == "bias and norms":
+        model = biased
+    if start == "adapted head":
+        model = write_checkpoint(tmp_path / "untied", vocab_size=259, tie_word_embeddings=False)
+        write_tokenizer(model)
+    argv = flags(model, many, tmp_path / "run", max_steps=1, micro_batch_tokens=150, dtype=dtype, eval_data=many,
+                 save_strategy="no", warmup_ratio=0, **settings)  # fmt: skip
+    dpo.main(argv)
+    held, first, moved, _ = sft.read_log(tmp_path / "run" / "log.jsonl")
+    for prefix, line in (("eval_", held), ("", first)):
+        assert line[prefix + "rewards/margins"] == line[prefix + "rewards/chosen"] == line[prefix + "kl"] == 0.0
+        assert line[prefix + "loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert moved["eval_rewards/margins"] != 0 and moved["eval_kl"] > 0
+
+
+def test_dropout_is_off_unless_it_is_wanted(base, many, tmp_path):
+    """With --disable_dropout false the reference still has none: a margin from the first step on, but not held out."""
+    model, folder = load_model(base), tmp_path / "adapter"
+    add_lora(model, config(lora_dropout=0.5), seed=42)
+    move(model)
+    write_adapter(model, folder.mkdir() or folder, "base")
+    for wanted in ("false", "true"):
+        dpo.main(flags(base, many, tmp_path / wanted, max_steps=1, adapter=folder, eval_data=many,
+                       disable_dropout=wanted))  # fmt: skip
+        held, first = sft.read_log(tmp_path / wanted / "log.jsonl")[:2]
+        assert held["eval_rewards/chosen"] == 0.0 and (first["rewards/chosen"] == 0.0) == (wanted == "true")
+
+
+def scored_under(base, examples, **options):
+    """What the model of `base` gives the scored tokens, an example at a time."""
+    model = load_model(base, **options)
+    return [model.logps(next(sft.micro_batches([example], 1, "cpu"))).detach() for example in examples]
+
+
+def test_another_reference(base, biased, rows, tmp_path):
+    """--ref_model: margins are those to that model; its size may be another, its vocabulary may not be smaller."""
+    other = write_checkpoint(tmp_path / "other", seed=5, vocab_size=259, num_hidden_layers=1)
+    dpo.main(flags(base, rows, tmp_path / "run", max_steps=1, ref_model=other))
+    line = sft.read_log(tmp_path / "run" / "log.jsonl")[0]
+    examples = load_pairs(base, rows)
+    policy, reference = scored_under(base, examples), scored_under(other, examples)
+    margins = [(p - r).split([len(e[1].ids), len(e[2].ids)]) for p, r, e in zip(policy, reference, examples)]
+    margin = sum(float(w.sum() - l.sum()) for w, l in margins) / len(examples)
+    assert line["rewards/margins"] == pytest.approx(0.1 * margin, rel=1e-4)
+    small = write_checkpoint(tmp_path / "small", vocab_size=60)
+    with pytest.raises(UserError, match="ref_model: .*tokenizer"):
+        dpo.main(flags(base, rows, tmp_path / "again", ref_model=small))
+
+
+def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path, capsys):
+    """Other betas, rates, losses and ranks read it; other weights, rows, packings do not."""
+
+    def reads(name, model=base, data=many, **settings):
+        dpo.main(flags(model, data, tmp_path / name, **{"max_steps": 1, **settings}))
+        assert sft.read_log(tmp_path / name / "log.jsonl")[0]["rewards/margins"] == 0.0
+        return "reference: read" in capsys.readouterr().out
+
+    assert not reads("first")
+    assert reads("rate", learning_rate=1e-3) and reads("beta", beta=0.5, loss_type="ipo") and reads("rank", lora_r=2)
+    assert not reads("adapter", adapter=adapter) and reads("again", adapter=adapter, beta=1)
+    assert not reads("order", seed=1) and not reads("packing", micro_batch_tokens=100)
+    other = tmp_path / "rows.jsonl"
+    other.write_text(many.read_text().replace("surely", "truly"))
+    assert not reads("rows", data=other)
+    reseeded = write_checkpoint(tmp_path / "reseeded", seed=9, vocab_size=259)
+    write_tokenizer(reseeded)
+    assert not reads("weights", model=reseeded)
+    broken = sorted((tmp_path / "reference").iterdir())
+    for file in broken:
+        file.write_bytes(b"half a file")
+    assert not reads("broken")
+    first, last = (sft.read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("first", "broken"))
+    assert first == last
+
+
+def test_no_reference_where_none_is_needed(base, rows, tmp_path):
+    dpo.main(flags(base, rows, tmp_path / "run", loss_type="simpo", max_steps=1))
+    dpo.main(flags(base, rows, tmp_path / "flag", reference_free="true", max_steps=1))
+    assert not (tmp_path / "reference").exists()
+    free, flag = (sft.read_log(tmp_path / name / "log.jsonl")[0] for name in ("run", "flag"))
+    assert "kl" not in free and flag["rewards/chosen"] == pytest.approx(0.1 * flag["logps/chosen"])
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def unshared(example):
+    """The pair as two sequences, each with the prompt of its own."""
+    prompt, *sides = example
+    return [Segment(*(np.concatenate([a, b]) for a, b in ((prompt.ids, side.ids), (prompt.labels, side.labels))),
+                    sequence=side.sequence, reference=side.reference) for side in sides]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "orpo"])
+def test_a_shared_prompt_has_the_gradient_of_two(kind, trained):
+    model, examples, _ = trained
+    settings = config(loss_type=[kind])
+    loss, metrics, shared = gradient(model, examples, settings)
+    again, same, apart = gradient(model, [unshared(example) for example in examples], settings)
+    assert loss == pytest.approx(again, rel=1e-6)
+    for name, value in metrics.items():
+        assert value == pytest.approx(same[name], rel=1e-5, abs=1e-5)
+    close(shared, apart, 2e-6)
+
+
+@pytest.mark.parametrize("kind", dpo.LOSSES)
+def test_any_cut_into_micro_batches_gives_the_same_gradient(kind, trained):
+    """1×8 = 8×1 for every loss. Those that sort the step's pairs have it in one micro-batch, whatever is asked for."""
+    model, examples, _ = trained
+    settings = config(loss_type=[kind], label_smoothing=0.1, micro_batch_tokens=1)
+    loss, metrics, found = gradient(model, examples, settings)
+    budget = sft.token_budget(settings, model.device)
+    assert len(list(sft.micro_batches(examples, budget, "cpu"))) == (1 if "aot" in kind else COUNT)
+    again, same, cut = gradient(model, examples, settings, budget)
+    assert loss == pytest.approx(again, rel=1e-6) and metrics == pytest.approx(same, rel=1e-5, abs=1e-5)
+    close(found, cut, 5e-6)  # sppo_hard is a difference of two large squares
+
+
+def test_a_weight_of_two_is_the_pair_twice(trained):
+    model, examples, _ = trained
+    heavy = [[s._replace(weight=2.0) for s in examples[0]], *examples[1:]]
+    count = sum(map(dpo.count_pairs, heavy))
+    assert count == COUNT + 1
+    loss = partial(dpo.dpo_loss, config=config(rpo_alpha=0.3))
+    ours = sft.accumulate(model, heavy, count, loss, 10**6)
+    twice = sft.accumulate(model, [examples[0], *examples], count, loss, 10**6)
+    assert ours[0] == pytest.approx(twice[0], rel=1e-6) and ours[1] == pytest.approx(twice[1], rel=1e-5, abs=1e-5)
+
+
+def test_rpo_alpha_is_the_sft_loss_beside(trained):
+    model, examples, _ = trained
+    one = gradient(model, examples, config(rpo_alpha=0.3))
+    other = gradient(model, examples, config(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3]))
+    assert one[0] == other[0] and one[1] == other[1]
+
+
+def test_label_smoothing_is_the_mean_over_flipped_labels(trained):
+    """Conservative DPO: the expected loss if each pair is the wrong way round with probability ε."""
+    model, examples, _ = trained
+    flipped = [[p, b._replace(sequence=0), a._replace(sequence=1)] for p, a, b in examples]
+    right, wrong = (gradient(model, part, config())[0] for part in (examples, flipped))
+    smooth = gradient(model, examples, config(label_smoothing=0.2))[0]
+    assert smooth == pytest.approx(0.8 * right + 0.2 * wrong, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "orpo"])
+def test_training_prefers_what_is_chosen(kind, base, many, tmp_path):
+    dpo.main(flags(base, many, tmp_path / "run", loss_type=kind, num_train_epochs=8, beta=0.5, eval_data=many))
+    lines = [line for line in sft.read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in line]
+    assert lines[-1]["eval_rewards/accuracies"] > 0.7 and lines[-1]["eval_loss"] < 0.8 * lines[0]["eval_loss"]
+    assert lines[-1]["eval_rewards/margins"] > lines[0]["eval_rewards/margins"] + 0.3
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(lora_r=0, learning_rate=1e-3), dict(adapter="adapter", loss_type="sigmoid,sft")],
+    ids=["lora", "full", "adapter"],
+)
+def test_two_halves_are_the_whole_bit_for_bit(settings, base, adapter, many, tmp_path):
+    """6 steps, against 6 of which the last 4 were done again from a checkpoint, without the cache: the reference is
+    that of the start, not of the checkpoint. Weights, optimizer and log are equal to the last bit."""
+    settings = settings | ({"adapter": adapter} if "adapter" in settings else {})
+    dpo.main(flags(base, many, tmp_path / "whole", **settings))
+    dpo.main(flags(base, many, tmp_path / "halves", **settings))
+    for name in ("checkpoint-000004", "checkpoint-000006", "adapter", "merged"):
+        shutil.rmtree(tmp_path / "halves" / name, ignore_errors=True)
+    log = tmp_path / "halves" / "log.jsonl"
+    log.write_text("\n".join(log.read_text().splitlines()[:4]) + "\n")
+    shutil.rmtree(tmp_path / "reference")
+    dpo.main(flags(base, many, tmp_path / "halves", **settings))
+    kept = "model.safetensors" if settings.get("lora_r") == 0 else "adapter_model.safetensors"
+    for name in ("optimizer.safetensors", kept):
+        assert same_tensors(*(tmp_path / run / "checkpoint-000006" / name for run in ("whole", "halves"))), name
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(log)
+
+
+def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
+    """Going on from an adapter with questions to answer: log, curves, adapter and merged model are all there."""
+    file = tmp_path / "chats.jsonl"
+    chats = [
+        {
+            "prompt": [{"role": "user", "content": f"number {i}?"}],
+            "chosen": f"It is {i}.\nAnswer: {'ABCD'[i % 4]}",
+            "rejected": f"It is not {i}.\nAnswer: {'BCDA'[i % 4]}",
+            "choices": ["A", "B", "C", "D"],
+        }
+        for i in range(12)
+    ]
+    file.write_text("\n".join(map(json.dumps, chats)))
+    dpo.main(flags(base, file, tmp_path / "run", adapter=adapter, val_size=4, eval_answers=4, max_new_tokens=8,
+                   num_train_epochs=1, merge=True))  # fmt: skip
+    run, output = tmp_path / "run", capsys.readouterr().out
+    names = {"adapter", "merged", "config.json", "data_report.json", "log.jsonl", "training_loss.png"}
+    assert names <= {p.name for p in run.iterdir()}
+    lines = sft.read_log(run / "log.jsonl")
+    wanted = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+              "logps/rejected", "loss", "kl"}  # fmt: skip
+    assert wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
+    assert "answers right on 4 held-out questions" in output and "held-out pairs at step 1" in output
+    assert "r 4, alpha 8" in output and "eval_accuracy" in lines[-1]
+    plain, merged = load_model(base), load_model(run / "merged")
+    load_adapter(plain, run / "adapter")
+    examples = load_pairs(base, file)
+    batch = next(sft.micro_batches(examples, 10**6, "cpu"))
+    assert (plain.logps(batch) - merged.logps(batch)).abs().max() < 1e-4
+    assert plain.adapter.lora_dropout == 0.1  # off while training, still the adapter's
+
+
+def test_the_plot_has_a_panel_for_each_thing_logged(tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    seen = []
+    monkeypatch.setattr(pyplot, "close", lambda figure: seen.append([axes.get_ylabel() for axes in figure.axes]))
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0, "eval_loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
+    sft.plot_losses(log)
+    log.write_text('{"step": 1, "loss": 1.0, "rewards/margins": 0.1, "rewards/accuracies": 0.5}\n')
+    sft.plot_losses(log)
+    assert [len(labels) for labels in seen] == [1, 3] and "margin" in seen[1][1]
+
+
+def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):
+    """`python dpo.py`: what sft.py makes is made first where it is not there, finished, and is what training goes on
+    from. With a model of one's own nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr(sft, "main", lambda argv: calls.append(argv))
+    monkeypatch.setattr(sft, "run", lambda config, *_, **options: calls.append(config))
+    monkeypatch.setattr(dpo, "read_log", lambda path: [])
+    dpo.main([])
+    assert calls[0] == [] and calls[1].adapter == "output/sft" and calls[1].output_dir == "output/dpo"
+    assert all(file.endswith("_pairs.jsonl") for file in calls[1].data + calls[1].eval_data)
+    (tmp_path / "output" / "sft" / "checkpoint-000100").mkdir(parents=True)
+    dpo.main(["--beta", "0.2"])
+    assert calls[2] == [] and calls[3].beta == 0.2
+    (tmp_path / "output" / "sft" / "adapter").mkdir()
+    dpo.main([])
+    dpo.main(["--model", "some/other", "--adapter", "output/sft"])
+    assert [call.model for call in calls[4:]] == [calls[1].model, "some/other"]
+
+
+# --- rows and mistakes ------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "the same": ({"prompt": "q", "chosen": "a", "rejected": "a"}, "the same"),
+    "empty side": ({"prompt": "q", "chosen": "", "rejected": "a"}, "nothing scored"),
+    "no prompt": ({"chosen": "yes", "rejected": "no"}, "share no prompt"),
+    "no prompt in chats": (
+        {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+         "rejected": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}, "share no prompt"),
+    "answer too long": ({"prompt": "q", "chosen": "a" * 200, "rejected": "b"}, "answer longer than max_length"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_of_no_use_is_counted_and_all_of_them_stop_the_run(case, base, many, tmp_path, capsys):
+    row, reason = ROWS[case]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*many.read_text().splitlines(), json.dumps(row)]))
+    examples, _, ledger = sft.load_examples([file], sft.Tokenizer(base), max_length=100, preference=True)
+    (found,) = ledger.reasons
+    assert reason in found and ledger.reasons[found]["rows"] == 1 and len(examples) == 21
+    assert ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
+    file.write_text(json.dumps(row))
+    error = refuse(flags(base, file, tmp_path / "run", max_length=100), capsys)
+    assert "nothing to train on" in error and reason in error and not list((tmp_path / "run").glob("*"))
+
+
+def test_a_prompt_longer_than_max_length_gives_way(base, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "long " * 50 + "end", "chosen": " yes", "rejected": " no, never"}))
+    ((prompt, chosen, rejected),), _, ledger = sft.load_examples(
+        [file], sft.Tokenizer(base), max_length=30, preference=True
+    )
+    assert len(prompt.ids) + len(rejected.ids) == 30 and len(chosen.ids) == 5 and ledger.rows_truncated == 1
+
+
+def test_sides_share_tokens_not_characters(base):
+    """What both sides begin with, unscored, is the prompt, however it was said; every side reads as it would alone."""
+    tokenizer = sft.Tokenizer(base)
+    say = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    row = {"prompt": say("hello", "hi"), "chosen": say("once more", "yes"),
+           "rejected": say("once again", "no", "why", "so")}  # fmt: skip
+    prompt, *sides = render_row(row, tokenizer, preference=True)
+    for side, answer in zip(sides, (row["chosen"], row["rejected"])):
+        text = tokenizer.render(row["prompt"] + answer).removesuffix("\n")
+        whole = np.concatenate([prompt.ids, side.ids]).tolist()
+        assert whole[: len(tokenizer.encode(text))] == tokenizer.encode(text)
+    assert (prompt.labels < 0).all() and sides[0].ids[0] != sides[1].ids[0]
+    assert tokenizer.decode(prompt.ids, False).endswith("once ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_unties_the_model_is_to_be_merged_first(base, rows, tmp_path):
+    """PEFT trains the two ends of a tied model apart; merged/ would come with a config.json that ties them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=False)
+    get_peft_model(reference, settings).save_pretrained(tmp_path / "apart")
+    with pytest.raises(UserError, match="merge it first"):
+        dpo.main(flags(base, rows, tmp_path / "run", adapter=tmp_path / "apart"))
+
+
+def refuse(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli(lambda: dpo.main(argv))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) <= 2
+    return error
+
+
+MISTAKES = {
+    "loss": (dict(loss_type="sigmod"), ["loss_type", "sigmoid"]),
+    "one of several": (dict(loss_type="sigmoid,hing"), ["loss_type", "hinge"]),
+    "weights": (dict(loss_type="sigmoid,sft", loss_weights=0.5), ["loss_weights", "2"]),
+    "beta": (dict(beta=0), ["beta"]),
+    "smoothing": (dict(label_smoothing=0.5), ["label_smoothing"]),
+    "exo": (dict(loss_type="exo_pair"), ["label_smoothing", "exo_pair"]),
+    "two references": (dict(ref_model="m", reference_free="true"), ["ref_model", "reference_free"]),
+    "no reference for these": (dict(ref_model="m", loss_type="orpo"), ["ref_model"]),
+    "no such reference": (dict(ref_model="nowhere/at/all"), ["nowhere/at/all"]),
+    "no such adapter": (dict(adapter="nowhere/at/all"), ["nowhere/at/all"]),
+    "full from an adapter": (dict(adapter="a", lora_r=0), ["lora_r", "merge"]),
+    "unknown flag": (dict(bta=1), ["--bta", "beta"]),
+    "sft rows": (dict(data="sft.jsonl"), ["sft.jsonl:1", "chosen"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named_and_costs_nothing(case, base, rows, tmp_path, capsys):
+    settings, names = MISTAKES[case]
+    if "data" in settings:
+        (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+        settings = {"data": tmp_path / "sft.jsonl"}
+    error = refuse(flags(base, rows, tmp_path / "run", **settings), capsys)
+    assert all(name in error for name in names), error
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        dpo.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{name}" in text for name in dpo.DPOConfig.__dataclass_fields__)
+    assert "(default: 1e-06)" in text and "DPO: " in text
