@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions
-from lora import LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
-                  write_adapter
+from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
+                  write_adapter)
 from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, nearest, read_json, read_tensor,
                    resolve, save_model, write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge

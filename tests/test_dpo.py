@@ -280,7 +280,9 @@ STARTS = {
     "lora": {}, "adapter": dict(adapter="adapter"), "bias and norms": dict(bias="all", modules_to_save="norm"),
     "head": dict(modules_to_save="lm_head"), "adapted head": dict(target_modules="q_proj,lm_head"),
     "full": dict(lora_r=0), "checkpointing": dict(gradient_checkpointing=True),
-    "eager": dict(attn_implementation="eager"),
+    "eager": dict(attn_implementation="eager"), "qlora": dict(load_in_4bit=True),
+    "qlora on an adapter": dict(load_in_4bit=True, adapter="adapter"),
+    "dora": dict(use_dora=True), "pissa on 4 bits": dict(load_in_4bit=True, init_lora_weights="pissa"),
 }  # fmt: skip
 
 
@@ -288,7 +290,7 @@ STARTS = {
 @pytest.mark.parametrize("start", STARTS)
 def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, many, tmp_path):
     """Whatever trains and in bf16 too, to the last bit, in micro-batches of a few pairs; held-out pairs as well."""
-    settings = STARTS[start] | ({"adapter": adapter} if start == "adapter" else {})
+    settings = STARTS[start] | ({"adapter": adapter} if "adapter" in STARTS[start] else {})
     model = base
     if start == "bias and norms":
         model = biased
