@@ -850,6 +850,17 @@ def resolve(name, revision=None):
                         f"({reason})") from None
 
 
+def pick_device(name):
+    """torch.device of 'auto' (CUDA, then MPS, then the CPU) or of a device's name."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name} can't be used here ({str(error).splitlines()[0][:80]})") from None
+
+
 def checkpoint_tensors(folder):
     """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded; no data is
     read."""

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions
 from lora import LoRAConfig, adapter_parameters, add_lora, count_parameters, merge_lora, write_adapter
-from model import (COMPANIONS, IGNORE, Batch, UserError, cli, load_model, nearest, read_json, read_tensor, resolve,
-                   save_model, write_tensors, written_aside)
+from model import (COMPANIONS, IGNORE, Batch, UserError, cli, load_model, nearest, pick_device, read_json, read_tensor,
+                   resolve, save_model, write_tensors, written_aside)
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
@@ -504,17 +504,6 @@ def describe_run(config, began, report):
         aside = Path(config.output_dir) / f".{name}"
         aside.write_text(json.dumps(value, indent=2))
         aside.replace(Path(config.output_dir) / name)
-
-
-def pick_device(name):
-    """torch.device of 'auto' (CUDA, then MPS, then the CPU) or of a device's name."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name} can't be used here ({str(error).splitlines()[0][:80]})") from None
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
