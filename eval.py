@@ -389,9 +389,12 @@ def ask_choice(tokenizer, example, choices):
 
 
 def choice_metrics(model, questions):
-    """{'accuracy', 'f1', ...} of forced choices, as they are measured while a model trains."""
-    return summarise([{"gold": ""} | questions[n].grade(sums) for n, sums in
-                      score(model, [question.sequences for question in questions])])
+    """{'eval_accuracy', 'eval_f1', ...} of forced choices while a model trains, without dropout; {} without any."""
+    training = model.training
+    model.eval()
+    found = summarise([questions[n].grade(sums) for n, sums in score(model, [q.sequences for q in questions])])
+    model.train(training)
+    return {f"eval_{name}": value for name, value in found.items() if name != "n" and not name.endswith("_stderr")}
 
 
 def ask_text(text, tokenizer, longest):

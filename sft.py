@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import Tokenizer, load_examples, parse_config, split_holdout
-from eval import accuracy, answer_questions
+from eval import accuracy, answer_questions, ask_choice, choice_metrics
 from lora import LoRAConfig, adapter_parameters, add_lora, count_parameters, merge_lora, write_adapter
 from model import (COMPANIONS, IGNORE, Batch, UserError, cli, load_model, nearest, pick_device, read_json, read_tensor,
                    resolve, save_model, write_tensors, written_aside)
@@ -85,7 +85,12 @@ class SFTConfig(LoRAConfig):
     eval_steps: int = 100  # steps between evaluations with eval_strategy steps
     save_strategy: str = "steps"  # when a checkpoint is written: no, steps, epoch
     save_steps: int = 500  # steps between checkpoints with save_strategy steps
-    save_total_limit: int | None = None  # keep this many newest checkpoints
+    save_total_limit: int | None = None  # keep this many newest checkpoints, the best one among them
+    metric_for_best_model: str | None = None  # what tells the best step: loss, accuracy, f1, ...; none: loss
+    greater_is_better: bool | None = None  # whether more of it is better; none: yes, unless it is a loss
+    load_best_model_at_end: bool = False  # adapter/ and merged/ are those of the best checkpoint
+    early_stopping_patience: int | None = None  # stop after so many evaluations without a new best; none: never
+    early_stopping_threshold: float = 0.0  # by how much the metric has to be better to count
     resume: str = "auto"  # auto: go on from the last checkpoint in output_dir; never; or a checkpoint's path
     overwrite_output_dir: bool = False  # delete what output_dir holds and start anew
     merge: bool = True  # write merged/, the model with the adapter merged in
@@ -102,6 +107,10 @@ class SFTConfig(LoRAConfig):
                     "save_steps", "max_length", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)} is below 1")
+        if self.load_best_model_at_end and (self.eval_strategy == "no" or self.eval_strategy != self.save_strategy or
+                                            self.eval_strategy == "steps" and self.save_steps % self.eval_steps):
+            raise UserError("load_best_model_at_end: every checkpoint has to be evaluated; give save_strategy as "
+                            "eval_strategy, and save_steps as a multiple of eval_steps")
         for key in ("learning_rate", "num_train_epochs", "warmup_ratio", "weight_decay", "max_grad_norm", "val_size"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{key}: {getattr(self, key)} is not a number from 0 up")
@@ -283,19 +292,23 @@ def train(model, steps, loss_fn, config, evaluate=None):
     folder, device = Path(config.output_dir), model.device
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config)
-    state = {"step": 0, "log_bytes": 0, "window": {}, "data": steps.fingerprint}
+    state = {"step": 0, "log_bytes": 0, "window": {}, "data": steps.fingerprint, "best": {}}
     if checkpoint := find_checkpoint(config):
         state = load_checkpoint(checkpoint, model, parameters, optimizer, steps)
         print(f"going on from {checkpoint}: step {state['step']} of {len(steps)}")
-    log, window = Log(folder, state["log_bytes"]), state["window"]
+    log, window, best = Log(folder, state["log_bytes"]), state["window"], state.get("best", {})
     budget, began = token_budget(config, device), time.perf_counter()
     model.train()
     if evaluate and config.eval_strategy != "no" and state["step"] == 0:
-        log.write({"step": 0, "epoch": 0.0, **evaluate()})
+        found = evaluate()
+        judge({}, found, 0, config)  # a metric that is none is told now
+        log.write({"step": 0, "epoch": 0.0, **found})
     bar = tqdm(total=len(steps), initial=state["step"], unit="step", disable=not sys.stderr.isatty(), leave=False)
     clock = Clock()
     with stop_signals() as stopped:
         for step in range(state["step"] + 1, len(steps) + 1):
+            if best.get("stop"):
+                break
             examples, lr, last = steps[step - 1], learning_rate(step - 1, len(steps), config), step == len(steps)
             count = sum(map(steps.count, examples))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # dropout
@@ -319,11 +332,15 @@ def train(model, steps, loss_fn, config, evaluate=None):
                 clock.skip()
             if evaluate and (steps.due(step, config.eval_strategy, config.eval_steps)
                              or last and config.eval_strategy != "no"):
-                log.write({"step": step, "epoch": round(steps.epoch(step), 4), **evaluate()})
+                found = evaluate()
+                log.write({"step": step, "epoch": round(steps.epoch(step), 4), **found})
+                best = judge(best, found, step, config)
+                last = last or best["stop"]
                 clock.skip()
             if (steps.due(step, config.save_strategy, config.save_steps)
                     or (last or stopped) and config.save_strategy != "no"):
-                state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint}
+                state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint,
+                         "best": best}
                 save_checkpoint(folder, model, parameters, optimizer, state, config)
                 clock.skip()
             if stopped:
@@ -332,7 +349,28 @@ def train(model, steps, loss_fn, config, evaluate=None):
                 print(f"stopped after step {step} of {len(steps)}{kept}", flush=True)
                 sys.exit(128 + stopped[0])
     bar.close()
+    if best.get("stop"):
+        print(f"stopped early after step {state['step']}: no new best for {config.early_stopping_patience} evaluations")
+    if config.load_best_model_at_end and (path := folder / f"checkpoint-{best['step']:06d}").exists():
+        load_trained(path, model, parameters)
+        print(f"the best step is taken: {best['step']}, {best['metric']} {best['value']:.4g}")
     return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": round(peak_memory_gb(device), 3)}
+
+
+def judge(best, found, step, config):
+    """What is known of the best evaluation, {"step", "metric", "value", "waited", "stop"}, after another one. Source:
+    transformers' Trainer and EarlyStoppingCallback: patience looks at the best so far, with the threshold."""
+    metric = "eval_" + (config.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in found:
+        names = ", ".join(name.removeprefix("eval_") for name in found)
+        raise UserError(f"metric_for_best_model: the evaluation gives {names}, not {metric.removeprefix('eval_')}"
+                        + nearest(metric, found))
+    more = config.greater_is_better if config.greater_is_better is not None else not metric.endswith("loss")
+    gain = (found[metric] - best["value"]) * (1 if more else -1) if best else math.inf
+    waited = 0 if gain > 0 and gain > config.early_stopping_threshold else best["waited"] + 1
+    stop = config.early_stopping_patience is not None and waited >= config.early_stopping_patience
+    kept = {"step": step, "metric": metric, "value": found[metric]} if gain > 0 else best
+    return {**kept, "waited": waited, "stop": stop}
 
 
 class Clock:
@@ -429,7 +467,11 @@ def save_checkpoint(folder, model, parameters, optimizer, state, config):
         write_tensors(tensors, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state, indent=2))
     if config.save_total_limit:
-        for old in checkpoints(folder)[: -config.save_total_limit]:
+        found, limit = checkpoints(folder), config.save_total_limit
+        best = folder / f"checkpoint-{state.get('best', {}).get('step', 0):06d}"
+        if config.load_best_model_at_end and best in found[:-1]:  # it stays, beside the newest
+            found, limit = [path for path in found if path != best], max(limit - 1, 1)
+        for old in found[:-limit]:
             shutil.rmtree(old)
 
 
@@ -455,15 +497,21 @@ def load_checkpoint(path, model, parameters, optimizer, steps):
     if state["data"] != steps.fingerprint:
         raise UserError(f"{path}: was trained on other data than --data gives now; take the old data, "
                         "another --output_dir, or --overwrite_output_dir")
-    file, trained = (("adapter_model.safetensors", adapter_parameters(model)) if hasattr(model, "adapter")
-                     else ("model.safetensors", parameters))
-    for name, parameter in trained.items():
-        parameter.copy_(read_tensor(path / file, name))
+    load_trained(path, model, parameters)
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, slot = key.rpartition(":")
         p = parameters[name]
         optimizer.state[p][slot] = value if slot == "step" else value.to(p.device)
     return state
+
+
+@torch.no_grad()
+def load_trained(path, model, parameters):
+    """Puts a checkpoint's trained tensors back where they were."""
+    file, trained = (("adapter_model.safetensors", adapter_parameters(model)) if hasattr(model, "adapter")
+                     else ("model.safetensors", parameters))
+    for name, parameter in trained.items():
+        parameter.copy_(read_tensor(path / file, name))
 
 
 FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples", "max_new_tokens",
@@ -592,13 +640,14 @@ def main(argv=None):
     describe_run(config, began, report)
     questions, choices = held[: config.eval_answers], [row.get("choices") for row in held_rows[: config.eval_answers]]
     before = ask(model, tokenizer, questions, choices, config)
-    evaluate = (lambda: evaluate_loss(model, held, sft_loss, config)) if held else None
+    forced = list(filter(None, (ask_choice(tokenizer, *at) for at in zip(held, (r.get("choices") for r in held_rows)))))
+    evaluate = (lambda: evaluate_loss(model, held, sft_loss, config) | choice_metrics(model, forced)) if held else None
     summary = train(model, steps, sft_loss, config, evaluate)
     after = ask(model, tokenizer, questions, choices, config)
     finish(model, config)
     show_answers(before, after, config)
     log = Log(folder, (folder / "log.jsonl").stat().st_size)
-    answers = {"eval_accuracy_before": accuracy(before)[0], "eval_accuracy": accuracy(after)[0]}
+    answers = {"eval_answers_before": accuracy(before)[0], "eval_answers": accuracy(after)[0]}
     log.write({"step": len(steps), **summary, **{k: v for k, v in answers.items() if v is not None}})
     log.draw()
     print(f"saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")
