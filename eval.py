@@ -43,11 +43,11 @@ EXAMPLES = Path(__file__).resolve().parent / "examples"
 
 @dataclass
 class EvalConfig:
-    """Everything an evaluation can be told. The names of flags are lm_eval's where it has them."""
+    """Everything an evaluation can be told; lm_eval's names where it has one."""
 
     model: list[str] = field(default_factory=list)  # NAME=PATH, several times: model, adapter or run folder, or hub id
     tasks: list[str] = field(default_factory=list)  # benchmarks: arc_challenge, arc_easy, commonsense_qa, gsm8k, ...
-    data: list[str] = field(default_factory=list)  # own sets: texts, questions with choices, or with references
+    data: list[str] = field(default_factory=list)  # own sets: texts, questions with choices or references, or alone
     data_dir: str | None = None  # where TASK/SPLIT.jsonl are, in the hub's columns; none: the hub
     num_fewshot: int | None = None  # examples before each question; none: the task's own number
     limit: int | None = None  # the first questions of each set alone
@@ -107,15 +107,15 @@ def sum_logps(model, sequences):
 def score(model, items, budget=None):
     """Items, each a list of sequences, -> yields (its number, the sums of its sequences) in batches of about `budget`
     tokens; what has most in common comes together."""
-    budget, part, size, last = budget or (2048 if model.device.type == "cpu" else 16384), [], 0, []
+    part, size, last, budget = [], 0, [], budget or (2048 if model.device.type == "cpu" else 16384)
     for n in [*sorted(range(len(items)), key=lambda n: items[n][0][0]), None]:
-        lists = [last, *(ids for ids, _ in items[n])] if n is not None else []
+        lists = [last, *(ids for ids, _ in items[n])] if n is not None else [[], []]
         grows = sum(len(b) - shared(a, b) for a, b in zip(lists, lists[1:]))
         if part and (n is None or size + grows > budget):
             sums = iter(sum_logps(model, [sequence for m in part for sequence in items[m]]))
             yield from [(m, [next(sums) for _ in items[m]]) for m in part]
-            part, size, grows = [], 0, grows + shared(*lists[:2]) if lists else 0
-        part, size, last = [*part, n], size + grows, lists[-1:] and lists[-1]
+            part, size, grows = [], 0, grows + shared(*lists[:2])
+        part, size, last = [*part, n], size + grows, lists[-1]
 
 
 def likeliest(model, context, choices):
@@ -131,6 +131,11 @@ def encode_texts(tokenizer, texts):
     return {text: found.ids for text, found in zip(unique, encoded)}
 
 
+def before_text(tokenizer):
+    """What predicts the first token of a text: BOS, else the end of a text."""
+    return [tokenizer.bos_id] if tokenizer.bos_id is not None else tokenizer.eos_ids[:1]
+
+
 def encode_pairs(tokenizer, pairs, longest):
     """(context, continuation) texts -> sequences (ids, start of the continuation), tokenised together; spaces that end
     a context go to its continuation; beyond `longest` the beginning goes. Source: lm_eval's TemplateLM._encode_pair."""
@@ -141,11 +146,6 @@ def encode_pairs(tokenizer, pairs, longest):
         cut = max(0, len(head) + len(ids[whole]) - longest - 1)
         sequences.append(((head + ids[whole])[cut:], max(1, len(head) + len(ids[context]) - cut)))
     return sequences
-
-
-def before_text(tokenizer):
-    """What predicts the first token of a text: BOS, else the end of a text."""
-    return [tokenizer.bos_id] if tokenizer.bos_id is not None else tokenizer.eos_ids[:1]
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
@@ -165,9 +165,12 @@ class Item(NamedTuple):
 
 
 def arc(row):
-    choices = row["choices"]
-    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], choices["text"],
-                choices["label"].index(row["answerKey"]))
+    """Also own rows: choices may be a list of texts, and the answer one of them, its letter, or its number from 0."""
+    choices, answer = row["choices"], row["answerKey"] if "answerKey" in row else row["answer"]
+    texts = choices["text"] if isinstance(choices, dict) else choices
+    names = choices["label"] if isinstance(choices, dict) else next(
+        names for names in (texts, [*"ABCDEFGHIJ"][: len(texts)], [*range(len(texts))]) if answer in names)
+    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], texts, names.index(answer))
 
 
 def commonsense_qa(row):
@@ -189,17 +192,10 @@ def hellaswag(row):
 
 
 def winogrande(row):
-    before, _, after = text_of(row, "sentence").partition("_")
+    before, blank, after = text_of(row, "sentence").partition("_")
+    if not blank:
+        raise UserError("'sentence' has no _ in it")
     return Item([before + row["option1"], before + row["option2"]], [after.strip()], [*"12"].index(row["answer"]))
-
-
-def own_choices(row):
-    """question, choices (texts, or the hub's text and label), answer (its text, letter or number from 0)."""
-    choices = row["choices"]["text"] if isinstance(row["choices"], dict) else row["choices"]
-    answer = next(row[key] for key in ("answer", "answerKey", "gold", "label") if row.get(key) is not None)
-    names = [choices, [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"], [*range(len(choices))]]
-    gold = next(names.index(answer) for names in names if answer in names)
-    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], choices, gold)
 
 
 class Task(NamedTuple):
@@ -239,8 +235,7 @@ def read_task(name, config):
     """[(Item, its few-shot Items), ...] of a benchmark, drawn as lm_eval's ContextSampler draws them (seed 1234)."""
     task, folder, draw = TASKS[name], Path(config.data_dir or "") / name, random.Random(1234)
     k, found = task.shots if config.num_fewshot is None else config.num_fewshot, []
-    rows = read_rows(folder / f"{task.split}.jsonl" if config.data_dir else f"{task.source}:{task.split}")
-    pool = rows if k else []
+    rows = pool = read_rows(folder / f"{task.split}.jsonl" if config.data_dir else f"{task.source}:{task.split}")
     if k and (not config.data_dir or (folder / "train.jsonl").exists()):  # else the questions themselves
         pool = read_rows(folder / "train.jsonl" if config.data_dir else f"{task.source}:train")
     if k and len(pool) <= k:
@@ -299,7 +294,7 @@ def grade_gsm8k(item, task, tokenizer, ids):
 
 def ask_items(found, task, model, tokenizer, config):
     """[(Item, its few-shot Items), ...] -> Questions."""
-    longest, asked = model.config.max_position_embeddings, []
+    longest = model.config.max_position_embeddings
     asked = [contexts(item, shots, tokenizer, config.apply_chat_template) for item, shots in found]
     if task.stops:
         ids, room = encode_texts(tokenizer, [pairs[0][0] for pairs in asked]), longest - config.max_new_tokens
@@ -313,8 +308,7 @@ def ask_items(found, task, model, tokenizer, config):
 
 def find_answer(text):
     """What stands behind the last 'Answer:', or None: a letter ('B', '(B)', 'B. dog'), else the rest of the line."""
-    found = re.findall(r"[Aa]nswer:[ \t]*(\S.*)", text)
-    if not found:
+    if not (found := re.findall(r"[Aa]nswer:[ \t]*(\S.*)", text)):
         return None
     letter = re.match(r"\(?([A-Z])(?![\w'])", found[-1])
     return letter[1] if letter else found[-1].strip().rstrip(".")
@@ -347,17 +341,16 @@ def ask_answers(model, tokenizer, examples, choices):
     split = [split_prompt(example) for example in examples]
     wanted = [tokenizer.decode(reference).strip() for _, reference in split]
     golds = sorted({find_answer(text) for text in wanted} - {None})  # letters stand for choices otherwise
-    return [Question({}, [], prompt, partial(read_answer, model, tokenizer, prompt, text,
-                                             options if find_answer(text) in (options or ()) else golds))
-            for (prompt, _), text, options in zip(split, wanted, choices)]
+    options = [own if find_answer(text) in (own or ()) else golds for text, own in zip(wanted, choices)]
+    return [Question({}, [], prompt, partial(read_answer, model, tokenizer, prompt, text, own))
+            for (prompt, _), text, own in zip(split, wanted, options)]
 
 
 def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, batch_size=64):
     """Greedy answers to SFT examples, as `read_answer` reads them; examples and choices as in `ask_answers`."""
-    questions = ask_answers(model, tokenizer, examples, choices)
-    outputs = generate(model, [q.prompt for q in questions], max_new_tokens, eos_ids=tokenizer.end_ids,
-                       batch_size=batch_size)
-    return [question.grade(ids) for question, ids in zip(questions, outputs)]
+    asked, ends = ask_answers(model, tokenizer, examples, choices), tokenizer.end_ids
+    outputs = generate(model, [q.prompt for q in asked], max_new_tokens, eos_ids=ends, batch_size=batch_size)
+    return [question.grade(ids) for question, ids in zip(asked, outputs)]
 
 
 def accuracy(answers):
@@ -367,25 +360,23 @@ def accuracy(answers):
 
 
 def ask_choice(tokenizer, example, choices):
-    """An SFT example as a forced choice, or None if it is none: between `choices`, their letters, or Yes and No. Of a
-    reference with reasoning the answer alone is scored, right behind the prompt: the model's own reasoning is not
-    written, and the reference's is not given."""
-    (prompt, reference), yes_no = split_prompt(example), [("Yes", "No"), ("yes", "no"), ("YES", "NO")]
-    wanted = tokenizer.decode(reference)
-    gold = find_answer(wanted) or wanted.strip().rstrip(".")
-    lines = re.findall(r"(?m)^\(?([A-Z])[.):]", tokenizer.decode(prompt))
-    options = next((o for o in [choices or (), [*"ABCDEFGHIJ"][: len(choices or lines)], *yes_no] if gold in o), None)
-    if options is None:
-        return None
-    lead = " " if find_answer(wanted) else wanted[: len(wanted) - len(wanted.lstrip())]
-    asked = prompt + (tokenizer.encode("Answer:") if find_answer(wanted) else [])
+    """An SFT example as a forced choice between `choices`, their letters, or Yes and No; None if it is none. Of a
+    reference with reasoning the answer alone is scored, right behind the prompt: no reasoning is given or written."""
+    prompt, reference = split_prompt(example)
+    wanted, asked = tokenizer.decode(reference), tokenizer.decode(prompt)
+    said, lines = find_answer(wanted), choices or re.findall(r"(?m)^\(?([A-Z])[.):]", asked)
+    gold = said or wanted.strip().rstrip(".")
+    offers = [choices or [], [*"ABCDEFGHIJ"][: len(lines)], ["Yes", "No"], ["yes", "no"]]
+    options = next((offer for offer in offers if gold in offer), None)
+    context = prompt + (tokenizer.encode("Answer:") if said else [])
+    lead = " " if said else wanted[: len(wanted) - len(wanted.lstrip())]
 
     def grade(sums):
         answer = options[int(np.argmax(sums))]
-        return {"logps": sums, "answer": answer, "metrics": {"accuracy": float(answer == gold)}, "gold": gold}
+        return {"logps": sums, "gold": gold, "answer": answer, "metrics": {"accuracy": float(answer == gold)}}
 
-    sequences = [(asked + tokenizer.encode(lead + option), len(asked)) for option in options]
-    return Question({"prompt": tokenizer.decode(prompt).strip(), "choices": list(options)}, sequences, [], grade)
+    return options and Question({"prompt": asked.strip(), "choices": options}, [
+        (context + tokenizer.encode(lead + option), len(context)) for option in options], [], grade)
 
 
 def choice_metrics(model, questions):
@@ -401,19 +392,16 @@ def ask_text(text, tokenizer, longest):
     """A text -> a Question whose log-probability counts: windows of `longest` tokens, each behind the last token of the
     one before it, the last one behind all that fits. Source: lm_eval's get_rolling_token_windows."""
     ids = before_text(tokenizer) + tokenizer.encode(text)
-    ends = [*range(1 + longest, len(ids), longest), len(ids)]
-    windows = [(ids[max(0, end - longest - 1) : end], start) for start, end in zip([1, *ends], ends)]
-    sequences = [(part, len(part) - (end - start)) for (part, start), end in zip(windows, ends)]
+    cuts = [*range(1, len(ids), longest), len(ids)]
+    windows = [ids[max(0, stop - longest - 1) : stop] for stop in cuts[1:]]
     counts = {"tokens": len(ids) - 1, "words": len(re.split(r"\s+", text)), "bytes": len(text.encode())}
-
-    def grade(sums):
-        return {**counts, "logp": sum(sums), "metrics": {"bits_per_byte": -sum(sums) / math.log(2) / counts["bytes"]}}
-
-    return Question({"text": text[:200]}, sequences, [], grade)
+    sequences = [(part, len(part) - (stop - start)) for part, start, stop in zip(windows, cuts, cuts[1:])]
+    return Question({"text": text[:200], **counts}, sequences, [], lambda sums: {
+        "logp": sum(sums), "metrics": {"bits_per_byte": -sum(sums) / math.log(2) / counts["bytes"]}})
 
 
 def grade_text(tokenizer, prompt, wanted, ids):
-    """A written text beside its reference: exact match, and ROUGE F-measures as rouge_score computes them."""
+    """A written text beside its reference, if there is one: exact match, and ROUGE F-measures by rouge_score."""
     text, metrics = tokenizer.decode(ids).strip(), {}
     if wanted is not None:
         try:
@@ -429,18 +417,17 @@ def ask_own(source, model, tokenizer, config):
     """The rows of an own set -> Questions. What a row holds says what is asked: a text, a question with choices, a
     prompt with a reference (an answer behind reasoning, a choice, Yes or No, any text), a question alone."""
     rows = [(source, {"text": read_text(Path(source))})] if source.endswith(".txt") else read_rows(source)
-    rows, task, examples, alone = rows[: config.limit], Task(own_choices), [], []
+    rows, task, examples, alone = rows[: config.limit], Task(arc), [], []
     if all({"question", "choices"} <= set(row) for _, row in rows):
         return ask_items([(parse(*at, task, source), []) for at in rows], task, model, tokenizer, config)
     if all(isinstance(row.get("text"), str) for _, row in rows):
         return [ask_text(row["text"], tokenizer, model.config.max_position_embeddings) for _, row in rows]
     for where, row in rows:
-        ask = row.get("question") or row.get("prompt")
         alone.append("question" in row or "prompt" in row and not {"completion", "chosen"} & set(row))
         if alone[-1]:  # the renderer wants an answer
-            turns = [{"role": "user", "content": ask}, {"role": "assistant", "content": "?"}]
+            turns = [{"role": "user", "content": row.get("question")}, {"role": "assistant", "content": "?"}]
             row = ({"messages": turns} if "question" in row and tokenizer.has_template else
-                   {"prompt": ask, "completion": "?"})
+                   {"prompt": row.get("question", row.get("prompt")), "completion": "?"})
         examples.append(next(render_rows([(where, row)], tokenizer))[0])
         if isinstance(examples[-1], str):
             raise UserError(f"{where}: {examples[-1]}")
@@ -448,60 +435,60 @@ def ask_own(source, model, tokenizer, config):
     for n, (example, (_, row)) in enumerate(zip(examples, rows)):
         prompt, reference = split_prompt(example)
         wanted = None if alone[n] else tokenizer.decode(reference).strip()
-        if wanted is None or not find_answer(wanted):
+        if alone[n] or not find_answer(wanted):
             written = Question({}, [], prompt, partial(grade_text, tokenizer, prompt, wanted))
-            questions[n] = wanted and ask_choice(tokenizer, example, row.get("choices")) or written
+            questions[n] = not alone[n] and ask_choice(tokenizer, example, row.get("choices")) or written
     return questions
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
+# --- running and summing up -------------------------------------------------------------------------------------------
 
 
 def answer_all(model, tokenizer, questions, config):
     """Yields (number of the question, its graded fields) as they come."""
-    scored = [n for n, question in enumerate(questions) if question.sequences]
-    for n, sums in score(model, [questions[n].sequences for n in scored]):
-        yield scored[n], questions[scored[n]].grade(sums)
-    written = [n for n, question in enumerate(questions) if question.prompt]
+    scored, written = ([n for n, q in enumerate(questions) if bool(q.prompt) == kind] for kind in (False, True))
+    for at, sums in score(model, [questions[n].sequences for n in scored]):
+        yield scored[at], questions[scored[at]].grade(sums)
     stops = questions[written[0]].stops if written else ()
     reach = max((len(tokenizer.encode(stop)) + 2 for stop in stops), default=0)  # tokens looked back, as lm_eval does
     ended = lambda ids: any(stop in tokenizer.decode(ids[-reach:], skip_special=False) for stop in stops)
-    for n, ids in generate_each(model, [questions[n].prompt for n in written], config.max_new_tokens, stop=ended,
-                                eos_ids=tokenizer.eos_ids if stops else tokenizer.end_ids,
-                                batch_size=config.batch_size):
-        yield written[n], questions[written[n]].grade(ids)
+    ends = tokenizer.eos_ids if stops else tokenizer.end_ids
+    for at, ids in generate_each(model, [questions[n].prompt for n in written], config.max_new_tokens, eos_ids=ends,
+                                 stop=ended, batch_size=config.batch_size):
+        yield written[at], questions[written[at]].grade(ids)
 
 
 def run(model, tokenizer, questions, file, identity, config):
-    """Answers questions into a samples file, going on from the lines that it holds; returns its lines in order.
-
-    A line counts if its key does: a hash of the model's files, of what is asked, and of the settings that matter.
-    """
-    keys = [hashlib.sha256(repr((identity, question[:3], bool(question.prompt) and config.max_new_tokens)).encode())
-            .hexdigest()[:16] for question in questions]
-    found, done = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else [], {}
-
-    def write():  # beside the file, and renamed into place
-        file.with_suffix(".partial").write_text("".join(json.dumps(done[n]) + "\n" for n in sorted(done)))
-        file.with_suffix(".partial").replace(file)
-
-    for line in found:
-        with suppress(ValueError, KeyError, TypeError, IndexError):
+    """Answers questions into a samples file, going on from the lines that it holds; returns its lines in order. A line
+    counts if its key does: a hash of the model's files, of what is asked, and of the settings that matter."""
+    keys = [hashlib.sha256(repr((identity, q[:3], q.prompt and config.max_new_tokens)).encode()).hexdigest()[:16]
+            for q in questions]
+    done = {}
+    for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []:
+        with suppress(ValueError, KeyError, TypeError, IndexError):  # not one of ours: asked anew
             sample = json.loads(line)
-            if keys[sample["id"]] == sample["key"]:
-                done[sample["id"]] = sample
+            done |= {sample["id"]: sample} if keys[sample["id"]] == sample["key"] else {}
+    left, aside = [n for n in range(len(keys)) if n not in done], file.with_suffix(".partial")
+
+    def write():
+        aside.write_text("".join(json.dumps(done[n]) + "\n" for n in sorted(done)), encoding="utf-8")
+        aside.replace(file)
+
     write()
-    left = [n for n in range(len(keys)) if n not in done]
-    with (open(file, "a") as out, tqdm(total=len(keys), initial=len(done), desc=file.stem, leave=False,
-                                       disable=not sys.stderr.isatty()) as bar):
+    bar = tqdm(total=len(keys), initial=len(done), desc=file.stem, leave=False, disable=not sys.stderr.isatty())
+    with open(file, "a", encoding="utf-8") as out, bar:
         for at, graded in answer_all(model, tokenizer, [questions[n] for n in left], config):
-            n = left[at]
-            done[n] = {"id": n, "key": keys[n], **questions[n].shown, **graded}
-            out.write(json.dumps(done[n]) + "\n")
+            done[left[at]] = {"id": left[at], "key": keys[left[at]], **questions[left[at]].shown, **graded}
+            out.write(json.dumps(done[left[at]]) + "\n")
             out.flush()
             bar.update()
     write()
     return [done[n] for n in range(len(keys))]
+
+
+def metrics_of(samples):
+    """The metrics that the samples have, in order."""
+    return list(dict.fromkeys(name for sample in samples for name in sample["metrics"]))
 
 
 def column(samples, name):
@@ -510,43 +497,44 @@ def column(samples, name):
 
 
 def summarise(samples):
-    """Samples -> {"n", metric: mean, metric_stderr: its standard error (lm_eval's mean_stderr), ...}."""
-    found = {"n": len(samples)}
-    for name in dict.fromkeys(name for sample in samples for name in sample["metrics"]):
+    """Samples -> {"n", metric: mean, metric_stderr: its standard error (lm_eval's mean_stderr), and what only a whole
+    set has: f1, of Yes with its precision and recall, else the mean over the answers; perplexities}."""
+    found, graded = {"n": len(samples)}, [(s["gold"], s["answer"]) for s in samples if s.get("gold") and "answer" in s]
+    for name in metrics_of(samples):
         values, weights = column(samples, name)
         found[name] = mean = float(np.average(values, weights=weights))
         spread = ((weights * (values - mean)) ** 2).sum() * len(values) / max(len(values) - 1, 1)
         found[f"{name}_stderr"] = float(spread**0.5 / weights.sum())
-    if graded := [(s["gold"], s["answer"]) for s in samples if "answer" in s and s.get("gold")]:
-        golds, scores = sorted({gold for gold, _ in graded}), {}
-        for label in golds:
-            right, said = graded.count((label, label)), sum(answer == label for _, answer in graded)
-            held = sum(gold == label for gold, _ in graded)
-            scores[label] = {"f1": 2 * right / (said + held), "precision": right / max(said, 1), "recall": right / held}
-        yes = next((label for label in golds if label.lower() == "yes"), None)
-        found |= scores[yes] if yes else {"f1": sum(one["f1"] for one in scores.values()) / len(golds)}
+    golds = sorted({gold for gold, _ in graded})
+    yes = [gold for gold in golds if gold.lower() == "yes" and len(golds) < 3]
+    for label in yes or golds:
+        right, (held, said) = graded.count((label, label)), (row.count(label) for row in zip(*graded))
+        found["f1"] = found.get("f1", 0) + 2 * right / (said + held) / len(yes or golds)
+        found |= {"precision": right / max(said, 1), "recall": right / held} if yes else {}
     if samples and "logp" in samples[0]:
         total = sum(sample["logp"] for sample in samples)
-        for unit in ("token", "word", "byte"):
-            found[f"{unit}_perplexity"] = math.exp(-total / sum(sample[f"{unit}s"] for sample in samples))
+        found |= {f"{unit}_perplexity": math.exp(-total / sum(sample[f"{unit}s"] for sample in samples))
+                  for unit in ("token", "word", "byte")}
     return found
 
 
 # --- what differs, and what is noise ----------------------------------------------------------------------------------
 
-MAIN = ("acc_norm", "acc", "exact_match_flexible", "accuracy", "exact_match", "bits_per_byte")  # what a table shows
+MAIN = ("acc_norm", "acc", "exact_match_flexible", "accuracy", "exact_match", "bits_per_byte")  # what stands for a set
 
 
 def compare(a, b, name, resamples=2000):
-    """Samples of two models and a metric -> their paired difference b - a: {"delta", "low", "high": a 95 % bootstrap
-    interval, "mcnemar_p": the exact test's, where values are 0 or 1, "gained", "lost", "n"}."""
+    """Samples of two models on the same questions, and a metric -> their paired difference b - a: {"delta", "low",
+    "high": a 95 % bootstrap interval, "verdict": rose, fell, or noise where the interval holds 0, and of metrics that
+    are 0 or 1 "gained", "lost", "mcnemar_p": McNemar's exact test}."""
     (x, weights), (y, _) = column(a, name), column(b, name)
     kinds, counts = np.unique(np.stack([weights * (y - x), weights]), axis=1, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(x), counts / len(x), resamples) @ kinds.T
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
-    delta = float((weights * (y - x)).sum() / weights.sum())
-    found = {"delta": delta, "low": float(low), "high": float(high), "n": len(x)}
-    if set(x) | set(y) <= {0.0, 1.0}:
+    drawn = kinds @ np.random.default_rng(0).multinomial(len(x), counts / len(x), resamples).T
+    low, high = map(float, np.quantile(drawn[0] / drawn[1], (0.025, 0.975)))
+    better = ((low > 0) - (high < 0)) * (-1 if name == "bits_per_byte" else 1)
+    found = {"n": len(x), "delta": float((weights * (y - x)).sum() / weights.sum()), "low": low, "high": high,
+             "verdict": ("noise", "rose", "fell")[better]}
+    if {*x, *y} <= {0.0, 1.0}:
         gained, lost = int((y > x).sum()), int((y < x).sum())
         tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
         found |= {"gained": gained, "lost": lost, "mcnemar_p": min(1.0, 2 * tail / 2 ** (gained + lost))}
@@ -554,94 +542,81 @@ def compare(a, b, name, resamples=2000):
 
 
 def compare_all(samples):
-    """{model: {task: samples}} -> `compare` of every two models, task and metric, with a verdict: rose, fell, noise."""
-    pairs = []
-    for (a, mine), (b, other) in combinations(samples.items(), 2):
-        for task in mine:
-            for name in dict.fromkeys(name for sample in mine[task] for name in sample["metrics"]):
-                found = compare(mine[task], other[task], name)
-                better = (found["low"] > 0) - (found["high"] < 0)
-                verdict = ("fell", "noise", "rose")[1 + (-better if name == "bits_per_byte" else better)]
-                pairs.append({"a": a, "b": b, "task": task, "metric": name, **found, "verdict": verdict})
-    return pairs
+    """{model: {set: samples}} -> `compare` of every two models, set and metric: a list of dicts."""
+    return [{"a": a, "b": b, "task": task, "metric": name, **compare(rows, other[task], name)}
+            for (a, own), (b, other) in combinations(samples.items(), 2) for task, rows in own.items()
+            for name in metrics_of(rows)]
 
 
-def headline(a, b, results, pairs):
-    """What became of model a as model b, in a sentence or two: the average, and what it hides."""
-    shown = [p for p in pairs if (p["a"], p["b"]) == (a, b) and p["metric"] == main_metric(results[a][p["task"]])]
+def main_pairs(pairs):
+    """Of each set's pairs those of the metric that stands for it."""
+    has = {(p["task"], p["metric"]) for p in pairs}
+    return [p for p in pairs if p["metric"] == next((name for name in MAIN if (p["task"], name) in has), None)]
+
+
+def headline(a, b, pairs):
+    """What becomes of model a as model b, in a sentence or two: the average, and what it hides."""
+    shown = [p for p in main_pairs(pairs) if (p["a"], p["b"]) == (a, b)]
+    said = {v: ", ".join(p["task"] for p in shown if p["verdict"] == v) or "none" for v in ("rose", "fell", "noise")}
     mean = sum(p["delta"] for p in shown) / max(len(shown), 1)
-    tasks = {verdict: ", ".join(p["task"] for p in shown if p["verdict"] == verdict) or "none"
-             for verdict in ("rose", "fell", "noise")}
-    hidden = " The average hides what fell." if tasks["fell"] != "none" and mean >= 0 else ""
-    return (f"{a} → {b}: {100 * mean:+.2f} points on average of {len(shown)} sets. Beyond noise rose: {tasks['rose']}; "
-            f"fell: {tasks['fell']}. No more than noise: {tasks['noise']}.{hidden}")
-
-
-def main_metric(found):
-    return next((name for name in MAIN if name in found), "n")
+    return (f"{a} → {b}: {100 * mean:+.2f} points on average of {len(shown)} sets. Rose beyond noise: "
+            f"{said['rose']}; fell beyond noise: {said['fell']}; no more than noise: {said['noise']}."
+            + " The average hides what fell." * (said["fell"] != "none" and mean >= 0))
 
 
 def table(results):
-    """{model: {task: summary}} -> Markdown: a line per task and metric, a column per model, ± the standard error."""
+    """{model: {set: summary}} -> Markdown: a line per set and metric, a column per model, ± the standard error."""
     lines = [["set", "metric", "n", *results], ["---"] * (len(results) + 3)]
     for task, found in next(iter(results.values())).items():
         for name in [name for name in found if name != "n" and not name.endswith("_stderr")]:
-            cells = [f"{r[task][name]:.4f}" + (f" ± {r[task][f'{name}_stderr']:.4f}" if f"{name}_stderr" in r[task]
-                     else "") if name in r[task] else "" for r in results.values()]
+            cells = [f"{r[task].get(name, math.nan):.4f}" + (f" ± {r[task][f'{name}_stderr']:.4f}"
+                     if f"{name}_stderr" in r[task] else "") for r in results.values()]
             lines.append([task, name, str(found["n"]), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def report(results, pairs, samples):
-    """The whole comparison as Markdown: the table, every difference, and written answers side by side."""
-    parts = ["# Evaluation", table(results)]
-    if pairs:
-        lines = ["| from | to | set | metric | difference | 95 % interval | McNemar p | verdict |", "|" + "---|" * 8]
-        lines += [f"| {p['a']} | {p['b']} | {p['task']} | {p['metric']} | {p['delta']:+.4f} | {p['low']:+.4f} to "
-                  f"{p['high']:+.4f} | {p.get('mcnemar_p', math.nan):.3g} | {p['verdict']} |" for p in pairs]
-        said = [headline(a, b, results, pairs) for a, b in combinations(results, 2)]
-        parts += ["## What differs", "\n\n".join(said), "Both models answered the same questions, so intervals are "
-                  "bootstrapped over paired differences. Where one holds 0, the difference is no more than noise.",
-                  "\n".join(lines)]
+    """The comparison as Markdown: the table, the sentences, every difference, and written answers side by side."""
+    lines = ["| from | to | set | metric | difference | 95 % interval | McNemar p | verdict |", "|---" * 8 + "|"]
+    lines += [f"| {p['a']} | {p['b']} | {p['task']} | {p['metric']} | {p['delta']:+.4f} | {p['low']:+.4f} to "
+              f"{p['high']:+.4f} | {p.get('mcnemar_p', math.nan):.3g} | {p['verdict']} |" for p in pairs]
+    parts = ["# Evaluation", table(results), *(headline(*two, pairs) for two in combinations(results, 2)),
+             "Both of two models answered the same questions, so intervals come from paired differences (bootstrap). "
+             "Where one holds 0, the difference is no more than noise.", "\n".join(lines)]
     for task, rows in next(iter(samples.values())).items():
-        for n, row in enumerate(rows[:20] if rows and "output" in rows[0] else []):
-            outputs = [f"**{name}**: {found[task][n]['output']}" for name, found in samples.items()]
-            ask = row.get("prompt") or row["prompts"][0]
-            parts += [f"## {task}, question {n}", f"> {ask[-600:]}".replace("\n", "\n> "), *outputs]
+        for n, row in enumerate(row for row in rows[:20] if "output" in row):
+            asked = str(row.get("prompt") or row["prompts"][0])[-600:].replace("\n", "\n> ")
+            parts += [f"## {task}, question {n + 1}", f"> {asked}",
+                      *(f"**{name}:** {found[task][n]['output']}" for name, found in samples.items())]
     return "\n\n".join(parts) + "\n"
 
 
-def draw(results, pairs, folder):
-    """results.png, grouped bars with standard errors, and deltas.png, paired differences with their intervals."""
+def draw(results, pairs, file):
+    """A figure: each set's metric as bars grouped by set, and the paired differences with their intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = [task for task, found in next(iter(results.values())).items() if main_metric(found) != "n"]
-    mains = {task: main_metric(next(iter(results.values()))[task]) for task in tasks}
-    pairs = [p for p in pairs if mains.get(p["task"]) == p["metric"]]
-    if not tasks:
-        return
-    figure, axes = pyplot.subplots(figsize=(2 + 1.4 * len(tasks), 4), layout="constrained")
+    mains = {task: next((name for name in MAIN if name in r), "") for task, r in next(iter(results.values())).items()}
+    mains, pairs = {task: name for task, name in mains.items() if name}, main_pairs(pairs)[::-1]
+    size, ratios = (3 + 1.3 * len(mains), 4 + 0.25 * len(pairs)), (4, 1 + 0.25 * len(pairs))
+    figure, (top, low) = pyplot.subplots(2, figsize=size, layout="constrained", height_ratios=ratios)
     for n, (name, found) in enumerate(results.items()):
-        at, width = np.arange(len(tasks)) + (n - (len(results) - 1) / 2) * 0.8 / len(results), 0.8 / len(results)
-        axes.bar(at, [found[task][mains[task]] for task in tasks], width, label=name, capsize=2,
-                 yerr=[found[task][f"{mains[task]}_stderr"] for task in tasks])
-    axes.set_xticks(range(len(tasks)), [f"{task}\n{mains[task]}" for task in tasks], fontsize=8)
-    axes.legend()
-    figure.savefig(folder / "results.png", dpi=130)
-    if pairs:
-        figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.3 * len(pairs)), layout="constrained")
-        for n, p in enumerate(pairs[::-1]):
-            colour = {"rose": "tab:green", "fell": "tab:red", "noise": "tab:gray"}[p["verdict"]]
-            axes.plot([p["low"], p["high"]], [n, n], color=colour)
-            axes.plot(p["delta"], n, "o", color=colour)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(pairs)), [f"{p['a']} → {p['b']}, {p['task']}" for p in pairs[::-1]], fontsize=8)
-        axes.set_xlabel("paired difference with 95 % interval; gray: no more than noise")
-        figure.savefig(folder / "deltas.png", dpi=130)
-    pyplot.close("all")
+        at = np.arange(len(mains)) + (n - (len(results) - 1) / 2) * 0.8 / len(results)
+        top.bar(at, [found[t][m] for t, m in mains.items()], 0.8 / len(results), label=name, capsize=2,
+                yerr=[found[t][f"{m}_stderr"] for t, m in mains.items()])
+    top.set_xticks(range(len(mains)), [f"{task}\n{name}" for task, name in mains.items()], fontsize=8)
+    top.legend()
+    for n, p in enumerate(pairs):
+        colour = {"rose": "tab:green", "fell": "tab:red", "noise": "tab:gray"}[p["verdict"]]
+        low.plot([p["low"], p["high"]], [n, n], color=colour)
+        low.plot(p["delta"], n, "o", color=colour)
+    low.set_yticks(range(len(pairs)), [f"{p['a']} → {p['b']}, {p['task']}" for p in pairs], fontsize=8)
+    low.set_xlabel("paired difference, 95 % interval; gray: no more than noise")
+    low.axvline(0, color="black", linewidth=0.8)
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -652,49 +627,39 @@ def find_model(path):
     folder = Path(path).expanduser() if Path(path).expanduser().is_dir() else resolve(path)
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").exists():
-            base = read_adapter_config(adapter)[1].get("base_model_name_or_path")
-            if not base:
-                raise UserError(f"{adapter}: its config names no base model; merge it, and give the merged folder")
+            if not (base := read_adapter_config(adapter)[1].get("base_model_name_or_path")):
+                raise UserError(f"{adapter}: its config names no base model; merge it and evaluate the merged folder")
             return base, adapter
     return str(folder / "merged" if (folder / "merged").is_dir() else folder), None
 
 
-class Models:
-    """Loads models one after another; a base is kept while adapters of it follow."""
-
-    def __init__(self, config):
-        self.config, self.base, self.model = config, None, None
-
-    def load(self, path):
-        """-> (model, tokenizer, what identifies its files)."""
-        base, adapter = find_model(path)
-        if self.base != base:
-            self.model, c = None, self.config
-            self.model, self.base = load_model(base, c.dtype, pick_device(c.device), c.attn_implementation), base
-        if adapter:
-            load_adapter(self.model, adapter)
-            if not all(".lora_" in key for key in adapter_parameters(self.model)):
-                self.base = None  # it trains more of the base than LoRA layers: not to be used again
-        folders = [self.model.folder, *([adapter] if adapter else [])]
-        files = [(str(f), s.st_size, s.st_mtime_ns) for d in folders for f in sorted(d.glob("*.safetensors"))
-                 for s in [f.stat()]]
-        own = adapter and (adapter / "tokenizer.json").exists()
-        return self.model.eval(), Tokenizer(adapter if own else self.model.folder), (files, str(self.model.dtype))
-
-    def take_off(self):
-        """The plain base again."""
-        for name, layer in lora_layers(self.model).items():
-            self.model.set_submodule(name, layer.base_layer)
-        vars(self.model).pop("adapter", None)
+def load(path, held, config):
+    """-> (model, tokenizer, what identifies its files). `held` keeps the base for adapters that follow: a plain one,
+    from which LoRA layers come off again. An adapter that trained more of it takes it along."""
+    base, adapter = find_model(path)
+    if base not in held:
+        held.clear()
+        held[base] = load_model(base, config.dtype, pick_device(config.device), config.attn_implementation)
+    model = held[base]
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.base_layer)
+    vars(model).pop("adapter", None)
+    if adapter:
+        load_adapter(model, adapter)
+        if not all(".lora_" in key for key in adapter_parameters(model)):
+            held.clear()
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for folder in (model.folder, adapter) if folder
+             for file in sorted(folder.glob("*.safetensors"))]
+    own = adapter if adapter and (adapter / "tokenizer.json").exists() else model.folder
+    return model.eval(), Tokenizer(own), (files, str(model.dtype))
 
 
 def named(sources, kind):
     """NAME=SOURCE, or SOURCE, which is then named after itself -> {name: source}."""
     found = {}
     for source in sources:
-        name, mark, rest = source.partition("=")
-        name, source = (name, rest) if mark and re.fullmatch(r"[\w.-]+", name) else (Path(source).stem, source)
-        if name in found:
+        name, source = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", source).groups()
+        if (name := name or Path(source).stem) in found:
             raise UserError(f"--{kind}: two are named {name}; give names: NAME={source}")
         found[name] = source
     return found
@@ -702,49 +667,46 @@ def named(sources, kind):
 
 def main(argv=None):
     config = parse_config(EvalConfig, argv, __doc__)
-    models, own, embedded = named(config.model, "model"), named(config.data, "data"), not config.model
-    if embedded:
-        models = {"base": str(EXAMPLES / "tiny-qwen3"), "sft": "output/sft", "dpo": "output/dpo"}
+    models, own, failed, held, samples = named(config.model, "model"), named(config.data, "data"), {}, {}, {}
     if not config.tasks and not own:
-        if not embedded:
+        if models:
             raise UserError(f"nothing to ask: give --data FILE, or --tasks of {', '.join(TASKS)}")
         own = {"mcqa": str(EXAMPLES / "mcqa" / "validation.jsonl")}
-    for task in config.tasks:
-        if task not in TASKS:
-            raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+    for task in [*config.tasks, *(name for name in own if name in TASKS)]:
+        if task not in TASKS or task in own:
+            raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}"
+                            if task not in own else f"--data: {task} is a benchmark's name; give NAME={own[task]}")
     for key in ("limit", "max_new_tokens", "batch_size"):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             raise UserError(f"--{key}: {getattr(config, key)} is below 1")
-    items = {task: read_task(task, config) for task in config.tasks}
-    folder, loaded, samples, failed = Path(config.output_dir), Models(config), {}, {}
+    items, folder = {task: read_task(task, config) for task in config.tasks}, Path(config.output_dir)
+    if not models:
+        models = {"base": str(EXAMPLES / "tiny-qwen3"), "sft": "output/sft", "dpo": "output/dpo"}
+        for name in [name for name, path in models.items() if not Path(path).exists()]:
+            print(f"{name}: there is no {models.pop(name)} yet, left out")
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in models.items():
-        if embedded and not Path(path).exists():
-            print(f"{name}: no {path} yet, left out")
-            continue
         try:
-            model, tokenizer, identity = loaded.load(path)
-            found = {}
-            for task in [*items, *own]:
-                questions = (ask_items(items[task], TASKS[task], model, tokenizer, config) if task in items else
-                             ask_own(own[task], model, tokenizer, config))
-                file = folder / f"samples_{name}_{task}.jsonl"
-                found[task] = run(model, tokenizer, questions, file, identity, config)
-            samples[name] = found
-            loaded.take_off()
-        except (UserError, RuntimeError) as error:
-            failed[name], loaded.base = str(error).splitlines()[0], None
-            print(f"{name} failed: {failed[name]}", file=sys.stderr)
+            model, tokenizer, identity = load(path, held, config)
+            asked = {task: ask_items(found, TASKS[task], model, tokenizer, config) for task, found in items.items()}
+            asked |= {task: ask_own(source, model, tokenizer, config) for task, source in own.items()}
+            samples[name] = {task: run(model, tokenizer, questions, folder / f"samples_{name}_{task}.jsonl", identity,
+                                       config) for task, questions in asked.items()}
+        except (UserError, RuntimeError) as error:  # the other models' results stand
+            failed[name] = str(error).splitlines()[0]
+            held.clear()
     results = {name: {task: summarise(rows) for task, rows in found.items()} for name, found in samples.items()}
     pairs = compare_all(samples)
-    (folder / "results.json").write_text(json.dumps({"models": results, "pairs": pairs, "failed": failed}, indent=2))
+    for name, text in (("results.json", json.dumps({"models": results, "pairs": pairs, "failed": failed}, indent=2)),
+                       ("report.md", report(results, pairs, samples) if results else "")):
+        (folder / f".{name}").write_text(text, encoding="utf-8")
+        (folder / f".{name}").replace(folder / name)
     if results:
-        (folder / "report.md").write_text(report(results, pairs, samples), encoding="utf-8")
-        draw(results, pairs, folder)
-        print(table(results), *(headline(a, b, results, pairs) for a, b in combinations(results, 2)), sep="\n")
+        draw(results, pairs, folder / "results.png")
+        print(table(results), *(headline(*two, pairs) for two in combinations(results, 2)), sep="\n")
     if failed:
         raise UserError(f"{len(failed)} of {len(models)} models failed: {'; '.join(map(': '.join, failed.items()))}")
-    print(f"saved in {folder}: results.json, report.md, samples and figures")
+    print(f"saved in {folder}: results.json, report.md, results.png and the samples")
 
 
 if __name__ == "__main__":
