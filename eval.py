@@ -444,64 +444,53 @@ def ask_own(source, model, tokenizer, config):
 # --- running and summing up -------------------------------------------------------------------------------------------
 
 
-def answer_all(model, tokenizer, questions, config):
-    """Yields (number of the question, its graded fields) as they come."""
-    scored, written = ([n for n, q in enumerate(questions) if bool(q.prompt) == kind] for kind in (False, True))
-    for at, sums in score(model, [questions[n].sequences for n in scored]):
-        yield scored[at], questions[scored[at]].grade(sums)
-    stops = questions[written[0]].stops if written else ()
-    reach = max((len(tokenizer.encode(stop)) + 2 for stop in stops), default=0)  # tokens looked back, as lm_eval does
-    ended = lambda ids: any(stop in tokenizer.decode(ids[-reach:], skip_special=False) for stop in stops)
-    ends = tokenizer.eos_ids if stops else tokenizer.end_ids
-    for at, ids in generate_each(model, [questions[n].prompt for n in written], config.max_new_tokens, eos_ids=ends,
-                                 stop=ended, batch_size=config.batch_size):
-        yield written[at], questions[written[at]].grade(ids)
-
-
 def run(model, tokenizer, questions, file, identity, config):
     """Answers questions into a samples file, going on from the lines that it holds; returns its lines in order. A line
     counts if its key does: a hash of the model's files, of what is asked, and of the settings that matter."""
     keys = [hashlib.sha256(repr((identity, q[:3], q.prompt and config.max_new_tokens)).encode()).hexdigest()[:16]
             for q in questions]
-    done = {}
+    done, aside = {}, file.with_suffix(".partial")
     for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []:
         with suppress(ValueError, KeyError, TypeError, IndexError):  # not one of ours: asked anew
             sample = json.loads(line)
             done |= {sample["id"]: sample} if keys[sample["id"]] == sample["key"] else {}
-    left, aside = [n for n in range(len(keys)) if n not in done], file.with_suffix(".partial")
 
     def write():
         aside.write_text("".join(json.dumps(done[n]) + "\n" for n in sorted(done)), encoding="utf-8")
         aside.replace(file)
 
     write()
+    scored, written = ([n for n, q in enumerate(questions) if n not in done and bool(q.prompt) == kind] for kind in
+                       (False, True))
+    stops = questions[written[0]].stops if written else ()
+    reach = max((len(tokenizer.encode(stop)) + 2 for stop in stops), default=0)  # tokens looked back, as lm_eval does
+    texts = generate_each(model, [questions[n].prompt for n in written], config.max_new_tokens,
+                          eos_ids=tokenizer.eos_ids if stops else tokenizer.end_ids, batch_size=config.batch_size,
+                          stop=lambda ids: any(stop in tokenizer.decode(ids[-reach:], False) for stop in stops))
     bar = tqdm(total=len(keys), initial=len(done), desc=file.stem, leave=False, disable=not sys.stderr.isatty())
     with open(file, "a", encoding="utf-8") as out, bar:
-        for at, graded in answer_all(model, tokenizer, [questions[n] for n in left], config):
-            done[left[at]] = {"id": left[at], "key": keys[left[at]], **questions[left[at]].shown, **graded}
-            out.write(json.dumps(done[left[at]]) + "\n")
-            out.flush()
-            bar.update()
+        for numbers, answers in ((scored, score(model, [questions[n].sequences for n in scored])), (written, texts)):
+            for n, answer in ((numbers[at], answer) for at, answer in answers):
+                done[n] = {"id": n, "key": keys[n], **questions[n].shown, **questions[n].grade(answer)}
+                out.write(json.dumps(done[n]) + "\n")
+                out.flush()
+                bar.update()
     write()
     return [done[n] for n in range(len(keys))]
 
 
-def metrics_of(samples):
-    """The metrics that the samples have, in order."""
-    return list(dict.fromkeys(name for sample in samples for name in sample["metrics"]))
-
-
-def column(samples, name):
-    """(values, weights) of a metric over the samples that have it; a text weighs as many bytes as it has."""
-    return np.array([(s["metrics"][name], s.get("bytes", 1)) for s in samples if name in s["metrics"]]).T
+def columns(samples):
+    """{metric: (values, weights)} over the samples that have it; a text weighs as many bytes as it has."""
+    names = dict.fromkeys(name for sample in samples for name in sample["metrics"])
+    return {name: np.array([(s["metrics"][name], s.get("bytes", 1)) for s in samples if name in s["metrics"]]).T
+            for name in names}
 
 
 def summarise(samples):
     """Samples -> {"n", metric: mean, metric_stderr: its standard error (lm_eval's mean_stderr), and what only a whole
     set has: f1, of Yes with its precision and recall, else the mean over the answers; perplexities}."""
     found, graded = {"n": len(samples)}, [(s["gold"], s["answer"]) for s in samples if s.get("gold") and "answer" in s]
-    for name in metrics_of(samples):
-        values, weights = column(samples, name)
+    for name, (values, weights) in columns(samples).items():
         found[name] = mean = float(np.average(values, weights=weights))
         spread = ((weights * (values - mean)) ** 2).sum() * len(values) / max(len(values) - 1, 1)
         found[f"{name}_stderr"] = float(spread**0.5 / weights.sum())
@@ -523,11 +512,11 @@ def summarise(samples):
 MAIN = ("acc_norm", "acc", "exact_match_flexible", "accuracy", "exact_match", "bits_per_byte")  # what stands for a set
 
 
-def compare(a, b, name, resamples=2000):
-    """Samples of two models on the same questions, and a metric -> their paired difference b - a: {"delta", "low",
-    "high": a 95 % bootstrap interval, "verdict": rose, fell, or noise where the interval holds 0, and of metrics that
-    are 0 or 1 "gained", "lost", "mcnemar_p": McNemar's exact test}."""
-    (x, weights), (y, _) = column(a, name), column(b, name)
+def compare(name, a, b, resamples=2000):
+    """A metric's name and its (values, weights) for two models, question by question -> their paired difference b - a:
+    {"delta", "low", "high": a 95 % bootstrap interval, "verdict": rose, fell, or noise where the interval holds 0, and
+    for values 0 or 1 "gained", "lost", "mcnemar_p": McNemar's exact test}."""
+    (x, weights), (y, _) = a, b
     kinds, counts = np.unique(np.stack([weights * (y - x), weights]), axis=1, return_counts=True)
     drawn = kinds @ np.random.default_rng(0).multinomial(len(x), counts / len(x), resamples).T
     low, high = map(float, np.quantile(drawn[0] / drawn[1], (0.025, 0.975)))
@@ -542,21 +531,20 @@ def compare(a, b, name, resamples=2000):
 
 
 def compare_all(samples):
-    """{model: {set: samples}} -> `compare` of every two models, set and metric: a list of dicts."""
-    return [{"a": a, "b": b, "task": task, "metric": name, **compare(rows, other[task], name)}
-            for (a, own), (b, other) in combinations(samples.items(), 2) for task, rows in own.items()
-            for name in metrics_of(rows)]
+    """{model: {set: samples}} -> `compare` of every two models, set and metric; `main` is what stands for the set."""
+    found = {model: {task: columns(rows) for task, rows in sets.items()} for model, sets in samples.items()}
+    return [{"a": a, "b": b, "task": task, "metric": name, "main": name == main_metric(rows),
+             **compare(name, rows[name], other[task][name])}
+            for (a, own), (b, other) in combinations(found.items(), 2) for task, rows in own.items() for name in rows]
 
 
-def main_pairs(pairs):
-    """Of each set's pairs those of the metric that stands for it."""
-    has = {(p["task"], p["metric"]) for p in pairs}
-    return [p for p in pairs if p["metric"] == next((name for name in MAIN if (p["task"], name) in has), None)]
+def main_metric(found):
+    return next((name for name in MAIN if name in found), None)
 
 
 def headline(a, b, pairs):
     """What becomes of model a as model b, in a sentence or two: the average, and what it hides."""
-    shown = [p for p in main_pairs(pairs) if (p["a"], p["b"]) == (a, b)]
+    shown = [p for p in pairs if p["main"] and (p["a"], p["b"]) == (a, b)]
     said = {v: ", ".join(p["task"] for p in shown if p["verdict"] == v) or "none" for v in ("rose", "fell", "noise")}
     mean = sum(p["delta"] for p in shown) / max(len(shown), 1)
     return (f"{a} → {b}: {100 * mean:+.2f} points on average of {len(shown)} sets. Rose beyond noise: "
@@ -598,9 +586,9 @@ def draw(results, pairs, file):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    mains = {task: next((name for name in MAIN if name in r), "") for task, r in next(iter(results.values())).items()}
-    mains, pairs = {task: name for task, name in mains.items() if name}, main_pairs(pairs)[::-1]
-    size, ratios = (3 + 1.3 * len(mains), 4 + 0.25 * len(pairs)), (4, 1 + 0.25 * len(pairs))
+    mains = {task: name for task, r in next(iter(results.values())).items() if (name := main_metric(r))}
+    pairs = [p for p in pairs if p["main"]][::-1]
+    size, ratios = (max(7, 3 + 1.3 * len(mains)), 4 + 0.25 * len(pairs)), (4, 1 + 0.25 * len(pairs))
     figure, (top, low) = pyplot.subplots(2, figsize=size, layout="constrained", height_ratios=ratios)
     for n, (name, found) in enumerate(results.items()):
         at = np.arange(len(mains)) + (n - (len(results) - 1) / 2) * 0.8 / len(results)
@@ -615,6 +603,7 @@ def draw(results, pairs, file):
     low.set_yticks(range(len(pairs)), [f"{p['a']} → {p['b']}, {p['task']}" for p in pairs], fontsize=8)
     low.set_xlabel("paired difference, 95 % interval; gray: no more than noise")
     low.axvline(0, color="black", linewidth=0.8)
+    low.set_visible(bool(pairs))
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
 
