@@ -100,8 +100,8 @@ def pack_shared(sequences, device="cpu"):
 def sum_logps(model, sequences):
     """The summed log-probability of ids[start:] of each sequence (ids, start): a list of floats."""
     batch = pack_shared(sequences, model.device)
-    logps = model.logps(batch)
-    return logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence, logps).tolist()
+    logps = model.logps(batch).cpu().double()  # a sum of hundreds of nats has few fp32 digits left
+    return logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence.cpu(), logps).tolist()
 
 
 def score(model, items, budget=None):

@@ -1,4 +1,4 @@
-"""plaintune beside lm-evaluation-harness (hf backend): the same questions, checkpoint and few-shot examples, in one run.
+"""plaintune beside lm-evaluation-harness (hf backend): the same questions, checkpoint and few-shot examples in one run.
 
 Every measurement is a fresh process, and the sides take turns (A B A B), so that a machine that slows down slows down
 for both. What is timed begins with the rows read and the model loaded, and ends with the metrics: prompts, tokenising,
@@ -174,7 +174,8 @@ def main():
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path(folder) / "hf")}
         if args.model is None:
             args.model = Path(folder) / "model"
-            subprocess.run([sys.executable, args.shared / "tools/make_checkpoint.py", args.shape, args.model], check=True)
+            tool = args.shared / "tools/make_checkpoint.py"
+            subprocess.run([sys.executable, tool, args.shape, args.model], check=True)
         shared = {"model": args.model, "data": args.shared / "data"}
         for shots in map(int, args.shots.split(",")):
             for name in args.tasks.split(","):
@@ -195,7 +196,8 @@ def main():
                     sys.exit(f"{name}: the metrics do not agree")
         for shots, found in totals.items():
             spent = [sum(seconds) for seconds in zip(*found)]
-            print(f"{shots}-shot, all: plaintune {spent[0]:.1f} s, lm_eval {spent[1]:.1f} s: {spent[1] / spent[0]:.2f} x")
+            print(f"{shots}-shot, all: plaintune {spent[0]:.1f} s, lm_eval {spent[1]:.1f} s: "
+                  f"{spent[1] / spent[0]:.2f} x")
         if args.prompts:
             task = {"shots": 5, "limit": args.prompts, "new": args.new, **shared}
             best = {side: best_size(side, [s for s in sizes if s <= args.prompts], env, **task)

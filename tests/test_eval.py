@@ -200,6 +200,34 @@ def test_all_six_tasks_equal_lm_eval(base, data_dir, shots, chat, monkeypatch, t
     check_parity(base, data_dir, list(FILES), shots, chat, None, monkeypatch, tmp_path)
 
 
+def test_gsm8k_is_graded_as_lm_eval_grades():
+    """lm_eval's own filters and metric on texts that a model might write."""
+    from types import SimpleNamespace
+
+    import lm_eval
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter
+    from lm_eval.models.utils import postprocess_generated_text
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml")
+    task, options = evaluation.TASKS["gsm8k"], config["metric_list"][0]
+    assert list(task.stops) == config["generation_kwargs"]["until"] and task.shots == config["num_fewshot"]
+    options = {key: value for key, value in options.items() if key.startswith(("ignore", "regexes"))}
+    texts = ["so 3.\n#### 72", "#### 1,072.", "It is $1,072.", "#### -5 or 72", "72", "", "none", "a #### 7", "$ . ,",
+             "4. #### 3.0", "#### 72 Question: 5", "5 Question: 72", "#### 72</s>9", "#### 72\n#### 1072", "is 72.",
+             "####  72"]
+    for answer in ("x <<1+1=2>>\n#### 72", "so #### 1,072", "#### -5", "#### 3.0", "#,### 72"):
+        for text in texts:
+            ours = evaluation.grade_gsm8k(evaluation.Item(["q"], [answer]), task, SimpleNamespace(decode=str), text)
+            cut = postprocess_generated_text(text, config["generation_kwargs"]["until"], None)
+            for spec, name in zip(config["filter_list"], task.metrics):
+                pattern = {k: v for k, v in spec["filter"][0].items() if k != "function"}
+                found = RegexFilter(**pattern).apply([[cut]], [{}])[0][0]
+                right = exact_match_hf_evaluate(predictions=[found], references=[answer], **options)["exact_match"]
+                assert ours["metrics"][name] == right, (answer, text, name)
+
+
 def test_a_missing_train_file_means_the_questions_themselves(base, data_dir, monkeypatch, tmp_path):
     for task in ("commonsense_qa", "winogrande"):
         (tmp_path / "data" / task).mkdir(parents=True)
@@ -534,7 +562,7 @@ def test_mistakes(base, data_dir, tmp_path, argv, message):
 @pytest.mark.parametrize("task, row, message", [
     ("arc_easy", {"question": "x"}, "samples.jsonl:1: not a row of arc_easy: it has no 'choices'"),
     ("arc_easy", {"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "not in list"),
-    ("hellaswag", {"activity_label": "x", "ctx_a": "x", "ctx_b": "x", "endings": ["a", "b"], "label": 2}, "one of them"),
+    ("hellaswag", {"activity_label": "x", "ctx_a": "x", "ctx_b": "x", "endings": ["a"], "label": 2}, "one of them"),
     ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "3"}, "winogrande"),
     ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "no _"),
     ("commonsense_qa", {"question": 3, "choices": {"text": list("abcde")}, "answerKey": "A"}, "'question' must be"),
@@ -576,8 +604,8 @@ def train(base, tmp_path, name, **changes):
     form makes their loss fall, what is learnt of the answers makes it rise."""
     import sft
 
-    options = dict(model=base, data=training_rows(tmp_path), eval_data=training_rows(tmp_path, "B", "A"), lora_r=4, max_steps=24,
-                   per_device_train_batch_size=4, learning_rate=0.03, eval_strategy="steps", eval_steps=1,
+    options = dict(model=base, data=training_rows(tmp_path), eval_data=training_rows(tmp_path, "B", "A"), lora_r=4,
+                   max_steps=24,                   per_device_train_batch_size=4, learning_rate=0.03, eval_strategy="steps", eval_steps=1,
                    save_strategy="steps", save_steps=1, output_dir=tmp_path / name, merge="false", eval_answers=0,
                    device="cpu", lr_scheduler_type="constant") | changes
     sft.main([str(x) for key, value in options.items() if value is not None for x in (f"--{key}", value)])
