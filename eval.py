@@ -413,13 +413,17 @@ def grade_text(tokenizer, prompt, wanted, ids):
     return {"prompt": tokenizer.decode(prompt).strip(), "reference": wanted, "output": text, "metrics": metrics}
 
 
-def ask_own(source, model, tokenizer, config):
+def read_own(source):
+    """[(where, row), ...] of an own set; a .txt is one row."""
+    return [(source, {"text": read_text(Path(source))})] if source.endswith(".txt") else read_rows(source)
+
+
+def ask_own(rows, model, tokenizer, config):
     """The rows of an own set -> Questions. What a row holds says what is asked: a text, a question with choices, a
     prompt with a reference (an answer behind reasoning, a choice, Yes or No, any text), a question alone."""
-    rows = [(source, {"text": read_text(Path(source))})] if source.endswith(".txt") else read_rows(source)
     rows, task, examples, alone = rows[: config.limit], Task(arc), [], []
     if all({"question", "choices"} <= set(row) for _, row in rows):
-        return ask_items([(parse(*at, task, source), []) for at in rows], task, model, tokenizer, config)
+        return ask_items([(parse(*at, task, "choices"), []) for at in rows], task, model, tokenizer, config)
     if all(isinstance(row.get("text"), str) for _, row in rows):
         return [ask_text(row["text"], tokenizer, model.config.max_position_embeddings) for _, row in rows]
     for where, row in rows:
@@ -669,6 +673,7 @@ def main(argv=None):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             raise UserError(f"--{key}: {getattr(config, key)} is below 1")
     items, folder = {task: read_task(task, config) for task in config.tasks}, Path(config.output_dir)
+    rows = {name: read_own(source) for name, source in own.items()}
     if not models:
         models = {"base": str(EXAMPLES / "tiny-qwen3"), "sft": "output/sft", "dpo": "output/dpo"}
         for name in [name for name, path in models.items() if not Path(path).exists()]:
@@ -678,7 +683,7 @@ def main(argv=None):
         try:
             model, tokenizer, identity = load(path, held, config)
             asked = {task: ask_items(found, TASKS[task], model, tokenizer, config) for task, found in items.items()}
-            asked |= {task: ask_own(source, model, tokenizer, config) for task, source in own.items()}
+            asked |= {task: ask_own(found, model, tokenizer, config) for task, found in rows.items()}
             samples[name] = {task: run(model, tokenizer, questions, folder / f"samples_{name}_{task}.jsonl", identity,
                                        config) for task, questions in asked.items()}
         except (UserError, RuntimeError) as error:  # the other models' results stand
@@ -686,11 +691,11 @@ def main(argv=None):
             held.clear()
     results = {name: {task: summarise(rows) for task, rows in found.items()} for name, found in samples.items()}
     pairs = compare_all(samples)
-    for name, text in (("results.json", json.dumps({"models": results, "pairs": pairs, "failed": failed}, indent=2)),
-                       ("report.md", report(results, pairs, samples) if results else "")):
-        (folder / f".{name}").write_text(text, encoding="utf-8")
-        (folder / f".{name}").replace(folder / name)
     if results:
+        found = json.dumps({"models": results, "pairs": pairs, "failed": failed}, indent=2)
+        for name, text in (("results.json", found), ("report.md", report(results, pairs, samples))):
+            (folder / f".{name}").write_text(text, encoding="utf-8")
+            (folder / f".{name}").replace(folder / name)
         draw(results, pairs, folder / "results.png")
         print(table(results), *(headline(*two, pairs) for two in combinations(results, 2)), sep="\n")
     if failed:
