@@ -364,9 +364,10 @@ def ask_choice(tokenizer, example, choices):
     reference with reasoning the answer alone is scored, right behind the prompt: no reasoning is given or written."""
     prompt, reference = split_prompt(example)
     wanted, asked = tokenizer.decode(reference), tokenizer.decode(prompt)
+    choices = choices if isinstance(choices, list) else []
     said, lines = find_answer(wanted), choices or re.findall(r"(?m)^\(?([A-Z])[.):]", asked)
     gold = said or wanted.strip().rstrip(".")
-    offers = [choices or [], [*"ABCDEFGHIJ"][: len(lines)], ["Yes", "No"], ["yes", "no"]]
+    offers = [choices, [*"ABCDEFGHIJ"][: len(lines)], ["Yes", "No"], ["yes", "no"]]
     options = next((offer for offer in offers if gold in offer), None)
     context = prompt + (tokenizer.encode("Answer:") if said else [])
     lead = " " if said else wanted[: len(wanted) - len(wanted.lstrip())]

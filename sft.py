@@ -107,10 +107,8 @@ class SFTConfig(LoRAConfig):
                     "save_steps", "max_length", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)} is below 1")
-        if self.load_best_model_at_end and (self.eval_strategy == "no" or self.eval_strategy != self.save_strategy or
-                                            self.eval_strategy == "steps" and self.save_steps % self.eval_steps):
-            raise UserError("load_best_model_at_end: every checkpoint has to be evaluated; give save_strategy as "
-                            "eval_strategy, and save_steps as a multiple of eval_steps")
+        if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
+            raise UserError("load_best_model_at_end: needs an eval_strategy and a save_strategy other than no")
         for key in ("learning_rate", "num_train_epochs", "warmup_ratio", "weight_decay", "max_grad_norm", "val_size"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{key}: {getattr(self, key)} is not a number from 0 up")
@@ -296,6 +294,8 @@ def train(model, steps, loss_fn, config, evaluate=None):
     if checkpoint := find_checkpoint(config):
         state = load_checkpoint(checkpoint, model, parameters, optimizer, steps)
         print(f"going on from {checkpoint}: step {state['step']} of {len(steps)}")
+    if not evaluate and (config.load_best_model_at_end or config.early_stopping_patience):
+        raise UserError("load_best_model_at_end, early_stopping_patience: no held-out rows; give eval_data or val_size")
     log, window, best = Log(folder, state["log_bytes"]), state["window"], state.get("best", {})
     budget, began = token_budget(config, device), time.perf_counter()
     model.train()
@@ -337,8 +337,9 @@ def train(model, steps, loss_fn, config, evaluate=None):
                 best = judge(best, found, step, config)
                 last = last or best["stop"]
                 clock.skip()
+            improved = config.load_best_model_at_end and best.get("step") == step
             if (steps.due(step, config.save_strategy, config.save_steps)
-                    or (last or stopped) and config.save_strategy != "no"):
+                    or (last or stopped or improved) and config.save_strategy != "no"):
                 state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint,
                          "best": best}
                 save_checkpoint(folder, model, parameters, optimizer, state, config)
@@ -351,8 +352,8 @@ def train(model, steps, loss_fn, config, evaluate=None):
     bar.close()
     if best.get("stop"):
         print(f"stopped early after step {state['step']}: no new best for {config.early_stopping_patience} evaluations")
-    if config.load_best_model_at_end and (path := folder / f"checkpoint-{best['step']:06d}").exists():
-        load_trained(path, model, parameters)
+    if config.load_best_model_at_end:
+        load_trained(folder / f"checkpoint-{best['step']:06d}", model, parameters)
         print(f"the best step is taken: {best['step']}, {best['metric']} {best['value']:.4g}")
     return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": round(peak_memory_gb(device), 3)}
 
@@ -368,7 +369,7 @@ def judge(best, found, step, config):
     more = config.greater_is_better if config.greater_is_better is not None else not metric.endswith("loss")
     gain = (found[metric] - best["value"]) * (1 if more else -1) if best else math.inf
     waited = 0 if gain > 0 and gain > config.early_stopping_threshold else best["waited"] + 1
-    stop = config.early_stopping_patience is not None and waited >= config.early_stopping_patience
+    stop = bool(config.early_stopping_patience) and waited >= config.early_stopping_patience
     kept = {"step": step, "metric": metric, "value": found[metric]} if gain > 0 else best
     return {**kept, "waited": waited, "stop": stop}
 

@@ -276,9 +276,10 @@ def test_the_header_is_computed_once():
     assert batch.num_sequences == 8 and batch.scored.shape == batch.targets.shape
 
 
-def test_a_batch_that_refills_itself_writes_the_same(tiny_checkpoint):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_batch_that_refills_itself_writes_the_same(tiny_checkpoint, attention):
     """Rows that end make room for others, behind a header or not; every row is what it is alone."""
-    model, rng = load_model(tiny_checkpoint()), random.Random(1)
+    model, rng = load_model(tiny_checkpoint(), attn_implementation=attention), random.Random(1)
     for header in ([], [rng.randrange(3, 190) for _ in range(20)]):
         prompts = [header + [rng.randrange(3, 190) for _ in range(rng.randint(1, 9))] for _ in range(11)]
         ends = {n for p in prompts for n in generate(model, [p], 9)[0][4:5]}  # some rows end early
@@ -637,6 +638,13 @@ def test_training_measures_choices_and_keeps_the_best(base, tmp_path):
     assert weights(folder / "adapter") == weights(folder / kept[0]) != weights(folder / kept[1])
 
 
+def test_a_best_step_between_checkpoints_is_saved(base, tmp_path):
+    folder, log = train(base, tmp_path, "a", load_best_model_at_end="true", save_steps=100, learning_rate=0.1)
+    best = min(log[1:], key=lambda line: line["eval_loss"])["step"]
+    assert best != 24 and (folder / f"checkpoint-{best:06d}").exists()
+    assert weights(folder / "adapter") == weights(folder / f"checkpoint-{best:06d}")
+
+
 @pytest.mark.parametrize("metric, options", [
     ("loss", {}), ("accuracy", {}), ("eval_loss", {"early_stopping_threshold": 0.5}),
     ("loss", {"greater_is_better": "true"}),
@@ -688,8 +696,8 @@ def test_the_best_and_the_patience_survive_a_resume(base, tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     ({"metric_for_best_model": "acuracy"}, "the evaluation gives loss, accuracy, f1, not acuracy.*nearest"),
-    ({"load_best_model_at_end": "true", "save_steps": 3, "eval_steps": 2}, "save_steps as a multiple of eval_steps"),
-    ({"load_best_model_at_end": "true", "eval_strategy": "epoch"}, "save_strategy as eval_strategy"),
+    ({"load_best_model_at_end": "true", "save_strategy": "no"}, "a save_strategy other than no"),
+    ({"early_stopping_patience": 1, "eval_data": None}, "no held-out rows; give eval_data or val_size"),
 ])
 def test_mistakes_about_the_best(base, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
