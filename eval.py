@@ -653,7 +653,8 @@ def named(sources, kind):
     found = {}
     for source in sources:
         name, source = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", source).groups()
-        if (name := name or Path(source).stem) in found:
+        name = name or re.sub(r"[^\w.-]", "_", Path(source).name if kind == "model" else Path(source).stem)
+        if name in found:
             raise UserError(f"--{kind}: two are named {name}; give names: NAME={source}")
         found[name] = source
     return found
@@ -670,9 +671,9 @@ def main(argv=None):
         if task not in TASKS or task in own:
             raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}"
                             if task not in own else f"--data: {task} is a benchmark's name; give NAME={own[task]}")
-    for key in ("limit", "max_new_tokens", "batch_size"):
-        if getattr(config, key) is not None and getattr(config, key) < 1:
-            raise UserError(f"--{key}: {getattr(config, key)} is below 1")
+    for key, least in (("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("num_fewshot", 0)):
+        if getattr(config, key) is not None and getattr(config, key) < least:
+            raise UserError(f"--{key}: {getattr(config, key)} is below {least}")
     items, folder = {task: read_task(task, config) for task in config.tasks}, Path(config.output_dir)
     rows = {name: read_own(source) for name, source in own.items()}
     if not models:

@@ -510,6 +510,13 @@ def test_models_side_by_side(base, adapters, data_dir, tmp_path, monkeypatch, ca
     assert {"report.md", "results.png", "results.json"} <= {p.name for p in (tmp_path / "all").iterdir()}
 
 
+def test_names():
+    """A source without a name is named after itself, in letters that a file's name may have."""
+    assert evaluation.named(["Qwen/Qwen3-0.6B", "a.b=x=y", "runs/mine"], "model") == {
+        "Qwen3-0.6B": "Qwen/Qwen3-0.6B", "a.b": "x=y", "mine": "runs/mine"}
+    assert evaluation.named(["d/q.jsonl", "org/set:test"], "data") == {"q": "d/q.jsonl", "set_test": "org/set:test"}
+
+
 def test_an_interrupted_evaluation_goes_on(base, data_dir, tmp_path, monkeypatch):
     """Half a line is dropped, whole ones count, and what has other weights or settings is asked anew."""
     argv = ["--model", f"m={base}", "--tasks", "winogrande,gsm8k", "--num_fewshot", "1", "--data_dir", str(data_dir),
@@ -557,6 +564,7 @@ def test_a_model_that_fails_leaves_the_others(base, data_dir, tmp_path):
     (["--model", "a=x", "--model", "a=y", "--tasks", "winogrande"], "two are named a"),
     ([], "nothing to ask: give --data FILE, or --tasks of arc_challenge"),
     (["--tasks", "winogrande", "--limit", "0"], "--limit: 0 is below 1"),
+    (["--tasks", "winogrande", "--num_fewshot", "-1"], "--num_fewshot: -1 is below 0"),
     (["--tasks", "winogrande", "--num_fewshot", "99"], "99 few-shot examples can't be drawn from 10 rows"),
     (["--data", "winogrande=x.jsonl"], "a benchmark's name"),
     (["--tsks", "x"], "unknown flag --tsks.*tasks"),
