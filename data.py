@@ -796,7 +796,7 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
         allowed = types_of(kinds[f.name])
         options = {"help": help.replace("%", "%%"), "metavar": getattr(allowed[0], "__name__", "value").upper()}
         options |= {"nargs": "?", "const": "true"} if bool in allowed else {}
-        options |= {"nargs": "*"} if list in allowed or tuple in allowed else {}
+        options |= {"nargs": "*", "action": "extend"} if list in allowed or tuple in allowed else {}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
     words = []
     for word in sys.argv[1:] if argv is None else argv:

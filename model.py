@@ -225,8 +225,11 @@ def sdpa_attention(q, k, v, batch):
     for (start, stop, _), keys in zip(batch.segments, batch.keys):
         one = q[start:stop], k[keys], v[keys]
         own, seen = len(one[0]), len(one[1])
-        if q.device.type == "cpu" and seen <= 512:
-            outputs.append(product_attention(*one, batch.bias(own, seen, q.dtype)))
+        if q.device.type == "cpu" and (seen <= 512 or not torch.is_grad_enabled()):
+            for at in range(0, own, 512):  # so the products with what comes after are not made
+                rows, stop = one[0][at : at + 512], seen - own + min(at + 512, own)
+                bias = batch.bias(len(rows), stop, q.dtype)
+                outputs.append(product_attention(rows, one[1][:stop], one[2][:stop], bias))
             continue
         mask = None if own == seen else batch.bias(own, seen, q.dtype)
         one = (x.transpose(0, 1)[None] for x in one)  # (1, heads, tokens, D)
@@ -699,34 +702,50 @@ def token_logps(hidden, weight, targets):
 
 
 class KVCache:
-    """Keys and values of B rows of up to N tokens, per layer (B, N, K, D). The first pass is a packed batch of the
-    prompts (it attends as any batch does); every later pass adds one token to each live row and attends over the
-    row."""
+    """Keys and values of B rows of up to N tokens, per layer (B, K, N, D). A pass over prompts is a packed batch, which
+    attends as any batch does; every other pass adds one token to each row and attends over the row. A header that all
+    rows begin with is read once and stands in every row."""
 
-    def __init__(self, model, lengths, room):
+    def __init__(self, model, rows, room, header=()):
         c = model.config
-        shape = len(lengths), max(lengths) + room, c.num_key_value_heads, c.head_dim
+        shape = rows, c.num_key_value_heads, room, c.head_dim
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(c.num_hidden_layers)]
-        self.values = [torch.zeros_like(k) for k in self.keys]
-        self.rows = torch.repeat_interleave(torch.tensor(lengths)).to(model.device)  # (T,) the row of each prompt token
-        self.decoding = False
+        self.values, self.header = [torch.zeros_like(k) for k in self.keys], []
+        if len(header):
+            model(self.read([header], [0], model.device), self)
+            for x in self.keys + self.values:
+                x[:, :, : len(header)] = x[:1, :, : len(header)].clone()
+            self.header = header
+
+    def read(self, prompts, rows, device):
+        """The batch of the next pass: id lists, each behind the header, into these rows."""
+        head, none = len(self.header), np.full(len(self.header) + max(map(len, prompts)), IGNORE)
+        segments = [Segment(np.asarray(p, np.int32), none[: len(p)], 0 if head else -1) for p in prompts]
+        first = [Segment(np.asarray(self.header, np.int32), none[:head])] if head else []
+        self.batch = Batch.pack([first + segments], device)
+        lengths = torch.tensor([len(p) for p in prompts])
+        self.decoding, self.rows = False, torch.tensor(rows).repeat_interleave(lengths).to(device)
+        return replace(self.batch, tokens=self.batch.tokens[head:], positions=self.batch.positions[head:])
 
     def attend(self, layer, attend, batch, q, k, v):
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.rows, batch.positions], values[self.rows, batch.positions] = k, v
-        if not self.decoding:
-            return attend(q, k, v)
-        longest = int(batch.positions.max()) + 1
-        mask = torch.arange(longest, device=q.device) <= batch.positions[:, None]  # (B, longest)
-        seen = [x[:, :longest].transpose(1, 2) for x in (keys, values)]
-        out = F.scaled_dot_product_attention(q[:, :, None], *seen, attn_mask=mask[:, None, None], enable_gqa=True)
-        return out[:, :, 0]
+        keys, values, head = self.keys[layer], self.values[layer], len(self.header)
+        keys[self.rows, :, batch.positions], values[self.rows, :, batch.positions] = k, v
+        if not self.decoding:  # the header's queries are left blank, and what comes of them is dropped
+            q, k, v = (torch.cat([x, y]) for x, y in zip((q.new_zeros(head, *q.shape[1:]), *(
+                x[0, :, :head].transpose(0, 1) for x in (keys, values))), (q, k, v)))
+            return attend(q, k, v, batch=self.batch)[head:]
+        q, head_dim = q.unflatten(1, (keys.shape[1], -1)), q.shape[-1]  # (B, K, H/K, D)
+        mask = (torch.arange(keys.shape[2], device=q.device) <= batch.positions[:, None])[:, None, None]  # (B, 1, 1, N)
+        if q.device.type != "cpu":
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
+        scores = (q @ keys.transpose(2, 3) * head_dim**-0.5).masked_fill_(~mask, float("-inf"))
+        return (scores.softmax(-1) @ values).flatten(1, 2)  # plain products: a tenth of the kernel's time
 
-    def keep(self, live):
-        """Drops the rows that are not live, (B,) bool; from here on each pass adds one token to each that is."""
-        if not live.all():
-            self.keys, self.values = [k[live] for k in self.keys], [v[live] for v in self.values]
-        self.decoding, self.rows = True, torch.arange(len(self.keys[0]), device=live.device)
+    def keep(self, rows):
+        """Drops all other rows; the next pass adds one token to each of these."""
+        if len(rows) < len(self.keys[0]):
+            self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        self.decoding, self.rows = True, torch.arange(len(rows), device=self.keys[0].device)
 
 
 def sample(logits, uniform, temperature, top_k, top_p):
@@ -748,44 +767,61 @@ def sample(logits, uniform, temperature, top_k, top_p):
     return order.gather(1, pick[:, None])[:, 0]
 
 
-@torch.inference_mode()
-def generate(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, eos_ids=None, seed=0):
+def generate(model, prompts, max_new_tokens=128, *args, **options):
     """Continues prompts, a list of B id lists of any lengths -> B lists of new ids, each ending before its first end
-    token.
+    token. Options as in `generate_each`."""
+    found = dict(generate_each(model, prompts, max_new_tokens, *args, **options))
+    return [found[row] for row in range(len(prompts))]
 
-    eos_ids: end tokens (default: the config's). Row i draws from (seed, i), whatever else is in the batch.
+
+@torch.inference_mode()
+def generate_each(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, eos_ids=None, seed=0,
+                  stop=None, batch_size=64):
+    """Yields (row, its new ids) as the rows end. batch_size of them are written at a time; one that ends makes room for
+    the next, and what all prompts begin with is read once.
+
+    eos_ids: end tokens (default: the config's), left out of what is yielded; stop(ids): whether a row ends otherwise.
+    Row i draws from (seed, i), whatever else is in the batch.
     """
-    if not prompts:
-        return []
     if any(len(p) == 0 for p in prompts):
         raise UserError("generate: an empty prompt has nothing to continue")
-    ends = set(model.config.eos_token_id if eos_ids is None else eos_ids)
-    outputs = [[] for _ in prompts]
-    draws = [np.random.default_rng((seed, row)) for row in range(len(prompts))]
-    lengths = [len(p) for p in prompts]
-    cache = KVCache(model, lengths, max_new_tokens)
-    none = np.full(max(lengths), IGNORE, np.int32)
-    batch = Batch.pack([[Segment(np.asarray(p, np.int32), none[: len(p)])] for p in prompts], model.device)
-    last = torch.tensor([stop - 1 for _, stop, _ in batch.segments], device=model.device)
-    live = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
+    ends, device = set(model.config.eos_token_id if eos_ids is None else eos_ids), model.device
+    outputs, waiting = [[] for _ in prompts], list(range(len(prompts)))
+    if not prompts or max_new_tokens < 1:
+        yield from enumerate(outputs)
+        return
+    draws = [np.random.default_rng((seed, row)) for row in waiting]
+    head = min(len(os.path.commonprefix(prompts)), *(len(p) - 1 for p in prompts)) if len(prompts) > 1 else 0
+    head = head if head >= 16 else 0  # a shorter one costs more in bookkeeping than it saves
+    cache = KVCache(model, min(batch_size, len(prompts)), max(map(len, prompts)) + max_new_tokens, prompts[0][:head])
+    rows = [None] * len(cache.keys[0])  # the prompt that each row of the cache holds
+    tokens, positions = torch.zeros(2, len(rows), dtype=torch.long)
+    while waiting or any(row is not None for row in rows):
+        ats = [at for at, row in enumerate(rows) if row is None]
+        if ats and waiting:
+            room = np.cumsum([len(prompts[row]) - head for row in waiting[: len(ats)]])
+            ats = ats[: max(1, int((room <= 4096).sum()))][: len(waiting)]  # tokens a pass
+            for at in ats:
+                rows[at] = waiting.pop(0)
+            batch = cache.read([prompts[rows[at]][head:] for at in ats], ats, device)
+            last = torch.tensor([stop - 1 - head for _, stop, _ in batch.segments[bool(head) :]], device=device)
+            positions[ats] = batch.positions[last].cpu()
+        else:
+            live = [at for at, row in enumerate(rows) if row is not None]
+            cache.keep(live)
+            rows, tokens, positions = [rows[at] for at in live], tokens[live], positions[live] + 1
+            ats, last = list(range(len(rows))), slice(None)
+            batch = replace(cache.batch, tokens=tokens.to(device), positions=positions.to(device))
         logits = model.logits(model(batch, cache)[last])
-        uniform = torch.tensor([draws[row].random(dtype=np.float32) for row in live], device=model.device)
-        picks = sample(logits, uniform, temperature, top_k, top_p)
-        stays = []
-        for row, token in zip(live, picks.tolist()):
-            stays.append(token not in ends)
-            if stays[-1]:
-                outputs[row].append(token)
-        live = [row for row, stay in zip(live, stays) if stay]
-        if not live:
-            break
-        keep = torch.tensor(stays, device=model.device)
-        cache.keep(keep)
-        positions = batch.positions[last][keep] + 1
-        last = torch.arange(len(live), device=model.device)
-        batch = replace(batch, tokens=picks[keep], positions=positions)
-    return outputs
+        uniform = torch.tensor([draws[rows[at]].random(dtype=np.float32) for at in ats], device=device)
+        tokens[ats] = sample(logits, uniform, temperature, top_k, top_p).cpu()
+        for at in ats:
+            ids, token = outputs[rows[at]], int(tokens[at])
+            if token not in ends:
+                ids.append(token)
+            if token in ends or len(ids) == max_new_tokens or stop and stop(ids):
+                yield rows[at], ids
+                rows[at] = None
 
 
 # --- checkpoints: read strictly, streamed; written aside and renamed --------------------------------------------------
@@ -832,6 +868,17 @@ def resolve(name, revision=None):
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"model {name}: no folder here, and the hub can't be reached or breaks off "
                         f"({reason})") from None
+
+
+def pick_device(name):
+    """torch.device of 'auto' (CUDA, then MPS, then the CPU) or of a device's name."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name} can't be used here ({str(error).splitlines()[0][:80]})") from None
 
 
 def checkpoint_tensors(folder):

@@ -30,11 +30,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import Tokenizer, load_examples, parse_config, split_holdout
-from eval import accuracy, answer_questions
+from eval import accuracy, answer_questions, ask_choice, choice_metrics
 from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
                   write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, nearest, read_json, read_tensor,
-                   resolve, save_model, write_tensors, written_aside)
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, nearest, pick_device, read_json,
+                   read_tensor, resolve, save_model, write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -89,7 +89,12 @@ class SFTConfig(LoRAConfig, QuantConfig):
     eval_steps: int = 100  # steps between evaluations with eval_strategy steps
     save_strategy: str = "steps"  # when a checkpoint is written: no, steps, epoch
     save_steps: int = 500  # steps between checkpoints with save_strategy steps
-    save_total_limit: int | None = None  # keep this many newest checkpoints
+    save_total_limit: int | None = None  # keep this many newest checkpoints, the best one among them
+    metric_for_best_model: str | None = None  # what tells the best step: loss, accuracy, f1, ...; none: loss
+    greater_is_better: bool | None = None  # whether more of it is better; none: yes, unless it is a loss
+    load_best_model_at_end: bool = False  # adapter/ and merged/ are those of the best checkpoint
+    early_stopping_patience: int | None = None  # stop after so many evaluations without a new best; none: never
+    early_stopping_threshold: float = 0.0  # by how much the metric has to be better to count
     resume: str = "auto"  # auto: go on from the last checkpoint in output_dir; never; or a checkpoint's path
     overwrite_output_dir: bool = False  # delete what output_dir holds and start anew
     merge: bool = True  # write merged/, the model with the adapter merged in
@@ -109,6 +114,8 @@ class SFTConfig(LoRAConfig, QuantConfig):
                     "save_steps", "max_length", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)} is below 1")
+        if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
+            raise UserError("load_best_model_at_end: needs an eval_strategy and a save_strategy other than no")
         for key in ("learning_rate", "num_train_epochs", "warmup_ratio", "weight_decay", "max_grad_norm", "val_size"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{key}: {getattr(self, key)} is not a number from 0 up")
@@ -305,23 +312,29 @@ def train(model, steps, loss_fn, config, evaluate=None):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
-    state = {"step": 0, "log_bytes": 0, "window": {}, "data": steps.fingerprint}
+    state = {"step": 0, "log_bytes": 0, "window": {}, "data": steps.fingerprint, "best": {}}
     if checkpoint := find_checkpoint(config):
         state = load_checkpoint(checkpoint, model, parameters, optimizer, steps)
         scaler.load_state_dict(state["scaler"])
         print(f"going on from {checkpoint}: step {state['step']} of {len(steps)}")
-    log, window = Log(folder, state["log_bytes"]), state["window"]
+    if not evaluate and (config.load_best_model_at_end or config.early_stopping_patience):
+        raise UserError("load_best_model_at_end, early_stopping_patience: no held-out rows; give eval_data or val_size")
+    log, window, best = Log(folder, state["log_bytes"]), state["window"], state.get("best", {})
     budget, began = token_budget(config, device), time.perf_counter()
     if os.environ.get("KEEP"):
         from model import keep_pages
         keep_pages()
     model.train()
     if evaluate and config.eval_strategy != "no" and state["step"] == 0:
-        log.write({"step": 0, "epoch": 0.0, **evaluate()})
+        found = evaluate()
+        judge({}, found, 0, config)  # a metric that is none is told now
+        log.write({"step": 0, "epoch": 0.0, **found})
     bar = tqdm(total=len(steps), initial=state["step"], unit="step", disable=not sys.stderr.isatty(), leave=False)
     clock = Clock()
     with stop_signals() as stopped:
         for step in range(state["step"] + 1, len(steps) + 1):
+            if best.get("stop"):
+                break
             examples, lr, last = steps[step - 1], learning_rate(step - 1, len(steps), config), step == len(steps)
             count = sum(map(steps.count, examples))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # dropout
@@ -347,12 +360,16 @@ def train(model, steps, loss_fn, config, evaluate=None):
                 clock.skip()
             if evaluate and (steps.due(step, config.eval_strategy, config.eval_steps)
                              or last and config.eval_strategy != "no"):
-                log.write({"step": step, "epoch": round(steps.epoch(step), 4), **evaluate()})
+                found = evaluate()
+                log.write({"step": step, "epoch": round(steps.epoch(step), 4), **found})
+                best = judge(best, found, step, config)
+                last = last or best["stop"]
                 clock.skip()
+            improved = config.load_best_model_at_end and best.get("step") == step
             if (steps.due(step, config.save_strategy, config.save_steps)
-                    or (last or stopped) and config.save_strategy != "no"):
+                    or (last or stopped or improved) and config.save_strategy != "no"):
                 state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint,
-                         "scaler": scaler.state_dict()}
+                         "best": best, "scaler": scaler.state_dict()}
                 save_checkpoint(folder, model, parameters, optimizer, state, config)
                 clock.skip()
             if stopped:
@@ -361,7 +378,28 @@ def train(model, steps, loss_fn, config, evaluate=None):
                 print(f"stopped after step {step} of {len(steps)}{kept}", flush=True)
                 sys.exit(128 + stopped[0])
     bar.close()
+    if best.get("stop"):
+        print(f"stopped early after step {state['step']}: no new best for {config.early_stopping_patience} evaluations")
+    if config.load_best_model_at_end:
+        load_trained(folder / f"checkpoint-{best['step']:06d}", model, parameters)
+        print(f"the best step is taken: {best['step']}, {best['metric']} {best['value']:.4g}")
     return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": round(peak_memory_gb(device), 3)}
+
+
+def judge(best, found, step, config):
+    """What is known of the best evaluation, {"step", "metric", "value", "waited", "stop"}, after another one. Source:
+    transformers' Trainer and EarlyStoppingCallback: patience looks at the best so far, with the threshold."""
+    metric = "eval_" + (config.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in found:
+        names = ", ".join(name.removeprefix("eval_") for name in found)
+        raise UserError(f"metric_for_best_model: the evaluation gives {names}, not {metric.removeprefix('eval_')}"
+                        + nearest(metric, found))
+    more = config.greater_is_better if config.greater_is_better is not None else not metric.endswith("loss")
+    gain = (found[metric] - best["value"]) * (1 if more else -1) if best else math.inf
+    waited = 0 if gain > 0 and gain > config.early_stopping_threshold else best["waited"] + 1
+    stop = bool(config.early_stopping_patience) and waited >= config.early_stopping_patience
+    kept = {"step": step, "metric": metric, "value": found[metric]} if gain > 0 else best
+    return {**kept, "waited": waited, "stop": stop}
 
 
 class Clock:
@@ -469,7 +507,11 @@ def save_checkpoint(folder, model, parameters, optimizer, state, config):
         write_tensors(tensors, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state, indent=2))
     if config.save_total_limit:
-        for old in checkpoints(folder)[: -config.save_total_limit]:
+        found, limit = checkpoints(folder), config.save_total_limit
+        best = folder / f"checkpoint-{state.get('best', {}).get('step', 0):06d}"
+        if config.load_best_model_at_end and best in found[:-1]:  # it stays, beside the newest
+            found, limit = [path for path in found if path != best], max(limit - 1, 1)
+        for old in found[:-limit]:
             shutil.rmtree(old)
 
 
@@ -495,10 +537,7 @@ def load_checkpoint(path, model, parameters, optimizer, steps):
     if state["data"] != steps.fingerprint:
         raise UserError(f"{path}: was trained on other data than --data gives now; take the old data, "
                         "another --output_dir, or --overwrite_output_dir")
-    file, trained = (("adapter_model.safetensors", adapter_parameters(model)) if hasattr(model, "adapter")
-                     else ("model.safetensors", parameters))
-    for name, parameter in trained.items():  # PiSSA's start is written behind what was trained
-        parameter.copy_(read_tensor(path / file, name)[tuple(map(slice, parameter.shape))])
+    load_trained(path, model, parameters)
     for g, group in enumerate(optimizer.param_groups if hasattr(optimizer, "init_state") else ()):
         for n, p in enumerate(group["params"]):  # bitsandbytes says where its state lies, paged or not
             optimizer.init_state(group, p, g, n)
@@ -512,6 +551,15 @@ def load_checkpoint(path, model, parameters, optimizer, steps):
         else:
             held[slot] = value.to(parameters[name].device)
     return state
+
+
+@torch.no_grad()
+def load_trained(path, model, parameters):
+    """Puts a checkpoint's trained tensors back where they were."""
+    file, trained = (("adapter_model.safetensors", adapter_parameters(model)) if hasattr(model, "adapter")
+                     else ("model.safetensors", parameters))
+    for name, parameter in trained.items():  # PiSSA's start is written behind what was trained
+        parameter.copy_(read_tensor(path / file, name)[tuple(map(slice, parameter.shape))])
 
 
 FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples", "max_new_tokens",
@@ -552,17 +600,6 @@ def describe_run(config, began, report):
         aside = Path(config.output_dir) / f".{name}"
         aside.write_text(json.dumps(value, indent=2))
         aside.replace(Path(config.output_dir) / name)
-
-
-def pick_device(name):
-    """torch.device of 'auto' (CUDA, then MPS, then the CPU) or of a device's name."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name} can't be used here ({str(error).splitlines()[0][:80]})") from None
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -715,15 +752,16 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     describe_run(config, began, report)
     questions, choices = held[: config.eval_answers], [row.get("choices") for row in held_rows[: config.eval_answers]]
     before = ask(model, tokenizer, questions, choices, config)
-    evaluate = (lambda: evaluate_loss(model, held, loss_fn, config, count)) if held else None
-    summary = train(model, steps, loss_fn, config, evaluate)
+    forced = list(filter(None, (ask_choice(tokenizer, *at) for at in zip(held, (r.get("choices") for r in held_rows)))))
+    evaluate = (lambda: evaluate_loss(model, held, loss_fn, config, count) | choice_metrics(model, forced))
+    summary = train(model, steps, loss_fn, config, evaluate if held else None)
     after = ask(model, tokenizer, questions, choices, config)
     figures = finish(model, config, held or examples)
     if figures:
         print(f"\n{show_merge(figures)}")
     show_answers(before, after, config)
     log = Log(folder, (folder / "log.jsonl").stat().st_size)
-    answers = {"eval_accuracy_before": accuracy(before)[0], "eval_accuracy": accuracy(after)[0]}
+    answers = {"eval_answers_before": accuracy(before)[0], "eval_answers": accuracy(after)[0]}
     results = {"step": len(steps), **summary, **{k: v for k, v in answers.items() if v is not None}}
     log.write(results)
     log.draw()

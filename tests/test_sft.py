@@ -289,7 +289,7 @@ def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
     assert (
         lines[0]["step"] == 0
         and lines[0]["eval_loss"] > 0
-        and "eval_accuracy" in lines[-1]
+        and "eval_answers" in lines[-1]
         and "train_runtime" in lines[-1]
     )
     losses = [line["loss"] for line in lines if "loss" in line]
