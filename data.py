@@ -8,21 +8,26 @@ their ids concatenated, so no token straddles prompt and answer, and a prompt ha
     python data.py show --model Qwen/Qwen3-0.6B --data rows.jsonl --n 3     # rows as rendered, what is scored in colour
 """
 
-import argparse
 import csv
+import glob
 import gzip
-import io
+import hashlib
+import itertools
 import json
 import os
 import re
 import secrets
 import sys
+import tempfile
 import types
+import zlib
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from inspect import getsource
+from inspect import getsource, signature
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -31,8 +36,9 @@ import numpy as np
 import tokenizers
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tqdm import tqdm
 
-from model import IGNORE, Segment, UserError, cli, nearest, read_json, resolve
+from model import COMPANIONS, IGNORE, Segment, UserError, cli, generate, load_model, nearest, read_json, resolve
 
 
 def brief(value, width=60):
@@ -124,6 +130,12 @@ class Tokenizer:
 
     def read(self, name):
         return read_json(self.folder / name) if (self.folder / name).is_file() else {}
+
+    @cached_property
+    def identity(self):
+        """Changes with anything that a rendering follows from: the files, and the day where the template tells it."""
+        read = b"".join((self.folder / f).read_bytes() for f in COMPANIONS if (self.folder / f).is_file())
+        return hashlib.blake2b(read + f"{self.now:%F}".encode() * (b"strftime_now" in read)).hexdigest()
 
     def __len__(self):
         return self.backend.get_vocab_size(with_added_tokens=True)
@@ -259,21 +271,21 @@ class Tokenizer:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_text(path):
-    """A file's text, unzipped if its name ends in .gz."""
+def lines_of(path, encoding="utf-8-sig"):
+    """Yields (number, line) of a text file as it reads, unzipped if its name ends in .gz."""
+    number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read()
-        return data.decode("utf-8-sig")
+            for number, line in enumerate(file, 1):
+                yield number, line.decode(encoding)
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x}") from None
-    except (OSError, EOFError) as error:
+        raise UserError(f"{path}:{number}: not UTF-8: byte 0x{error.object[error.start]:02x}") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_jsonl(path):
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in lines_of(path):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
@@ -282,7 +294,7 @@ def read_jsonl(path):
 
 
 def read_list(path):
-    text = read_text(path)
+    text = "".join(line for _, line in lines_of(path))
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -299,10 +311,13 @@ def read_list(path):
 
 def read_csv(path):
     csv.field_size_limit(2**31 - 1)
-    for number, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""))):
-        if None in row:
-            raise UserError(f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}")
-        yield f"{path}[{number}]", row
+    try:
+        for number, row in enumerate(csv.DictReader(line for _, line in lines_of(path))):
+            if None in row:
+                raise UserError(f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}")
+            yield f"{path}[{number}]", row
+    except csv.Error as error:
+        raise UserError(f"{path}: not CSV: {error}") from None
 
 
 def read_parquet(path):
@@ -316,7 +331,25 @@ def read_parquet(path):
         raise UserError(f"{path}: not a parquet file: {brief(str(error))}") from None
 
 
-READERS = {".jsonl": read_jsonl, ".json": read_list, ".csv": read_csv, ".parquet": read_parquet}
+def read_movielens(path, seen=10):
+    """MovieLens 100K's u.data (user, item, rating, time) with u.item (id|title|...) beside it -> a row for every rating
+    that a user gave after the first `seen`: {"history": [[title, rating], ...], the `seen` before it; "title", "rating"}.
+    """
+    split = lambda file, mark: ((n, line.rstrip("\r\n").split(mark)) for n, line in lines_of(file, "latin-1"))
+    try:
+        titles, users = {cells[0]: cells[1] for _, cells in split(path.with_name("u.item"), "|")}, {}
+        for number, (user, item, rating, when) in split(path, "\t"):
+            users.setdefault(user, []).append((int(when), number, [titles[item], int(rating)]))
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{path}: not MovieLens' user, item, rating, time and titles: {error!r}") from None
+    for rated in map(sorted, users.values()):
+        for n, (_, number, (title, rating)) in enumerate(rated[seen:]):
+            yield f"{path}:{number}", {"history": [r for *_, r in rated[n : n + seen]], "title": title, "rating": rating}
+
+
+READERS = {".jsonl": read_jsonl, ".json": read_list, ".csv": read_csv, ".parquet": read_parquet,
+           ".data": read_movielens}  # fmt: skip
+HUB = r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}"
 
 
 def kind_of(path):
@@ -324,13 +357,15 @@ def kind_of(path):
 
 
 def hub_files(source):
-    """`org/name[:config][:split]` -> local paths of its files, downloaded into the hub's cache. The split defaults to
-    train, the configuration to `default` or the only one."""
+    """`org/name[#revision][:config][:split]` -> local paths of its files, downloaded into the hub's cache. The split
+    defaults to train, the configuration to `default` or the only one."""
     import huggingface_hub
 
-    repo, *wanted = source.split(":")
+    name, *wanted = source.split(":")
+    repo, _, revision = name.partition("#")
+    where = {"repo_type": "dataset", "revision": revision or None}
     try:
-        files = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset"))
+        files = sorted(huggingface_hub.HfApi().list_repo_files(repo, **where))
         found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
         for file in (file for file in files if kind_of(file) in READERS):
             *folders, name = file.split("/")
@@ -345,37 +380,69 @@ def hub_files(source):
             what = "has several parts" if keys else "has no such part"
             there = ", ".join(f"{repo}:{config}:{split}" for config, split in keys or found) or "no data file"
             raise UserError(f"{source} {what}; name one of: {there}")
-        folder = huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=found[keys[0]])
+        folder = huggingface_hub.snapshot_download(repo, allow_patterns=found[keys[0]], **where)
         return [Path(folder) / file for file in found[keys[0]]]
     except OSError as error:  # which the hub's own are
-        raise UserError(f"{source}: no file here, and the hub does not give it: {brief(str(error), 100)}") from None
+        raise UserError(f"{source}: no file here, and the hub does not give it (a private set needs HF_TOKEN): "
+                        f"{brief(str(error), 100)}") from None  # fmt: skip
 
 
-def read_rows(source):
-    """[(where, row), ...] of a .jsonl, .json, .csv or .parquet file, .gz too, a folder of them, or a hub's `org/name`.
-
-    `where` is 'file:line' of lines, 'file[index]' of anything else; a UserError begins with it and says what is there.
-    """
-    path, name = Path(source), r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}"
+def find_files(source):
+    """A source -> its files: a .jsonl, .json, .csv or .parquet, .gz too, a folder of them, a glob, MovieLens' u.data,
+    or a hub's data set as in `hub_files`."""
+    path = Path(source)
     if path.is_dir():
         paths = sorted(file for file in path.iterdir() if kind_of(file) in READERS)
-    elif path.exists() or kind_of(path) in READERS or not re.fullmatch(name, str(source)):
+    elif not path.exists() and (paths := sorted(map(Path, glob.glob(str(source), recursive=True)))):
+        pass
+    elif path.exists() or kind_of(path) in READERS or not re.fullmatch(HUB, str(source)):
         paths = [path]
     else:
         paths = hub_files(str(source))
-    rows = []
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
         if kind_of(path) not in READERS:
             raise UserError(f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz")
-        rows += READERS[kind_of(path)](path)
-    for where, row in rows:
+    return paths
+
+
+def stream_rows(source, paths):
+    """Yields (where, row): 'file:line' of lines, 'file[index]' of anything else. A UserError begins with it and says
+    what is there."""
+    empty = True
+    for where, row in itertools.chain.from_iterable(READERS[kind_of(path)](path) for path in paths):
         if not isinstance(row, dict):
             raise UserError(f"{where}: a row is an object, found {brief(row)}")
-    if not rows:
+        empty = False
+        yield where, row
+    if empty:
         raise UserError(f"{source}: no rows in it")
-    return rows
+
+
+def read_rows(source):
+    """[(where, row), ...] of a source, see `find_files` and `stream_rows`."""
+    return list(stream_rows(source, find_files(source)))
+
+
+def stream_sources(sources):
+    """Yields (where, row, number of its source) of what `weigh` returns."""
+    return ((*row, n) for n, (name, _, paths) in enumerate(sources) for row in stream_rows(name, paths))
+
+
+def weigh(sources):
+    """Sources, each a name or name@weight -> [(name, weight or None where no source has one, files), ...]."""
+    found = []
+    for source in [sources] if isinstance(sources, (str, Path)) else sources:
+        name, mark, weight = str(source).rpartition("@")
+        name, weight = (name, weight) if mark and not Path(source).exists() else (str(source), None)
+        try:
+            if weight is not None and not 0 < float(weight) < float("inf"):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"{source}: the weight after @ must be a number above 0, found {brief(weight)}") from None
+        found.append((name, weight and float(weight), find_files(name)))
+    return [(name, weight or (any(w for _, w, _ in found) and 1.0) or None, files) for name, weight, files in found]
 
 
 # --- rows to pieces of text -------------------------------------------------------------------------------------------
@@ -383,10 +450,6 @@ def read_rows(source):
 SCHEMAS = ["messages", "conversations", "prompt completion", "prompt chosen rejected", "chosen rejected",
            "instruction output", "text"]  # fmt: skip
 SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}{given}\n\n### Response:"
-)
 
 
 def text_of(row, key):
@@ -437,9 +500,7 @@ def split_row(row, chat, preference=False):
         if chat:
             ask = {"role": "user", "content": instruction + ("\n" + given if given else "")}
             return [*system, ask], [[{"role": "assistant", "content": output}]]
-        paired = ", paired with an input that provides further context" if given else ""
-        given = f"\n\n### Input:\n{given}" if given else ""
-        return ALPACA.format(paired=paired, instruction=instruction, given=given), [output]
+        return alpaca(row)["prompt"], [output]
     if any(isinstance(row[key], list) for key in keys):
         say = lambda key: [{"role": "user" if key == "prompt" else "assistant", "content": row[key]}]
         sides = [say(key) if isinstance(row[key], str) else messages_of(row, key) for key in keys]
@@ -498,6 +559,147 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     return [[(ask, False)], *([(side[0][0][len(ask) :], False), *side[1:]] for side in sides)]
 
 
+# --- recipes: plain functions of a row of some data set, to a row of a schema above -----------------------------------
+
+LETTERS = "ABCDEFGHIJ"
+ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}{given}\n\n### Response:"
+)
+INTRODUCTIONS = ("Here is a multiple-choice question about {topic}.", "Which of the choices answers this question?",
+                 "Read the question, then give the one right choice.")  # fmt: skip
+STYLES = ("{A}.", "{A})", "({A})", "{A} –", "{a})", "{n}.", "•")
+
+
+def dialogue(ask, say, **more):
+    return {"prompt": [{"role": "user", "content": ask}], "completion": [{"role": "assistant", "content": say}], **more}
+
+
+def question_of(row):
+    """(question, choices, index of the right one, rationale or "") of a multiple-choice row: ECQA's columns, the hub's
+    (ARC, CommonsenseQA), or {"question", "choices": [...], "answer": its text, letter or index}."""
+    choices = [row[f"q_op{n}"] for n in range(1, 6)] if "q_text" in row else row["choices"]
+    labels, choices = (choices["label"], choices["text"]) if isinstance(choices, dict) else (LETTERS, choices)
+    keys = ("answerKey", "q_ans", "answer")
+    answer = next(row[key] for key in keys if row.get(key) is not None)
+    known = (labels, choices) if "answerKey" in row else (choices, labels)
+    right = answer if type(answer) is int else next(list(names).index(answer) for names in known if answer in names)
+    if not isinstance(choices, list) or not 0 <= right < len(choices) <= len(LETTERS):
+        raise ValueError(answer)
+    why = next((row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), "")
+    return row["q_text"] if "q_text" in row else row["question"], choices, right, why.strip()
+
+
+def mcqa(row, rng, cot: float = 1.0, topic: str = ""):
+    """question, choices, answer, perhaps rationale: asked in one of three ways and one style of labels, with the
+    rationale as a thought in the prompt at probability `cot`; the answer alone is scored."""
+    question, choices, right, why = question_of(row)
+    intro, style = INTRODUCTIONS[rng.integers(len(INTRODUCTIONS))], STYLES[rng.integers(len(STYLES))]
+    labels = [style.format(A=LETTERS[n], a=LETTERS[n].lower(), n=n + 1) for n in range(len(choices))]
+    labelled = [f"{label} {choice}" for label, choice in zip(labels, choices)]
+    thought = [f"Solve step-by-step.\n<think> {why} </think>"] if why and rng.random() < cot else []
+    lines = [intro.format(topic=topic or row.get("dataset") or "many topics"), question, *labelled, *thought]
+    answers = choices if style == STYLES[-1] else labelled
+    return {"prompt": "\n".join(lines) + "\n Answer:", "completion": f" {answers[right]}",
+            "choices": answers, "answer": answers[right]}  # fmt: skip
+
+
+def ecqa(row):
+    """question, choices, answer and explanation -> explanation, then `Answer: X`."""
+    question, choices, right, why = question_of(row)
+    labelled = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
+    ask = f"{question}\n{labelled}\nExplain, then end with `Answer:` and the letter of your choice."
+    return dialogue(ask, f"{why}\nAnswer: {LETTERS[right]}", choices=[*LETTERS[: len(choices)]], answer=LETTERS[right])
+
+
+def alpaca(row):
+    """instruction, output, perhaps input -> the prompt of Stanford's Alpaca as a text, whatever template there is."""
+    given = row.get("input") or ""
+    paired = ", paired with an input that provides further context" if given else ""
+    given = f"\n\n### Input:\n{given}" if given else ""
+    prompt = ALPACA.format(paired=paired, instruction=row["instruction"], given=given)
+    return {"prompt": prompt, "completion": row["output"]}
+
+
+def chatml(row):
+    """messages or conversations as they are, or a text in ChatML's markup -> messages, for the model's own template."""
+    if "messages" in row or "conversations" in row:
+        return row
+    found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", row["text"], re.S)
+    return {"messages": [{"role": role, "content": content} for role, content in found]}
+
+
+def movielens(row, liked: int = 4):
+    """history of (title, rating), title and rating, as `read_movielens` makes them -> Yes or No: is it rated `liked` or
+    more? Rows with instruction, input and output (Yes or No) are taken as they are."""
+    if "instruction" in row:
+        return {**row, "output": row["output"].strip(" ."), "choices": ["Yes", "No"], "answer": row["output"].strip(" .")}
+    sides = {True: [], False: []}
+    for title, rating in row["history"]:
+        sides[rating >= liked].append(title)
+    lines = [f"{what}: {'; '.join(sides[how]) or 'none'}" for what, how in (("Liked films", True), ("Disliked films", False))]
+    ask = "\n".join([*lines, f"Will this viewer like {row['title']}? Answer Yes or No."])
+    return dialogue(ask, answer := ("No", "Yes")[row["rating"] >= liked], choices=["Yes", "No"], answer=answer)
+
+
+def ultrafeedback(row, rng):
+    """prompt, chosen, rejected (texts or messages) as a conversation; or instruction and completions with scores: the
+    best against one of the others, drawn."""
+    if "completions" in row:
+        rated = sorted(row["completions"], key=lambda one: float(one["overall_score"]))
+        worse = [one for one in rated if float(one["overall_score"]) < float(rated[-1]["overall_score"])]
+        if not worse:
+            return "all completions are rated alike"
+        row = {"prompt": row["instruction"], "chosen": rated[-1]["response"],
+               "rejected": worse[rng.integers(len(worse))]["response"]}  # fmt: skip
+    say = lambda role, side: side if isinstance(side, list) else [{"role": role, "content": side}]
+    return {"prompt": say("user", row["prompt"])} | {key: say("assistant", row[key]) for key in ("chosen", "rejected")}
+
+
+def gsm8k(row, mark: str = "Answer:"):
+    """question and answer -> the reasoning without its calculator notes, then `mark` and the number."""
+    why, _, number = row["answer"].rpartition("####")
+    answer, why = number.strip(), re.sub(r"<<.*?>>", "", why).strip()
+    return dialogue(row["question"], f"{why}\n{mark} {answer}", answer=answer)
+
+
+RECIPES = {recipe.__name__: recipe for recipe in (mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k)}
+
+
+def use_recipe(name, args, seed):
+    """(make(row, epoch=0) -> the row that the recipe makes of it, or why it is left out; whether it draws anything).
+
+    What it draws follows from (seed, epoch, the row itself): the same after a resume, and whatever else is in the data.
+    UserError: no such recipe or argument; a row that it cannot read.
+    """
+    if not name:
+        return (lambda row, epoch=0: row), False
+    if name not in RECIPES:
+        raise UserError(f"recipe: {name!r} is not one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
+    recipe, takes, given = RECIPES[name], signature(RECIPES[name]).parameters, {}
+    for key, value in (args or {}).items():
+        if key not in [*takes][1:] or key == "rng":
+            raise UserError(f"recipe_args: {name} takes no {key!r}{nearest(key, [*takes][1:])}")
+        try:
+            given[key] = convert(value, takes[key].annotation)
+        except ValueError:
+            raise UserError(f"recipe_args: {key}: expected {takes[key].annotation.__name__}, found {brief(value)}") from None
+
+    def make(row, epoch=0):
+        drawn = []
+        if "rng" in takes:
+            crc = zlib.crc32(json.dumps(row, default=str).encode())
+            drawn = [np.random.default_rng([seed, epoch, crc])]
+        try:
+            made = recipe(row, *drawn, **given)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
+            wanted = recipe.__doc__.partition("->")[0].partition(":")[0].strip(" .\n")
+            raise UserError(f"does not fit recipe {name} ({' '.join(wanted.split())}): {brief(row, 100)}") from None
+        return {"weight": row.get("weight")} | made if isinstance(made, dict) else made
+
+    return make, "rng" in takes
+
+
 # --- pieces to segments -----------------------------------------------------------------------------------------------
 
 
@@ -534,16 +736,25 @@ def assemble(sides, tokenizer, max_length=None, weight=1.0):
         return "answer longer than max_length"
     ids, scored = fitted
     parts = [(ids, scored & (np.arange(len(ids)) > 0)), *answers]  # nothing predicts a first token
-    labels = [np.where(scored, ids, IGNORE).astype(np.int32) for ids, scored in parts]
-    return [Segment(ids, labels[n], 0 if n else -1, max(n - 1, 0), weight) for n, (ids, _) in enumerate(parts)]
+    return to_segments([np.where(scored, ids, ~ids) for ids, scored in parts], weight)
 
 
-def render_rows(rows, tokenizer, max_length=None, **options):
+def to_segments(parts, weight):
+    """[ids int32 (T,), with ~id where a token is not scored] -> Segments: one, or a prompt and what continues it."""
+    parts = [(np.where(ids < 0, ~ids, ids), np.where(ids < 0, np.int32(IGNORE), ids)) for ids in parts]
+    return [Segment(*part, 0 if n else -1, max(n - 1, 0), weight) for n, part in enumerate(parts)]
+
+
+def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     """[(where, row), ...] -> per row (list[Segment] or why it is dropped, its tokens before truncation, scored ones).
-    `options` as in `lay_out`. UserError: a row is malformed, beginning with its `where`."""
+    `make` is a recipe's, `options` as in `lay_out`. UserError: a row is malformed, beginning with its `where`."""
     laid = []
-    for where, row in rows:
+    for where, row, *_ in rows:
         try:
+            row = make(row) if make else row
+            if isinstance(row, str):
+                laid.append((row, 1.0))
+                continue
             weight = 1.0 if row.get("weight") is None else row["weight"]
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
                 raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
@@ -570,7 +781,7 @@ def render_row(row, tokenizer, max_length=None, **options):
     return next(render_rows([("row", row)], tokenizer, max_length, **options))[0]
 
 
-# --- the ledger and data sets -----------------------------------------------------------------------------------------
+# --- the ledger -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -591,9 +802,12 @@ class Ledger:
     truncated_scored: int = 0  # truncated tokens that would have been scored
     dropped: int = 0
     reasons: dict = field(default_factory=dict)  # reason: {"rows", "tokens", "where": the first few}
+    sources: list = field(default_factory=list)  # [{"name", "examples", "share": expected, of the rows seen}]
+    crc: int = 0  # of the examples
 
     def add(self, where, found, tokens, scored, end_ids):
         """Enters a row as `render_rows` yields it."""
+        self.rows += 1
         self.tokens += tokens
         if isinstance(found, str):
             self.rows_dropped += 1
@@ -632,29 +846,140 @@ class Ledger:
         text += f", {self.rows_truncated:,} cut to max_length" * bool(self.rows_truncated)
         text += f", {self.rows_dropped:,} dropped{self.why()}" * bool(self.rows_dropped)
         text += f", {self.rows_not_sampled:,} not sampled" * bool(self.rows_not_sampled)
+        seen = " · ".join(f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources)
+        text += f"\nof the rows seen {seen}" * (len(self.sources) > 1)
         return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
 
 
-def load_examples(sources, tokenizer, *, max_length=None, max_samples=None, seed=0, **options):
-    """Sources (see `read_rows`) -> (examples: a list of list[Segment], the rows they came from, ledger).
+# --- examples on disk -------------------------------------------------------------------------------------------------
 
-    `max_samples` rows are drawn by `seed` and keep their order; `options` as in `lay_out`. UserError: a file or row is
-    wrong, nothing is scored, or no end of turn is scored in any row.
-    """
-    sources = [sources] if isinstance(sources, (str, Path)) else sources
-    rows = [found for source in sources for found in read_rows(source)]
-    ledger, examples, kept = Ledger(len(rows)), [], []
-    if max_samples is not None and max_samples < len(rows):
-        ledger.rows_not_sampled = len(rows) - max_samples
-        rows = [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:max_samples])]
-    for chunk in (rows[at : at + 4096] for at in range(0, len(rows), 4096)):
-        for (where, row), (found, *counts) in zip(chunk, render_rows(chunk, tokenizer, max_length, **options)):
-            ledger.add(where, found, *counts, tokenizer.end_ids)
+# of an example: where in tokens.bin its segments begin and the last one ends, where in rows.bin its row does
+LAYOUT = np.dtype([("bounds", np.int64, 4), ("row", np.int64, 2), ("weight", float), ("source", np.int64)])
+FILES = {"index.bin": LAYOUT, "tokens.bin": np.int32, "rows.bin": np.uint8}  # a token not scored as ~id; rows in JSON
+
+
+@dataclass(eq=False)
+class Examples(Sequence):
+    """Examples on disk, memory-mapped: those of `folder` that `at` (N,) names, as epoch `number` sees them; or the rows
+    they came from. Where the recipe draws, an epoch after the first is rendered when it is asked for, and a rendering
+    that does not fit gives way to the first epoch's."""
+
+    folder: Path
+    at: np.ndarray
+    shares: list  # of the rows seen that are expected from each source; [] where every row is seen once
+    seed: int
+    make: object  # the recipe: (row, epoch) -> row
+    render: object  # where that draws: row -> list[Segment], or why not
+    number: int = 0
+    as_rows: bool = False
+
+    @cached_property
+    def files(self):
+        return [np.memmap(self.folder / name, kind, "r") for name, kind in FILES.items()]
+
+    def __len__(self):
+        return len(self.at)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[n] for n in range(len(self))[i]]
+        index, tokens, rows = self.files
+        bounds, (start, stop), weight, _ = index[self.at[i]]
+        if self.as_rows or self.number and self.render:
+            row = self.make(json.loads(rows[start:stop].tobytes()), self.number)
+            found = row if self.as_rows or isinstance(row, str) else self.render(row)
             if not isinstance(found, str):
-                examples.append(found)
-                kept.append(row)
+                return found
+        return to_segments([tokens[a:b] for a, b in itertools.pairwise(bounds) if a < b], float(weight))
+
+    def epoch(self, number):
+        """As many of these as epoch `number` sees; with weights drawn anew, so that each source has its share."""
+        source = self.files[0]["source"][self.at]
+        groups = [self.at[source == n] for n in range(len(self.shares))]
+        at = mix(groups, self.shares, len(self), [self.seed, number]) if groups else self.at
+        return replace(self, at=at, number=number)
+
+    @property
+    def fingerprint(self):
+        """Changes when the examples do."""
+        return f"{len(self)}-{zlib.crc32(self.at.tobytes(), read_json(self.folder / 'ledger.json')['crc']):08x}"
+
+
+def mix(groups, shares, total, seed):
+    """`total` of the arrays' items: of each its share, all of it as often as that fits, the rest drawn."""
+    shares = np.array([share * (len(group) > 0) for group, share in zip(groups, shares)])
+    counts = np.diff(np.round(np.cumsum(shares) / shares.sum() * total).astype(int), prepend=0)
+    draw, parts = np.random.default_rng(seed).permutation, []
+    for group, count in zip(groups, counts):
+        parts += [group] * (count // max(len(group), 1)) + [draw(group)[: count % max(len(group), 1)]]
+    return np.concatenate(parts)
+
+
+def write_examples(folder, rows, ledger, tokenizer, **options):
+    """Renders (where, row, number of its source) into a new folder, which takes its name when it is whole."""
+    at = [0, 0]  # bytes... of tokens.bin (ids) and rows.bin so far
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
+        files = [open(Path(aside, name), "wb") for name in FILES]
+        rows = iter(tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
+        while chunk := list(itertools.islice(rows, 1024)):
+            parts = [[], [], []]
+            for (where, row, source), (found, *counts) in zip(chunk, render_rows(chunk, tokenizer, **options)):
+                ledger.add(where, found, *counts, tokenizer.end_ids)
+                if isinstance(found, str):
+                    continue
+                text = json.dumps(row, default=str).encode()
+                bounds = [*itertools.accumulate([at[0], *(len(segment.ids) for segment in found)])]
+                entry = (bounds + bounds[-1:] * 3)[:4], (at[1], at[1] + len(text)), found[0].weight, source
+                at = bounds[-1], at[1] + len(text)
+                ledger.sources[source]["examples"] += 1
+                parts[0].append(np.array(entry, LAYOUT).tobytes())
+                parts[1] += [np.where(s.labels == IGNORE, ~s.ids, s.ids).tobytes() for s in found]
+                parts[2].append(text)
+            for file, part in zip(files, parts):
+                file.write(data := b"".join(part))
+                ledger.crc = zlib.crc32(data, ledger.crc)
+        for file in files:
+            file.close()
+        Path(aside, "ledger.json").write_text(json.dumps(ledger.as_dict()))
+        with suppress(OSError):  # another process may have been first
+            os.rename(aside, folder)
+
+
+def load_examples(sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options):
+    """Sources as in `weigh` -> (Examples, their rows, ledger).
+
+    `max_samples` rows are drawn by `seed` and keep their order; `recipe` as in `use_recipe`, `options` (`max_length`,
+    ...) as in `render_rows`. Kept in $PLAINTUNE_CACHE (~/.cache/plaintune) under a hash of all they follow from, so a
+    second start reads no row. UserError: a file or row is wrong; nothing, or no end of turn, is scored.
+    """
+    sources, (make, draws) = weigh(sources), use_recipe(recipe, recipe_args, seed)
+    known = [max_samples, recipe, recipe_args, options, (draws or max_samples is not None) and seed, tokenizer.identity]
+    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=16)
+    for path in [Path(__file__), *(path for _, _, paths in sources for path in paths)]:
+        digest.update(str(path).encode())
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(2**20), b""):
+                digest.update(block)
+    folder = Path(os.environ.get("PLAINTUNE_CACHE", "~/.cache/plaintune")).expanduser() / digest.hexdigest()
+    if not (folder / "ledger.json").exists():
+        ledger = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources])
+        rows = stream_sources(sources)
+        if max_samples is not None:
+            total = sum(1 for _ in stream_sources(sources))
+            picked = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
+            rows, ledger.rows_not_sampled = (row for n, row in enumerate(rows) if n in picked), total - len(picked)
+            ledger.rows = ledger.rows_not_sampled
+        write_examples(folder, rows, ledger, tokenizer, make=make, **options)
+    ledger = Ledger(**read_json(folder / "ledger.json"))
     ledger.check()
-    return examples, kept, ledger
+    weights = [weight or source["examples"] for source, (_, weight, _) in zip(ledger.sources, sources)]
+    for source, weight in zip(ledger.sources, weights):
+        source["share"] = weight / sum(weights)
+    render = (lambda row: render_row(row, tokenizer, **options)) if draws else None
+    shares = weights if sources[0][1] else []
+    examples = Examples(folder, np.arange(ledger.examples), shares, seed, make, render)
+    return examples, replace(examples, as_rows=True), ledger
 
 
 def split_holdout(examples, rows, size, seed=0):
@@ -662,20 +987,27 @@ def split_holdout(examples, rows, size, seed=0):
     held = round(size * len(examples)) if 0 < size < 1 else int(size)
     if not 0 <= held < len(examples):
         raise UserError(f"cannot hold out {size} of {len(examples)} examples; give a share below 1 or a smaller count")
-    out = set(np.random.default_rng(seed).permutation(len(examples))[:held].tolist())
-    pick = lambda inside: tuple([x for i, x in enumerate(xs) if (i in out) == inside] for xs in (examples, rows))
-    return pick(False), pick(True)
+    out = np.isin(np.arange(len(examples)), np.random.default_rng(seed).permutation(len(examples))[:held])
+    return [tuple(replace(part, at=part.at[where]) for part in (examples, rows)) for where in (~out, out)]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-# the names of LLaMA-Factory, Axolotl, PEFT and older TRL; they count where a dataclass has the target and not the name
-ALIASES = {
-    "cutoff_len": "max_length", "max_seq_length": "max_length", "sequence_len": "max_length",
-    "model_name_or_path": "model", "base_model": "model", "dataset": "data", "dataset_name": "data",
-    "lora_rank": "lora_r", "r": "lora_r", "lora_target_modules": "target_modules", "lora_target": "target_modules",
-    "num_epochs": "num_train_epochs", "micro_batch_size": "per_device_train_batch_size", "lr": "learning_rate",
-}  # fmt: skip
+# other tools' names (TRL, PEFT, LLaMA-Factory, Axolotl, plain scripts); one counts where a dataclass has its target and
+# not the name itself
+ALIASES = {alias: name for name, others in {
+    "model": "model_name_or_path model_name model_id base_model", "dtype": "torch_dtype",
+    "data": "dataset dataset_name train_file train_data data_path", "val_size": "val_set_size test_size",
+    "eval_data": "eval_dataset eval_file validation_file", "max_eval_samples": "eval_samples",
+    "max_length": "cutoff_len max_seq_length max_seq_len sequence_len model_max_length",
+    "lora_r": "lora_rank r rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "beta": "pref_beta",
+    "target_modules": "lora_target_modules lora_target", "modules_to_save": "lora_modules_to_save additional_target",
+    "num_train_epochs": "num_epochs epochs", "learning_rate": "lr", "optim": "optimizer", "loss_type": "pref_loss",
+    "per_device_train_batch_size": "micro_batch_size train_batch_size batch_size", "lr_scheduler_type": "lr_scheduler",
+    "max_grad_norm": "gradient_clipping", "eval_strategy": "evaluation_strategy", "resume": "resume_from_checkpoint",
+    "bnb_4bit_quant_type": "quant_type", "bnb_4bit_use_double_quant": "double_quantization use_double_quant",
+    "bnb_4bit_compute_dtype": "compute_dtype", "attn_implementation": "flash_attn", "adapter": "adapter_name_or_path",
+}.items() for alias in others.split()}  # fmt: skip
 BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -727,6 +1059,12 @@ def convert(value, kind):
     raise ValueError(value)
 
 
+def find_name(where, kinds, aliases):
+    """The field that a key in its sections means: [lora, r] is `lora_r`, else `r`; None where there is none."""
+    names = [name for n in range(len(where)) for name in ["_".join(where[n:])]]
+    return next((aliases.get(name, name) for name in names if aliases.get(name, name) in kinds), None)
+
+
 def read_settings(path, kinds, aliases):
     """{field: value} of a YAML or JSON file, flat or in sections: `lora: {r: 32}` is `lora_r`, else `r`."""
     settings = {}
@@ -734,12 +1072,11 @@ def read_settings(path, kinds, aliases):
     def enter(tree, sections):
         for key, value in tree.items():
             where = [*sections, str(key)]
-            names = ["_".join(where[n:]) for n in range(len(where))]
-            name = next((aliases.get(name, name) for name in names if aliases.get(name, name) in kinds), None)
+            name = find_name(where, kinds, aliases)
             if isinstance(value, dict) and (name is None or dict not in types_of(kinds[name])):
                 enter(value, where)
             elif name is None:
-                raise UserError(f"{path}: unknown key {'.'.join(where)!r}{nearest(names[0], kinds)}")
+                raise UserError(f"{path}: unknown key {'.'.join(where)!r}{nearest('_'.join(where), kinds)}")
             elif name in settings:
                 raise UserError(f"{path}: {name} is given twice, the second time as {'.'.join(where)!r}")
             else:
@@ -762,8 +1099,9 @@ def read_settings(path, kinds, aliases):
 def parse_config(cls, argv=None, description="", aliases=ALIASES):
     """A command line -> an instance of the dataclass `cls`, whose fields are the flags and hold the only defaults.
 
-    `--config FILE` (YAML or JSON) comes first, flags override it; the comment at the end of a field's line is its help.
-    UserError: an unknown flag or key, with the nearest; a value of another type, with the expected; a field left open.
+    `--config FILE ...` (YAML or JSON) comes first, a later file overrides an earlier, flags (`--lora_r`, `--lora-r`,
+    `--lora.r`) override all; the comment at the end of a field's line is its help. UserError: an unknown flag or key,
+    with the nearest; a value of another type, with the expected; a field left open.
     """
     hints = get_type_hints(cls)
     kinds = {f.name: hints[f.name] for f in fields(cls)}
@@ -771,79 +1109,203 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
     aliases = {alias: name for alias, name in aliases.items() if name in kinds and alias not in kinds}
     lines = [line for base in cls.__mro__[::-1] if is_dataclass(base) for line in getsource(base).splitlines()]
     notes = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+):.*?  # (.*)", line))}
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
 
     def fail(message):
         raise UserError(f"{message}; --help explains every flag")
 
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=plain)
-    parser.error = fail
-    parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON, flat or in sections; flags win")
-    for f in fields(cls):
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        default = " ".join(map(str, default)) if isinstance(default, list) else default
-        help = notes.get(f.name, "") + (f" (default: {default})" if default is not MISSING else "")
-        allowed = types_of(kinds[f.name])
-        options = {"help": help.replace("%", "%%"), "metavar": getattr(allowed[0], "__name__", "value").upper()}
-        options |= {"nargs": "?", "const": "true"} if bool in allowed else {}
-        options |= {"nargs": "*"} if list in allowed or tuple in allowed else {}
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
-    words = []
+    given = {}
     for word in sys.argv[1:] if argv is None else argv:
-        if found := re.match(r"--([A-Za-z][\w-]*)", word):
+        if word in ("-h", "--help"):
+            print(description, "--config FILE ...\n      settings in YAML or JSON, flat or in sections; flags win", sep="\n\n")
+            for name, default in defaults.items():
+                default = " ".join(map(str, default)) if isinstance(default, list) else default
+                note = notes.get(name, "") + (f" (default: {default})" if default is not MISSING else "")
+                print(f"--{name} {getattr(types_of(kinds[name])[0], '__name__', 'value').upper()}\n      {note}")
+            sys.exit(0)
+        if found := re.match(r"--([A-Za-z][\w.-]*)(=?)", word):
             name = found[1].replace("-", "_")
-            name = aliases.get(name, name)
-            if name not in kinds and name not in ("config", "help"):
-                fail(f"unknown flag {found[0]}{nearest(name, kinds)}")
-            word = f"--{name}{word[found.end() :]}"
-        words.append(word)
-    given = vars(parser.parse_args(words))
-    given |= {name: value[0] for name, value in given.items() if isinstance(value, list) and len(value) == 1}
-    file = given.pop("config")
-    values = (read_settings(file, kinds, aliases) if file else {}) | given
-    for name, value in values.items():
+            name = "config" if name == "config" else find_name(name.split("."), kinds, aliases)
+            if name is None:
+                fail(f"unknown flag --{found[1]}{nearest(found[1], kinds)}")
+            given[name] = [word[found.end() :]] if found[2] else []
+        elif not given:
+            fail(f"unrecognized arguments: {word}")
+        else:
+            given[name].append(word)
+    values = {}  # name: (value, where it stands)
+    for file in given.pop("config", []):
+        values |= {name: (value, f"{file}: {name}") for name, value in read_settings(file, kinds, aliases).items()}
+    for name, found in given.items():
+        found = found or ["true"] * (bool in types_of(kinds[name]))
+        values[name] = found[0] if len(found) == 1 else found, f"--{name}"
+    for name, (value, where) in values.items():
         try:
             values[name] = convert(value, kinds[name])
         except (ValueError, TypeError):
-            where = f"--{name}" if name in given else f"{file}: {name}"
             raise UserError(f"{where}: expected {names[name]}, found {brief(value)}") from None
-    for f in fields(cls):
-        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
-            fail(f"--{f.name} is needed ({notes.get(f.name, names[f.name])})")
+    if left := [name for name, default in defaults.items() if default is MISSING and name not in values]:
+        fail(f"--{left[0]} is needed ({notes.get(left[0], names[left[0]])})")
     return cls(**values)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def coloured(example, tokenizer):
-    """An example as text, what is scored in green, or between ⟦ ⟧ where there is no terminal."""
-    start, stop, text = *(("\033[32m", "\033[0m") if sys.stdout.isatty() else "⟦⟧"), ""
-    for segment in example:
-        scored = segment.labels != IGNORE
-        for run in np.split(np.arange(len(scored)), np.flatnonzero(np.diff(scored)) + 1):
-            piece = tokenizer.decode(segment.ids[run], skip_special=False)
-            text += start + piece + stop if scored[run].any() else piece
-    return text
-
-
 @dataclass
-class ShowConfig:
-    model: str  # folder or hub id whose tokenizer and chat template render the rows
-    data: list[str]  # files, folders or data sets of the hub
-    n: int = 3  # rows to show
-    max_length: int | None = None  # tokens; what is longer loses the start of its prompt
+class DataConfig:
+    model: str = ""  # show, audit: whose tokenizer and template render the rows; pairs: what gives wrong answers
+    data: list[str] = field(default_factory=list)  # files, folders, globs or hub ids, each perhaps with @weight
+    recipe: str = ""  # how rows of a data set's own form are read: mcqa, ecqa, alpaca, chatml, movielens, ...
+    recipe_args: dict = field(default_factory=dict)  # its arguments
+    preference: bool = False  # rows are prompt, chosen and rejected
+    max_length: int | None = None  # tokens of an example
+    max_samples: int | None = None  # use this many rows, drawn by seed
+    n: int = 3  # show: this many rows; mix: in all, if above 3
+    by: Literal["tokens", "characters"] = "tokens"  # audit: what is counted
+    output: str = ""  # the file to write: audit's PNG, mix's and pairs' JSONL
+    max_new_tokens: int = 256  # pairs: longest answer of the model
+    temperature: float = 0.8  # pairs: of its draws
+    seed: int = 42  # of what is drawn
+
+
+def load(config, **options):
+    """(tokenizer, *load_examples' three) of a command's settings."""
+    if not config.model or not config.data:
+        raise UserError(f"--{'data' if config.model else 'model'} is needed; --help explains every flag")
+    plain = (Path(config.model) / "tokenizer.json").is_file()  # a tokenizer's folder will do
+    tokenizer = Tokenizer(config.model if plain else resolve(config.model))
+    options = {"max_length": config.max_length, "max_samples": config.max_samples, "seed": config.seed,
+               "recipe": config.recipe, "recipe_args": config.recipe_args, "preference": config.preference} | options  # fmt: skip
+    return tokenizer, *load_examples(config.data, tokenizer, **options)
+
+
+def write_rows(path, rows):
+    if not path or Path(path).exists():
+        raise UserError(f"--output {path}: " + ("exists already; name a new file" if path else "a file is needed"))
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def show(config):
+    """Rows as the model sees them, what is scored in green, or between ⟦ ⟧ where there is no terminal."""
+    tokenizer, examples, _, ledger = load(config)
+    start, stop = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "⟦⟧"
+    for example in examples[: config.n]:
+        for segment in example:
+            scored = segment.labels != IGNORE
+            for run in np.split(np.arange(len(scored)), np.flatnonzero(np.diff(scored)) + 1):
+                piece = tokenizer.decode(segment.ids[run], skip_special=False)
+                print(start + piece + stop if scored[run].any() else piece, end="")
+        print("\n")
+    print(ledger)
+
+
+def audit(config):
+    """How long rows are, what max_length would cut, what is there twice, whether each teaches where to stop."""
+    tokenizer, examples, _, ledger = load(config, max_length=None)
+    sizes, hashes = [], set()
+    for example in examples:
+        prompt, *answers = [s.ids for s in example]
+        hashes.add(hash(b"|".join(s.ids.tobytes() for s in example)))
+        scored = np.concatenate([s.ids[s.labels != IGNORE] for s in example])
+        whole = [np.concatenate([prompt, answer]) for answer in answers or [prompt[:0]]]
+        count = len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
+        sizes.append((max(map(count, whole)), count(scored), max(map(len, whole))))
+    sizes = np.array(sizes)
+    print(f"{config.by:<12}{'min':>8}{'mean':>9}{'max':>8}" + "".join(f"{f'p{q}':>8}" for q in (50, 90, 95, 99, 100)))
+    for name, column in (("example", sizes[:, 0]), ("scored", sizes[:, 1])):
+        low, *rest = np.percentile(column, [0, 50, 90, 95, 99, 100])
+        print(f"{name:<12}{low:8.0f}{column.mean():9.1f}{rest[-1]:8.0f}" + "".join(f"{x:8.0f}" for x in rest))
+    fits = int(-(-np.percentile(sizes[:, 2], 99) // 64) * 64)
+    limit = config.max_length or fits
+    print(f"suggested max_length: {fits} tokens, which leaves {(sizes[:, 2] <= fits).mean():.1%} of the examples whole")
+    print(f"{len(examples) - len(hashes):,} duplicates; {ledger.rows_ended:,} of {len(examples):,} score an end of turn")
+    print(f"with max_length {limit}: {load(config, max_length=limit)[3]}")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.hist(sizes[:, 0], bins=60)
+    if config.by == "tokens":
+        axes.axvline(limit, color="C1", label=f"max_length {limit}")
+        axes.legend()
+    axes.set(xlabel=f"{config.by} of an example", ylabel="examples")
+    figure.savefig(config.output or "lengths.png", dpi=130, format="png")
+    print(f"histogram: {config.output or 'lengths.png'}")
+
+
+def read_made(config):
+    """Yields (row as the recipe makes it or why it leaves it out, number of its source), a fault with its place."""
+    make, _ = use_recipe(config.recipe, config.recipe_args, config.seed)
+    for where, row, source in stream_sources(weigh(config.data)):
+        try:
+            yield make(row), source
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def mix_sources(config):
+    """One JSONL of all sources' rows, shuffled, each source with the share that its @weight says."""
+    made, sources = [pair for pair in read_made(config) if isinstance(pair[0], dict)], weigh(config.data)
+    groups = [np.flatnonzero([source == n for _, source in made]) for n in range(len(sources))]
+    weights = [weight or len(group) for (_, weight, _), group in zip(sources, groups)]
+    at = mix(groups, weights, config.max_samples or len(made), config.seed)
+    write_rows(config.output, [made[i][0] for i in np.random.default_rng(config.seed).permutation(at)])
+    counts = [(name, np.isin(at, group).sum()) for (name, _, _), group in zip(sources, groups)]
+    shares = " · ".join(f"{n / len(at):.1%} from {name} ({n:,})" for name, n in counts)
+    print(f"{config.output}: {len(at):,} rows: {shares}")
+
+
+def pairs(config):
+    """Preference rows of questions with a known answer. Chosen is the row's own answer, rejected the same with a wrong
+    choice in its place or, with --model, a wrong answer of the model's."""
+    from eval import find_answer, split_prompt
+
+    counts, asked, found, draw = Counter(), [], {}, np.random.default_rng(config.seed)
+    for row, _ in read_made(config):
+        if isinstance(row, str):
+            counts[row] += 1
+            continue
+        prompt, (answer, *_) = split_row(row, True)
+        prompt, answer = (prompt + answer[:-1], answer[-1:]) if isinstance(answer, list) else (prompt, answer)
+        text = answer if isinstance(answer, str) else answer[0]["content"]
+        gold = row.get("answer") or find_answer(text)
+        wrong = [text.removesuffix(gold) + c for c in row.get("choices") or () if c != gold] if gold else []
+        asked.append((prompt, answer, text, gold, [wrong[draw.integers(len(wrong))]] if wrong else []))
+    if config.model:
+        from sft import pick_device
+
+        tokenizer, model = Tokenizer(resolve(config.model)), load_model(config.model, device=pick_device("auto"))
+        ids = [split_prompt(render_row({"prompt": p, "completion": a}, tokenizer))[0] for p, a, *_ in asked]
+        settings = {"temperature": config.temperature, "eos_ids": tokenizer.end_ids, "seed": config.seed}
+        for at in range(0, len(ids), 32):
+            outputs = generate(model, ids[at : at + 32], config.max_new_tokens, **settings)
+            for one, output in zip(asked[at : at + 32], outputs):
+                one[-1][:] = [tokenizer.decode(output)]
+    for prompt, answer, text, gold, wrong in asked:
+        said = wrong and (find_answer(wrong[0]) if find_answer(text) else wrong[0].strip())
+        if not gold or not said or said == gold:
+            counts["answered right" if said and said == gold else "no answer to compare"] += 1
+            continue
+        rejected = wrong[0] if isinstance(answer, str) else [{**answer[0], "content": wrong[0]}]
+        pair = {"prompt": prompt, "chosen": answer, "rejected": rejected}
+        counts["the same as another"] += json.dumps(pair) in found
+        found[json.dumps(pair)] = pair
+    write_rows(config.output, found.values())
+    print(f"{config.output}: {len(found):,} pairs" + "".join(f"; {why}: {n:,}" for why, n in counts.items() if n))
+
+
+COMMANDS = {"show": show, "audit": audit, "mix": mix_sources, "pairs": pairs}
 
 
 def main():
     command, *argv = sys.argv[1:] or [""]
-    if command != "show":
-        raise UserError(f"unknown command {command!r}; usage: python data.py show --model MODEL --data FILE [--n 3]")
-    config = parse_config(ShowConfig, argv, "Rows as the model sees them, what is scored in colour.")
-    plain = (Path(config.model) / "tokenizer.json").is_file()  # a tokenizer's folder will do
-    tokenizer = Tokenizer(config.model if plain else resolve(config.model))
-    examples, _, ledger = load_examples(config.data, tokenizer, max_length=config.max_length)
-    print(*(coloured(example, tokenizer) for example in examples[: config.n]), ledger, sep="\n\n")
+    if command not in COMMANDS:
+        about = f"{nearest(command, COMMANDS)}; usage: python data.py {'|'.join(COMMANDS)} --data FILE ... (--help)"
+        raise UserError(f"unknown command {command!r}{about}")
+    COMMANDS[command](parse_config(DataConfig, argv, COMMANDS[command].__doc__))
 
 
 if __name__ == "__main__":

@@ -561,6 +561,7 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
     examples, kept, ledger = load_examples(
         [path], chatml, max_length=24, max_samples=100, seed=5, preference=preference
     )
+    kept = list(kept)
     full = [render_row(row, chatml, preference=preference) for row in rows]
     assert len(examples) == len(kept) == ledger.examples and ledger.rows == 120 and ledger.rows_not_sampled == 20
     assert ledger.rows == ledger.examples + ledger.rows_dropped + ledger.rows_not_sampled
@@ -581,6 +582,7 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
     )
     again = load_examples([path], chatml, max_length=24, max_samples=100, seed=5, preference=preference)[1]
     other = load_examples([path], chatml, max_length=24, max_samples=100, seed=6, preference=preference)[1]
+    again, other = list(again), list(other)
     assert again == kept != other and [rows.index(row) for row in kept] == sorted(rows.index(row) for row in kept)
     assert any(isinstance(found, str) for found in full)
 
@@ -595,21 +597,20 @@ def test_what_could_teach_nothing_stops_the_run(chatml, tmp_path):
         load_examples(path, chatml, max_length=4)
 
 
-def test_holdout_is_a_seeded_partition():
-    rows = [{"n": n} for n in range(50)]
-    (kept, kept_rows), (held, held_rows) = split_holdout(list(range(50)), rows, 0.2, seed=1)
-    assert (
-        len(held) == 10
-        and sorted(kept + held) == list(range(50))
-        and [r["n"] for r in held_rows + kept_rows] == held + kept
-    )
-    assert (
-        split_holdout(list(range(50)), rows, 10, seed=1)[1][0]
-        == held
-        != split_holdout(list(range(50)), rows, 10, seed=2)[1][0]
-    )
+def test_holdout_is_a_seeded_partition(chatml, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{n} a", "completion": "cat"}) for n in range(50)))
+    examples, rows, _ = load_examples(path, chatml)
+    (kept, kept_rows), (held, held_rows) = split_holdout(examples, rows, 0.2, seed=1)
+    text = lambda found: [chatml.decode(example[0].ids).split()[0] for example in found]
+    number = lambda found: [row["prompt"].split()[0] for row in found]
+    assert len(held) == 10 and sorted(text(kept) + text(held), key=int) == [str(n) for n in range(50)]
+    assert text(kept) == number(kept_rows) and text(held) == number(held_rows) == number(held_rows[:10])
+    same, other = (split_holdout(examples, rows, 10, seed=seed)[1][1] for seed in (1, 2))
+    assert number(same) == number(held_rows) != number(other)
+    assert len({kept.fingerprint, held.fingerprint, examples.fingerprint}) == 3
     with pytest.raises(UserError, match="cannot hold out 50 of 50"):
-        split_holdout(list(range(50)), rows, 50)
+        split_holdout(examples, rows, 50)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -794,7 +795,7 @@ def test_flags_and_files_make_a_config(tmp_path):
     (["--kind", "round"], None, "--kind: expected .*linear.*found 'round'"),
     (["--rank_pattern", "{x"], None, "--rank_pattern: expected dict, found"),
     (["stray"], None, "unrecognized arguments: stray"),
-    (["--seed"], None, "argument --seed: expected one argument"),
+    (["--seed"], None, "--seed: expected int"),
     (["--config", "nowhere.yaml"], None, "--config nowhere.yaml: No such file"),
     ([], "lora: {rr: 3}", r"c.yaml: unknown key 'lora.rr' \(nearest: lora_r"),
     ([], "seed: true", "c.yaml: seed: expected int, found 'true'"),
