@@ -23,7 +23,7 @@ import types
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -45,6 +45,18 @@ def brief(value, width=60):
     """`value` as one short quoted line, for messages."""
     text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split())
     return repr(text[:width] + "…" if len(text) > width else text)
+
+
+@contextmanager
+def blamed(where, *kinds, on=None):
+    """Errors of these kinds become a UserError: `where` is wrong, the error's words, what was found there (`on`)."""
+    try:
+        yield
+    except kinds as error:
+        words = [getattr(error, name, None) for name in ("strerror", "problem", "msg")] + [str(error)]
+        words = next(filter(None, words), type(error).__name__)
+        words = words if isinstance(error, UserError) else " ".join(words.split())[:160]
+        raise UserError(f"{where}: {words}" + (f": {brief(on)}" if on is not None else "")) from None
 
 
 # --- the tokenizer and the chat template ------------------------------------------------------------------------------
@@ -89,16 +101,13 @@ class Tokenizer:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder that has one")
-        try:
+        with blamed(f"{path}: not a tokenizer", Exception):  # the library raises nothing more special
             self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more special
-            raise UserError(f"{path}: not a tokenizer: {brief(str(error), 120)}") from None
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
         names = [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
-        tokens = {name: config.get(name) for name in names}
-        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+        tokens = {name: t.get("content") if isinstance(t := config.get(name), dict) else t for name in names}
         self.special = {name: token for name, token in tokens.items() if isinstance(token, str)}
         self.bos_id, eos, self.pad_id = (self.backend.token_to_id(self.special.get(name, "")) for name in names[:3])
         added = self.backend.get_added_tokens_decoder()
@@ -120,12 +129,9 @@ class Tokenizer:
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         env.filters["tojson"] = tojson
         env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: self.now.strftime(form)}
-        try:
+        faults = jinja2.TemplateSyntaxError, TypeError, KeyError, RecursionError
+        with blamed(f"{self.template_file}: not a chat template, nor a list of them by name", *faults):
             self.templates = {t["name"]: env.from_string(t["template"]) for t in found}
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{self.template_file}: chat template, line {error.lineno}: {error.message}") from None
-        except (TypeError, KeyError, RecursionError):
-            raise UserError(f"{self.template_file}: not a chat template, nor a list of them by name") from None
         self.has_template = bool(self.templates)
 
     def read(self, name):
@@ -161,20 +167,16 @@ class Tokenizer:
             if thought := next((m[key] for key in ("reasoning_content", "thinking", "reasoning") if key in m), None):
                 m |= {"thinking": m.get("thinking", thought), "reasoning_content": thought}
         kwargs = self.special | {"tools": tools or None, "documents": None} | kwargs
-        try:
+        with blamed(f"{self.template_file}: the chat template failed", Exception):  # untrusted code, untrusted rows
             text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **kwargs)
-        except Exception as error:  # untrusted code over untrusted rows: whatever it raises is theirs
-            raise UserError(f"{self.template_file}: the chat template failed: {brief(str(error), 160)}") from None
         return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
     @cached_property
     def end_ids(self):
         """Ids that end a turn: the end tokens, and what the template writes after an answer (in Qwen3-Base not eos)."""
-        try:
-            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
+        messages, tail = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}], ""
+        with suppress(UserError):  # no template, or one that insists on a system turn, say
             tail = self.render(messages).partition(SENTINEL)[2].lstrip()
-        except UserError:  # no template, or one that insists on a system turn, say
-            tail = ""
         after = [self.added[token] for token in sorted(self.added, key=len)[::-1] if tail.startswith(token)]
         return list(dict.fromkeys([*self.eos_ids, *after[:1]]))
 
@@ -273,24 +275,20 @@ class Tokenizer:
 
 def lines_of(path, encoding="utf-8-sig"):
     """Yields (number, line) of a text file as it reads, unzipped if its name ends in .gz."""
-    number = 0
-    try:
+    with blamed(f"{path}: cannot be read", OSError, EOFError, zlib.error):
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, line.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8: byte 0x{error.object[error.start]:02x}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+                with blamed(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
+                    line = line.decode(encoding)
+                yield number, line
 
 
 def read_jsonl(path):
     for number, line in lines_of(path):
         if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}: {brief(line)}") from None
+            with blamed(f"{path}:{number}: not JSON", ValueError, RecursionError, on=line):
+                row = json.loads(line)
+            yield f"{path}:{number}", row
 
 
 def read_list(path):
@@ -311,37 +309,31 @@ def read_list(path):
 
 def read_csv(path):
     csv.field_size_limit(2**31 - 1)
-    try:
+    with blamed(f"{path}: not CSV", csv.Error):
         for number, row in enumerate(csv.DictReader(line for _, line in lines_of(path))):
             if None in row:
                 raise UserError(f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}")
             yield f"{path}[{number}]", row
-    except csv.Error as error:
-        raise UserError(f"{path}: not CSV: {error}") from None
 
 
 def read_parquet(path):
     import pyarrow.parquet
 
-    try:
+    with blamed(f"{path}: not a parquet file", pyarrow.ArrowException, OSError):
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(4096)
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a parquet file: {brief(str(error))}") from None
 
 
 def read_movielens(path, seen=10):
-    """MovieLens 100K's u.data (user, item, rating, time) with u.item (id|title|...) beside it -> a row for every rating
-    that a user gave after the first `seen`: {"history": [[title, rating], ...], the `seen` before it; "title", "rating"}.
-    """
-    split = lambda file, mark: ((n, line.rstrip("\r\n").split(mark)) for n, line in lines_of(file, "latin-1"))
-    try:
-        titles, users = {cells[0]: cells[1] for _, cells in split(path.with_name("u.item"), "|")}, {}
+    """MovieLens 100K's u.data with u.item beside it -> a row for each rating that a user gave after the first `seen`:
+    {"history": [[title, rating], ...], the `seen` before it; "title", "rating"}."""
+    split = lambda path, mark: ((n, line.rstrip("\r\n").split(mark)) for n, line in lines_of(path, "latin-1"))
+    users = {}
+    with blamed(f"{path}: not tables of MovieLens", ValueError, LookupError):
+        titles = {cells[0]: cells[1] for _, cells in split(path.with_name("u.item"), "|")}
         for number, (user, item, rating, when) in split(path, "\t"):
             users.setdefault(user, []).append((int(when), number, [titles[item], int(rating)]))
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path}: not MovieLens' user, item, rating, time and titles: {error!r}") from None
     for rated in map(sorted, users.values()):
         for n, (_, number, (title, rating)) in enumerate(rated[seen:]):
             yield f"{path}:{number}", {"history": [r for *_, r in rated[n : n + seen]], "title": title, "rating": rating}
@@ -349,7 +341,6 @@ def read_movielens(path, seen=10):
 
 READERS = {".jsonl": read_jsonl, ".json": read_list, ".csv": read_csv, ".parquet": read_parquet,
            ".data": read_movielens}  # fmt: skip
-HUB = r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}"
 
 
 def kind_of(path):
@@ -364,7 +355,7 @@ def hub_files(source):
     name, *wanted = source.split(":")
     repo, _, revision = name.partition("#")
     where = {"repo_type": "dataset", "revision": revision or None}
-    try:
+    with blamed(f"{source}: no file here, and the hub does not give it (a private one needs HF_TOKEN)", OSError):
         files = sorted(huggingface_hub.HfApi().list_repo_files(repo, **where))
         found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
         for file in (file for file in files if kind_of(file) in READERS):
@@ -382,67 +373,50 @@ def hub_files(source):
             raise UserError(f"{source} {what}; name one of: {there}")
         folder = huggingface_hub.snapshot_download(repo, allow_patterns=found[keys[0]], **where)
         return [Path(folder) / file for file in found[keys[0]]]
-    except OSError as error:  # which the hub's own are
-        raise UserError(f"{source}: no file here, and the hub does not give it (a private set needs HF_TOKEN): "
-                        f"{brief(str(error), 100)}") from None  # fmt: skip
 
 
-def find_files(source):
-    """A source -> its files: a .jsonl, .json, .csv or .parquet, .gz too, a folder of them, a glob, MovieLens' u.data,
-    or a hub's data set as in `hub_files`."""
-    path = Path(source)
-    if path.is_dir():
-        paths = sorted(file for file in path.iterdir() if kind_of(file) in READERS)
-    elif not path.exists() and (paths := sorted(map(Path, glob.glob(str(source), recursive=True)))):
-        pass
-    elif path.exists() or kind_of(path) in READERS or not re.fullmatch(HUB, str(source)):
-        paths = [path]
-    else:
-        paths = hub_files(str(source))
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
-        if kind_of(path) not in READERS:
-            raise UserError(f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz")
-    return paths
+def find_sources(sources):
+    """Sources -> [(name, weight, files), ...], the weight None where no source has one. A source is a file that READERS
+    know, .gz too, a folder of them, a glob, or a hub's data set as in `hub_files`; each perhaps with @weight."""
+    found = []
+    for source in map(str, [sources] if isinstance(sources, (str, Path)) else sources):
+        name, mark, weight = source.rpartition("@")
+        name, weight = (name, weight) if mark and not Path(source).exists() else (source, None)
+        with blamed(f"{source}: the weight after @ must be a number above 0", ValueError):
+            if weight is not None and not 0 < (weight := float(weight)) < float("inf"):
+                raise ValueError(weight)
+        path = Path(name)
+        if path.is_dir():
+            paths = sorted(file for file in path.iterdir() if kind_of(file) in READERS)
+        elif path.exists() or not (paths := sorted(map(Path, glob.glob(name, recursive=True)))):
+            hub = kind_of(path) not in READERS and re.fullmatch(r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}", name)
+            paths = hub_files(name) if hub and not path.exists() else [path]
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
+            if kind_of(path) not in READERS:
+                raise UserError(f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz")
+        found.append((name, weight, paths))
+    weighted = any(weight for _, weight, _ in found)
+    return [(name, weight or 1.0 if weighted else None, paths) for name, weight, paths in found]
 
 
-def stream_rows(source, paths):
-    """Yields (where, row): 'file:line' of lines, 'file[index]' of anything else. A UserError begins with it and says
-    what is there."""
-    empty = True
-    for where, row in itertools.chain.from_iterable(READERS[kind_of(path)](path) for path in paths):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a row is an object, found {brief(row)}")
-        empty = False
-        yield where, row
-    if empty:
-        raise UserError(f"{source}: no rows in it")
+def stream_rows(sources):
+    """Yields (where, row, number of its source) of what `find_sources` returns. `where` is 'file:line' of lines and
+    'file[index]' of anything else; a UserError begins with it and says what is there."""
+    for number, (name, _, paths) in enumerate(sources):
+        where = None
+        for where, row in (found for path in paths for found in READERS[kind_of(path)](path)):
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: a row is an object, found {brief(row)}")
+            yield where, row, number
+        if where is None:
+            raise UserError(f"{name}: no rows in it")
 
 
 def read_rows(source):
-    """[(where, row), ...] of a source, see `find_files` and `stream_rows`."""
-    return list(stream_rows(source, find_files(source)))
-
-
-def stream_sources(sources):
-    """Yields (where, row, number of its source) of what `weigh` returns."""
-    return ((*row, n) for n, (name, _, paths) in enumerate(sources) for row in stream_rows(name, paths))
-
-
-def weigh(sources):
-    """Sources, each a name or name@weight -> [(name, weight or None where no source has one, files), ...]."""
-    found = []
-    for source in [sources] if isinstance(sources, (str, Path)) else sources:
-        name, mark, weight = str(source).rpartition("@")
-        name, weight = (name, weight) if mark and not Path(source).exists() else (str(source), None)
-        try:
-            if weight is not None and not 0 < float(weight) < float("inf"):
-                raise ValueError
-        except ValueError:
-            raise UserError(f"{source}: the weight after @ must be a number above 0, found {brief(weight)}") from None
-        found.append((name, weight and float(weight), find_files(name)))
-    return [(name, weight or (any(w for _, w, _ in found) and 1.0) or None, files) for name, weight, files in found]
+    """[(where, row), ...] of a source, see `find_sources`."""
+    return [(where, row) for where, row, _ in stream_rows(find_sources(source))]
 
 
 # --- rows to pieces of text -------------------------------------------------------------------------------------------
@@ -539,10 +513,8 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     if not isinstance(kwargs, dict) or kwargs.keys() & {"messages", "add_generation_prompt", "keep_marks"}:
         raise UserError(f"'chat_template_kwargs' must be an object of the template's variables, found {brief(kwargs)}")
     if row.get("tools"):
-        try:
+        with blamed("'tools' must be a list or one in JSON", ValueError, on=row["tools"]):
             kwargs = kwargs | {"tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]}
-        except ValueError:
-            raise UserError(f"'tools' must be a list or one in JSON, found {brief(row['tools'])}") from None
     sides = []
     for answer in answers:
         messages, first = prompt + answer, 0 if completion_only_loss is False and not preference else len(prompt)
@@ -559,20 +531,20 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     return [[(ask, False)], *([(side[0][0][len(ask) :], False), *side[1:]] for side in sides)]
 
 
-# --- recipes: plain functions of a row of some data set, to a row of a schema above -----------------------------------
+# --- recipes: plain functions of a data set's own row, to a row of a schema above -------------------------------------
 
 LETTERS = "ABCDEFGHIJ"
+STYLES = ("{A}.", "{A})", "({A})", "{A} –", "{a})", "{n}.", "•")
+INTRODUCTIONS = ("Here is a multiple-choice question about {topic}.", "Which of the choices answers this question?",
+                 "Read the question, then give the one right choice.")  # fmt: skip
 ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}{given}\n\n### Response:"
 )
-INTRODUCTIONS = ("Here is a multiple-choice question about {topic}.", "Which of the choices answers this question?",
-                 "Read the question, then give the one right choice.")  # fmt: skip
-STYLES = ("{A}.", "{A})", "({A})", "{A} –", "{a})", "{n}.", "•")
 
 
-def dialogue(ask, say, **more):
-    return {"prompt": [{"role": "user", "content": ask}], "completion": [{"role": "assistant", "content": say}], **more}
+def say(role, content):
+    return [{"role": role, "content": content}]
 
 
 def question_of(row):
@@ -580,40 +552,39 @@ def question_of(row):
     (ARC, CommonsenseQA), or {"question", "choices": [...], "answer": its text, letter or index}."""
     choices = [row[f"q_op{n}"] for n in range(1, 6)] if "q_text" in row else row["choices"]
     labels, choices = (choices["label"], choices["text"]) if isinstance(choices, dict) else (LETTERS, choices)
-    keys = ("answerKey", "q_ans", "answer")
-    answer = next(row[key] for key in keys if row.get(key) is not None)
+    answer = next(row[key] for key in ("answerKey", "q_ans", "answer") if row.get(key) is not None)
     known = (labels, choices) if "answerKey" in row else (choices, labels)
     right = answer if type(answer) is int else next(list(names).index(answer) for names in known if answer in names)
     if not isinstance(choices, list) or not 0 <= right < len(choices) <= len(LETTERS):
-        raise ValueError(answer)
+        raise ValueError(f"{answer} is not one of the choices")
     why = next((row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), "")
     return row["q_text"] if "q_text" in row else row["question"], choices, right, why.strip()
 
 
-def mcqa(row, rng, cot: float = 1.0, topic: str = ""):
-    """question, choices, answer, perhaps rationale: asked in one of three ways and one style of labels, with the
-    rationale as a thought in the prompt at probability `cot`; the answer alone is scored."""
+def mcqa(row, rng, cot=1.0, topic=""):
+    """question, choices, answer, perhaps rationale -> a text, asked in one of three ways with labels of one style, the
+    rationale as a thought in it at probability `cot`; the answer alone is scored."""
     question, choices, right, why = question_of(row)
     intro, style = INTRODUCTIONS[rng.integers(len(INTRODUCTIONS))], STYLES[rng.integers(len(STYLES))]
-    labels = [style.format(A=LETTERS[n], a=LETTERS[n].lower(), n=n + 1) for n in range(len(choices))]
-    labelled = [f"{label} {choice}" for label, choice in zip(labels, choices)]
-    thought = [f"Solve step-by-step.\n<think> {why} </think>"] if why and rng.random() < cot else []
-    lines = [intro.format(topic=topic or row.get("dataset") or "many topics"), question, *labelled, *thought]
-    answers = choices if style == STYLES[-1] else labelled
-    return {"prompt": "\n".join(lines) + "\n Answer:", "completion": f" {answers[right]}",
+    intro = intro.format(topic=topic or row.get("dataset") or "many topics")
+    lines = [f"{style.format(A=A, a=A.lower(), n=n)} {text}" for n, (A, text) in enumerate(zip(LETTERS, choices), 1)]
+    answers = choices if style == STYLES[-1] else lines
+    thought = f"\nSolve step-by-step.\n<think> {why} </think>" if why and rng.random() < cot else ""
+    return {"prompt": "\n".join([intro, question, *lines]) + f"{thought}\n Answer:", "completion": f" {answers[right]}",
             "choices": answers, "answer": answers[right]}  # fmt: skip
 
 
 def ecqa(row):
-    """question, choices, answer and explanation -> explanation, then `Answer: X`."""
+    """question, choices, answer, explanation -> the explanation, then `Answer: X`."""
     question, choices, right, why = question_of(row)
-    labelled = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
-    ask = f"{question}\n{labelled}\nExplain, then end with `Answer:` and the letter of your choice."
-    return dialogue(ask, f"{why}\nAnswer: {LETTERS[right]}", choices=[*LETTERS[: len(choices)]], answer=LETTERS[right])
+    lines = [question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))]
+    ask = say("user", "\n".join([*lines, "Explain, then end with `Answer:` and the letter of your choice."]))
+    return {"prompt": ask, "completion": say("assistant", f"{why}\nAnswer: {LETTERS[right]}".strip()),
+            "choices": [*LETTERS[: len(choices)]], "answer": LETTERS[right]}  # fmt: skip
 
 
 def alpaca(row):
-    """instruction, output, perhaps input -> the prompt of Stanford's Alpaca as a text, whatever template there is."""
+    """instruction, output, perhaps input -> Stanford Alpaca's text, whatever template there is."""
     given = row.get("input") or ""
     paired = ", paired with an input that provides further context" if given else ""
     given = f"\n\n### Input:\n{given}" if given else ""
@@ -622,80 +593,63 @@ def alpaca(row):
 
 
 def chatml(row):
-    """messages or conversations as they are, or a text in ChatML's markup -> messages, for the model's own template."""
-    if "messages" in row or "conversations" in row:
-        return row
-    found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", row["text"], re.S)
-    return {"messages": [{"role": role, "content": content} for role, content in found]}
+    """messages, or text in ChatML's markup -> messages, for the model's own template."""
+    found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", "" if "messages" in row else row["text"], re.S)
+    return {"messages": row.get("messages") or [message for turn in found for message in say(*turn)]}
 
 
-def movielens(row, liked: int = 4):
-    """history of (title, rating), title and rating, as `read_movielens` makes them -> Yes or No: is it rated `liked` or
-    more? Rows with instruction, input and output (Yes or No) are taken as they are."""
+def movielens(row, liked=4):
+    """history, title, rating (see `read_movielens`), or instruction, output -> Yes or No: is it rated `liked` or more?"""
     if "instruction" in row:
-        return {**row, "output": row["output"].strip(" ."), "choices": ["Yes", "No"], "answer": row["output"].strip(" .")}
-    sides = {True: [], False: []}
-    for title, rating in row["history"]:
-        sides[rating >= liked].append(title)
-    lines = [f"{what}: {'; '.join(sides[how]) or 'none'}" for what, how in (("Liked films", True), ("Disliked films", False))]
-    ask = "\n".join([*lines, f"Will this viewer like {row['title']}? Answer Yes or No."])
-    return dialogue(ask, answer := ("No", "Yes")[row["rating"] >= liked], choices=["Yes", "No"], answer=answer)
+        return row | {"output": (said := row["output"].strip(" .")), "choices": ["Yes", "No"], "answer": said}
+    sides = [[title for title, rating in row["history"] if (rating >= liked) == side] for side in (True, False)]
+    ask, answer = "Liked films: {}\nDisliked films: {}\n", "Yes" if row["rating"] >= liked else "No"
+    ask = ask.format(*("; ".join(side) or "none" for side in sides))
+    return {"prompt": say("user", f"{ask}Will this viewer like {row['title']}? Answer Yes or No."),
+            "completion": say("assistant", answer), "choices": ["Yes", "No"], "answer": answer}  # fmt: skip
 
 
 def ultrafeedback(row, rng):
-    """prompt, chosen, rejected (texts or messages) as a conversation; or instruction and completions with scores: the
-    best against one of the others, drawn."""
+    """prompt, chosen, rejected, or instruction, completions with scores -> a conversation's two ends: of completions the
+    best and one of the others, drawn."""
     if "completions" in row:
-        rated = sorted(row["completions"], key=lambda one: float(one["overall_score"]))
-        worse = [one for one in rated if float(one["overall_score"]) < float(rated[-1]["overall_score"])]
-        if not worse:
+        *others, best = sorted(row["completions"], key=lambda one: float(one["overall_score"]))
+        if not (others := [one for one in others if float(one["overall_score"]) < float(best["overall_score"])]):
             return "all completions are rated alike"
-        row = {"prompt": row["instruction"], "chosen": rated[-1]["response"],
-               "rejected": worse[rng.integers(len(worse))]["response"]}  # fmt: skip
-    say = lambda role, side: side if isinstance(side, list) else [{"role": role, "content": side}]
-    return {"prompt": say("user", row["prompt"])} | {key: say("assistant", row[key]) for key in ("chosen", "rejected")}
+        worse = others[rng.integers(len(others))]
+        row = {"prompt": row["instruction"], "chosen": best["response"], "rejected": worse["response"]}
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {key: row[key] if isinstance(row[key], list) else say(role, row[key]) for key, role in roles.items()}
 
 
-def gsm8k(row, mark: str = "Answer:"):
-    """question and answer -> the reasoning without its calculator notes, then `mark` and the number."""
-    why, _, number = row["answer"].rpartition("####")
-    answer, why = number.strip(), re.sub(r"<<.*?>>", "", why).strip()
-    return dialogue(row["question"], f"{why}\n{mark} {answer}", answer=answer)
+def gsm8k(row, mark="Answer:"):
+    """question, answer -> the reasoning without its calculator notes, then `mark` and the number."""
+    why, answer = re.sub(r"<<.*?>>", "", row["answer"]).split("####")
+    ask, answer = say("user", row["question"]), answer.strip()
+    return {"prompt": ask, "completion": say("assistant", f"{why.strip()}\n{mark} {answer}"), "answer": answer}
 
 
 RECIPES = {recipe.__name__: recipe for recipe in (mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k)}
 
 
 def use_recipe(name, args, seed):
-    """(make(row, epoch=0) -> the row that the recipe makes of it, or why it is left out; whether it draws anything).
-
-    What it draws follows from (seed, epoch, the row itself): the same after a resume, and whatever else is in the data.
-    UserError: no such recipe or argument; a row that it cannot read.
-    """
+    """(make(row, epoch=0) -> the row that the recipe makes of it, or why it is left out (str); whether it draws). What
+    it draws follows from (seed, epoch, the row): the same after a resume, and whatever else is in the data."""
     if not name:
         return (lambda row, epoch=0: row), False
     if name not in RECIPES:
         raise UserError(f"recipe: {name!r} is not one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
-    recipe, takes, given = RECIPES[name], signature(RECIPES[name]).parameters, {}
-    for key, value in (args or {}).items():
-        if key not in [*takes][1:] or key == "rng":
-            raise UserError(f"recipe_args: {name} takes no {key!r}{nearest(key, [*takes][1:])}")
-        try:
-            given[key] = convert(value, takes[key].annotation)
-        except ValueError:
-            raise UserError(f"recipe_args: {key}: expected {takes[key].annotation.__name__}, found {brief(value)}") from None
+    recipe, args, (_, *takes) = RECIPES[name], args or {}, signature(RECIPES[name]).parameters
+    if odd := [key for key in args if key not in takes or key == "rng"]:
+        raise UserError(f"recipe_args: {name} takes no {odd[0]!r}{nearest(odd[0], takes)}")
+    wanted = " ".join(recipe.__doc__.partition("->")[0].split())
 
     def make(row, epoch=0):
-        drawn = []
-        if "rng" in takes:
-            crc = zlib.crc32(json.dumps(row, default=str).encode())
-            drawn = [np.random.default_rng([seed, epoch, crc])]
-        try:
-            made = recipe(row, *drawn, **given)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
-            wanted = recipe.__doc__.partition("->")[0].partition(":")[0].strip(" .\n")
-            raise UserError(f"does not fit recipe {name} ({' '.join(wanted.split())}): {brief(row, 100)}") from None
-        return {"weight": row.get("weight")} | made if isinstance(made, dict) else made
+        rng = lambda: np.random.default_rng([seed, epoch, zlib.crc32(json.dumps(row, default=str).encode())])
+        with blamed(f"does not fit recipe {name} ({wanted})", LookupError, TypeError, ValueError, AttributeError,
+                    StopIteration, on=row):  # fmt: skip
+            made = recipe(row, *([rng()] if "rng" in takes else []), **args)
+        return made if isinstance(made, str) else {"weight": row.get("weight")} | made
 
     return make, "rng" in takes
 
@@ -728,7 +682,7 @@ def fit(ids, scored, room, special):
 def assemble(sides, tokenizer, max_length=None, weight=1.0):
     """Encoded sides -> an example's segments, at most `max_length` tokens a sequence, or why there are none (str)."""
     (ids, scored), *answers = sides
-    if not all(np.any(flags & ~np.isin(side, tokenizer.end_ids)) for side, flags in answers or sides):
+    if any(set(side[flags].tolist()) <= set(tokenizer.end_ids) for side, flags in answers or sides):
         return "nothing scored"
     longest = max((len(side) for side, _ in answers), default=0)
     fitted = fit(ids, scored, (max_length or sys.maxsize) - longest, tokenizer.special_ids)
@@ -750,21 +704,15 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     `make` is a recipe's, `options` as in `lay_out`. UserError: a row is malformed, beginning with its `where`."""
     laid = []
     for where, row, *_ in rows:
-        try:
+        with blamed(where, UserError):
             row = make(row) if make else row
-            if isinstance(row, str):
-                laid.append((row, 1.0))
-                continue
-            weight = 1.0 if row.get("weight") is None else row["weight"]
+            weight = 1.0 if isinstance(row, str) or row.get("weight") is None else row["weight"]
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
                 raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-            sides = lay_out(row, tokenizer, **options)
-            for side in [] if isinstance(sides, str) else sides:
-                "".join(piece for piece, _ in side if isinstance(piece, str)).encode()
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: half a surrogate pair in its text, which was cut inside a character") from None
+            sides = row if isinstance(row, str) else lay_out(row, tokenizer, **options)
+            with blamed("half a surrogate pair in its text, which was cut inside a character", UnicodeEncodeError):
+                if not isinstance(sides, str):
+                    "".join(piece for side in sides for piece, _ in side if isinstance(piece, str)).encode()
         laid.append((sides, float(weight)))
     encoded = iter(tokenizer.encode_sides([sides for sides, _ in laid if not isinstance(sides, str)]))
     for sides, weight in laid:
@@ -781,50 +729,35 @@ def render_row(row, tokenizer, max_length=None, **options):
     return next(render_rows([("row", row)], tokenizer, max_length, **options))[0]
 
 
-# --- the ledger -------------------------------------------------------------------------------------------------------
+# --- the ledger, and examples on disk ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Ledger:
-    """What became of every row and token: rows = examples + rows_dropped + rows_not_sampled,
-    tokens = scored + masked + truncated + dropped."""
+class Ledger(types.SimpleNamespace):
+    """What became of every row and token: rows = examples + rows_dropped + rows_not_sampled, tokens = scored + masked +
+    truncated + dropped. rows_ended: examples that score an end of turn; truncated_scored: truncated tokens that would
+    have been scored; reasons: {why dropped: {"rows", "tokens", "where": the first few}}; crc: of the examples."""
 
-    rows: int = 0
-    examples: int = 0
-    rows_dropped: int = 0
-    rows_not_sampled: int = 0
-    rows_truncated: int = 0
-    rows_ended: int = 0  # examples that score an end of turn
-    tokens: int = 0
-    scored: int = 0
-    masked: int = 0
-    truncated: int = 0
-    truncated_scored: int = 0  # truncated tokens that would have been scored
-    dropped: int = 0
-    reasons: dict = field(default_factory=dict)  # reason: {"rows", "tokens", "where": the first few}
-    sources: list = field(default_factory=list)  # [{"name", "examples", "share": expected, of the rows seen}]
-    crc: int = 0  # of the examples
+    COUNTS = ("rows", "examples", "rows_dropped", "rows_not_sampled", "rows_truncated", "rows_ended", "tokens",
+              "scored", "masked", "truncated", "truncated_scored", "dropped", "crc")  # fmt: skip
+
+    def __init__(self, **known):
+        super().__init__(**dict.fromkeys(self.COUNTS, 0) | {"reasons": {}, "sources": []} | known)
 
     def add(self, where, found, tokens, scored, end_ids):
         """Enters a row as `render_rows` yields it."""
-        self.rows += 1
-        self.tokens += tokens
         if isinstance(found, str):
-            self.rows_dropped += 1
-            self.dropped += tokens
+            new = {"rows": 1, "tokens": tokens, "rows_dropped": 1, "dropped": tokens}
             reason = self.reasons.setdefault(found, {"rows": 0, "tokens": 0, "where": []})
             reason["where"] += [where] * (reason["rows"] < 5)
             reason |= {"rows": reason["rows"] + 1, "tokens": reason["tokens"] + tokens}
-            return
-        labels = np.concatenate([segment.labels for segment in found])
-        kept = int((labels != IGNORE).sum())
-        self.examples += 1
-        self.scored += kept
-        self.masked += len(labels) - kept
-        self.truncated += tokens - len(labels)
-        self.truncated_scored += scored - kept
-        self.rows_truncated += len(labels) < tokens
-        self.rows_ended += bool(np.isin(labels, end_ids).any())
+        else:
+            labels = [label for segment in found for label in segment.labels.tolist()]
+            kept = len(labels) - labels.count(IGNORE)
+            new = {"rows": 1, "tokens": tokens, "examples": 1, "scored": kept, "masked": len(labels) - kept,
+                   "truncated": tokens - len(labels), "truncated_scored": scored - kept,
+                   "rows_truncated": len(labels) < tokens, "rows_ended": not end_ids.isdisjoint(labels)}  # fmt: skip
+        for name, count in new.items():
+            vars(self)[name] += count
 
     def check(self):
         """UserError where this would teach nothing, or never to stop."""
@@ -837,7 +770,7 @@ class Ledger:
         return "".join(f"; {why}: {found['rows']:,}, as {found['where'][0]}" for why, found in self.reasons.items())
 
     def as_dict(self):
-        return asdict(self)
+        return dict(vars(self))
 
     def __str__(self):
         counts = {"scored": self.scored, "masked": self.masked, "truncated": self.truncated, "dropped": self.dropped}
@@ -851,11 +784,8 @@ class Ledger:
         return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
 
 
-# --- examples on disk -------------------------------------------------------------------------------------------------
-
-# of an example: where in tokens.bin its segments begin and the last one ends, where in rows.bin its row does
+# of an example: where its segments begin in tokens.bin (int32, ~id if not scored) and its row in rows.bin (JSON)
 LAYOUT = np.dtype([("bounds", np.int64, 4), ("row", np.int64, 2), ("weight", float), ("source", np.int64)])
-FILES = {"index.bin": LAYOUT, "tokens.bin": np.int32, "rows.bin": np.uint8}  # a token not scored as ~id; rows in JSON
 
 
 @dataclass(eq=False)
@@ -875,7 +805,8 @@ class Examples(Sequence):
 
     @cached_property
     def files(self):
-        return [np.memmap(self.folder / name, kind, "r") for name, kind in FILES.items()]
+        kinds = {"index.bin": LAYOUT, "tokens.bin": np.int32, "rows.bin": np.uint8}
+        return [np.memmap(self.folder / name, kind, "r") for name, kind in kinds.items()]
 
     def __len__(self):
         return len(self.at)
@@ -893,10 +824,16 @@ class Examples(Sequence):
         return to_segments([tokens[a:b] for a, b in itertools.pairwise(bounds) if a < b], float(weight))
 
     def epoch(self, number):
-        """As many of these as epoch `number` sees; with weights drawn anew, so that each source has its share."""
-        source = self.files[0]["source"][self.at]
-        groups = [self.at[source == n] for n in range(len(self.shares))]
-        at = mix(groups, self.shares, len(self), [self.seed, number]) if groups else self.at
+        """As many of these as epoch `number` sees: with weights each source's share, all of it as often as that fits
+        and the rest drawn anew."""
+        at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
+        if self.shares:
+            source = self.files[0]["source"][at]
+            groups = [at[source == n] for n in range(len(self.shares))]
+            shares = np.cumsum([share * (len(group) > 0) for group, share in zip(groups, self.shares)])
+            counts = np.diff(np.round(shares / shares[-1] * len(at)).astype(int), prepend=0)
+            pairs = [(group, *divmod(count, max(len(group), 1))) for group, count in zip(groups, counts)]
+            at = np.concatenate([part for g, times, rest in pairs for part in [g] * times + [draw(g)[:rest]]])
         return replace(self, at=at, number=number)
 
     @property
@@ -905,55 +842,43 @@ class Examples(Sequence):
         return f"{len(self)}-{zlib.crc32(self.at.tobytes(), read_json(self.folder / 'ledger.json')['crc']):08x}"
 
 
-def mix(groups, shares, total, seed):
-    """`total` of the arrays' items: of each its share, all of it as often as that fits, the rest drawn."""
-    shares = np.array([share * (len(group) > 0) for group, share in zip(groups, shares)])
-    counts = np.diff(np.round(np.cumsum(shares) / shares.sum() * total).astype(int), prepend=0)
-    draw, parts = np.random.default_rng(seed).permutation, []
-    for group, count in zip(groups, counts):
-        parts += [group] * (count // max(len(group), 1)) + [draw(group)[: count % max(len(group), 1)]]
-    return np.concatenate(parts)
-
-
 def write_examples(folder, rows, ledger, tokenizer, **options):
     """Renders (where, row, number of its source) into a new folder, which takes its name when it is whole."""
-    at = [0, 0]  # bytes... of tokens.bin (ids) and rows.bin so far
+    token, byte, ends = 0, 0, set(tokenizer.end_ids)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    rows = iter(tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
-        files = [open(Path(aside, name), "wb") for name in FILES]
-        rows = iter(tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
         while chunk := list(itertools.islice(rows, 1024)):
-            parts = [[], [], []]
+            parts = {"index.bin": [], "tokens.bin": [], "rows.bin": []}
             for (where, row, source), (found, *counts) in zip(chunk, render_rows(chunk, tokenizer, **options)):
-                ledger.add(where, found, *counts, tokenizer.end_ids)
+                ledger.add(where, found, *counts, ends)
                 if isinstance(found, str):
                     continue
                 text = json.dumps(row, default=str).encode()
-                bounds = [*itertools.accumulate([at[0], *(len(segment.ids) for segment in found)])]
-                entry = (bounds + bounds[-1:] * 3)[:4], (at[1], at[1] + len(text)), found[0].weight, source
-                at = bounds[-1], at[1] + len(text)
+                bounds = [*itertools.accumulate((len(segment.ids) for segment in found), initial=token)]
+                entry = (bounds + bounds[-1:] * 3)[:4], (byte, byte + len(text)), found[0].weight, source
+                token, byte = bounds[-1], byte + len(text)
                 ledger.sources[source]["examples"] += 1
-                parts[0].append(np.array(entry, LAYOUT).tobytes())
-                parts[1] += [np.where(s.labels == IGNORE, ~s.ids, s.ids).tobytes() for s in found]
-                parts[2].append(text)
-            for file, part in zip(files, parts):
-                file.write(data := b"".join(part))
-                ledger.crc = zlib.crc32(data, ledger.crc)
-        for file in files:
-            file.close()
+                parts["index.bin"].append(np.array(entry, LAYOUT).tobytes())
+                parts["tokens.bin"] += [np.where(s.labels == IGNORE, ~s.ids, s.ids).tobytes() for s in found]
+                parts["rows.bin"].append(text)
+            for name, part in parts.items():
+                with open(Path(aside, name), "ab") as file:
+                    file.write(b"".join(part))
+                ledger.crc = zlib.crc32(b"".join(part), ledger.crc)
         Path(aside, "ledger.json").write_text(json.dumps(ledger.as_dict()))
         with suppress(OSError):  # another process may have been first
             os.rename(aside, folder)
 
 
 def load_examples(sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options):
-    """Sources as in `weigh` -> (Examples, their rows, ledger).
+    """Sources as in `find_sources` -> (Examples, their rows, ledger).
 
     `max_samples` rows are drawn by `seed` and keep their order; `recipe` as in `use_recipe`, `options` (`max_length`,
     ...) as in `render_rows`. Kept in $PLAINTUNE_CACHE (~/.cache/plaintune) under a hash of all they follow from, so a
     second start reads no row. UserError: a file or row is wrong; nothing, or no end of turn, is scored.
     """
-    sources, (make, draws) = weigh(sources), use_recipe(recipe, recipe_args, seed)
+    sources, (make, draws) = find_sources(sources), use_recipe(recipe, recipe_args, seed)
     known = [max_samples, recipe, recipe_args, options, (draws or max_samples is not None) and seed, tokenizer.identity]
     digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=16)
     for path in [Path(__file__), *(path for _, _, paths in sources for path in paths)]:
@@ -963,22 +888,20 @@ def load_examples(sources, tokenizer, *, max_samples=None, seed=0, recipe="", re
                 digest.update(block)
     folder = Path(os.environ.get("PLAINTUNE_CACHE", "~/.cache/plaintune")).expanduser() / digest.hexdigest()
     if not (folder / "ledger.json").exists():
-        ledger = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources])
-        rows = stream_sources(sources)
+        ledger, rows = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources]), stream_rows(sources)
         if max_samples is not None:
-            total = sum(1 for _ in stream_sources(sources))
+            total = sum(1 for _ in stream_rows(sources))
             picked = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
-            rows, ledger.rows_not_sampled = (row for n, row in enumerate(rows) if n in picked), total - len(picked)
-            ledger.rows = ledger.rows_not_sampled
+            rows = (row for n, row in enumerate(rows) if n in picked)
+            ledger.rows = ledger.rows_not_sampled = total - len(picked)
         write_examples(folder, rows, ledger, tokenizer, make=make, **options)
     ledger = Ledger(**read_json(folder / "ledger.json"))
     ledger.check()
-    weights = [weight or source["examples"] for source, (_, weight, _) in zip(ledger.sources, sources)]
-    for source, weight in zip(ledger.sources, weights):
-        source["share"] = weight / sum(weights)
+    shares = [weight or source["examples"] for source, (_, weight, _) in zip(ledger.sources, sources)]
+    for source, share in zip(ledger.sources, shares):
+        source["share"] = share / sum(shares)
     render = (lambda row: render_row(row, tokenizer, **options)) if draws else None
-    shares = weights if sources[0][1] else []
-    examples = Examples(folder, np.arange(ledger.examples), shares, seed, make, render)
+    examples = Examples(folder, np.arange(ledger.examples), shares if sources[0][1] else [], seed, make, render)
     return examples, replace(examples, as_rows=True), ledger
 
 
@@ -1066,7 +989,7 @@ def find_name(where, kinds, aliases):
 
 
 def read_settings(path, kinds, aliases):
-    """{field: value} of a YAML or JSON file, flat or in sections: `lora: {r: 32}` is `lora_r`, else `r`."""
+    """{field: value} of a YAML or JSON file, flat or in sections."""
     settings = {}
 
     def enter(tree, sections):
@@ -1099,9 +1022,9 @@ def read_settings(path, kinds, aliases):
 def parse_config(cls, argv=None, description="", aliases=ALIASES):
     """A command line -> an instance of the dataclass `cls`, whose fields are the flags and hold the only defaults.
 
-    `--config FILE ...` (YAML or JSON) comes first, a later file overrides an earlier, flags (`--lora_r`, `--lora-r`,
-    `--lora.r`) override all; the comment at the end of a field's line is its help. UserError: an unknown flag or key,
-    with the nearest; a value of another type, with the expected; a field left open.
+    `--config FILE ...` (YAML or JSON) comes first, a later file over an earlier, flags (`--lora_r`, `--lora-r`,
+    `--lora.r`) over all; the comment at the end of a field's line is its help. UserError: an unknown flag or key, with
+    the nearest; a value of another type, with the expected; a field left open.
     """
     hints = get_type_hints(cls)
     kinds = {f.name: hints[f.name] for f in fields(cls)}
@@ -1110,30 +1033,24 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
     lines = [line for base in cls.__mro__[::-1] if is_dataclass(base) for line in getsource(base).splitlines()]
     notes = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+):.*?  # (.*)", line))}
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
-
-    def fail(message):
-        raise UserError(f"{message}; --help explains every flag")
-
-    given = {}
+    given, values, name, see = {}, {}, None, "; --help explains every flag"
     for word in sys.argv[1:] if argv is None else argv:
         if word in ("-h", "--help"):
-            print(description, "--config FILE ...\n      settings in YAML or JSON, flat or in sections; flags win", sep="\n\n")
+            print(f"{description}\n\n--config FILE ...\n      settings in YAML or JSON, flat or in sections; flags win")
             for name, default in defaults.items():
                 default = " ".join(map(str, default)) if isinstance(default, list) else default
                 note = notes.get(name, "") + (f" (default: {default})" if default is not MISSING else "")
                 print(f"--{name} {getattr(types_of(kinds[name])[0], '__name__', 'value').upper()}\n      {note}")
             sys.exit(0)
         if found := re.match(r"--([A-Za-z][\w.-]*)(=?)", word):
-            name = found[1].replace("-", "_")
-            name = "config" if name == "config" else find_name(name.split("."), kinds, aliases)
+            name = find_name(found[1].replace("-", "_").split("."), {**kinds, "config": list}, aliases)
             if name is None:
-                fail(f"unknown flag --{found[1]}{nearest(found[1], kinds)}")
+                raise UserError(f"unknown flag --{found[1]}{nearest(found[1], kinds)}{see}")
             given[name] = [word[found.end() :]] if found[2] else []
-        elif not given:
-            fail(f"unrecognized arguments: {word}")
+        elif name is None:
+            raise UserError(f"unrecognized arguments: {word}{see}")
         else:
             given[name].append(word)
-    values = {}  # name: (value, where it stands)
     for file in given.pop("config", []):
         values |= {name: (value, f"{file}: {name}") for name, value in read_settings(file, kinds, aliases).items()}
     for name, found in given.items():
@@ -1145,7 +1062,7 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
         except (ValueError, TypeError):
             raise UserError(f"{where}: expected {names[name]}, found {brief(value)}") from None
     if left := [name for name, default in defaults.items() if default is MISSING and name not in values]:
-        fail(f"--{left[0]} is needed ({notes.get(left[0], names[left[0]])})")
+        raise UserError(f"--{left[0]} is needed ({notes.get(left[0], names[left[0]])}){see}")
     return cls(**values)
 
 
@@ -1154,36 +1071,35 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
 
 @dataclass
 class DataConfig:
-    model: str = ""  # show, audit: whose tokenizer and template render the rows; pairs: what gives wrong answers
-    data: list[str] = field(default_factory=list)  # files, folders, globs or hub ids, each perhaps with @weight
-    recipe: str = ""  # how rows of a data set's own form are read: mcqa, ecqa, alpaca, chatml, movielens, ...
+    model: str  # folder or hub id whose tokenizer and chat template render the rows
+    data: list[str]  # files, folders, globs or data sets of the hub, each perhaps with @weight
+    recipe: str = ""  # reads a data set's own rows: mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k
     recipe_args: dict = field(default_factory=dict)  # its arguments
     preference: bool = False  # rows are prompt, chosen and rejected
-    max_length: int | None = None  # tokens of an example
+    max_length: int | None = None  # tokens; what is longer loses the start of its prompt
     max_samples: int | None = None  # use this many rows, drawn by seed
-    n: int = 3  # show: this many rows; mix: in all, if above 3
+    seed: int = 42  # of whatever is drawn
+    output: str = ""  # file to write: the rows of mix and pairs, in JSONL; audit's histogram, a PNG
+    n: int = 3  # show: so many rows
     by: Literal["tokens", "characters"] = "tokens"  # audit: what is counted
-    output: str = ""  # the file to write: audit's PNG, mix's and pairs' JSONL
-    max_new_tokens: int = 256  # pairs: longest answer of the model
-    temperature: float = 0.8  # pairs: of its draws
-    seed: int = 42  # of what is drawn
+    generate: bool = False  # pairs: reject wrong answers that the model gives, not wrong choices
+    max_new_tokens: int = 256  # pairs: the longest of those answers
+    temperature: float = 0.8  # pairs: at which they are drawn
 
 
 def load(config, **options):
-    """(tokenizer, *load_examples' three) of a command's settings."""
-    if not config.model or not config.data:
-        raise UserError(f"--{'data' if config.model else 'model'} is needed; --help explains every flag")
+    """(tokenizer, examples, rows, ledger) of a command's settings."""
     plain = (Path(config.model) / "tokenizer.json").is_file()  # a tokenizer's folder will do
     tokenizer = Tokenizer(config.model if plain else resolve(config.model))
-    options = {"max_length": config.max_length, "max_samples": config.max_samples, "seed": config.seed,
-               "recipe": config.recipe, "recipe_args": config.recipe_args, "preference": config.preference} | options  # fmt: skip
-    return tokenizer, *load_examples(config.data, tokenizer, **options)
+    names = ("max_length", "max_samples", "seed", "recipe", "recipe_args", "preference")
+    return tokenizer, *load_examples(config.data, tokenizer, **{n: getattr(config, n) for n in names} | options)
 
 
 def write_rows(path, rows):
     if not path or Path(path).exists():
-        raise UserError(f"--output {path}: " + ("exists already; name a new file" if path else "a file is needed"))
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        raise UserError(f"--output {path}: " + ("there is something already" if path else "is needed") + "; name a file")
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def show(config):
@@ -1201,110 +1117,85 @@ def show(config):
 
 
 def audit(config):
-    """How long rows are, what max_length would cut, what is there twice, whether each teaches where to stop."""
+    """How long examples are, what max_length cuts, what is there twice, whether each teaches where to stop."""
+    from matplotlib.figure import Figure
+
     tokenizer, examples, _, ledger = load(config, max_length=None)
-    sizes, hashes = [], set()
-    for example in examples:
-        prompt, *answers = [s.ids for s in example]
-        hashes.add(hash(b"|".join(s.ids.tobytes() for s in example)))
-        scored = np.concatenate([s.ids[s.labels != IGNORE] for s in example])
-        whole = [np.concatenate([prompt, answer]) for answer in answers or [prompt[:0]]]
-        count = len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
-        sizes.append((max(map(count, whole)), count(scored), max(map(len, whole))))
-    sizes = np.array(sizes)
-    print(f"{config.by:<12}{'min':>8}{'mean':>9}{'max':>8}" + "".join(f"{f'p{q}':>8}" for q in (50, 90, 95, 99, 100)))
-    for name, column in (("example", sizes[:, 0]), ("scored", sizes[:, 1])):
-        low, *rest = np.percentile(column, [0, 50, 90, 95, 99, 100])
-        print(f"{name:<12}{low:8.0f}{column.mean():9.1f}{rest[-1]:8.0f}" + "".join(f"{x:8.0f}" for x in rest))
-    fits = int(-(-np.percentile(sizes[:, 2], 99) // 64) * 64)
+    count = len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
+    sizes, seen = [], set()
+    for prompt, *answers in examples:
+        wholes = [np.concatenate([prompt.ids, answer.ids]) for answer in answers] or [prompt.ids]
+        scored = [segment.ids[segment.labels != IGNORE] for segment in (prompt, *answers)]
+        sizes.append((max(map(count, wholes)), sum(map(count, scored)), max(map(len, wholes))))
+        seen.add(hash(b"".join(ids.tobytes() for ids in wholes)))
+    *columns, tokens = np.array(sizes).T
+    points = {"min": 0, "mean": None, "max": 100, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "p100": 100}
+    print(f"{config.by:<12}" + "".join(f"{name:>9}" for name in points))
+    for name, column in zip(("example", "scored"), columns):
+        found = [column.mean() if q is None else np.percentile(column, q) for q in points.values()]
+        print(f"{name:<12}" + "".join(f"{x:9.1f}" if x % 1 else f"{x:9.0f}" for x in found))
+    fits = int(-(-np.percentile(tokens, 99) // 64) * 64)
     limit = config.max_length or fits
-    print(f"suggested max_length: {fits} tokens, which leaves {(sizes[:, 2] <= fits).mean():.1%} of the examples whole")
-    print(f"{len(examples) - len(hashes):,} duplicates; {ledger.rows_ended:,} of {len(examples):,} score an end of turn")
+    print(f"suggested max_length: {fits} tokens, which leaves {(tokens <= fits).mean():.1%} of the examples whole")
     print(f"with max_length {limit}: {load(config, max_length=limit)[3]}")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.hist(sizes[:, 0], bins=60)
+    print(f"{len(examples) - len(seen):,} duplicates; {ledger.rows_ended:,} of {len(examples):,} score an end of turn")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples")
+    axes.hist(columns[0], bins=60)
     if config.by == "tokens":
-        axes.axvline(limit, color="C1", label=f"max_length {limit}")
-        axes.legend()
-    axes.set(xlabel=f"{config.by} of an example", ylabel="examples")
+        axes.axvline(limit, color="C1")
     figure.savefig(config.output or "lengths.png", dpi=130, format="png")
     print(f"histogram: {config.output or 'lengths.png'}")
 
 
-def read_made(config):
-    """Yields (row as the recipe makes it or why it leaves it out, number of its source), a fault with its place."""
-    make, _ = use_recipe(config.recipe, config.recipe_args, config.seed)
-    for where, row, source in stream_sources(weigh(config.data)):
-        try:
-            yield make(row), source
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-
-
-def mix_sources(config):
-    """One JSONL of all sources' rows, shuffled, each source with the share that its @weight says."""
-    made, sources = [pair for pair in read_made(config) if isinstance(pair[0], dict)], weigh(config.data)
-    groups = [np.flatnonzero([source == n for _, source in made]) for n in range(len(sources))]
-    weights = [weight or len(group) for (_, weight, _), group in zip(sources, groups)]
-    at = mix(groups, weights, config.max_samples or len(made), config.seed)
-    write_rows(config.output, [made[i][0] for i in np.random.default_rng(config.seed).permutation(at)])
-    counts = [(name, np.isin(at, group).sum()) for (name, _, _), group in zip(sources, groups)]
-    shares = " · ".join(f"{n / len(at):.1%} from {name} ({n:,})" for name, n in counts)
-    print(f"{config.output}: {len(at):,} rows: {shares}")
+def mix(config):
+    """The rows of all sources as the recipe makes them, shuffled in one file, each source's share as its weight says."""
+    _, examples, rows, ledger = load(config)
+    rows = rows.epoch(0)
+    write_rows(config.output, (rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))))
+    print(f"{len(rows):,} rows in {config.output}: {ledger}")
 
 
 def pairs(config):
-    """Preference rows of questions with a known answer. Chosen is the row's own answer, rejected the same with a wrong
-    choice in its place or, with --model, a wrong answer of the model's."""
+    """Preference rows of questions with a known answer. Chosen is the row's own answer; rejected the same with a wrong
+    choice in its place or, with --generate, a wrong answer of the model's."""
     from eval import find_answer, split_prompt
+    from sft import pick_device
 
-    counts, asked, found, draw = Counter(), [], {}, np.random.default_rng(config.seed)
-    for row, _ in read_made(config):
-        if isinstance(row, str):
-            counts[row] += 1
-            continue
-        prompt, (answer, *_) = split_row(row, True)
+    tokenizer, examples, rows, ledger = load(config)
+    given, counts, found, draw = [], Counter(), {}, np.random.default_rng(config.seed)
+    model = load_model(config.model, device=pick_device("auto")) if config.generate else None
+    for at in range(0, len(examples) if model else 0, 32):
+        ids = [split_prompt(example)[0] for example in examples[at : at + 32]]
+        outputs = generate(model, ids, config.max_new_tokens, config.temperature, eos_ids=tokenizer.end_ids, seed=config.seed)
+        given += map(tokenizer.decode, outputs)
+    for n, row in enumerate(rows):
+        prompt, (answer, *_) = split_row(row, tokenizer.has_template)
         prompt, answer = (prompt + answer[:-1], answer[-1:]) if isinstance(answer, list) else (prompt, answer)
         text = answer if isinstance(answer, str) else answer[0]["content"]
-        gold = row.get("answer") or find_answer(text)
-        wrong = [text.removesuffix(gold) + c for c in row.get("choices") or () if c != gold] if gold else []
-        asked.append((prompt, answer, text, gold, [wrong[draw.integers(len(wrong))]] if wrong else []))
-    if config.model:
-        from sft import pick_device
-
-        tokenizer, model = Tokenizer(resolve(config.model)), load_model(config.model, device=pick_device("auto"))
-        ids = [split_prompt(render_row({"prompt": p, "completion": a}, tokenizer))[0] for p, a, *_ in asked]
-        settings = {"temperature": config.temperature, "eos_ids": tokenizer.end_ids, "seed": config.seed}
-        for at in range(0, len(ids), 32):
-            outputs = generate(model, ids[at : at + 32], config.max_new_tokens, **settings)
-            for one, output in zip(asked[at : at + 32], outputs):
-                one[-1][:] = [tokenizer.decode(output)]
-    for prompt, answer, text, gold, wrong in asked:
-        said = wrong and (find_answer(wrong[0]) if find_answer(text) else wrong[0].strip())
-        if not gold or not said or said == gold:
-            counts["answered right" if said and said == gold else "no answer to compare"] += 1
+        read = find_answer if find_answer(text) else str.strip
+        gold = row.get("answer") or read(text)
+        others = [choice for choice in row.get("choices") or () if choice != gold and text.endswith(gold)]
+        wrong = given[n] if model else text.removesuffix(gold) + draw.choice(others) if others else ""
+        if not (said := read(wrong)) or said == gold:
+            counts["answered right" if said else "no wrong answer known"] += 1
             continue
-        rejected = wrong[0] if isinstance(answer, str) else [{**answer[0], "content": wrong[0]}]
-        pair = {"prompt": prompt, "chosen": answer, "rejected": rejected}
+        wrong = wrong if isinstance(answer, str) else [{**answer[0], "content": wrong}]
+        pair = {"prompt": prompt, "chosen": answer, "rejected": wrong}
         counts["the same as another"] += json.dumps(pair) in found
         found[json.dumps(pair)] = pair
     write_rows(config.output, found.values())
-    print(f"{config.output}: {len(found):,} pairs" + "".join(f"; {why}: {n:,}" for why, n in counts.items() if n))
+    print(f"{len(found):,} pairs in {config.output}" + "".join(f"; {why}: {n:,}" for why, n in counts.items() if n))
 
 
-COMMANDS = {"show": show, "audit": audit, "mix": mix_sources, "pairs": pairs}
+COMMANDS = {command.__name__: command for command in (show, audit, mix, pairs)}
 
 
 def main():
     command, *argv = sys.argv[1:] or [""]
     if command not in COMMANDS:
-        about = f"{nearest(command, COMMANDS)}; usage: python data.py {'|'.join(COMMANDS)} --data FILE ... (--help)"
-        raise UserError(f"unknown command {command!r}{about}")
+        usage = f"python data.py {'|'.join(COMMANDS)} --model MODEL --data SOURCE ... (--help says more)"
+        raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; usage: {usage}")
     COMMANDS[command](parse_config(DataConfig, argv, COMMANDS[command].__doc__))
 
 
