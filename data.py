@@ -53,9 +53,10 @@ def blamed(where, *kinds, on=None):
     try:
         yield
     except kinds as error:
-        words = [getattr(error, name, None) for name in ("strerror", "problem", "msg")] + [str(error)]
-        words = next(filter(None, words), type(error).__name__)
+        told = [getattr(error, name, None) for name in ("strerror", "problem", "msg")]
+        words = next(filter(None, [*told, str(error)]), type(error).__name__)
         words = words if isinstance(error, UserError) else " ".join(words.split())[:160]
+        words = f"line {mark.line + 1}: {words}" if (mark := getattr(error, "problem_mark", None)) else words
         raise UserError(f"{where}: {words}" + (f": {brief(on)}" if on is not None else "")) from None
 
 
@@ -77,15 +78,6 @@ class Generation(jinja2.ext.Extension):
 
     def mark(self, caller):
         return OPEN + caller() + CLOSE
-
-
-def raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """As transformers has it; jinja's own escapes HTML and sorts keys."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class Tokenizer:
@@ -122,26 +114,23 @@ class Tokenizer:
 
         path, found = self.folder / "chat_template.jinja", config.get("chat_template")
         self.template_file = path if path.is_file() else self.folder / "tokenizer_config.json"
-        if path.is_file():
-            found = path.read_text(encoding="utf-8", errors="replace")
+        found = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else found
         found = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
-        extensions = [Generation, jinja2.ext.loopcontrols]
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        env.filters["tojson"] = tojson
+        tags = [Generation, jinja2.ext.loopcontrols]
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
+
+        def raise_exception(message):
+            raise jinja2.TemplateError(message)
+
+        # as transformers has it; jinja's own escapes HTML and sorts keys
+        env.filters["tojson"] = lambda x, ensure_ascii=False, **more: json.dumps(x, ensure_ascii=ensure_ascii, **more)
         env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: self.now.strftime(form)}
-        faults = jinja2.TemplateSyntaxError, TypeError, KeyError, RecursionError
-        with blamed(f"{self.template_file}: not a chat template, nor a list of them by name", *faults):
+        with blamed(f"{self.template_file}: not a chat template, nor a list of them by name", Exception):
             self.templates = {t["name"]: env.from_string(t["template"]) for t in found}
-        self.has_template = bool(self.templates)
+        self.has_template, self.tells_date = bool(self.templates), "strftime_now" in str(found)
 
     def read(self, name):
         return read_json(self.folder / name) if (self.folder / name).is_file() else {}
-
-    @cached_property
-    def identity(self):
-        """Changes with anything that a rendering follows from: the files, and the day where the template tells it."""
-        read = b"".join((self.folder / f).read_bytes() for f in COMPANIONS if (self.folder / f).is_file())
-        return hashlib.blake2b(read + f"{self.now:%F}".encode() * (b"strftime_now" in read)).hexdigest()
 
     def __len__(self):
         return self.backend.get_vocab_size(with_added_tokens=True)
@@ -299,8 +288,7 @@ def read_list(path):
         why, line = getattr(error, "msg", str(error)), getattr(error, "lineno", 1)
         if why == "Extra data" and text.lstrip().startswith("{"):  # lines under another name
             return read_jsonl(path)
-        found = brief(text.split("\n")[line - 1] or "the end")
-        raise UserError(f"{path}:{line}: not JSON: {why}: {found}") from None
+        raise UserError(f"{path}:{line}: not JSON: {why}: {brief(text.splitlines()[line - 1 : line])}") from None
     rows = rows.get("data", rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise UserError(f'{path}: expected a list of rows or {{"data": [...]}}, found {brief(rows)}')
@@ -320,8 +308,7 @@ def read_parquet(path):
     import pyarrow.parquet
 
     with blamed(f"{path}: not a parquet file", pyarrow.ArrowException, OSError):
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(4096)
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches(4096) for row in batch.to_pylist())
         yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
 
 
@@ -336,7 +323,8 @@ def read_movielens(path, seen=10):
             users.setdefault(user, []).append((int(when), number, [titles[item], int(rating)]))
     for rated in map(sorted, users.values()):
         for n, (_, number, (title, rating)) in enumerate(rated[seen:]):
-            yield f"{path}:{number}", {"history": [r for *_, r in rated[n : n + seen]], "title": title, "rating": rating}
+            history = [pair for *_, pair in rated[n : n + seen]]
+            yield f"{path}:{number}", {"history": history, "title": title, "rating": rating}
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_list, ".csv": read_csv, ".parquet": read_parquet,
@@ -599,7 +587,7 @@ def chatml(row):
 
 
 def movielens(row, liked=4):
-    """history, title, rating (see `read_movielens`), or instruction, output -> Yes or No: is it rated `liked` or more?"""
+    """history, title, rating (as of `read_movielens`), or instruction, output -> Yes or No: is it `liked` or better?"""
     if "instruction" in row:
         return row | {"output": (said := row["output"].strip(" .")), "choices": ["Yes", "No"], "answer": said}
     sides = [[title for title, rating in row["history"] if (rating >= liked) == side] for side in (True, False)]
@@ -610,8 +598,8 @@ def movielens(row, liked=4):
 
 
 def ultrafeedback(row, rng):
-    """prompt, chosen, rejected, or instruction, completions with scores -> a conversation's two ends: of completions the
-    best and one of the others, drawn."""
+    """prompt, chosen, rejected, or instruction, completions with scores -> a conversation with two ends; of completions
+    the best and one of those below it, drawn."""
     if "completions" in row:
         *others, best = sorted(row["completions"], key=lambda one: float(one["overall_score"]))
         if not (others := [one for one in others if float(one["overall_score"]) < float(best["overall_score"])]):
@@ -679,8 +667,9 @@ def fit(ids, scored, room, special):
     return np.concatenate([ids[:keep], ids[start:last]]), np.concatenate([scored[:keep], scored[start:last]])
 
 
-def assemble(sides, tokenizer, max_length=None, weight=1.0):
-    """Encoded sides -> an example's segments, at most `max_length` tokens a sequence, or why there are none (str)."""
+def assemble(sides, tokenizer, max_length=None):
+    """Encoded sides -> an example's parts, int32 (T,) with ~id where a token is not scored, at most `max_length` tokens
+    a sequence; or why there are none (str)."""
     (ids, scored), *answers = sides
     if any(set(side[flags].tolist()) <= set(tokenizer.end_ids) for side, flags in answers or sides):
         return "nothing scored"
@@ -690,43 +679,46 @@ def assemble(sides, tokenizer, max_length=None, weight=1.0):
         return "answer longer than max_length"
     ids, scored = fitted
     parts = [(ids, scored & (np.arange(len(ids)) > 0)), *answers]  # nothing predicts a first token
-    return to_segments([np.where(scored, ids, ~ids) for ids, scored in parts], weight)
+    return [np.where(scored, ids, ~ids) for ids, scored in parts]
 
 
 def to_segments(parts, weight):
-    """[ids int32 (T,), with ~id where a token is not scored] -> Segments: one, or a prompt and what continues it."""
+    """An example's parts -> its Segments: one, or a prompt and what continues it."""
     parts = [(np.where(ids < 0, ~ids, ids), np.where(ids < 0, np.int32(IGNORE), ids)) for ids in parts]
     return [Segment(*part, 0 if n else -1, max(n - 1, 0), weight) for n, part in enumerate(parts)]
 
 
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
-    """[(where, row), ...] -> per row (list[Segment] or why it is dropped, its tokens before truncation, scored ones).
-    `make` is a recipe's, `options` as in `lay_out`. UserError: a row is malformed, beginning with its `where`."""
+    """[(where, row), ...] -> per row (parts as of `assemble` or why it is dropped, weight, tokens before truncation,
+    scored ones). `make` is a recipe's, `options` as in `lay_out`. UserError: `where` a row is malformed, and how."""
     laid = []
     for where, row, *_ in rows:
         with blamed(where, UserError):
             row = make(row) if make else row
-            weight = 1.0 if isinstance(row, str) or row.get("weight") is None else row["weight"]
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-                raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-            sides = row if isinstance(row, str) else lay_out(row, tokenizer, **options)
+            sides, weight = row, 1.0
+            if not isinstance(row, str):
+                weight = 1.0 if row.get("weight") is None else row["weight"]
+                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                    raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
+                sides = lay_out(row, tokenizer, **options)
+            pieces = [] if isinstance(sides, str) else [piece for side in sides for piece, _ in side]
             with blamed("half a surrogate pair in its text, which was cut inside a character", UnicodeEncodeError):
-                if not isinstance(sides, str):
-                    "".join(piece for side in sides for piece, _ in side if isinstance(piece, str)).encode()
+                "".join(piece for piece in pieces if isinstance(piece, str)).encode()
         laid.append((sides, float(weight)))
     encoded = iter(tokenizer.encode_sides([sides for sides, _ in laid if not isinstance(sides, str)]))
     for sides, weight in laid:
         if isinstance(sides, str):
-            yield sides, 0, 0
-        else:
-            sides = next(encoded)
-            tokens, scored = sum(len(ids) for ids, _ in sides), sum(int(flags.sum()) for _, flags in sides)
-            yield assemble(sides, tokenizer, max_length, weight), tokens, scored - int(sides[0][1][:1].sum())
+            yield sides, weight, 0, 0
+            continue
+        sides = next(encoded)
+        tokens, scored = sum(len(ids) for ids, _ in sides), sum(int(flags.sum()) for _, flags in sides)
+        yield assemble(sides, tokenizer, max_length), weight, tokens, scored - int(sides[0][1][:1].sum())
 
 
 def render_row(row, tokenizer, max_length=None, **options):
     """One row -> list[Segment], or why it is dropped (str). Options as in `lay_out`, truncation as in `fit`."""
-    return next(render_rows([("row", row)], tokenizer, max_length, **options))[0]
+    found, weight, *_ = next(render_rows([("row", row)], tokenizer, max_length, **options))
+    return found if isinstance(found, str) else to_segments(found, weight)
 
 
 # --- the ledger, and examples on disk ---------------------------------------------------------------------------------
@@ -743,19 +735,20 @@ class Ledger(types.SimpleNamespace):
     def __init__(self, **known):
         super().__init__(**dict.fromkeys(self.COUNTS, 0) | {"reasons": {}, "sources": []} | known)
 
-    def add(self, where, found, tokens, scored, end_ids):
-        """Enters a row as `render_rows` yields it."""
+    def add(self, where, found, tokens, scored, ends):
+        """Enters a row as `render_rows` yields it; `ends`: the ids that end a turn."""
+        new = {"rows": 1, "tokens": tokens}
         if isinstance(found, str):
-            new = {"rows": 1, "tokens": tokens, "rows_dropped": 1, "dropped": tokens}
+            new |= {"rows_dropped": 1, "dropped": tokens}
             reason = self.reasons.setdefault(found, {"rows": 0, "tokens": 0, "where": []})
             reason["where"] += [where] * (reason["rows"] < 5)
             reason |= {"rows": reason["rows"] + 1, "tokens": reason["tokens"] + tokens}
         else:
-            labels = [label for segment in found for label in segment.labels.tolist()]
-            kept = len(labels) - labels.count(IGNORE)
-            new = {"rows": 1, "tokens": tokens, "examples": 1, "scored": kept, "masked": len(labels) - kept,
-                   "truncated": tokens - len(labels), "truncated_scored": scored - kept,
-                   "rows_truncated": len(labels) < tokens, "rows_ended": not end_ids.isdisjoint(labels)}  # fmt: skip
+            ids = np.concatenate(found)
+            kept = ids[ids >= 0].tolist()
+            new |= {"examples": 1, "scored": len(kept), "masked": len(ids) - len(kept), "truncated": tokens - len(ids),
+                    "truncated_scored": scored - len(kept), "rows_truncated": len(ids) < tokens,
+                    "rows_ended": not ends.isdisjoint(kept)}  # fmt: skip
         for name, count in new.items():
             vars(self)[name] += count
 
@@ -773,8 +766,8 @@ class Ledger(types.SimpleNamespace):
         return dict(vars(self))
 
     def __str__(self):
-        counts = {"scored": self.scored, "masked": self.masked, "truncated": self.truncated, "dropped": self.dropped}
-        shares = [f"{n:,} {name} ({n / max(self.tokens, 1):.1%})" for name, n in counts.items() if n]
+        counts = [(getattr(self, name), name) for name in ("scored", "masked", "truncated", "dropped")]
+        shares = [f"{n:,} {name} ({n / max(self.tokens, 1):.1%})" for n, name in counts if n]
         text = f"{self.rows:,} rows: {self.examples:,} examples"
         text += f", {self.rows_truncated:,} cut to max_length" * bool(self.rows_truncated)
         text += f", {self.rows_dropped:,} dropped{self.why()}" * bool(self.rows_dropped)
@@ -849,23 +842,21 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
     rows = iter(tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
         while chunk := list(itertools.islice(rows, 1024)):
-            parts = {"index.bin": [], "tokens.bin": [], "rows.bin": []}
-            for (where, row, source), (found, *counts) in zip(chunk, render_rows(chunk, tokenizer, **options)):
+            data = {"index.bin": b"", "tokens.bin": b"", "rows.bin": b""}
+            for (where, row, source), (found, weight, *counts) in zip(chunk, render_rows(chunk, tokenizer, **options)):
                 ledger.add(where, found, *counts, ends)
-                if isinstance(found, str):
-                    continue
-                text = json.dumps(row, default=str).encode()
-                bounds = [*itertools.accumulate((len(segment.ids) for segment in found), initial=token)]
-                entry = (bounds + bounds[-1:] * 3)[:4], (byte, byte + len(text)), found[0].weight, source
-                token, byte = bounds[-1], byte + len(text)
-                ledger.sources[source]["examples"] += 1
-                parts["index.bin"].append(np.array(entry, LAYOUT).tobytes())
-                parts["tokens.bin"] += [np.where(s.labels == IGNORE, ~s.ids, s.ids).tobytes() for s in found]
-                parts["rows.bin"].append(text)
-            for name, part in parts.items():
+                if not isinstance(found, str):
+                    text = json.dumps(row, default=str).encode()
+                    bounds = [*itertools.accumulate(map(len, found), initial=token)]
+                    entry = (bounds + bounds[-1:] * 3)[:4], (byte, byte + len(text)), weight, source
+                    token, byte = bounds[-1], byte + len(text)
+                    ledger.sources[source]["examples"] += 1
+                    for name, part in zip(data, (np.array(entry, LAYOUT), np.concatenate(found), text)):
+                        data[name] += bytes(part)
+            for name, part in data.items():
                 with open(Path(aside, name), "ab") as file:
-                    file.write(b"".join(part))
-                ledger.crc = zlib.crc32(b"".join(part), ledger.crc)
+                    file.write(part)
+                ledger.crc = zlib.crc32(part, ledger.crc)
         Path(aside, "ledger.json").write_text(json.dumps(ledger.as_dict()))
         with suppress(OSError):  # another process may have been first
             os.rename(aside, folder)
@@ -879,9 +870,10 @@ def load_examples(sources, tokenizer, *, max_samples=None, seed=0, recipe="", re
     second start reads no row. UserError: a file or row is wrong; nothing, or no end of turn, is scored.
     """
     sources, (make, draws) = find_sources(sources), use_recipe(recipe, recipe_args, seed)
-    known = [max_samples, recipe, recipe_args, options, (draws or max_samples is not None) and seed, tokenizer.identity]
-    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=16)
-    for path in [Path(__file__), *(path for _, _, paths in sources for path in paths)]:
+    known = [max_samples, recipe, recipe_args, options, (draws or max_samples is not None) and seed]
+    digest = hashlib.blake2b(repr((known, tokenizer.tells_date and f"{tokenizer.now:%F}")).encode(), digest_size=16)
+    files = [Path(__file__), *(file for name in COMPANIONS if (file := tokenizer.folder / name).is_file())]
+    for path in files + [path for _, _, paths in sources for path in paths]:
         digest.update(str(path).encode())
         with open(path, "rb") as file:
             for block in iter(lambda: file.read(2**20), b""):
@@ -916,39 +908,26 @@ def split_holdout(examples, rows, size, seed=0):
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-# other tools' names (TRL, PEFT, LLaMA-Factory, Axolotl, plain scripts); one counts where a dataclass has its target and
-# not the name itself
-ALIASES = {alias: name for name, others in {
-    "model": "model_name_or_path model_name model_id base_model", "dtype": "torch_dtype",
-    "data": "dataset dataset_name train_file train_data data_path", "val_size": "val_set_size test_size",
-    "eval_data": "eval_dataset eval_file validation_file", "max_eval_samples": "eval_samples",
-    "max_length": "cutoff_len max_seq_length max_seq_len sequence_len model_max_length",
-    "lora_r": "lora_rank r rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "beta": "pref_beta",
-    "target_modules": "lora_target_modules lora_target", "modules_to_save": "lora_modules_to_save additional_target",
-    "num_train_epochs": "num_epochs epochs", "learning_rate": "lr", "optim": "optimizer", "loss_type": "pref_loss",
-    "per_device_train_batch_size": "micro_batch_size train_batch_size batch_size", "lr_scheduler_type": "lr_scheduler",
-    "max_grad_norm": "gradient_clipping", "eval_strategy": "evaluation_strategy", "resume": "resume_from_checkpoint",
+# names in TRL, PEFT, LLaMA-Factory, Axolotl and plain scripts; one counts where a dataclass has its target but not it
+ALIASES = {alias: name for name, aliases in {
+    "model": "model_name_or_path model_name model_id base_model", "data": "dataset dataset_name train_file data_path",
+    "eval_data": "eval_dataset eval_file validation_file", "val_size": "val_set_size test_size", "dtype": "torch_dtype",
+    "max_length": "cutoff_len max_seq_length max_seq_len sequence_len", "lora_r": "lora_rank r rank",
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "lora_target_modules lora_target",
+    "modules_to_save": "lora_modules_to_save additional_target", "num_train_epochs": "num_epochs epochs",
+    "per_device_train_batch_size": "micro_batch_size train_batch_size batch_size", "learning_rate": "lr",
+    "lr_scheduler_type": "lr_scheduler scheduler", "optim": "optimizer", "max_grad_norm": "gradient_clipping",
+    "eval_strategy": "evaluation_strategy", "resume": "resume_from_checkpoint", "attn_implementation": "flash_attn",
     "bnb_4bit_quant_type": "quant_type", "bnb_4bit_use_double_quant": "double_quantization use_double_quant",
-    "bnb_4bit_compute_dtype": "compute_dtype", "attn_implementation": "flash_attn", "adapter": "adapter_name_or_path",
-}.items() for alias in others.split()}  # fmt: skip
+    "bnb_4bit_compute_dtype": "compute_dtype", "beta": "pref_beta", "loss_type": "pref_loss",
+    "adapter": "adapter_name_or_path",
+}.items() for alias in aliases.split()}  # fmt: skip
 BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def types_of(kind):
     """The types that a union or Optional allows, without their arguments; or the one type."""
     return [get_origin(k) or k for k in (get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind])]
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """YAML, of which JSON is a part, where a key that is given twice is an error and not a silent last word."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for n, key in enumerate(keys):
-            if key in keys[:n]:
-                mark = node.value[n][0].start_mark
-                raise UserError(f"{mark.name}:{mark.line + 1}: key {key!r} is given twice")
-        return super().construct_mapping(node, deep)
 
 
 def convert(value, kind):
@@ -984,7 +963,7 @@ def convert(value, kind):
 
 def find_name(where, kinds, aliases):
     """The field that a key in its sections means: [lora, r] is `lora_r`, else `r`; None where there is none."""
-    names = [name for n in range(len(where)) for name in ["_".join(where[n:])]]
+    names = ["_".join(where[n:]) for n in range(len(where))]
     return next((aliases.get(name, name) for name in names if aliases.get(name, name) in kinds), None)
 
 
@@ -992,30 +971,26 @@ def read_settings(path, kinds, aliases):
     """{field: value} of a YAML or JSON file, flat or in sections."""
     settings = {}
 
-    def enter(tree, sections):
-        for key, value in tree.items():
-            where = [*sections, str(key)]
-            name = find_name(where, kinds, aliases)
-            if isinstance(value, dict) and (name is None or dict not in types_of(kinds[name])):
+    def enter(node, sections):
+        for key, value in node.value:
+            where = [*sections, str(key.value)]
+            name, line = find_name(where, kinds, aliases), f"{path}:{key.start_mark.line + 1}"
+            if isinstance(value, yaml.MappingNode) and (name is None or dict not in types_of(kinds[name])):
                 enter(value, where)
             elif name is None:
-                raise UserError(f"{path}: unknown key {'.'.join(where)!r}{nearest('_'.join(where), kinds)}")
+                raise UserError(f"{line}: unknown key {'.'.join(where)!r}{nearest('_'.join(where), kinds)}")
             elif name in settings:
-                raise UserError(f"{path}: {name} is given twice, the second time as {'.'.join(where)!r}")
+                raise UserError(f"{line}: {name} is given twice, the second time as {'.'.join(where)!r}")
             else:
-                settings[name] = value
+                settings[name] = loader.construct_object(value, deep=True)
 
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = yaml.load(file.read().replace("\t", "  ") if str(path).endswith(".json") else file, UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected settings, found {brief(tree)}")
-    enter(tree, [])
+    with blamed(f"--config {path}", OSError, UnicodeDecodeError):
+        text = Path(path).read_text(encoding="utf-8")
+    with blamed(f"{path}: not YAML", yaml.YAMLError, RecursionError):
+        loader = yaml.SafeLoader(text.replace("\t", "  ") if str(path).endswith(".json") else text)
+        if not isinstance(root := loader.get_single_node(), yaml.MappingNode):
+            raise UserError(f"{path}: expected settings, found {brief(root and loader.construct_object(root, True))}")
+        enter(root, [])
     return settings
 
 
@@ -1097,7 +1072,7 @@ def load(config, **options):
 
 def write_rows(path, rows):
     if not path or Path(path).exists():
-        raise UserError(f"--output {path}: " + ("there is something already" if path else "is needed") + "; name a file")
+        raise UserError(f"--output {path}: {'exists already' if path else 'is needed'}; name a new file")
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -1149,7 +1124,7 @@ def audit(config):
 
 
 def mix(config):
-    """The rows of all sources as the recipe makes them, shuffled in one file, each source's share as its weight says."""
+    """All sources' rows as the recipe makes them, shuffled in one file, each source's share as its weight says."""
     _, examples, rows, ledger = load(config)
     rows = rows.epoch(0)
     write_rows(config.output, (rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))))
@@ -1167,8 +1142,8 @@ def pairs(config):
     model = load_model(config.model, device=pick_device("auto")) if config.generate else None
     for at in range(0, len(examples) if model else 0, 32):
         ids = [split_prompt(example)[0] for example in examples[at : at + 32]]
-        outputs = generate(model, ids, config.max_new_tokens, config.temperature, eos_ids=tokenizer.end_ids, seed=config.seed)
-        given += map(tokenizer.decode, outputs)
+        ends = {"eos_ids": tokenizer.end_ids, "seed": config.seed + at}
+        given += map(tokenizer.decode, generate(model, ids, config.max_new_tokens, config.temperature, **ends))
     for n, row in enumerate(rows):
         prompt, (answer, *_) = split_row(row, tokenizer.has_template)
         prompt, answer = (prompt + answer[:-1], answer[-1:]) if isinstance(answer, list) else (prompt, answer)

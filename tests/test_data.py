@@ -223,8 +223,8 @@ def test_tokenizers_that_are_broken_are_named(tmp_path, files, message):
 
 
 @pytest.mark.parametrize("template, message", [
-    ("{% if %}", "chat_template.jinja: chat template, line 1"),
-    ("{{ raise_exception('only user roles') }}", "chat_template.jinja: the chat template failed: 'only user roles'"),
+    ("{% if %}", "chat_template.jinja: not a chat template.*line 1"),
+    ("{{ raise_exception('only user roles') }}", "chat_template.jinja: the chat template failed: only user roles"),
     ("{{ messages[7].content.x }}", "the chat template failed"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template failed.*unsafe"),
     ("{{ messages.append(1) }}", "the chat template failed.*unsafe"),
@@ -642,7 +642,7 @@ def test_readers_agree(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON: .*found|a.jsonl:2: not JSON: Expecting value: '{\"text\":'"),
     ("a.jsonl", b'{"text": "x"}\n[1, 2]\n', r"a.jsonl:2: a row is an object, found '\[1, 2\]'"),
     ("a.jsonl", b'{"text": "x"}\n"y"\n', "a.jsonl:2: a row is an object"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8: byte 0xff"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8: .*byte 0xff"),
     ("a.jsonl", b"", "a.jsonl: no rows in it"),
     ("a.jsonl", b"\n\n", "a.jsonl: no rows in it"),
     ("a.jsonl", b"[" * 100000, "a.jsonl:1: not JSON"),
@@ -797,15 +797,15 @@ def test_flags_and_files_make_a_config(tmp_path):
     (["stray"], None, "unrecognized arguments: stray"),
     (["--seed"], None, "--seed: expected int"),
     (["--config", "nowhere.yaml"], None, "--config nowhere.yaml: No such file"),
-    ([], "lora: {rr: 3}", r"c.yaml: unknown key 'lora.rr' \(nearest: lora_r"),
+    ([], "lora: {rr: 3}", r"c.yaml:1: unknown key 'lora.rr' \(nearest: lora_r"),
     ([], "seed: true", "c.yaml: seed: expected int, found 'true'"),
     ([], "seed: [1]", r"c.yaml: seed: expected int, found '\[1\]'"),
     ([], "learning_rate: null", "c.yaml: learning_rate: expected float, found 'null'"),
-    ([], "data: {a: 1}", "c.yaml: unknown key 'data.a'"),
-    ([], "seed: 1\nseed: 2", "c.yaml:2: key 'seed' is given twice"),
-    ([], "lora: {r: 1}\nlora_r: 2", "c.yaml: lora_r is given twice, the second time as 'lora_r'"),
+    ([], "data: {a: 1}", "c.yaml:1: unknown key 'data.a'"),
+    ([], "seed: 1\nseed: 2", "c.yaml:2: seed is given twice"),
+    ([], "lora: {r: 1}\nlora_r: 2", "c.yaml:2: lora_r is given twice, the second time as 'lora_r'"),
     ([], "- 1", r"c.yaml: expected settings, found '\[1\]'"),
-    ([], "a: [1\nb: 2", "c.yaml:2: not YAML"),
+    ([], "a: [1\nb: 2", "c.yaml: not YAML: line 2"),
     ([], "", "c.yaml: expected settings, found 'null'"),
 ])  # fmt: skip
 def test_settings_that_are_wrong_are_named(tmp_path, words, file, message):
