@@ -24,7 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from inspect import getsource, signature
@@ -47,6 +47,10 @@ def brief(value, width=60):
     return repr(text[:width] + "…" if len(text) > width else text)
 
 
+def say(role, content):
+    return [{"role": role, "content": content}]
+
+
 @contextmanager
 def blamed(where, *kinds, on=None):
     """Errors of these kinds become a UserError: `where` is wrong, the error's words, what was found there (`on`)."""
@@ -56,7 +60,8 @@ def blamed(where, *kinds, on=None):
         told = [getattr(error, name, None) for name in ("strerror", "problem", "msg")]
         words = next(filter(None, [*told, str(error)]), type(error).__name__)
         words = words if isinstance(error, UserError) else " ".join(words.split())[:160]
-        words = f"line {mark.line + 1}: {words}" if (mark := getattr(error, "problem_mark", None)) else words
+        if line := getattr(getattr(error, "problem_mark", None), "line", -1) + 1:  # YAML's
+            words = f"line {line}: {words}"
         raise UserError(f"{where}: {words}" + (f": {brief(on)}" if on is not None else "")) from None
 
 
@@ -81,12 +86,9 @@ class Generation(jinja2.ext.Extension):
 
 
 class Tokenizer:
-    """A checkpoint's `tokenizer.json` with its special tokens, end tokens and chat template.
-
-    `now` is what a template's `strftime_now` tells, the program's start unless given: Llama 3.2 writes the date into
-    its system turn, so a run that goes on tomorrow has to be given the day it began.
-    UserError: a file that is missing or broken. Source: transformers' PreTrainedTokenizerFast and its chat templates.
-    """
+    """A checkpoint's `tokenizer.json` with its special tokens, end tokens and chat template. `now`, by default the
+    start, is what `strftime_now` tells: Llama 3.2 writes the date into its system turn, so a run that goes on tomorrow
+    needs the day it began. UserError: a file is missing or broken. Source: transformers' PreTrainedTokenizerFast."""
 
     def __init__(self, folder, now=None):
         self.folder, self.now = Path(folder), now or datetime.now()
@@ -163,9 +165,9 @@ class Tokenizer:
     @cached_property
     def end_ids(self):
         """Ids that end a turn: the end tokens, and what the template writes after an answer (in Qwen3-Base not eos)."""
-        messages, tail = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}], ""
+        tail = ""
         with suppress(UserError):  # no template, or one that insists on a system turn, say
-            tail = self.render(messages).partition(SENTINEL)[2].lstrip()
+            tail = self.render(say("user", "a") + say("assistant", SENTINEL)).partition(SENTINEL)[2].lstrip()
         after = [self.added[token] for token in sorted(self.added, key=len)[::-1] if tail.startswith(token)]
         return list(dict.fromkeys([*self.eos_ids, *after[:1]]))
 
@@ -176,13 +178,11 @@ class Tokenizer:
         return r"(?:\s*(?:" + "|".join(map(re.escape, tokens)) + "))+" if tokens else r"(?!)"
 
     def turns(self, messages, wanted=None, /, **kwargs):
-        """The full rendering, and where the model speaks in it, for any template.
+        """The full rendering, and where the model speaks in it, for any template: (text, spans, open).
 
-        Returns (text, spans, open). spans: (start, end) of each rendered assistant message whose index is in `wanted`
-        (default: all): what the model writes itself, from the end of the generation prompt (so with a <think> that the
-        prompt does not open) through the token that ends the turn. open: the text ends in an answer without that token.
-        `{% generation %}` spans are taken where each turn has one, as for transformers' assistant masks.
-        """
+        spans: (start, end) of each rendered assistant message whose index is in `wanted` (default: all), from the end
+        of the generation prompt (so with a <think> that it does not open) through the token that ends the turn; as
+        `{% generation %}` marks them, where each turn has one. open: the text ends in an answer without that token."""
         speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
         text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
@@ -208,7 +208,7 @@ class Tokenizer:
         except UserError:  # of no messages, say, when the assistant speaks first
             prompt, seen = SENTINEL, False
         # without its tool calls, which are the model's words too; or with them, if the template insists
-        for stand_in in ({"role": "assistant", "content": SENTINEL}, {**messages[i], "content": SENTINEL}):
+        for stand_in in (*say("assistant", SENTINEL), messages[i] | {"content": SENTINEL}):
             try:
                 other = self.render([*messages[:i], stand_in, *messages[i + 1 :]], **kwargs)
             except UserError:
@@ -227,11 +227,10 @@ class Tokenizer:
     def find_start(self, text, before, floor, /, **kwargs):
         """Where a turn that `before` leads up to begins: after the template's header, or as much of it as is there (an
         earlier turn may lack the <think> that the generation prompt opens); beyond the text where nothing fits."""
-        ask = [{"role": "user", "content": "a"}]
+        ask, same = say("user", "a"), len(os.path.commonprefix([text, before]))
         header = self.render(ask, True, **kwargs).removeprefix(self.render(ask, **kwargs))
-        same = len(os.path.commonprefix([text, before]))
-        starts = [before.rfind(header[:n], floor) + n for n in range(len(header), 0, -1)]
-        starts = [start for n, start in zip(range(len(header), 0, -1), starts) if start >= n]  # those found
+        heads = [header[:n] for n in range(len(header), 0, -1) if header[:n] in before[floor:]]
+        starts = [before.rfind(head, floor) + len(head) for head in heads]
         return next((start for start in [*starts, len(before)] if start <= same), sys.maxsize)
 
     def encode_sides(self, rows):
@@ -454,18 +453,17 @@ def split_row(row, chat, preference=False):
         raise UserError(f"fits no schema: {there}; wanted is one of {wanted}")
     if keys == ["text"]:
         return "", [text_of(row, "text")]
-    system = [{"role": "system", "content": text_of(row, "system")}] if row.get("system") else []
+    system = say("system", text_of(row, "system")) if row.get("system") else []
     if len(keys) == 1:
         return [], [(system if keys == ["conversations"] else []) + messages_of(row, keys[0])]
     if keys[0] == "instruction":
         instruction, output, given = (text_of(row, key) if row.get(key) else "" for key in (*keys, "input"))
         if chat:
-            ask = {"role": "user", "content": instruction + ("\n" + given if given else "")}
-            return [*system, ask], [[{"role": "assistant", "content": output}]]
+            return system + say("user", f"{instruction}\n{given}" if given else instruction), [say("assistant", output)]
         return alpaca(row)["prompt"], [output]
     if any(isinstance(row[key], list) for key in keys):
-        say = lambda key: [{"role": "user" if key == "prompt" else "assistant", "content": row[key]}]
-        sides = [say(key) if isinstance(row[key], str) else messages_of(row, key) for key in keys]
+        roles = ["user" if key == "prompt" else "assistant" for key in keys]
+        sides = [say(r, row[k]) if isinstance(row[k], str) else messages_of(row, k) for r, k in zip(roles, keys)]
     else:
         sides = [text_of(row, key) for key in keys]
     if keys[0] == "prompt":
@@ -481,12 +479,9 @@ def split_row(row, chat, preference=False):
 
 def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True, preference=False):
     """A row -> its sides, each a list of (text or ids, scored): one side, or prompt, chosen, rejected if `preference`;
-    or why it is of no use (str). UserError: it is malformed.
-
-    Scored are, in TRL's names, every assistant turn of a conversation (`assistant_only_loss`, here the default) or its
-    last alone (`completion_only_loss` true), a completion without its prompt (unless `completion_only_loss` is false),
-    all of a text; and after every answer the token that ends the turn. Unless `preference`, chosen is the completion.
-    """
+    or why it is of no use (str). Scored are, in TRL's names, every assistant turn of a conversation
+    (`assistant_only_loss`, here the default) or its last alone (`completion_only_loss` true), a completion without its
+    prompt (unless `completion_only_loss` is false), all of a text; after each answer the token that ends the turn."""
     prompt, answers = split_row(row, tokenizer.has_template, preference)
     answers = answers if preference else answers[:1]
     if preference and answers[0] == answers[1]:
@@ -531,10 +526,6 @@ ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
 )
 
 
-def say(role, content):
-    return [{"role": role, "content": content}]
-
-
 def question_of(row):
     """(question, choices, index of the right one, rationale or "") of a multiple-choice row: ECQA's columns, the hub's
     (ARC, CommonsenseQA), or {"question", "choices": [...], "answer": its text, letter or index}."""
@@ -553,13 +544,12 @@ def mcqa(row, rng, cot=1.0, topic=""):
     """question, choices, answer, perhaps rationale -> a text, asked in one of three ways with labels of one style, the
     rationale as a thought in it at probability `cot`; the answer alone is scored."""
     question, choices, right, why = question_of(row)
-    intro, style = INTRODUCTIONS[rng.integers(len(INTRODUCTIONS))], STYLES[rng.integers(len(STYLES))]
-    intro = intro.format(topic=topic or row.get("dataset") or "many topics")
+    topic, style = topic or row.get("dataset") or "any topic", rng.choice(STYLES)
     lines = [f"{style.format(A=A, a=A.lower(), n=n)} {text}" for n, (A, text) in enumerate(zip(LETTERS, choices), 1)]
     answers = choices if style == STYLES[-1] else lines
     thought = f"\nSolve step-by-step.\n<think> {why} </think>" if why and rng.random() < cot else ""
-    return {"prompt": "\n".join([intro, question, *lines]) + f"{thought}\n Answer:", "completion": f" {answers[right]}",
-            "choices": answers, "answer": answers[right]}  # fmt: skip
+    prompt = "\n".join([rng.choice(INTRODUCTIONS).format(topic=topic), question, *lines]) + f"{thought}\n Answer:"
+    return {"prompt": prompt, "completion": f" {answers[right]}", "choices": answers, "answer": answers[right]}
 
 
 def ecqa(row):
@@ -630,28 +620,25 @@ def use_recipe(name, args, seed):
     recipe, args, (_, *takes) = RECIPES[name], args or {}, signature(RECIPES[name]).parameters
     if odd := [key for key in args if key not in takes or key == "rng"]:
         raise UserError(f"recipe_args: {name} takes no {odd[0]!r}{nearest(odd[0], takes)}")
-    wanted = " ".join(recipe.__doc__.partition("->")[0].split())
+    wanted, draws = " ".join(recipe.__doc__.partition("->")[0].split()), "rng" in takes
+    faults = LookupError, TypeError, ValueError, AttributeError, StopIteration
 
     def make(row, epoch=0):
-        rng = lambda: np.random.default_rng([seed, epoch, zlib.crc32(json.dumps(row, default=str).encode())])
-        with blamed(f"does not fit recipe {name} ({wanted})", LookupError, TypeError, ValueError, AttributeError,
-                    StopIteration, on=row):  # fmt: skip
-            made = recipe(row, *([rng()] if "rng" in takes else []), **args)
+        key = draws and zlib.crc32(json.dumps(row, default=str).encode())
+        with blamed(f"does not fit recipe {name} ({wanted})", *faults, on=row):
+            made = recipe(row, *[np.random.default_rng([seed, epoch, key])] * draws, **args)
         return made if isinstance(made, str) else {"weight": row.get("weight")} | made
 
-    return make, "rng" in takes
+    return make, draws
 
 
 # --- pieces to segments -----------------------------------------------------------------------------------------------
 
 
 def fit(ids, scored, room, special):
-    """ids, scored (T,) -> the same in at most `room` tokens; None where the last answer does not fit.
-
-    The prompt gives way from its left. Its first token stays if it is one of the `special`, and one always stays, or
-    nothing could predict the answer's first. An earlier answer that loses its prompt is no longer scored. A text is cut
-    at its end.
-    """
+    """ids, scored (T,) -> the same in at most `room` tokens; None where the last answer does not fit. The prompt gives
+    way from its left, but for a first token that is one of the `special`; one token always stays, to predict the
+    answer's first. An earlier answer that loses its prompt is no longer scored. A text is cut at its end."""
     if len(ids) <= room:
         return ids, scored
     keep = int(int(ids[0]) in special)
@@ -673,13 +660,12 @@ def assemble(sides, tokenizer, max_length=None):
     (ids, scored), *answers = sides
     if any(set(side[flags].tolist()) <= set(tokenizer.end_ids) for side, flags in answers or sides):
         return "nothing scored"
-    longest = max((len(side) for side, _ in answers), default=0)
-    fitted = fit(ids, scored, (max_length or sys.maxsize) - longest, tokenizer.special_ids)
-    if fitted is None or len(fitted[0]) == 0:
+    room = (max_length or sys.maxsize) - max((len(side) for side, _ in answers), default=0)
+    if (fitted := fit(ids, scored, room, tokenizer.special_ids)) is None or len(fitted[0]) == 0:
         return "answer longer than max_length"
-    ids, scored = fitted
-    parts = [(ids, scored & (np.arange(len(ids)) > 0)), *answers]  # nothing predicts a first token
-    return [np.where(scored, ids, ~ids) for ids, scored in parts]
+    first, *rest = [np.where(scored, ids, ~ids) for ids, scored in (fitted, *answers)]
+    first[0] = min(first[0], ~first[0])  # nothing predicts a first token
+    return [first, *rest]
 
 
 def to_segments(parts, weight):
@@ -777,8 +763,8 @@ class Ledger(types.SimpleNamespace):
         return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
 
 
-# of an example: where its segments begin in tokens.bin (int32, ~id if not scored) and its row in rows.bin (JSON)
-LAYOUT = np.dtype([("bounds", np.int64, 4), ("row", np.int64, 2), ("weight", float), ("source", np.int64)])
+# an example in data.bin: its parts as of `assemble`, then its row in JSON; `at`: where each begins and the last ends
+LAYOUT = np.dtype([("at", np.int64, 5), ("weight", float), ("source", np.int64)])
 
 
 @dataclass(eq=False)
@@ -798,8 +784,7 @@ class Examples(Sequence):
 
     @cached_property
     def files(self):
-        kinds = {"index.bin": LAYOUT, "tokens.bin": np.int32, "rows.bin": np.uint8}
-        return [np.memmap(self.folder / name, kind, "r") for name, kind in kinds.items()]
+        return np.memmap(self.folder / "index.bin", LAYOUT, "r"), np.memmap(self.folder / "data.bin", np.uint8, "r")
 
     def __len__(self):
         return len(self.at)
@@ -807,26 +792,25 @@ class Examples(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[n] for n in range(len(self))[i]]
-        index, tokens, rows = self.files
-        bounds, (start, stop), weight, _ = index[self.at[i]]
+        index, data = self.files
+        (*at, end), weight, _ = index[self.at[i]]
         if self.as_rows or self.number and self.render:
-            row = self.make(json.loads(rows[start:stop].tobytes()), self.number)
+            row = self.make(json.loads(data[at[-1] : end].tobytes()), self.number)
             found = row if self.as_rows or isinstance(row, str) else self.render(row)
             if not isinstance(found, str):
                 return found
-        return to_segments([tokens[a:b] for a, b in itertools.pairwise(bounds) if a < b], float(weight))
+        return to_segments([data[a:b].view(np.int32) for a, b in itertools.pairwise(at) if a < b], float(weight))
 
     def epoch(self, number):
         """As many of these as epoch `number` sees: with weights each source's share, all of it as often as that fits
         and the rest drawn anew."""
         at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
         if self.shares:
-            source = self.files[0]["source"][at]
-            groups = [at[source == n] for n in range(len(self.shares))]
-            shares = np.cumsum([share * (len(group) > 0) for group, share in zip(groups, self.shares)])
-            counts = np.diff(np.round(shares / shares[-1] * len(at)).astype(int), prepend=0)
-            pairs = [(group, *divmod(count, max(len(group), 1))) for group, count in zip(groups, counts)]
-            at = np.concatenate([part for g, times, rest in pairs for part in [g] * times + [draw(g)[:rest]]])
+            groups = [at[self.files[0]["source"][at] == n] for n in range(len(self.shares))]
+            ends = np.cumsum([share * (len(group) > 0) for group, share in zip(groups, self.shares)])
+            counts = np.diff(np.round(ends / ends[-1] * len(at)).astype(int), prepend=0)
+            parts = [(group, *divmod(count, max(len(group), 1))) for group, count in zip(groups, counts)]
+            at = np.concatenate([part for g, times, rest in parts for part in [g] * times + [draw(g)[:rest]]])
         return replace(self, at=at, number=number)
 
     @property
@@ -837,24 +821,22 @@ class Examples(Sequence):
 
 def write_examples(folder, rows, ledger, tokenizer, **options):
     """Renders (where, row, number of its source) into a new folder, which takes its name when it is whole."""
-    token, byte, ends = 0, 0, set(tokenizer.end_ids)
+    end, ends = 0, set(tokenizer.end_ids)
     folder.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
         while chunk := list(itertools.islice(rows, 1024)):
-            data = {"index.bin": b"", "tokens.bin": b"", "rows.bin": b""}
+            data, index = [], []
             for (where, row, source), (found, weight, *counts) in zip(chunk, render_rows(chunk, tokenizer, **options)):
                 ledger.add(where, found, *counts, ends)
                 if not isinstance(found, str):
-                    text = json.dumps(row, default=str).encode()
-                    bounds = [*itertools.accumulate(map(len, found), initial=token)]
-                    entry = (bounds + bounds[-1:] * 3)[:4], (byte, byte + len(text)), weight, source
-                    token, byte = bounds[-1], byte + len(text)
+                    parts = [part.tobytes() for part in found] + [b""] * (3 - len(found))
+                    data += [*parts, json.dumps(row, default=str).encode()]
+                    *at, end = itertools.accumulate(map(len, data[-4:]), initial=end)
+                    index.append(([*at, end], weight, source))
                     ledger.sources[source]["examples"] += 1
-                    for name, part in zip(data, (np.array(entry, LAYOUT), np.concatenate(found), text)):
-                        data[name] += bytes(part)
-            for name, part in data.items():
-                with open(Path(aside, name), "ab") as file:
+            for name, part in (("data", b"".join(data)), ("index", np.array(index, LAYOUT).tobytes())):
+                with open(f"{aside}/{name}.bin", "ab") as file:
                     file.write(part)
                 ledger.crc = zlib.crc32(part, ledger.crc)
         Path(aside, "ledger.json").write_text(json.dumps(ledger.as_dict()))
@@ -863,12 +845,10 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
 
 
 def load_examples(sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options):
-    """Sources as in `find_sources` -> (Examples, their rows, ledger).
-
-    `max_samples` rows are drawn by `seed` and keep their order; `recipe` as in `use_recipe`, `options` (`max_length`,
-    ...) as in `render_rows`. Kept in $PLAINTUNE_CACHE (~/.cache/plaintune) under a hash of all they follow from, so a
-    second start reads no row. UserError: a file or row is wrong; nothing, or no end of turn, is scored.
-    """
+    """Sources as in `find_sources` -> (Examples, their rows, ledger). `max_samples` rows are drawn by `seed` and keep
+    their order; `recipe` as in `use_recipe`, `options` (`max_length`, ...) as in `render_rows`. Kept in
+    $PLAINTUNE_CACHE (~/.cache/plaintune) under a hash of all they follow from, so that a second start renders nothing.
+    UserError: a file or row is wrong; nothing, or no end of turn, is scored."""
     sources, (make, draws) = find_sources(sources), use_recipe(recipe, recipe_args, seed)
     known = [max_samples, recipe, recipe_args, options, (draws or max_samples is not None) and seed]
     digest = hashlib.blake2b(repr((known, tokenizer.tells_date and f"{tokenizer.now:%F}")).encode(), digest_size=16)
@@ -1070,13 +1050,6 @@ def load(config, **options):
     return tokenizer, *load_examples(config.data, tokenizer, **{n: getattr(config, n) for n in names} | options)
 
 
-def write_rows(path, rows):
-    if not path or Path(path).exists():
-        raise UserError(f"--output {path}: {'exists already' if path else 'is needed'}; name a new file")
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def show(config):
     """Rows as the model sees them, what is scored in green, or between ⟦ ⟧ where there is no terminal."""
     tokenizer, examples, _, ledger = load(config)
@@ -1098,37 +1071,32 @@ def audit(config):
     tokenizer, examples, _, ledger = load(config, max_length=None)
     count = len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
     sizes, seen = [], set()
-    for prompt, *answers in examples:
-        wholes = [np.concatenate([prompt.ids, answer.ids]) for answer in answers] or [prompt.ids]
-        scored = [segment.ids[segment.labels != IGNORE] for segment in (prompt, *answers)]
-        sizes.append((max(map(count, wholes)), sum(map(count, scored)), max(map(len, wholes))))
-        seen.add(hash(b"".join(ids.tobytes() for ids in wholes)))
-    *columns, tokens = np.array(sizes).T
-    points = {"min": 0, "mean": None, "max": 100, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "p100": 100}
-    print(f"{config.by:<12}" + "".join(f"{name:>9}" for name in points))
-    for name, column in zip(("example", "scored"), columns):
-        found = [column.mean() if q is None else np.percentile(column, q) for q in points.values()]
-        print(f"{name:<12}" + "".join(f"{x:9.1f}" if x % 1 else f"{x:9.0f}" for x in found))
-    fits = int(-(-np.percentile(tokens, 99) // 64) * 64)
-    limit = config.max_length or fits
-    print(f"suggested max_length: {fits} tokens, which leaves {(tokens <= fits).mean():.1%} of the examples whole")
-    print(f"with max_length {limit}: {load(config, max_length=limit)[3]}")
+    for example in examples:
+        scored, (prompt, *ends) = [s.ids[s.labels != IGNORE] for s in example], [s.ids for s in example]
+        size = lambda count: count(prompt) + max(map(count, ends), default=0)
+        sizes.append((size(count), sum(map(count, scored)), size(len)))
+        seen.add(hash(b"".join(ids.tobytes() for ids in (prompt, *ends))))
+    sizes = np.array(sizes)
+    names, points = ["min", "mean", "max", "p50", "p90", "p95", "p99", "p100"], [0, 100, 50, 90, 95, 99, 100]
+    print(config.by.ljust(12), *(f"{name:>8}" for name in names))
+    for name, column in zip(("example", "scored"), sizes.T):
+        found = np.insert(np.percentile(column, points), 1, column.mean())
+        print(name.ljust(12), *(f"{x:8.1f}".replace(".0", "  ") for x in found))
+    fits = int(-(-np.percentile(sizes[:, 2], 99) // 64) * 64)
+    print(f"suggested max_length: {fits} tokens, which leaves {(sizes[:, 2] <= fits).mean():.1%} of the examples whole")
+    print(f"with max_length {config.max_length or fits}: {load(config, max_length=config.max_length or fits)[3]}")
     print(f"{len(examples) - len(seen):,} duplicates; {ledger.rows_ended:,} of {len(examples):,} score an end of turn")
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples")
-    axes.hist(columns[0], bins=60)
-    if config.by == "tokens":
-        axes.axvline(limit, color="C1")
+    figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples").hist(sizes[:, 0], bins=60)
     figure.savefig(config.output or "lengths.png", dpi=130, format="png")
     print(f"histogram: {config.output or 'lengths.png'}")
 
 
 def mix(config):
     """All sources' rows as the recipe makes them, shuffled in one file, each source's share as its weight says."""
-    _, examples, rows, ledger = load(config)
+    *_, rows, ledger = load(config)
     rows = rows.epoch(0)
-    write_rows(config.output, (rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))))
-    print(f"{len(rows):,} rows in {config.output}: {ledger}")
+    return (rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))), f"{len(rows):,} rows: {ledger}"
 
 
 def pairs(config):
@@ -1137,7 +1105,7 @@ def pairs(config):
     from eval import find_answer, split_prompt
     from sft import pick_device
 
-    tokenizer, examples, rows, ledger = load(config)
+    tokenizer, examples, rows, _ = load(config)
     given, counts, found, draw = [], Counter(), {}, np.random.default_rng(config.seed)
     model = load_model(config.model, device=pick_device("auto")) if config.generate else None
     for at in range(0, len(examples) if model else 0, 32):
@@ -1146,21 +1114,20 @@ def pairs(config):
         given += map(tokenizer.decode, generate(model, ids, config.max_new_tokens, config.temperature, **ends))
     for n, row in enumerate(rows):
         prompt, (answer, *_) = split_row(row, tokenizer.has_template)
-        prompt, answer = (prompt + answer[:-1], answer[-1:]) if isinstance(answer, list) else (prompt, answer)
-        text = answer if isinstance(answer, str) else answer[0]["content"]
-        read = find_answer if find_answer(text) else str.strip
-        gold = row.get("answer") or read(text)
-        others = [choice for choice in row.get("choices") or () if choice != gold and text.endswith(gold)]
-        wrong = given[n] if model else text.removesuffix(gold) + draw.choice(others) if others else ""
+        if chat := isinstance(answer, list):
+            prompt, answer = prompt + answer[:-1], answer[-1]["content"]
+        read = find_answer if find_answer(answer) else str.strip
+        gold = row.get("answer") or read(answer)
+        others = [choice for choice in row.get("choices") or () if choice != gold and answer.endswith(gold)]
+        wrong = given[n] if model else answer.removesuffix(gold) + draw.choice(others) if others else ""
         if not (said := read(wrong)) or said == gold:
             counts["answered right" if said else "no wrong answer known"] += 1
             continue
-        wrong = wrong if isinstance(answer, str) else [{**answer[0], "content": wrong}]
-        pair = {"prompt": prompt, "chosen": answer, "rejected": wrong}
+        chosen, rejected = (say("assistant", side) if chat else side for side in (answer, wrong))
+        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         counts["the same as another"] += json.dumps(pair) in found
         found[json.dumps(pair)] = pair
-    write_rows(config.output, found.values())
-    print(f"{len(found):,} pairs in {config.output}" + "".join(f"; {why}: {n:,}" for why, n in counts.items() if n))
+    return found.values(), f"{len(found):,} pairs" + "".join(f"; {why}: {n:,}" for why, n in counts.items() if n)
 
 
 COMMANDS = {command.__name__: command for command in (show, audit, mix, pairs)}
@@ -1171,7 +1138,15 @@ def main():
     if command not in COMMANDS:
         usage = f"python data.py {'|'.join(COMMANDS)} --model MODEL --data SOURCE ... (--help says more)"
         raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; usage: {usage}")
-    COMMANDS[command](parse_config(DataConfig, argv, COMMANDS[command].__doc__))
+    config = parse_config(DataConfig, argv, COMMANDS[command].__doc__)
+    if command in ("show", "audit"):
+        return COMMANDS[command](config)
+    if not config.output or Path(config.output).exists():
+        raise UserError(f"--output {config.output}: {'exists already' * bool(config.output)}; name a new file")
+    rows, told = COMMANDS[command](config)
+    with open(config.output, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    print(f"{config.output}: {told}")
 
 
 if __name__ == "__main__":
