@@ -279,8 +279,12 @@ def read_jsonl(path):
             yield f"{path}:{number}", row
 
 
+def read_text(path):
+    return "".join(line for _, line in lines_of(path))
+
+
 def read_list(path):
-    text = "".join(line for _, line in lines_of(path))
+    text = read_text(path)
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -486,6 +490,8 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     answers = answers if preference else answers[:1]
     if preference and answers[0] == answers[1]:
         return "chosen and rejected are the same"
+    if preference and not prompt:
+        return "chosen and rejected share no prompt"
     eos = (tokenizer.eos_ids[:1], True)
     if isinstance(prompt, str):
         ask = [(tokenizer.head, False), (prompt, completion_only_loss is False and not preference)]
@@ -508,10 +514,7 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
         cuts = [0, *(at for span in spans for at in span), len(text)]
         side = [(text[start:end], rest or n % 2 == 1) for n, (start, end) in enumerate(zip(cuts, cuts[1:]))]
         sides.append(side + [eos] * is_open)
-    if not preference:
-        return sides
-    ask = os.path.commonprefix([side[0][0] for side in sides])
-    return [[(ask, False)], *([(side[0][0][len(ask) :], False), *side[1:]] for side in sides)]
+    return [[], *sides] if preference else sides
 
 
 # --- recipes: plain functions of a data set's own row, to a row of a schema above -------------------------------------
@@ -654,6 +657,16 @@ def fit(ids, scored, room, special):
     return np.concatenate([ids[:keep], ids[start:last]]), np.concatenate([scored[:keep], scored[start:last]])
 
 
+def share_prompt(sides):
+    """Encoded sides; of a pair's, the unscored tokens that both answers begin with are moved to the prompt."""
+    (ids, scored), *answers = sides
+    heads = [np.where(flags, -n, side).tolist() for n, (side, flags) in enumerate(answers, 1)]
+    if not (same := len(os.path.commonprefix(heads))):
+        return sides
+    prompt = np.append(ids, answers[0][0][:same]), np.append(scored, answers[0][1][:same])
+    return [prompt, *((side[same:], flags[same:]) for side, flags in answers)]
+
+
 def assemble(sides, tokenizer, max_length=None):
     """Encoded sides -> an example's parts, int32 (T,) with ~id where a token is not scored, at most `max_length` tokens
     a sequence; or why there are none (str)."""
@@ -696,14 +709,14 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
         if isinstance(sides, str):
             yield sides, weight, 0, 0
             continue
-        sides = next(encoded)
+        sides = share_prompt(next(encoded))
         tokens, scored = sum(len(ids) for ids, _ in sides), sum(int(flags.sum()) for _, flags in sides)
         yield assemble(sides, tokenizer, max_length), weight, tokens, scored - int(sides[0][1][:1].sum())
 
 
-def render_row(row, tokenizer, max_length=None, **options):
+def render_row(row, tokenizer, max_length=None, where="row", **options):
     """One row -> list[Segment], or why it is dropped (str). Options as in `lay_out`, truncation as in `fit`."""
-    found, weight, *_ = next(render_rows([("row", row)], tokenizer, max_length, **options))
+    found, weight, *_ = next(render_rows([(where, row)], tokenizer, max_length, **options))
     return found if isinstance(found, str) else to_segments(found, weight)
 
 
@@ -1001,7 +1014,8 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
             name = find_name(found[1].replace("-", "_").split("."), {**kinds, "config": list}, aliases)
             if name is None:
                 raise UserError(f"unknown flag --{found[1]}{nearest(found[1], kinds)}{see}")
-            given[name] = [word[found.end() :]] if found[2] else []
+            more = {*types_of(kinds.get(name, list))} & {list, tuple}  # one that is given twice goes on
+            given[name] = (given.get(name, []) if more else []) + ([word[found.end() :]] if found[2] else [])
         elif name is None:
             raise UserError(f"unrecognized arguments: {word}{see}")
         else:

@@ -975,6 +975,7 @@ def test_flags_and_files_make_a_config(tmp_path):
     ):
         assert parse_config(Settings, ["--target_modules", *words]).target_modules == modules
     assert parse_config(Settings, ["--rank_pattern", '{"q_proj": 4}']).rank_pattern == {"q_proj": 4}
+    assert parse_config(Settings, ["--data", "x", "--seed", "1", "--data=y", "z"]).data == ["x", "y", "z"]
     assert parse_config(Settings, ["--cutoff_len", "7", "--lora-rank", "3"]) == Settings(max_length=7, lora_r=3)
     path = tmp_path / "c.yaml"
     path.write_text(
@@ -1136,16 +1137,17 @@ def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
     assert pair["prompt"] == say("q", "r", "s") and pair["rejected"][0]["content"] == "so\nAnswer: cat"
 
 
-def test_pairs_from_a_models_own_answers(tmp_path, run, monkeypatch):
-    """The embedded tiny model gets some of its own questions wrong: what it says then is rejected."""
+def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):
+    """What the embedded tiny model says, where it is not the row's own answer, is rejected; the same for the same seed."""
     examples = Path(data.__file__).parent / "examples"
-    lines = (examples / "mcqa" / "validation.jsonl").read_text().splitlines()[:24]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    words = ["--generate", "--temperature", "1.5", "--max_new_tokens", "30", "--output", str(tmp_path / "p.jsonl")]
-    monkeypatch.setattr(sys, "argv", ["data.py", "pairs", "--model", str(examples / "tiny-qwen3"), "--data", str(tmp_path / "rows.jsonl"), *words])
-    data.main()
-    rows, pairs = [json.loads(line) for line in lines], [row for _, row in read_rows(tmp_path / "p.jsonl")]
-    assert 0 < len(pairs) <= 24
-    for pair in pairs:
-        row = next(row for row in rows if row["messages"][:1] == pair["prompt"])
-        assert pair["chosen"] == row["messages"][1:] and "Answer:" in pair["rejected"][0]["content"] != pair["chosen"][0]["content"]
+    lines = (examples / "mcqa" / "validation.jsonl").read_text().splitlines()[:12]
+    rows = [{"prompt": turn["content"], "completion": " nothing"} for line in lines for turn in json.loads(line)["messages"][:1]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "a", "completion": "b\nAnswer: c"}])))
+    words = ["data.py", "pairs", "--model", str(examples / "tiny-qwen3"), "--data", str(tmp_path / "rows.jsonl"), "--generate", "--max_new_tokens", "12"]
+    for name in "pq":
+        monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / f"{name}.jsonl")])
+        data.main()
+    pairs = [row for _, row in read_rows(tmp_path / "p.jsonl")]
+    assert pairs == [row for _, row in read_rows(tmp_path / "q.jsonl")] and 8 <= len(pairs) <= 12
+    assert all(pair["chosen"] == " nothing" and pair["rejected"].strip() != "nothing" for pair in pairs)
+    assert [pair["prompt"] for pair in pairs] == [row["prompt"] for row in rows if row["prompt"] in {p["prompt"] for p in pairs}]
