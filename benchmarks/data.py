@@ -7,7 +7,7 @@ speed: each set's rows to ids and labels on disk (plaintune's cache, datasets' A
 run a fresh process, taking turns; the clock starts when modules and tokenizer are loaded. datasets.map does what TRL's
 SFTTrainer asks of it for masked training: the chat template, and the assistant's mask from TRL's training template
 (batched, one process, as both libraries' default). memory: text rows of about 20 tokens written on the spot, each start
-a fresh process whose peak is ru_maxrss; a start loads the examples and reads 1,000 of them, as the steps of a run do.
+a fresh process whose peak is ru_maxrss; a start loads the examples and reads 50 steps of 20, scattered, as a run's plan does.
 """
 
 import argparse
@@ -66,8 +66,9 @@ from data import Tokenizer, load_examples
 began = perf_counter()
 examples, _, ledger = load_examples(sys.argv[2], Tokenizer(sys.argv[1]))
 seconds = perf_counter() - began
-step = max(1, len(examples) // 1000)
-assert sum(len(examples[i][0].ids) for i in range(0, len(examples), step))
+for step in range(50):
+    part = examples.epoch(0)
+    assert all(len(part[i * 7919 % len(part)][0].ids) for i in range(step * 20, step * 20 + 20))
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """
 

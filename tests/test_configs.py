@@ -10,9 +10,8 @@ import yaml
 
 import sft
 from conftest import ROOT, write_checkpoint
-from data import ALIASES, parse_config
 from lora import add_lora
-from model import ModelConfig, Transformer, read_json
+from model import ALIASES, ModelConfig, Transformer, parse_config, read_json
 from test_sft import write_tokenizer
 
 try:
