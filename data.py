@@ -1,11 +1,15 @@
-"""Data: the checkpoint's tokenizer and chat template, readers, rows rendered to ids and labels, the ledger.
+"""Data: the checkpoint's tokenizer and chat template, readers, recipes, rows rendered to ids and labels, the ledger.
 
 The decision that is not obvious: assistant turns are looked for in the *full* rendering. A template may render a turn
 differently once others follow (Qwen3 drops earlier thoughts), so masks made by rendering turn after turn are wrong.
 Each turn is replaced by a sentinel instead, which brackets it for any template. Pieces are tokenised one by one and
 their ids concatenated, so no token straddles prompt and answer, and a prompt has the ids it will have at generation.
+What was rendered is kept on disk and memory-mapped: a million rows take the memory of a thousand, and no second time.
 
     python data.py show --model Qwen/Qwen3-0.6B --data rows.jsonl --n 3     # rows as rendered, what is scored in colour
+    python data.py audit --model Qwen/Qwen3-0.6B --data rows.jsonl          # lengths, what max_length cuts, duplicates
+    python data.py mix --model Qwen/Qwen3-0.6B --data a.jsonl@2 b.csv@1 --output mixed.jsonl
+    python data.py pairs --model Qwen/Qwen3-0.6B --data ecqa.csv --recipe ecqa --output pairs.jsonl
 """
 
 import csv

@@ -2,11 +2,13 @@
 each runs for two steps on a tiny model and a few rows of its own kind of data."""
 
 import json
+import shutil
 from dataclasses import fields
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import sft
 from conftest import ROOT, write_checkpoint
@@ -99,3 +101,30 @@ def test_recipes_run_for_two_steps(name, base, tmp_path):
     lines = sft.read_log(tmp_path / "run" / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2] and all(line.get("loss", 0) >= 0 for line in lines)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_recipe_that_draws_and_weights_resume_bit_for_bit(base, tmp_path):
+    """Three epochs, each with wordings and rows of its own, against the same gone on with from the middle of the second;
+    a second look at an epoch's examples is the first."""
+    for name in "ab":
+        rows = [json.dumps(QUESTION | {"question": f"Where is {name}{n}?"}) for n in range(10)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    words = ["--model", str(base), "--data", f"{tmp_path / 'a.jsonl'}@3", f"{tmp_path / 'b.jsonl'}@1", "--recipe", "mcqa",
+             "--recipe_args", '{"cot": 0.5}', "--per_device_train_batch_size", "4", "--num_train_epochs", "3", "--save_steps", "7",
+             "--logging_steps", "1", "--merge", "false", "--eval_answers", "0", "--lora_dropout", "0.1"]  # fmt: skip
+    for run in ("whole", "halves"):
+        sft.main([*words, "--output_dir", str(tmp_path / run)])
+        if run == "halves":
+            for name in ("adapter", "checkpoint-000014", "checkpoint-000015"):
+                shutil.rmtree(tmp_path / run / name)
+            log = (tmp_path / run / "log.jsonl").read_text().splitlines()
+            (tmp_path / run / "log.jsonl").write_text("\n".join(log[:7]) + "\n")
+            sft.main([*words, "--output_dir", str(tmp_path / run)])
+    whole, halves = (load_file(tmp_path / run / "checkpoint-000015" / "adapter_model.safetensors") for run in ("whole", "halves"))
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    losses = [[line["loss"] for line in sft.read_log(tmp_path / run / "log.jsonl") if "loss" in line] for run in ("whole", "halves")]
+    assert losses[0] == losses[1] and len(losses[0]) == 15
+    examples = sft.load_examples([f"{tmp_path / 'a.jsonl'}@3", f"{tmp_path / 'b.jsonl'}@1"], sft.Tokenizer(base), recipe="mcqa", seed=42)[0]
+    plan = sft.Plan(examples, sft.SFTConfig(model="m", data=["d"], per_device_train_batch_size=20, num_train_epochs=3))
+    epochs = [[bytes(example[0].ids) for example in plan[step]] for step in (0, 1, 1)]
+    assert epochs[1] == epochs[2] and len({*epochs[0]} & {*epochs[1]}) < 10
