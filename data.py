@@ -1004,7 +1004,8 @@ def main():
     if command in ("show", "audit"):
         return COMMANDS[command](config)
     if not config.output or Path(config.output).exists():
-        raise UserError(f"--output {config.output}: {'exists already' * bool(config.output)}; name a new file")
+        fault = "exists already" if config.output else "is needed"
+        raise UserError(f"--output {config.output}: {fault}; name a new one")
     rows, told = COMMANDS[command](config)
     with open(config.output, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,13 +1,13 @@
 """Rendering and tokenising beside `datasets.map` with transformers' tokenizer, and the memory that big sets take.
 
-    python benchmarks/data.py speed  [--shared ../shared] [--repeats 5]     # rows per second, medians of alternating runs
+    python benchmarks/data.py speed [--shared ../shared] [--repeats 5]   # rows per second, medians of alternating runs
     python benchmarks/data.py memory [--rows 1000,100000,1000000]           # peak memory, first and second start
 
 speed: each set's rows to ids and labels on disk (plaintune's cache, datasets' Arrow file, both new every time), each
 run a fresh process, taking turns; the clock starts when modules and tokenizer are loaded. datasets.map does what TRL's
 SFTTrainer asks of it for masked training: the chat template, and the assistant's mask from TRL's training template
 (batched, one process, as both libraries' default). memory: text rows of about 20 tokens written on the spot, each start
-a fresh process whose peak is ru_maxrss; a start loads the examples and reads 50 steps of 20, scattered, as a run's plan does.
+a fresh process whose peak is ru_maxrss; a start loads the examples and reads 50 steps of 20, scattered, as a plan does.
 """
 
 import argparse
@@ -25,7 +25,12 @@ SETS = {"chat": "chat/identity_500.jsonl", "gsm8k": "gsm8k/train.jsonl"}
 
 def run(code, *args, **env):
     """What a fresh process prints as JSON."""
-    command = [sys.executable, "-c", f"import sys, json; sys.path.insert(0, {str(HERE.parent)!r})\n{code}", *map(str, args)]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys, json; sys.path.insert(0, {str(HERE.parent)!r})\n{code}",
+        *map(str, args),
+    ]
     found = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     if found.returncode:
         sys.exit(found.stderr)
@@ -88,8 +93,11 @@ def speed(shared, repeats):
                 ours.append(run(PLAINTUNE, tokenizer, path, PLAINTUNE_CACHE=f"{folder}/ours{n}"))
                 theirs.append(run(DATASETS, tokenizer, path, f"{folder}/theirs{n}", HF_HUB_OFFLINE="1"))
             a, b = (median(speed for speed, *_ in side) for side in (ours, theirs))
-            print(f"{name}, {len(rows)} rows: plaintune {a:,.0f} rows/s, datasets.map {b:,.0f} rows/s ({a / b:.2f} times); "
-                  f"tokens {ours[0][1]:,} and {theirs[0][1]:,}, scored {ours[0][2]:,} and {theirs[0][2]:,}", flush=True)
+            print(
+                f"{name}, {len(rows)} rows: plaintune {a:,.0f} rows/s, datasets.map {b:,.0f} ({a / b:.2f} times); "
+                f"tokens {ours[0][1]:,} and {theirs[0][1]:,}, scored {ours[0][2]:,} and {theirs[0][2]:,}",
+                flush=True,
+            )
 
 
 def memory(shared, sizes):
@@ -98,9 +106,14 @@ def memory(shared, sizes):
             path = Path(folder, "rows.jsonl")
             with open(path, "w") as file:
                 for n in range(rows):
-                    file.write(json.dumps({"text": f"Row {n}: {n} plus {n % 97} is {n + n % 97}, as anybody can see."}) + "\n")
+                    file.write(
+                        json.dumps({"text": f"Row {n}: {n} plus {n % 97} is {n + n % 97}, as anybody can see."}) + "\n"
+                    )
             starts = [run(START, shared / "tokenizers" / "qwen3", path, PLAINTUNE_CACHE=folder) for _ in "12"]
-            shown = "; ".join(f"{name} start {peak:,.0f} MB, {seconds:.1f} s" for name, (seconds, peak) in zip(("first", "second"), starts))
+            shown = "; ".join(
+                f"{name} start {peak:,.0f} MB, {seconds:.1f} s"
+                for name, (seconds, peak) in zip(("first", "second"), starts)
+            )
             print(f"{rows:,} rows: {shown}", flush=True)
 
 

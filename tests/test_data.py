@@ -769,14 +769,17 @@ def test_a_second_start_renders_nothing(chatml, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "render_rows", lambda *_, **__: calls.append(1) or iter(()))
     second, again, same = load_examples(path, chatml)
     assert not calls and same == ledger and second.fingerprint == first.fingerprint and again[2999]["choices"] == [2999]
-    assert all((a.ids == b.ids).all() and (a.labels == b.labels).all() for x, y in zip(first, second) for a, b in zip(x, y))
+    assert all(
+        (a.ids == b.ids).all() and (a.labels == b.labels).all() for x, y in zip(first, second) for a, b in zip(x, y)
+    )
     assert [p.name[0] for p in (tmp_path / "cache").iterdir()] != ["."] and first[2999][0].ids.dtype == np.int32
     monkeypatch.undo()
     monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
     folder = lambda *args, **options: load_examples(*args, **options)[0].folder
     other = Tokenizer(write_tokenizer(tmp_path / "other", THINK))
-    folders = [folder(path, chatml), folder(path, other), folder(path, chatml, max_length=9), folder(path, chatml, seed=7),
-               folder(path, chatml, max_samples=5), folder(path, chatml, max_samples=5, seed=7)]  # fmt: skip
+    cut, drawn = {"max_length": 9}, {"max_samples": 5, "seed": 7}
+    folders = [folder(path, chatml), folder(path, other), folder(path, chatml, **cut), folder(path, chatml, seed=7)]
+    folders += [folder(path, chatml, max_samples=5), folder(path, chatml, **drawn)]
     path.write_text(path.read_text().replace("sat 7", "mat 7"))
     folders.append(folder(path, chatml))
     assert folders[3] == folders[0] and len(set(folders)) == 6
@@ -791,7 +794,9 @@ def test_a_date_in_the_template_is_part_of_the_key(tmp_path):
     dated = write_tokenizer(tmp_path / "dated", "{{ strftime_now('%d') }}" + CHATML)
     plain = write_tokenizer(tmp_path / "plain", CHATML)
     for folder, same in ((dated, False), (plain, True)):
-        one, two = (load_examples(tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day)))[0] for day in (1, 2))
+        one, two = (
+            load_examples(tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day)))[0] for day in (1, 2)
+        )
         assert (one.folder == two.folder) == same == ((one[0][0].ids == two[0][0].ids).all())
 
 
@@ -808,7 +813,9 @@ def test_recipes_by_hand():
     made = ecqa(ECQA)
     assert made["completion"][0]["content"] == "It is not here.\nAnswer: B" and made["answer"] == "B"
     assert made["prompt"][0]["content"].startswith("Where?\nA. here\nB. there\nC. now\nD. then\nE. up\n")
-    assert made["choices"] == [*"ABCDE"] and ecqa(ARC)["answer"] == "B" and ecqa(LISTED | {"answer": 0})["answer"] == "A"
+    assert (
+        made["choices"] == [*"ABCDE"] and ecqa(ARC)["answer"] == "B" and ecqa(LISTED | {"answer": 0})["answer"] == "A"
+    )
     assert ecqa(LISTED | {"answer": "here", "weight": 0.5})["weight"] == 0.5
     made = gsm8k({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"})
     assert made["completion"][0]["content"] == "1+1=2\nAnswer: 2" and made["answer"] == "2"
@@ -816,13 +823,26 @@ def test_recipes_by_hand():
     assert made["prompt"].endswith("### Instruction:\ndo\n\n### Response:") and "Input" not in made["prompt"]
     assert "paired" in alpaca({"instruction": "do", "input": "it", "output": "done"})["prompt"]
     text = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq\nr<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
-    assert chatml({"text": text})["messages"] == say("q\nr", "a", system="s") == chatml(
-        {"messages": say("q\nr", "a", system="s")})["messages"]
+    assert (
+        chatml({"text": text})["messages"]
+        == say("q\nr", "a", system="s")
+        == chatml({"messages": say("q\nr", "a", system="s")})["messages"]
+    )
     pick, draws = data.use_recipe("ultrafeedback", {}, 0)
     made = pick({"prompt": "p", "chosen": say("p", "c"), "rejected": "r"})
-    assert draws and made["prompt"] == say("p") and made["chosen"] == say("p", "c") and made["rejected"] == say("", "r")[1:]
-    rated = {"instruction": "p", "completions": [{"response": r, "overall_score": n} for r, n in (("x", 5), ("y", "8"), ("z", 2))]}
-    seen = {json.dumps([pick(rated, epoch)[side][0]["content"] for side in ("chosen", "rejected")]) for epoch in range(20)}
+    assert (
+        draws
+        and made["prompt"] == say("p")
+        and made["chosen"] == say("p", "c")
+        and made["rejected"] == say("", "r")[1:]
+    )
+    rated = {
+        "instruction": "p",
+        "completions": [{"response": r, "overall_score": n} for r, n in (("x", 5), ("y", "8"), ("z", 2))],
+    }
+    seen = {
+        json.dumps([pick(rated, epoch)[side][0]["content"] for side in ("chosen", "rejected")]) for epoch in range(20)
+    }
     assert seen == {'["y", "x"]', '["y", "z"]'}
     assert pick({**rated, "completions": rated["completions"][:1]}) == "all completions are rated alike"
 
@@ -831,12 +851,18 @@ def test_mcqa_draws_its_wording_but_never_its_answer():
     make, draws = data.use_recipe("mcqa", {"topic": "geography"}, 3)
     rows = [make(LISTED, epoch) for epoch in range(200)]
     assert draws and rows == [make(LISTED, epoch) for epoch in range(200)] and make(LISTED, 0) != make(ECQA, 0)
-    assert len({row["prompt"].split("\n")[0] for row in rows}) == 3 and any("geography" in row["prompt"] for row in rows)
+    assert len({row["prompt"].split("\n")[0] for row in rows}) == 3 and any(
+        "geography" in row["prompt"] for row in rows
+    )
     answers = {"B. there", "B) there", "(B) there", "B – there", "b) there", "2. there", "there"}
     assert {row["answer"] for row in rows} == answers
     for row in rows:  # one style within a question, the thought in the prompt, the answer alone is scored
         lines = row["prompt"].split("\n")
-        assert row["completion"] == f" {row['answer']}" and lines[3].endswith(row["answer"]) and row["answer"] == row["choices"][1]
+        assert (
+            row["completion"] == f" {row['answer']}"
+            and lines[3].endswith(row["answer"])
+            and row["answer"] == row["choices"][1]
+        )
         assert lines[2].replace("here", "there").translate(str.maketrans("Aa1", "Bb2")) == lines[3]
         assert lines[4:] == ["Solve step-by-step.", "<think> why </think>", " Answer:"]
     half, never = (data.use_recipe("mcqa", {"cot": cot}, 3)[0] for cot in (0.5, 0))
@@ -848,7 +874,11 @@ def test_movielens_from_its_original_tables(tmp_path):
     rng = random.Random(0)
     items = [f"{n}|Film {n} (199{n % 10})|01-Jan-1995||url é|0|1" for n in range(1, 30)]
     (tmp_path / "u.item").write_bytes("\n".join(items).encode("latin-1"))
-    lines = [f"{user}\t{item}\t{rng.randint(1, 5)}\t{when}" for user in (1, 2) for when, item in enumerate(rng.sample(range(1, 30), 13))]
+    lines = [
+        f"{user}\t{item}\t{rng.randint(1, 5)}\t{when}"
+        for user in (1, 2)
+        for when, item in enumerate(rng.sample(range(1, 30), 13))
+    ]
     rng.shuffle(lines)
     (tmp_path / "u.data").write_text("\n".join(lines))
     rows = read_rows(tmp_path)
@@ -856,12 +886,16 @@ def test_movielens_from_its_original_tables(tmp_path):
     where, row = rows[0]
     user, item, rating, when = lines[int(where.rpartition(":")[2]) - 1].split("\t")
     assert row["title"].startswith(f"Film {item} ") and row["rating"] == int(rating) and when == "10"
-    before = sorted((line.split("\t") for line in lines if line.startswith(user + "\t")), key=lambda cells: int(cells[3]))
+    before = sorted(
+        (line.split("\t") for line in lines if line.startswith(user + "\t")), key=lambda cells: int(cells[3])
+    )
     assert [title.split()[1] for title, _ in row["history"]] == [cells[1] for cells in before[:10]]
     made = data.use_recipe("movielens", {"liked": 3}, 0)[0](row)
     assert made["completion"][0]["content"] == made["answer"] == ("Yes" if int(rating) >= 3 else "No")
     liked, disliked = [line for line in made["prompt"][0]["content"].split("\n")[:2]]
-    assert all((title in liked) == (stars >= 3) and (title in disliked) == (stars < 3) for title, stars in row["history"])
+    assert all(
+        (title in liked) == (stars >= 3) and (title in disliked) == (stars < 3) for title, stars in row["history"]
+    )
     told = data.use_recipe("movielens", {}, 0)[0]({"instruction": "i", "input": "x", "output": "Yes."})
     assert told["output"] == "Yes" == told["answer"] and told["choices"] == ["Yes", "No"]
     (tmp_path / "u.data").write_text("1 2 3")
@@ -911,17 +945,24 @@ def test_recipes_that_do_not_fit_are_named(chatml, tmp_path, recipe, args, row, 
     with pytest.raises(UserError, match=message) as caught:
         load_examples(path, chatml, recipe=recipe, recipe_args=args)
     print(caught.value)
-    assert len(str(caught.value).splitlines()) == 1 and (not str(caught.value)[0] == "/" or "rows.jsonl:1: " in str(caught.value))
+    assert len(str(caught.value).splitlines()) == 1 and (
+        not str(caught.value)[0] == "/" or "rows.jsonl:1: " in str(caught.value)
+    )
 
 
 @real
-@pytest.mark.parametrize("recipe, file", [("ecqa", "ecqa/val.csv"), ("mcqa", "ecqa/val.csv"), ("ecqa", "arc_challenge/test.jsonl"), ("gsm8k", "gsm8k/test.jsonl"),
-                                          ("alpaca", "alpaca/alpaca_en_999.json"), ("ultrafeedback", "ultrafeedback/test.jsonl"), ("chatml", "chat/identity_500.jsonl")])  # fmt: skip
+@pytest.mark.parametrize("recipe, file", [
+    ("ecqa", "ecqa/val.csv"), ("mcqa", "ecqa/val.csv"), ("ecqa", "arc_challenge/test.jsonl"), ("gsm8k", "gsm8k/test.jsonl"),
+    ("alpaca", "alpaca/alpaca_en_999.json"), ("ultrafeedback", "ultrafeedback/test.jsonl"),
+    ("chatml", "chat/identity_500.jsonl"),
+])  # fmt: skip
 def test_recipes_on_the_real_sets(recipe, file):
     """Every token is accounted for, every row's answer is in what is scored."""
     tokenizer = Tokenizer(SHARED / "tokenizers" / "qwen3")
     preference = recipe == "ultrafeedback"
-    examples, rows, ledger = load_examples(SHARED / "data" / file, tokenizer, recipe=recipe, preference=preference, max_samples=60)
+    examples, rows, ledger = load_examples(
+        SHARED / "data" / file, tokenizer, recipe=recipe, preference=preference, max_samples=60
+    )
     assert ledger.scored + ledger.masked == sum(len(s.ids) for example in examples for s in example)
     assert ledger.scored == sum((s.labels != IGNORE).sum() for example in examples for s in example)
     assert ledger.tokens == ledger.scored + ledger.masked + ledger.dropped and ledger.examples >= 58
@@ -991,10 +1032,12 @@ def test_flags_and_files_make_a_config(tmp_path):
 
 
 TOOLS_CONFIGS = {
-    "LLaMA-Factory": ("model_name_or_path: m\ndataset: a.json\ncutoff_len: 5\nlora_rank: 3\nlora_target: q_proj,v_proj\nlearning_rate: 1.0e-4", {}),
-    "Axolotl": ("base_model: m\ndataset: []\nsequence_len: 5\nlora_r: 3\nlora_target_modules: [q_proj, v_proj]\nlearning_rate: 0.0001\nval_set_size: 0.1",
-                {"data": [], "val_size": 0.1}),
-    "TRL": ("model_name_or_path: m\ndataset_name: a.json\nmax_seq_length: 5\nlora_r: 3\nlora_target_modules: [q_proj, v_proj]\nlearning_rate: 1e-4", {}),
+    "LLaMA-Factory": ("model_name_or_path: m\ndataset: a.json\ncutoff_len: 5\nlora_rank: 3\n"
+                      "lora_target: q_proj,v_proj\nlearning_rate: 1.0e-4", {}),
+    "Axolotl": ("base_model: m\ndataset: []\nsequence_len: 5\nlora_r: 3\nlora_target_modules: [q_proj, v_proj]\n"
+                "learning_rate: 0.0001\nval_set_size: 0.1", {"data": [], "val_size": 0.1}),
+    "TRL": ("model_name_or_path: m\ndataset_name: a.json\nmax_seq_length: 5\nlora_r: 3\n"
+            "lora_target_modules: [q_proj, v_proj]\nlearning_rate: 1e-4", {}),
     "sections": ('{"model": {"model_name_or_path": "m"}, "data": {"train_file": "a.json", "max_length": 5},\n'
                  '"lora": {"rank": 3, "target_modules": ["q_proj", "v_proj"]}, "training": {"lr": 1e-4}}', {}),
 }  # fmt: skip
@@ -1005,15 +1048,26 @@ def test_the_names_of_other_tools_are_understood(tmp_path, tool):
     text, other = TOOLS_CONFIGS[tool]
     path = tmp_path / ("c.json" if text[0] == "{" else "c.yaml")
     path.write_text(text)
-    want = dict(model="m", data=["a.json"], max_length=5, lora_r=3, target_modules=["q_proj", "v_proj"], learning_rate=1e-4)
+    want = dict(
+        model="m", data=["a.json"], max_length=5, lora_r=3, target_modules=["q_proj", "v_proj"], learning_rate=1e-4
+    )
     assert parse_config(Settings, ["--config", str(path)]) == Settings(**want | other)
 
 
 def test_a_partial_file_and_dotted_flags_override(tmp_path):
     """Project B's way: a whole JSON file, a small nested one over it, flags over both."""
-    (tmp_path / "base.json").write_text('{"lora": {"r": 16}, "training": {"learning_rate": 2e-4, "seed": 1}, "max_length": 9}')
+    (tmp_path / "base.json").write_text(
+        '{"lora": {"r": 16}, "training": {"learning_rate": 2e-4, "seed": 1}, "max_length": 9}'
+    )
     (tmp_path / "mine.json").write_text('{"training": {"seed": 2}}')
-    words = ["--config", str(tmp_path / "base.json"), str(tmp_path / "mine.json"), "--lora.r", "8", "--training.learning_rate=1e-3"]
+    words = [
+        "--config",
+        str(tmp_path / "base.json"),
+        str(tmp_path / "mine.json"),
+        "--lora.r",
+        "8",
+        "--training.learning_rate=1e-3",
+    ]
     assert parse_config(Settings, words) == Settings(lora_r=8, learning_rate=1e-3, seed=2, max_length=9)
 
 
@@ -1065,7 +1119,9 @@ def run(chatml, tmp_path, monkeypatch, capsys):
     """run(command, *words) -> what `python data.py` prints about rows.jsonl."""
 
     def run(command, *words, file="rows.jsonl"):
-        monkeypatch.setattr(sys, "argv", ["data.py", command, "--model", str(chatml.folder), "--data", str(tmp_path / file), *words])
+        monkeypatch.setattr(
+            sys, "argv", ["data.py", command, "--model", str(chatml.folder), "--data", str(tmp_path / file), *words]
+        )
         data.main()
         return capsys.readouterr().out
 
@@ -1078,9 +1134,14 @@ def test_show_prints_rows_and_ledger(tmp_path, chatml, run, monkeypatch):
     assert "<|im_start|>assistant\n⟦sat<|im_end|>⟧\n" in output and "1 rows: 1 examples" in output
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert "\033[32msat<|im_end|>\033[0m" in run("show")
-    for words, message in ((["show", "--dta", "x"], r"unknown flag --dta \(nearest: data"), (["shw"], r"unknown command 'shw' \(nearest: show"),
-                           (["show", "--data", "x"], "--model is needed"), (["mix", "--model", "x", "--data", "y"], "--output : ; name"),
-                           (["mix", "--model", "x", "--data", "y", "--output", str(tmp_path)], "exists already; name a new file")):  # fmt: skip
+    mix = ["mix", "--model", "x", "--data", "y"]
+    for words, message in (
+        (["show", "--dta", "x"], r"unknown flag --dta \(nearest: data"),
+        (["shw"], r"unknown command 'shw' \(nearest: show"),
+        (["show", "--data", "x"], "--model is needed"),
+        (mix, "--output : is needed; name a new one"),
+        ([*mix, "--output", str(tmp_path)], "exists already; name a new one"),
+    ):
         monkeypatch.setattr(sys, "argv", ["data.py", *words])
         with pytest.raises(UserError, match=message):
             data.main()
@@ -1098,9 +1159,14 @@ def test_audit_measures_lengths(tmp_path, chatml, run):
     want = [lengths.min(), lengths.mean(), lengths.max(), *np.percentile(lengths, [50, 90, 95, 99, 100])]
     assert [float(x) for x in line.split()[1:]] == [round(x, 1) for x in want]
     fits = -(-np.percentile(lengths, 99) // 64) * 64
-    assert f"suggested max_length: {fits:.0f} tokens" in suggested and "1 duplicates; 100 of 100 score an end of turn" in output
+    assert (
+        f"suggested max_length: {fits:.0f} tokens" in suggested
+        and "1 duplicates; 100 of 100 score an end of turn" in output
+    )
     assert (tmp_path / "l.png").read_bytes()[:4] == b"\x89PNG"
-    assert "with max_length 20: 100 rows: 100 examples, " in run("audit", "--max_length", "20", "--output", str(tmp_path / "l.png"))
+    assert "with max_length 20: 100 rows: 100 examples, " in run(
+        "audit", "--max_length", "20", "--output", str(tmp_path / "l.png")
+    )
     line = run("audit", "--by", "characters", "--output", str(tmp_path / "l.png")).splitlines()[1]
     assert float(line.split()[3]) == max(len(chatml.decode(example[0].ids, skip_special=False)) for example in examples)
     pair = {"prompt": "a " * 20, "chosen": "cat", "rejected": "the mat and said"}
@@ -1130,24 +1196,48 @@ def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
         assert not isinstance(render_row(pair, chatml, preference=True), str)
     run("pairs", "--recipe", "mcqa", "--output", str(tmp_path / "q.jsonl"))
     for _, pair in read_rows(tmp_path / "q.jsonl"):
-        assert pair["prompt"].endswith(" Answer:") and pair["chosen"] != pair["rejected"] and pair["rejected"].strip() in pair["prompt"]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": say("q", "r", "s", "so\nAnswer: owl"), "choices": ["owl", "cat"]}))
+        assert (
+            pair["prompt"].endswith(" Answer:")
+            and pair["chosen"] != pair["rejected"]
+            and pair["rejected"].strip() in pair["prompt"]
+        )
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"messages": say("q", "r", "s", "so\nAnswer: owl"), "choices": ["owl", "cat"]})
+    )
     run("pairs", "--output", str(tmp_path / "r.jsonl"))
-    (_, pair), = read_rows(tmp_path / "r.jsonl")
+    ((_, pair),) = read_rows(tmp_path / "r.jsonl")
     assert pair["prompt"] == say("q", "r", "s") and pair["rejected"][0]["content"] == "so\nAnswer: cat"
 
 
 def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):
-    """What the embedded tiny model says, where it is not the row's own answer, is rejected; the same for the same seed."""
+    """What the embedded tiny model says, where it is not the row's own answer, is rejected; the same for a same seed."""
     examples = Path(data.__file__).parent / "examples"
     lines = (examples / "mcqa" / "validation.jsonl").read_text().splitlines()[:12]
-    rows = [{"prompt": turn["content"], "completion": " nothing"} for line in lines for turn in json.loads(line)["messages"][:1]]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "a", "completion": "b\nAnswer: c"}])))
-    words = ["data.py", "pairs", "--model", str(examples / "tiny-qwen3"), "--data", str(tmp_path / "rows.jsonl"), "--generate", "--max_new_tokens", "12"]
+    rows = [
+        {"prompt": turn["content"], "completion": " nothing"}
+        for line in lines
+        for turn in json.loads(line)["messages"][:1]
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(map(json.dumps, [*rows, {"prompt": "a", "completion": "b\nAnswer: c"}]))
+    )
+    words = [
+        "data.py",
+        "pairs",
+        "--model",
+        str(examples / "tiny-qwen3"),
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--generate",
+        "--max_new_tokens",
+        "12",
+    ]
     for name in "pq":
         monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / f"{name}.jsonl")])
         data.main()
     pairs = [row for _, row in read_rows(tmp_path / "p.jsonl")]
     assert pairs == [row for _, row in read_rows(tmp_path / "q.jsonl")] and 8 <= len(pairs) <= 12
     assert all(pair["chosen"] == " nothing" and pair["rejected"].strip() != "nothing" for pair in pairs)
-    assert [pair["prompt"] for pair in pairs] == [row["prompt"] for row in rows if row["prompt"] in {p["prompt"] for p in pairs}]
+    assert [pair["prompt"] for pair in pairs] == [
+        row["prompt"] for row in rows if row["prompt"] in {p["prompt"] for p in pairs}
+    ]
