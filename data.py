@@ -275,7 +275,8 @@ def read_list(path):
         why, line = getattr(error, "msg", str(error)), getattr(error, "lineno", 1)
         if why == "Extra data" and text.lstrip().startswith("{"):  # lines under another name
             return read_jsonl(path)
-        raise UserError(f"{path}:{line}: not JSON: {why}: {brief(text.splitlines()[line - 1 : line])}") from None
+        found = brief("".join(text.splitlines()[line - 1 : line]) or "the end")
+        raise UserError(f"{path}:{line}: not JSON: {why}: {found}") from None
     rows = rows.get("data", rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise UserError(f'{path}: expected a list of rows or {{"data": [...]}}, found {brief(rows)}')
@@ -605,9 +606,10 @@ def use_recipe(name, args, seed):
     if name not in RECIPES:
         raise UserError(f"recipe: {name!r} is not one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
     recipe, args, (_, *takes) = RECIPES[name], args or {}, signature(RECIPES[name]).parameters
-    if odd := [key for key in args if key not in takes or key == "rng"]:
+    draws, takes = "rng" in takes, [key for key in takes if key != "rng"]
+    if odd := [key for key in args if key not in takes]:
         raise UserError(f"recipe_args: {name} takes no {odd[0]!r}{nearest(odd[0], takes)}")
-    wanted, draws = " ".join(recipe.__doc__.partition("->")[0].split()), "rng" in takes
+    wanted = " ".join(recipe.__doc__.partition("->")[0].split())
     faults = LookupError, TypeError, ValueError, AttributeError, StopIteration
 
     def make(row, epoch=0):
