@@ -560,8 +560,10 @@ def alpaca(row):
 
 def chatml(row):
     """messages, or text in ChatML's markup -> messages, for the model's own template."""
-    found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", "" if "messages" in row else row["text"], re.S)
-    return {"messages": row.get("messages") or [message for turn in found for message in say(*turn)]}
+    if "messages" in row or "text" not in row:
+        return row
+    found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", row["text"], re.S)
+    return {"messages": [message for turn in found for message in say(*turn)]}
 
 
 def movielens(row, liked=4):

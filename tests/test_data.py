@@ -828,6 +828,8 @@ def test_recipes_by_hand():
         == say("q\nr", "a", system="s")
         == chatml({"messages": say("q\nr", "a", system="s")})["messages"]
     )
+    whole = {"conversations": [{"from": "human", "value": "q"}], "system": "s", "tools": TOOLS, "weight": None}
+    assert chatml(whole) == whole
     pick, draws = data.use_recipe("ultrafeedback", {}, 0)
     made = pick({"prompt": "p", "chosen": say("p", "c"), "rejected": "r"})
     assert (
@@ -933,7 +935,8 @@ def test_epochs_differ_and_come_back(chatml, tmp_path):
     ("mcqa", {"rng": 1}, LISTED, "recipe_args: mcqa takes no 'rng'"),
     ("gsm8k", {}, {"question": "q", "answer": "2"}, "does not fit recipe gsm8k"),
     ("alpaca", {}, {"prompt": "q"}, "does not fit recipe alpaca .*: 'instruction'"),
-    ("chatml", {}, {"prompt": "q"}, "does not fit recipe chatml"),
+    ("chatml", {}, {"prompt": "q"}, "fits no schema: it has prompt"),
+    ("chatml", {}, {"text": 5}, "does not fit recipe chatml"),
     ("chatml", {}, {"text": "no markup"}, "'messages' must be a list"),
     ("movielens", {}, {"history": []}, "does not fit recipe movielens"),
     ("ultrafeedback", {}, {"prompt": "q"}, "does not fit recipe ultrafeedback"),
