@@ -1,44 +1,52 @@
-"""Data: the checkpoint's tokenizer and chat template, readers, rows rendered to ids and labels, the ledger, settings.
+"""Data: the checkpoint's tokenizer and chat template, readers, recipes, rows rendered to ids and labels, the ledger.
 
 The decision that is not obvious: assistant turns are looked for in the *full* rendering. A template may render a turn
 differently once others follow (Qwen3 drops earlier thoughts), so masks made by rendering turn after turn are wrong.
 Each turn is replaced by a sentinel instead, which brackets it for any template. Pieces are tokenised one by one and
 their ids concatenated, so no token straddles prompt and answer, and a prompt has the ids it will have at generation.
+What was rendered is kept on disk and memory-mapped: a million rows take the memory of a thousand, and no second time.
 
     python data.py show --model Qwen/Qwen3-0.6B --data rows.jsonl --n 3     # rows as rendered, what is scored in colour
+    python data.py audit --model Qwen/Qwen3-0.6B --data rows.jsonl          # lengths, what max_length cuts, duplicates
+    python data.py mix --model Qwen/Qwen3-0.6B --data a.jsonl@2 b.csv@1 --output mixed.jsonl
+    python data.py pairs --model Qwen/Qwen3-0.6B --data ecqa.csv --recipe ecqa --output pairs.jsonl
 """
 
-import argparse
 import csv
+import glob
 import gzip
-import io
+import hashlib
+import itertools
 import json
 import os
 import re
 import secrets
 import sys
+import tempfile
 import types
+import zlib
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from inspect import getsource
+from inspect import signature
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import jinja2.ext
 import numpy as np
 import tokenizers
-import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tqdm import tqdm
 
-from model import IGNORE, Segment, UserError, cli, nearest, read_json, resolve
+from model import (COMPANIONS, IGNORE, Segment, UserError, blamed, brief, cli, generate, load_model, nearest,
+                   parse_config, read_json, resolve)  # fmt: skip
 
 
-def brief(value, width=60):
-    """`value` as one short quoted line, for messages."""
-    text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split())
-    return repr(text[:width] + "…" if len(text) > width else text)
+def say(role, content):
+    return [{"role": role, "content": content}]
 
 
 # --- the tokenizer and the chat template ------------------------------------------------------------------------------
@@ -61,38 +69,23 @@ class Generation(jinja2.ext.Extension):
         return OPEN + caller() + CLOSE
 
 
-def raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """As transformers has it; jinja's own escapes HTML and sorts keys."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 class Tokenizer:
-    """A checkpoint's `tokenizer.json` with its special tokens, end tokens and chat template.
-
-    `now` is what a template's `strftime_now` tells, the program's start unless given: Llama 3.2 writes the date into
-    its system turn, so a run that goes on tomorrow has to be given the day it began.
-    UserError: a file that is missing or broken. Source: transformers' PreTrainedTokenizerFast and its chat templates.
-    """
+    """A checkpoint's `tokenizer.json` with its special tokens, end tokens and chat template. `now`, by default the
+    start, is what `strftime_now` tells: Llama 3.2 writes the date into its system turn, so a run that goes on tomorrow
+    needs the day it began. UserError: a file is missing or broken. Source: transformers' PreTrainedTokenizerFast."""
 
     def __init__(self, folder, now=None):
         self.folder, self.now = Path(folder), now or datetime.now()
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder that has one")
-        try:
+        with blamed(f"{path}: not a tokenizer", Exception):  # the library raises nothing more special
             self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more special
-            raise UserError(f"{path}: not a tokenizer: {brief(str(error), 120)}") from None
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
         names = [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
-        tokens = {name: config.get(name) for name in names}
-        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+        tokens = {name: t.get("content") if isinstance(t := config.get(name), dict) else t for name in names}
         self.special = {name: token for name, token in tokens.items() if isinstance(token, str)}
         self.bos_id, eos, self.pad_id = (self.backend.token_to_id(self.special.get(name, "")) for name in names[:3])
         added = self.backend.get_added_tokens_decoder()
@@ -107,20 +100,20 @@ class Tokenizer:
 
         path, found = self.folder / "chat_template.jinja", config.get("chat_template")
         self.template_file = path if path.is_file() else self.folder / "tokenizer_config.json"
-        if path.is_file():
-            found = path.read_text(encoding="utf-8", errors="replace")
+        found = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else found
         found = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
-        extensions = [Generation, jinja2.ext.loopcontrols]
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        env.filters["tojson"] = tojson
+        tags = [Generation, jinja2.ext.loopcontrols]
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
+
+        def raise_exception(message):
+            raise jinja2.TemplateError(message)
+
+        # as transformers has it; jinja's own escapes HTML and sorts keys
+        env.filters["tojson"] = lambda x, ensure_ascii=False, **more: json.dumps(x, ensure_ascii=ensure_ascii, **more)
         env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: self.now.strftime(form)}
-        try:
+        with blamed(f"{self.template_file}: not a chat template, nor a list of them by name", Exception):
             self.templates = {t["name"]: env.from_string(t["template"]) for t in found}
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{self.template_file}: chat template, line {error.lineno}: {error.message}") from None
-        except (TypeError, KeyError, RecursionError):
-            raise UserError(f"{self.template_file}: not a chat template, nor a list of them by name") from None
-        self.has_template = bool(self.templates)
+        self.has_template, self.tells_date = bool(self.templates), "strftime_now" in str(found)
 
     def read(self, name):
         return read_json(self.folder / name) if (self.folder / name).is_file() else {}
@@ -149,20 +142,16 @@ class Tokenizer:
             if thought := next((m[key] for key in ("reasoning_content", "thinking", "reasoning") if key in m), None):
                 m |= {"thinking": m.get("thinking", thought), "reasoning_content": thought}
         kwargs = self.special | {"tools": tools or None, "documents": None} | kwargs
-        try:
+        with blamed(f"{self.template_file}: the chat template failed", Exception):  # untrusted code, untrusted rows
             text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **kwargs)
-        except Exception as error:  # untrusted code over untrusted rows: whatever it raises is theirs
-            raise UserError(f"{self.template_file}: the chat template failed: {brief(str(error), 160)}") from None
         return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
     @cached_property
     def end_ids(self):
         """Ids that end a turn: the end tokens, and what the template writes after an answer (in Qwen3-Base not eos)."""
-        try:
-            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-            tail = self.render(messages).partition(SENTINEL)[2].lstrip()
-        except UserError:  # no template, or one that insists on a system turn, say
-            tail = ""
+        tail = ""
+        with suppress(UserError):  # no template, or one that insists on a system turn, say
+            tail = self.render(say("user", "a") + say("assistant", SENTINEL)).partition(SENTINEL)[2].lstrip()
         after = [self.added[token] for token in sorted(self.added, key=len)[::-1] if tail.startswith(token)]
         return list(dict.fromkeys([*self.eos_ids, *after[:1]]))
 
@@ -173,13 +162,11 @@ class Tokenizer:
         return r"(?:\s*(?:" + "|".join(map(re.escape, tokens)) + "))+" if tokens else r"(?!)"
 
     def turns(self, messages, wanted=None, /, **kwargs):
-        """The full rendering, and where the model speaks in it, for any template.
+        """The full rendering, and where the model speaks in it, for any template: (text, spans, open).
 
-        Returns (text, spans, open). spans: (start, end) of each rendered assistant message whose index is in `wanted`
-        (default: all): what the model writes itself, from the end of the generation prompt (so with a <think> that the
-        prompt does not open) through the token that ends the turn. open: the text ends in an answer without that token.
-        `{% generation %}` spans are taken where each turn has one, as for transformers' assistant masks.
-        """
+        spans: (start, end) of each rendered assistant message whose index is in `wanted` (default: all), from the end
+        of the generation prompt (so with a <think> that it does not open) through the token that ends the turn; as
+        `{% generation %}` marks them, where each turn has one. open: the text ends in an answer without that token."""
         speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
         text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
@@ -205,7 +192,7 @@ class Tokenizer:
         except UserError:  # of no messages, say, when the assistant speaks first
             prompt, seen = SENTINEL, False
         # without its tool calls, which are the model's words too; or with them, if the template insists
-        for stand_in in ({"role": "assistant", "content": SENTINEL}, {**messages[i], "content": SENTINEL}):
+        for stand_in in (*say("assistant", SENTINEL), messages[i] | {"content": SENTINEL}):
             try:
                 other = self.render([*messages[:i], stand_in, *messages[i + 1 :]], **kwargs)
             except UserError:
@@ -224,11 +211,10 @@ class Tokenizer:
     def find_start(self, text, before, floor, /, **kwargs):
         """Where a turn that `before` leads up to begins: after the template's header, or as much of it as is there (an
         earlier turn may lack the <think> that the generation prompt opens); beyond the text where nothing fits."""
-        ask = [{"role": "user", "content": "a"}]
+        ask, same = say("user", "a"), len(os.path.commonprefix([text, before]))
         header = self.render(ask, True, **kwargs).removeprefix(self.render(ask, **kwargs))
-        same = len(os.path.commonprefix([text, before]))
-        starts = [before.rfind(header[:n], floor) + n for n in range(len(header), 0, -1)]
-        starts = [start for n, start in zip(range(len(header), 0, -1), starts) if start >= n]  # those found
+        heads = [header[:n] for n in range(len(header), 0, -1) if header[:n] in before[floor:]]
+        starts = [before.rfind(head, floor) + len(head) for head in heads]
         return next((start for start in [*starts, len(before)] if start <= same), sys.maxsize)
 
     def encode_sides(self, rows):
@@ -259,26 +245,26 @@ class Tokenizer:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_text(path):
-    """A file's text, unzipped if its name ends in .gz."""
-    try:
+def lines_of(path, encoding="utf-8-sig"):
+    """Yields (number, line) of a text file as it reads, unzipped if its name ends in .gz."""
+    with blamed(f"{path}: cannot be read", OSError, EOFError, zlib.error):
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read()
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x}") from None
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            for number, line in enumerate(file, 1):
+                with blamed(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
+                    line = line.decode(encoding)
+                yield number, line
 
 
 def read_jsonl(path):
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in lines_of(path):
         if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}: {brief(line)}") from None
+            with blamed(f"{path}:{number}: not JSON", ValueError, RecursionError, on=line):
+                row = json.loads(line)
+            yield f"{path}:{number}", row
+
+
+def read_text(path):
+    return "".join(line for _, line in lines_of(path))
 
 
 def read_list(path):
@@ -289,7 +275,7 @@ def read_list(path):
         why, line = getattr(error, "msg", str(error)), getattr(error, "lineno", 1)
         if why == "Extra data" and text.lstrip().startswith("{"):  # lines under another name
             return read_jsonl(path)
-        found = brief(text.split("\n")[line - 1] or "the end")
+        found = brief("".join(text.splitlines()[line - 1 : line]) or "the end")
         raise UserError(f"{path}:{line}: not JSON: {why}: {found}") from None
     rows = rows.get("data", rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
@@ -299,24 +285,38 @@ def read_list(path):
 
 def read_csv(path):
     csv.field_size_limit(2**31 - 1)
-    for number, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline=""))):
-        if None in row:
-            raise UserError(f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}")
-        yield f"{path}[{number}]", row
+    with blamed(f"{path}: not CSV", csv.Error):
+        for number, row in enumerate(csv.DictReader(line for _, line in lines_of(path))):
+            if None in row:
+                raise UserError(f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}")
+            yield f"{path}[{number}]", row
 
 
 def read_parquet(path):
     import pyarrow.parquet
 
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(4096)
-        rows = (row for batch in batches for row in batch.to_pylist())
+    with blamed(f"{path}: not a parquet file", pyarrow.ArrowException, OSError):
+        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches(4096) for row in batch.to_pylist())
         yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a parquet file: {brief(str(error))}") from None
 
 
-READERS = {".jsonl": read_jsonl, ".json": read_list, ".csv": read_csv, ".parquet": read_parquet}
+def read_movielens(path, seen=10):
+    """MovieLens 100K's u.data with u.item beside it -> a row for each rating that a user gave after the first `seen`:
+    {"history": [[title, rating], ...], the `seen` before it; "title", "rating"}."""
+    split = lambda path, mark: ((n, line.rstrip("\r\n").split(mark)) for n, line in lines_of(path, "latin-1"))
+    users = {}
+    with blamed(f"{path}: not tables of MovieLens", ValueError, LookupError):
+        titles = {cells[0]: cells[1] for _, cells in split(path.with_name("u.item"), "|")}
+        for number, (user, item, rating, when) in split(path, "\t"):
+            users.setdefault(user, []).append((int(when), number, [titles[item], int(rating)]))
+    for rated in map(sorted, users.values()):
+        for n, (_, number, (title, rating)) in enumerate(rated[seen:]):
+            history = [pair for *_, pair in rated[n : n + seen]]
+            yield f"{path}:{number}", {"history": history, "title": title, "rating": rating}
+
+
+READERS = {".jsonl": read_jsonl, ".json": read_list, ".csv": read_csv, ".parquet": read_parquet,
+           ".data": read_movielens}  # fmt: skip
 
 
 def kind_of(path):
@@ -324,13 +324,15 @@ def kind_of(path):
 
 
 def hub_files(source):
-    """`org/name[:config][:split]` -> local paths of its files, downloaded into the hub's cache. The split defaults to
-    train, the configuration to `default` or the only one."""
+    """`org/name[#revision][:config][:split]` -> local paths of its files, downloaded into the hub's cache. The split
+    defaults to train, the configuration to `default` or the only one."""
     import huggingface_hub
 
-    repo, *wanted = source.split(":")
-    try:
-        files = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset"))
+    name, *wanted = source.split(":")
+    repo, _, revision = name.partition("#")
+    where = {"repo_type": "dataset", "revision": revision or None}
+    with blamed(f"{source}: no file here, and the hub does not give it (a private one needs HF_TOKEN)", OSError):
+        files = sorted(huggingface_hub.HfApi().list_repo_files(repo, **where))
         found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
         for file in (file for file in files if kind_of(file) in READERS):
             *folders, name = file.split("/")
@@ -345,37 +347,52 @@ def hub_files(source):
             what = "has several parts" if keys else "has no such part"
             there = ", ".join(f"{repo}:{config}:{split}" for config, split in keys or found) or "no data file"
             raise UserError(f"{source} {what}; name one of: {there}")
-        folder = huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=found[keys[0]])
+        folder = huggingface_hub.snapshot_download(repo, allow_patterns=found[keys[0]], **where)
         return [Path(folder) / file for file in found[keys[0]]]
-    except OSError as error:  # which the hub's own are
-        raise UserError(f"{source}: no file here, and the hub does not give it: {brief(str(error), 100)}") from None
+
+
+def find_sources(sources):
+    """Sources -> [(name, weight, files), ...], the weight None where no source has one. A source is a file that READERS
+    know, .gz too, a folder of them, a glob, or a hub's data set as in `hub_files`; each perhaps with @weight."""
+    found = []
+    for source in map(str, [sources] if isinstance(sources, (str, Path)) else sources):
+        name, mark, weight = source.rpartition("@")
+        name, weight = (name, weight) if mark and not Path(source).exists() else (source, None)
+        with blamed(f"{source}: the weight after @ must be a number above 0", ValueError):
+            if weight is not None and not 0 < (weight := float(weight)) < float("inf"):
+                raise ValueError(weight)
+        path = Path(name)
+        if path.is_dir():
+            paths = sorted(file for file in path.iterdir() if kind_of(file) in READERS)
+        elif path.exists() or not (paths := sorted(map(Path, glob.glob(name, recursive=True)))):
+            hub = kind_of(path) not in READERS and re.fullmatch(r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}", name)
+            paths = hub_files(name) if hub and not path.exists() else [path]
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
+            if kind_of(path) not in READERS:
+                raise UserError(f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz")
+        found.append((name, weight, paths))
+    weighted = any(weight for _, weight, _ in found)
+    return [(name, weight or 1.0 if weighted else None, paths) for name, weight, paths in found]
+
+
+def stream_rows(sources):
+    """Yields (where, row, number of its source) of what `find_sources` returns. `where` is 'file:line' of lines and
+    'file[index]' of anything else; a UserError begins with it and says what is there."""
+    for number, (name, _, paths) in enumerate(sources):
+        where = None
+        for where, row in (found for path in paths for found in READERS[kind_of(path)](path)):
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: a row is an object, found {brief(row)}")
+            yield where, row, number
+        if where is None:
+            raise UserError(f"{name}: no rows in it")
 
 
 def read_rows(source):
-    """[(where, row), ...] of a .jsonl, .json, .csv or .parquet file, .gz too, a folder of them, or a hub's `org/name`.
-
-    `where` is 'file:line' of lines, 'file[index]' of anything else; a UserError begins with it and says what is there.
-    """
-    path, name = Path(source), r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}"
-    if path.is_dir():
-        paths = sorted(file for file in path.iterdir() if kind_of(file) in READERS)
-    elif path.exists() or kind_of(path) in READERS or not re.fullmatch(name, str(source)):
-        paths = [path]
-    else:
-        paths = hub_files(str(source))
-    rows = []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
-        if kind_of(path) not in READERS:
-            raise UserError(f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz")
-        rows += READERS[kind_of(path)](path)
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a row is an object, found {brief(row)}")
-    if not rows:
-        raise UserError(f"{source}: no rows in it")
-    return rows
+    """[(where, row), ...] of a source, see `find_sources`."""
+    return [(where, row) for where, row, _ in stream_rows(find_sources(source))]
 
 
 # --- rows to pieces of text -------------------------------------------------------------------------------------------
@@ -383,10 +400,6 @@ def read_rows(source):
 SCHEMAS = ["messages", "conversations", "prompt completion", "prompt chosen rejected", "chosen rejected",
            "instruction output", "text"]  # fmt: skip
 SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}{given}\n\n### Response:"
-)
 
 
 def text_of(row, key):
@@ -429,20 +442,17 @@ def split_row(row, chat, preference=False):
         raise UserError(f"fits no schema: {there}; wanted is one of {wanted}")
     if keys == ["text"]:
         return "", [text_of(row, "text")]
-    system = [{"role": "system", "content": text_of(row, "system")}] if row.get("system") else []
+    system = say("system", text_of(row, "system")) if row.get("system") else []
     if len(keys) == 1:
         return [], [(system if keys == ["conversations"] else []) + messages_of(row, keys[0])]
     if keys[0] == "instruction":
         instruction, output, given = (text_of(row, key) if row.get(key) else "" for key in (*keys, "input"))
         if chat:
-            ask = {"role": "user", "content": instruction + ("\n" + given if given else "")}
-            return [*system, ask], [[{"role": "assistant", "content": output}]]
-        paired = ", paired with an input that provides further context" if given else ""
-        given = f"\n\n### Input:\n{given}" if given else ""
-        return ALPACA.format(paired=paired, instruction=instruction, given=given), [output]
+            return system + say("user", f"{instruction}\n{given}" if given else instruction), [say("assistant", output)]
+        return alpaca(row)["prompt"], [output]
     if any(isinstance(row[key], list) for key in keys):
-        say = lambda key: [{"role": "user" if key == "prompt" else "assistant", "content": row[key]}]
-        sides = [say(key) if isinstance(row[key], str) else messages_of(row, key) for key in keys]
+        roles = ["user" if key == "prompt" else "assistant" for key in keys]
+        sides = [say(r, row[k]) if isinstance(row[k], str) else messages_of(row, k) for r, k in zip(roles, keys)]
     else:
         sides = [text_of(row, key) for key in keys]
     if keys[0] == "prompt":
@@ -458,12 +468,9 @@ def split_row(row, chat, preference=False):
 
 def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True, preference=False):
     """A row -> its sides, each a list of (text or ids, scored): one side, or prompt, chosen, rejected if `preference`;
-    or why it is of no use (str). UserError: it is malformed.
-
-    Scored are, in TRL's names, every assistant turn of a conversation (`assistant_only_loss`, here the default) or its
-    last alone (`completion_only_loss` true), a completion without its prompt (unless `completion_only_loss` is false),
-    all of a text; and after every answer the token that ends the turn. Unless `preference`, chosen is the completion.
-    """
+    or why it is of no use (str). Scored are, in TRL's names, every assistant turn of a conversation
+    (`assistant_only_loss`, here the default) or its last alone (`completion_only_loss` true), a completion without its
+    prompt (unless `completion_only_loss` is false), all of a text; after each answer the token that ends the turn."""
     prompt, answers = split_row(row, tokenizer.has_template, preference)
     answers = answers if preference else answers[:1]
     if preference and answers[0] == answers[1]:
@@ -480,10 +487,8 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     if not isinstance(kwargs, dict) or kwargs.keys() & {"messages", "add_generation_prompt", "keep_marks"}:
         raise UserError(f"'chat_template_kwargs' must be an object of the template's variables, found {brief(kwargs)}")
     if row.get("tools"):
-        try:
+        with blamed("'tools' must be a list or one in JSON", ValueError, on=row["tools"]):
             kwargs = kwargs | {"tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]}
-        except ValueError:
-            raise UserError(f"'tools' must be a list or one in JSON, found {brief(row['tools'])}") from None
     sides = []
     for answer in answers:
         messages, first = prompt + answer, 0 if completion_only_loss is False and not preference else len(prompt)
@@ -497,16 +502,134 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     return [[], *sides] if preference else sides
 
 
+# --- recipes: plain functions of a data set's own row, to a row of a schema above -------------------------------------
+
+LETTERS = "ABCDEFGHIJ"
+STYLES = ("{A}.", "{A})", "({A})", "{A} –", "{a})", "{n}.", "•")
+INTRODUCTIONS = ("Here is a multiple-choice question about {topic}.", "Which of the choices answers this question?",
+                 "Read the question, then give the one right choice.")  # fmt: skip
+ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}{given}\n\n### Response:"
+)
+
+
+def question_of(row):
+    """(question, choices, index of the right one, rationale or "") of a multiple-choice row: ECQA's columns, the hub's
+    (ARC, CommonsenseQA), or {"question", "choices": [...], "answer": its text, letter or index}."""
+    choices = [row[f"q_op{n}"] for n in range(1, 6)] if "q_text" in row else row["choices"]
+    labels, choices = (choices["label"], choices["text"]) if isinstance(choices, dict) else (LETTERS, choices)
+    answer = next(row[key] for key in ("answerKey", "q_ans", "answer") if row.get(key) is not None)
+    known = (labels, choices) if "answerKey" in row else (choices, labels)
+    right = answer if type(answer) is int else next(list(names).index(answer) for names in known if answer in names)
+    if not isinstance(choices, list) or not 0 <= right < len(choices) <= len(LETTERS):
+        raise ValueError(f"{answer} is not one of the choices")
+    why = next((row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), "")
+    return row["q_text"] if "q_text" in row else row["question"], choices, right, why.strip()
+
+
+def mcqa(row, rng, cot=1.0, topic=""):
+    """question, choices, answer, perhaps rationale -> a text, asked in one of three ways with labels of one style, the
+    rationale as a thought in it at probability `cot`; the answer alone is scored."""
+    question, choices, right, why = question_of(row)
+    topic, style = topic or row.get("dataset") or "any topic", rng.choice(STYLES)
+    lines = [f"{style.format(A=A, a=A.lower(), n=n)} {text}" for n, (A, text) in enumerate(zip(LETTERS, choices), 1)]
+    answers = choices if style == STYLES[-1] else lines
+    thought = f"\nSolve step-by-step.\n<think> {why} </think>" if why and rng.random() < cot else ""
+    prompt = "\n".join([rng.choice(INTRODUCTIONS).format(topic=topic), question, *lines]) + f"{thought}\n Answer:"
+    return {"prompt": prompt, "completion": f" {answers[right]}", "choices": answers, "answer": answers[right]}
+
+
+def ecqa(row):
+    """question, choices, answer, explanation -> the explanation, then `Answer: X`."""
+    question, choices, right, why = question_of(row)
+    lines = [question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))]
+    ask = say("user", "\n".join([*lines, "Explain, then end with `Answer:` and the letter of your choice."]))
+    return {"prompt": ask, "completion": say("assistant", f"{why}\nAnswer: {LETTERS[right]}".strip()),
+            "choices": [*LETTERS[: len(choices)]], "answer": LETTERS[right]}  # fmt: skip
+
+
+def alpaca(row):
+    """instruction, output, perhaps input -> Stanford Alpaca's text, whatever template there is."""
+    given = row.get("input") or ""
+    paired = ", paired with an input that provides further context" if given else ""
+    given = f"\n\n### Input:\n{given}" if given else ""
+    prompt = ALPACA.format(paired=paired, instruction=row["instruction"], given=given)
+    return {"prompt": prompt, "completion": row["output"]}
+
+
+def chatml(row):
+    """messages, or text in ChatML's markup -> messages, for the model's own template."""
+    if "messages" in row or "text" not in row:
+        return row
+    found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", row["text"], re.S)
+    return {"messages": [message for turn in found for message in say(*turn)]}
+
+
+def movielens(row, liked=4):
+    """history, title, rating (as of `read_movielens`), or instruction, output -> Yes or No: is it `liked` or better?"""
+    if "instruction" in row:
+        return row | {"output": (said := row["output"].strip(" .")), "choices": ["Yes", "No"], "answer": said}
+    sides = [[title for title, rating in row["history"] if (rating >= liked) == side] for side in (True, False)]
+    ask, answer = "Liked films: {}\nDisliked films: {}\n", "Yes" if row["rating"] >= liked else "No"
+    ask = ask.format(*("; ".join(side) or "none" for side in sides))
+    return {"prompt": say("user", f"{ask}Will this viewer like {row['title']}? Answer Yes or No."),
+            "completion": say("assistant", answer), "choices": ["Yes", "No"], "answer": answer}  # fmt: skip
+
+
+def ultrafeedback(row, rng):
+    """prompt, chosen, rejected, or instruction, completions with scores -> a conversation with two ends; of completions
+    the best and one of those below it, drawn."""
+    if "completions" in row:
+        *others, best = sorted(row["completions"], key=lambda one: float(one["overall_score"]))
+        if not (others := [one for one in others if float(one["overall_score"]) < float(best["overall_score"])]):
+            return "all completions are rated alike"
+        worse = others[rng.integers(len(others))]
+        row = {"prompt": row["instruction"], "chosen": best["response"], "rejected": worse["response"]}
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {key: row[key] if isinstance(row[key], list) else say(role, row[key]) for key, role in roles.items()}
+
+
+def gsm8k(row, mark="Answer:"):
+    """question, answer -> the reasoning without its calculator notes, then `mark` and the number."""
+    why, answer = re.sub(r"<<.*?>>", "", row["answer"]).split("####")
+    ask, answer = say("user", row["question"]), answer.strip()
+    return {"prompt": ask, "completion": say("assistant", f"{why.strip()}\n{mark} {answer}"), "answer": answer}
+
+
+RECIPES = {recipe.__name__: recipe for recipe in (mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k)}
+
+
+def use_recipe(name, args, seed):
+    """(make(row, epoch=0) -> the row that the recipe makes of it, or why it is left out (str); whether it draws). What
+    it draws follows from (seed, epoch, the row): the same after a resume, and whatever else is in the data."""
+    if not name:
+        return (lambda row, epoch=0: row), False
+    if name not in RECIPES:
+        raise UserError(f"recipe: {name!r} is not one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
+    recipe, args, (_, *takes) = RECIPES[name], args or {}, signature(RECIPES[name]).parameters
+    draws, takes = "rng" in takes, [key for key in takes if key != "rng"]
+    if odd := [key for key in args if key not in takes]:
+        raise UserError(f"recipe_args: {name} takes no {odd[0]!r}{nearest(odd[0], takes)}")
+    wanted = " ".join(recipe.__doc__.partition("->")[0].split())
+    faults = LookupError, TypeError, ValueError, AttributeError, StopIteration
+
+    def make(row, epoch=0):
+        key = draws and zlib.crc32(json.dumps(row, default=str).encode())
+        with blamed(f"does not fit recipe {name} ({wanted})", *faults, on=row):
+            made = recipe(row, *[np.random.default_rng([seed, epoch, key])] * draws, **args)
+        return made if isinstance(made, str) else {"weight": row.get("weight")} | made
+
+    return make, draws
+
+
 # --- pieces to segments -----------------------------------------------------------------------------------------------
 
 
 def fit(ids, scored, room, special):
-    """ids, scored (T,) -> the same in at most `room` tokens; None where the last answer does not fit.
-
-    The prompt gives way from its left. Its first token stays if it is one of the `special`, and one always stays, or
-    nothing could predict the answer's first. An earlier answer that loses its prompt is no longer scored. A text is cut
-    at its end.
-    """
+    """ids, scored (T,) -> the same in at most `room` tokens; None where the last answer does not fit. The prompt gives
+    way from its left, but for a first token that is one of the `special`; one token always stays, to predict the
+    answer's first. An earlier answer that loses its prompt is no longer scored. A text is cut at its end."""
     if len(ids) <= room:
         return ids, scored
     keep = int(int(ids[0]) in special)
@@ -526,101 +649,95 @@ def share_prompt(sides):
     """Encoded sides; of a pair's, the unscored tokens that both answers begin with are moved to the prompt."""
     (ids, scored), *answers = sides
     heads = [np.where(flags, -n, side).tolist() for n, (side, flags) in enumerate(answers, 1)]
-    same = len(os.path.commonprefix(heads))
-    if not same:
+    if not (same := len(os.path.commonprefix(heads))):
         return sides
     prompt = np.append(ids, answers[0][0][:same]), np.append(scored, answers[0][1][:same])
     return [prompt, *((side[same:], flags[same:]) for side, flags in answers)]
 
 
-def assemble(sides, tokenizer, max_length=None, weight=1.0):
-    """Encoded sides -> an example's segments, at most `max_length` tokens a sequence, or why there are none (str)."""
+def assemble(sides, tokenizer, max_length=None):
+    """Encoded sides -> an example's parts, int32 (T,) with ~id where a token is not scored, at most `max_length` tokens
+    a sequence; or why there are none (str)."""
     (ids, scored), *answers = sides
-    if not all(np.any(flags & ~np.isin(side, tokenizer.end_ids)) for side, flags in answers or sides):
+    if any(set(side[flags].tolist()) <= set(tokenizer.end_ids) for side, flags in answers or sides):
         return "nothing scored"
-    longest = max((len(side) for side, _ in answers), default=0)
-    fitted = fit(ids, scored, (max_length or sys.maxsize) - longest, tokenizer.special_ids)
-    if fitted is None or len(fitted[0]) == 0:
+    room = (max_length or sys.maxsize) - max((len(side) for side, _ in answers), default=0)
+    if (fitted := fit(ids, scored, room, tokenizer.special_ids)) is None or len(fitted[0]) == 0:
         return "answer longer than max_length"
-    ids, scored = fitted
-    parts = [(ids, scored & (np.arange(len(ids)) > 0)), *answers]  # nothing predicts a first token
-    labels = [np.where(scored, ids, IGNORE).astype(np.int32) for ids, scored in parts]
-    return [Segment(ids, labels[n], 0 if n else -1, max(n - 1, 0), weight) for n, (ids, _) in enumerate(parts)]
+    first, *rest = [np.where(scored, ids, ~ids) for ids, scored in (fitted, *answers)]
+    first[0] = min(first[0], ~first[0])  # nothing predicts a first token
+    return [first, *rest]
 
 
-def render_rows(rows, tokenizer, max_length=None, **options):
-    """[(where, row), ...] -> per row (list[Segment] or why it is dropped, its tokens before truncation, scored ones).
-    `options` as in `lay_out`. UserError: a row is malformed, beginning with its `where`."""
+def to_segments(parts, weight):
+    """An example's parts -> its Segments: one, or a prompt and what continues it."""
+    parts = [(np.where(ids < 0, ~ids, ids), np.where(ids < 0, np.int32(IGNORE), ids)) for ids in parts]
+    return [Segment(*part, 0 if n else -1, max(n - 1, 0), weight) for n, part in enumerate(parts)]
+
+
+def render_rows(rows, tokenizer, max_length=None, make=None, **options):
+    """[(where, row), ...] -> per row (parts as of `assemble` or why it is dropped, weight, tokens before truncation,
+    scored ones). `make` is a recipe's, `options` as in `lay_out`. UserError: `where` a row is malformed, and how."""
     laid = []
-    for where, row in rows:
-        try:
-            weight = 1.0 if row.get("weight") is None else row["weight"]
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-                raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-            sides = lay_out(row, tokenizer, **options)
-            for side in [] if isinstance(sides, str) else sides:
-                "".join(piece for piece, _ in side if isinstance(piece, str)).encode()
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: half a surrogate pair in its text, which was cut inside a character") from None
+    for where, row, *_ in rows:
+        with blamed(where, UserError):
+            row = make(row) if make else row
+            sides, weight = row, 1.0
+            if not isinstance(row, str):
+                weight = 1.0 if row.get("weight") is None else row["weight"]
+                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                    raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
+                sides = lay_out(row, tokenizer, **options)
+            pieces = [] if isinstance(sides, str) else [piece for side in sides for piece, _ in side]
+            with blamed("half a surrogate pair in its text, which was cut inside a character", UnicodeEncodeError):
+                "".join(piece for piece in pieces if isinstance(piece, str)).encode()
         laid.append((sides, float(weight)))
     encoded = iter(tokenizer.encode_sides([sides for sides, _ in laid if not isinstance(sides, str)]))
     for sides, weight in laid:
         if isinstance(sides, str):
-            yield sides, 0, 0
-        else:
-            sides = share_prompt(next(encoded))
-            tokens, scored = sum(len(ids) for ids, _ in sides), sum(int(flags.sum()) for _, flags in sides)
-            yield assemble(sides, tokenizer, max_length, weight), tokens, scored - int(sides[0][1][:1].sum())
+            yield sides, weight, 0, 0
+            continue
+        sides = share_prompt(next(encoded))
+        tokens, scored = sum(len(ids) for ids, _ in sides), sum(int(flags.sum()) for _, flags in sides)
+        yield assemble(sides, tokenizer, max_length), weight, tokens, scored - int(sides[0][1][:1].sum())
 
 
-def render_row(row, tokenizer, max_length=None, **options):
+def render_row(row, tokenizer, max_length=None, where="row", **options):
     """One row -> list[Segment], or why it is dropped (str). Options as in `lay_out`, truncation as in `fit`."""
-    return next(render_rows([("row", row)], tokenizer, max_length, **options))[0]
+    found, weight, *_ = next(render_rows([(where, row)], tokenizer, max_length, **options))
+    return found if isinstance(found, str) else to_segments(found, weight)
 
 
-# --- the ledger and data sets -----------------------------------------------------------------------------------------
+# --- the ledger, and examples on disk ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Ledger:
-    """What became of every row and token: rows = examples + rows_dropped + rows_not_sampled,
-    tokens = scored + masked + truncated + dropped."""
+class Ledger(types.SimpleNamespace):
+    """What became of every row and token: rows = examples + rows_dropped + rows_not_sampled, tokens = scored + masked +
+    truncated + dropped. rows_ended: examples that score an end of turn; truncated_scored: truncated tokens that would
+    have been scored; reasons: {why dropped: {"rows", "tokens", "where": the first few}}; crc: of the examples."""
 
-    rows: int = 0
-    examples: int = 0
-    rows_dropped: int = 0
-    rows_not_sampled: int = 0
-    rows_truncated: int = 0
-    rows_ended: int = 0  # examples that score an end of turn
-    tokens: int = 0
-    scored: int = 0
-    masked: int = 0
-    truncated: int = 0
-    truncated_scored: int = 0  # truncated tokens that would have been scored
-    dropped: int = 0
-    reasons: dict = field(default_factory=dict)  # reason: {"rows", "tokens", "where": the first few}
+    COUNTS = ("rows", "examples", "rows_dropped", "rows_not_sampled", "rows_truncated", "rows_ended", "tokens",
+              "scored", "masked", "truncated", "truncated_scored", "dropped", "crc")  # fmt: skip
 
-    def add(self, where, found, tokens, scored, end_ids):
-        """Enters a row as `render_rows` yields it."""
-        self.tokens += tokens
+    def __init__(self, **known):
+        super().__init__(**dict.fromkeys(self.COUNTS, 0) | {"reasons": {}, "sources": []} | known)
+
+    def add(self, where, found, tokens, scored, ends):
+        """Enters a row as `render_rows` yields it; `ends`: the ids that end a turn."""
+        new = {"rows": 1, "tokens": tokens}
         if isinstance(found, str):
-            self.rows_dropped += 1
-            self.dropped += tokens
+            new |= {"rows_dropped": 1, "dropped": tokens}
             reason = self.reasons.setdefault(found, {"rows": 0, "tokens": 0, "where": []})
             reason["where"] += [where] * (reason["rows"] < 5)
             reason |= {"rows": reason["rows"] + 1, "tokens": reason["tokens"] + tokens}
-            return
-        labels = np.concatenate([segment.labels for segment in found])
-        kept = int((labels != IGNORE).sum())
-        self.examples += 1
-        self.scored += kept
-        self.masked += len(labels) - kept
-        self.truncated += tokens - len(labels)
-        self.truncated_scored += scored - kept
-        self.rows_truncated += len(labels) < tokens
-        self.rows_ended += bool(np.isin(labels, end_ids).any())
+        else:
+            ids = np.concatenate(found)
+            kept = ids[ids >= 0].tolist()
+            new |= {"examples": 1, "scored": len(kept), "masked": len(ids) - len(kept), "truncated": tokens - len(ids),
+                    "truncated_scored": scored - len(kept), "rows_truncated": len(ids) < tokens,
+                    "rows_ended": not ends.isdisjoint(kept)}  # fmt: skip
+        for name, count in new.items():
+            vars(self)[name] += count
 
     def check(self):
         """UserError where this would teach nothing, or never to stop."""
@@ -633,38 +750,132 @@ class Ledger:
         return "".join(f"; {why}: {found['rows']:,}, as {found['where'][0]}" for why, found in self.reasons.items())
 
     def as_dict(self):
-        return asdict(self)
+        return dict(vars(self))
 
     def __str__(self):
-        counts = {"scored": self.scored, "masked": self.masked, "truncated": self.truncated, "dropped": self.dropped}
-        shares = [f"{n:,} {name} ({n / max(self.tokens, 1):.1%})" for name, n in counts.items() if n]
+        counts = [(getattr(self, name), name) for name in ("scored", "masked", "truncated", "dropped")]
+        shares = [f"{n:,} {name} ({n / max(self.tokens, 1):.1%})" for n, name in counts if n]
         text = f"{self.rows:,} rows: {self.examples:,} examples"
         text += f", {self.rows_truncated:,} cut to max_length" * bool(self.rows_truncated)
         text += f", {self.rows_dropped:,} dropped{self.why()}" * bool(self.rows_dropped)
         text += f", {self.rows_not_sampled:,} not sampled" * bool(self.rows_not_sampled)
+        seen = " · ".join(f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources)
+        text += f"\nof the rows seen {seen}" * (len(self.sources) > 1)
         return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
 
 
-def load_examples(sources, tokenizer, *, max_length=None, max_samples=None, seed=0, **options):
-    """Sources (see `read_rows`) -> (examples: a list of list[Segment], the rows they came from, ledger).
+# an example in data.bin: its parts as of `assemble`, then its row in JSON; `at`: where each begins and the last ends
+LAYOUT = np.dtype([("at", np.int64, 5), ("weight", float), ("source", np.int64)])
 
-    `max_samples` rows are drawn by `seed` and keep their order; `options` as in `lay_out`. UserError: a file or row is
-    wrong, nothing is scored, or no end of turn is scored in any row.
-    """
-    sources = [sources] if isinstance(sources, (str, Path)) else sources
-    rows = [found for source in sources for found in read_rows(source)]
-    ledger, examples, kept = Ledger(len(rows)), [], []
-    if max_samples is not None and max_samples < len(rows):
-        ledger.rows_not_sampled = len(rows) - max_samples
-        rows = [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:max_samples])]
-    for chunk in (rows[at : at + 4096] for at in range(0, len(rows), 4096)):
-        for (where, row), (found, *counts) in zip(chunk, render_rows(chunk, tokenizer, max_length, **options)):
-            ledger.add(where, found, *counts, tokenizer.end_ids)
+
+@dataclass(eq=False)
+class Examples(Sequence):
+    """Examples on disk, memory-mapped: those of `folder` that `at` (N,) names, as epoch `number` sees them; or the rows
+    they came from. Where the recipe draws, an epoch after the first is rendered when it is asked for, and a rendering
+    that does not fit gives way to the first epoch's."""
+
+    folder: Path
+    at: np.ndarray
+    shares: list  # of the rows seen that are expected from each source; [] where every row is seen once
+    seed: int
+    make: object  # the recipe: (row, epoch) -> row
+    render: object  # where that draws: row -> list[Segment], or why not
+    number: int = 0
+    as_rows: bool = False
+
+    @cached_property
+    def files(self):
+        return np.memmap(self.folder / "index.bin", LAYOUT, "r"), np.memmap(self.folder / "data.bin", np.uint8, "r")
+
+    def __len__(self):
+        return len(self.at)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[n] for n in range(len(self))[i]]
+        index, data = self.files
+        (*at, end), weight, _ = index[self.at[i]]
+        if self.as_rows or self.number and self.render:
+            row = self.make(json.loads(data[at[-1] : end].tobytes()), self.number)
+            found = row if self.as_rows or isinstance(row, str) else self.render(row)
             if not isinstance(found, str):
-                examples.append(found)
-                kept.append(row)
+                return found
+        return to_segments([data[a:b].view(np.int32) for a, b in itertools.pairwise(at) if a < b], float(weight))
+
+    def epoch(self, number):
+        """As many of these as epoch `number` sees: with weights each source's share, all of it as often as that fits
+        and the rest drawn anew."""
+        at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
+        if self.shares:
+            groups = [at[self.files[0]["source"][at] == n] for n in range(len(self.shares))]
+            ends = np.cumsum([share * (len(group) > 0) for group, share in zip(groups, self.shares)])
+            counts = np.diff(np.round(ends / ends[-1] * len(at)).astype(int), prepend=0)
+            parts = [(group, *divmod(count, max(len(group), 1))) for group, count in zip(groups, counts)]
+            at = np.concatenate([part for g, times, rest in parts for part in [g] * times + [draw(g)[:rest]]])
+        return replace(self, at=at, number=number)
+
+    @property
+    def fingerprint(self):
+        """Changes when the examples do."""
+        return f"{len(self)}-{zlib.crc32(self.at.tobytes(), read_json(self.folder / 'ledger.json')['crc']):08x}"
+
+
+def write_examples(folder, rows, ledger, tokenizer, **options):
+    """Renders (where, row, number of its source) into a new folder, which takes its name when it is whole."""
+    end, ends = 0, set(tokenizer.end_ids)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    rows = iter(tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
+        while chunk := list(itertools.islice(rows, 1024)):
+            data, index = [], []
+            for (where, row, source), (found, weight, *counts) in zip(chunk, render_rows(chunk, tokenizer, **options)):
+                ledger.add(where, found, *counts, ends)
+                if not isinstance(found, str):
+                    parts = [part.tobytes() for part in found] + [b""] * (3 - len(found))
+                    data += [*parts, json.dumps(row, default=str).encode()]
+                    *at, end = itertools.accumulate(map(len, data[-4:]), initial=end)
+                    index.append(([*at, end], weight, source))
+                    ledger.sources[source]["examples"] += 1
+            for name, part in (("data", b"".join(data)), ("index", np.array(index, LAYOUT).tobytes())):
+                with open(f"{aside}/{name}.bin", "ab") as file:
+                    file.write(part)
+                ledger.crc = zlib.crc32(part, ledger.crc)
+        Path(aside, "ledger.json").write_text(json.dumps(ledger.as_dict()))
+        with suppress(OSError):  # another process may have been first
+            os.rename(aside, folder)
+
+
+def load_examples(sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options):
+    """Sources as in `find_sources` -> (Examples, their rows, ledger). `max_samples` rows are drawn by `seed` and keep
+    their order; `recipe` as in `use_recipe`, `options` (`max_length`, ...) as in `render_rows`. Kept in
+    $PLAINTUNE_CACHE (~/.cache/plaintune) under a hash of all they follow from, so that a second start renders nothing.
+    UserError: a file or row is wrong; nothing, or no end of turn, is scored."""
+    sources, (make, draws) = find_sources(sources), use_recipe(recipe, recipe_args, seed)
+    known = [max_samples, recipe, recipe_args, options, (draws or max_samples is not None) and seed]
+    digest = hashlib.blake2b(repr((known, tokenizer.tells_date and f"{tokenizer.now:%F}")).encode(), digest_size=16)
+    files = [Path(__file__), *(file for name in COMPANIONS if (file := tokenizer.folder / name).is_file())]
+    for path in files + [path for _, _, paths in sources for path in paths]:
+        digest.update(str(path).encode())
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(2**20), b""):
+                digest.update(block)
+    folder = Path(os.environ.get("PLAINTUNE_CACHE", "~/.cache/plaintune")).expanduser() / digest.hexdigest()
+    if not (folder / "ledger.json").exists():
+        ledger, rows = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources]), stream_rows(sources)
+        if max_samples is not None:
+            total = sum(1 for _ in stream_rows(sources))
+            picked = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
+            rows = (row for n, row in enumerate(rows) if n in picked)
+            ledger.rows = ledger.rows_not_sampled = total - len(picked)
+        write_examples(folder, rows, ledger, tokenizer, make=make, **options)
+    ledger = Ledger(**read_json(folder / "ledger.json"))
     ledger.check()
-    return examples, kept, ledger
+    shares = [weight or source["examples"] for source, (_, weight, _) in zip(ledger.sources, sources)]
+    for source, share in zip(ledger.sources, shares):
+        source["share"] = share / sum(shares)
+    render = (lambda row: render_row(row, tokenizer, **options)) if draws else None
+    examples = Examples(folder, np.arange(ledger.examples), shares if sources[0][1] else [], seed, make, render)
+    return examples, replace(examples, as_rows=True), ledger
 
 
 def split_holdout(examples, rows, size, seed=0):
@@ -672,188 +883,137 @@ def split_holdout(examples, rows, size, seed=0):
     held = round(size * len(examples)) if 0 < size < 1 else int(size)
     if not 0 <= held < len(examples):
         raise UserError(f"cannot hold out {size} of {len(examples)} examples; give a share below 1 or a smaller count")
-    out = set(np.random.default_rng(seed).permutation(len(examples))[:held].tolist())
-    pick = lambda inside: tuple([x for i, x in enumerate(xs) if (i in out) == inside] for xs in (examples, rows))
-    return pick(False), pick(True)
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-# the names of LLaMA-Factory, Axolotl, PEFT and older TRL; they count where a dataclass has the target and not the name
-ALIASES = {
-    "cutoff_len": "max_length", "max_seq_length": "max_length", "sequence_len": "max_length",
-    "model_name_or_path": "model", "base_model": "model", "dataset": "data", "dataset_name": "data",
-    "lora_rank": "lora_r", "r": "lora_r", "lora_target_modules": "target_modules", "lora_target": "target_modules",
-    "num_epochs": "num_train_epochs", "micro_batch_size": "per_device_train_batch_size", "lr": "learning_rate",
-}  # fmt: skip
-BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-
-
-def types_of(kind):
-    """The types that a union or Optional allows, without their arguments; or the one type."""
-    return [get_origin(k) or k for k in (get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind])]
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """YAML, of which JSON is a part, where a key that is given twice is an error and not a silent last word."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for n, key in enumerate(keys):
-            if key in keys[:n]:
-                mark = node.value[n][0].start_mark
-                raise UserError(f"{mark.name}:{mark.line + 1}: key {key!r} is given twice")
-        return super().construct_mapping(node, deep)
-
-
-def convert(value, kind):
-    """`value`, a flag's text or what YAML made of it, as the type `kind`; ValueError or TypeError if it is none."""
-    origin, args = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, types.UnionType):
-        if types.NoneType in args and str(value).lower() in ("none", "null"):
-            return None
-        order = [bool, int, float, dict, str, list] if isinstance(value, str) and "," not in value else [list]
-        rank = {option: order.index(o) if (o := get_origin(option) or option) in order else 9 for option in args}
-        for option in sorted(args, key=rank.get):
-            with suppress(ValueError, TypeError):
-                return convert(value, option)
-    elif origin is Literal and str(value) in map(str, args):
-        return next(option for option in args if str(option) == str(value))
-    elif origin is bool and str(value).lower() in BOOLS:
-        return BOOLS[str(value).lower()]
-    elif origin in (int, float) and not isinstance(value, bool):
-        number = value if isinstance(value, int) else float(value)  # YAML 1.1 reads 2e-4 as a string
-        if origin is float or number == int(number):
-            return origin(number)
-    elif origin is str and isinstance(value, (str, int, float)):
-        return str(value)
-    elif origin is dict and isinstance(value := json.loads(value) if isinstance(value, str) else value, dict):
-        return value
-    elif origin in (list, tuple) and not isinstance(value, dict):
-        if isinstance(value, str):  # names may come as one word, a,b; a path keeps its comma
-            value = re.split(r"\s*,\s*", value) if re.fullmatch(r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+", value) else [value]
-        items = [value] if isinstance(value, (int, float)) else value
-        return origin(convert(item, args[0] if args else str) for item in items)
-    raise ValueError(value)
-
-
-def read_settings(path, kinds, aliases):
-    """{field: value} of a YAML or JSON file, flat or in sections: `lora: {r: 32}` is `lora_r`, else `r`."""
-    settings = {}
-
-    def enter(tree, sections):
-        for key, value in tree.items():
-            where = [*sections, str(key)]
-            names = ["_".join(where[n:]) for n in range(len(where))]
-            name = next((aliases.get(name, name) for name in names if aliases.get(name, name) in kinds), None)
-            if isinstance(value, dict) and (name is None or dict not in types_of(kinds[name])):
-                enter(value, where)
-            elif name is None:
-                raise UserError(f"{path}: unknown key {'.'.join(where)!r}{nearest(names[0], kinds)}")
-            elif name in settings:
-                raise UserError(f"{path}: {name} is given twice, the second time as {'.'.join(where)!r}")
-            else:
-                settings[name] = value
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = yaml.load(file.read().replace("\t", "  ") if str(path).endswith(".json") else file, UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected settings, found {brief(tree)}")
-    enter(tree, [])
-    return settings
-
-
-def parse_config(cls, argv=None, description="", aliases=ALIASES):
-    """A command line -> an instance of the dataclass `cls`, whose fields are the flags and hold the only defaults.
-
-    `--config FILE` (YAML or JSON) comes first, flags override it; the comment at the end of a field's line is its help.
-    UserError: an unknown flag or key, with the nearest; a value of another type, with the expected; a field left open.
-    """
-    hints = get_type_hints(cls)
-    kinds = {f.name: hints[f.name] for f in fields(cls)}
-    names = {name: str(k) if get_args(k) else getattr(k, "__name__", str(k)) for name, k in kinds.items()}
-    aliases = {alias: name for alias, name in aliases.items() if name in kinds and alias not in kinds}
-    lines = [line for base in cls.__mro__[::-1] if is_dataclass(base) for line in getsource(base).splitlines()]
-    notes = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+):.*?  # (.*)", line))}
-
-    def fail(message):
-        raise UserError(f"{message}; --help explains every flag")
-
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=plain)
-    parser.error = fail
-    parser.add_argument("--config", metavar="FILE", help="settings in YAML or JSON, flat or in sections; flags win")
-    for f in fields(cls):
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        default = " ".join(map(str, default)) if isinstance(default, list) else default
-        help = notes.get(f.name, "") + (f" (default: {default})" if default is not MISSING else "")
-        allowed = types_of(kinds[f.name])
-        options = {"help": help.replace("%", "%%"), "metavar": getattr(allowed[0], "__name__", "value").upper()}
-        options |= {"nargs": "?", "const": "true"} if bool in allowed else {}
-        options |= {"nargs": "*", "action": "extend"} if list in allowed or tuple in allowed else {}
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
-    words = []
-    for word in sys.argv[1:] if argv is None else argv:
-        if found := re.match(r"--([A-Za-z][\w-]*)", word):
-            name = found[1].replace("-", "_")
-            name = aliases.get(name, name)
-            if name not in kinds and name not in ("config", "help"):
-                fail(f"unknown flag {found[0]}{nearest(name, kinds)}")
-            word = f"--{name}{word[found.end() :]}"
-        words.append(word)
-    given = vars(parser.parse_args(words))
-    given |= {name: value[0] for name, value in given.items() if isinstance(value, list) and len(value) == 1}
-    file = given.pop("config")
-    values = (read_settings(file, kinds, aliases) if file else {}) | given
-    for name, value in values.items():
-        try:
-            values[name] = convert(value, kinds[name])
-        except (ValueError, TypeError):
-            where = f"--{name}" if name in given else f"{file}: {name}"
-            raise UserError(f"{where}: expected {names[name]}, found {brief(value)}") from None
-    for f in fields(cls):
-        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
-            fail(f"--{f.name} is needed ({notes.get(f.name, names[f.name])})")
-    return cls(**values)
+    out = np.isin(np.arange(len(examples)), np.random.default_rng(seed).permutation(len(examples))[:held])
+    return [tuple(replace(part, at=part.at[where]) for part in (examples, rows)) for where in (~out, out)]
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def coloured(example, tokenizer):
-    """An example as text, what is scored in green, or between ⟦ ⟧ where there is no terminal."""
-    start, stop, text = *(("\033[32m", "\033[0m") if sys.stdout.isatty() else "⟦⟧"), ""
-    for segment in example:
-        scored = segment.labels != IGNORE
-        for run in np.split(np.arange(len(scored)), np.flatnonzero(np.diff(scored)) + 1):
-            piece = tokenizer.decode(segment.ids[run], skip_special=False)
-            text += start + piece + stop if scored[run].any() else piece
-    return text
-
-
 @dataclass
-class ShowConfig:
+class DataConfig:
     model: str  # folder or hub id whose tokenizer and chat template render the rows
-    data: list[str]  # files, folders or data sets of the hub
-    n: int = 3  # rows to show
+    data: list[str]  # files, folders, globs or data sets of the hub, each perhaps with @weight
+    recipe: str = ""  # reads a data set's own rows: mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k
+    recipe_args: dict = field(default_factory=dict)  # its arguments
+    preference: bool = False  # rows are prompt, chosen and rejected
     max_length: int | None = None  # tokens; what is longer loses the start of its prompt
+    max_samples: int | None = None  # use this many rows, drawn by seed
+    seed: int = 42  # of whatever is drawn
+    output: str = ""  # file to write: the rows of mix and pairs, in JSONL; audit's histogram, a PNG
+    n: int = 3  # show: so many rows
+    by: Literal["tokens", "characters"] = "tokens"  # audit: what is counted
+    generate: bool = False  # pairs: reject wrong answers that the model gives, not wrong choices
+    max_new_tokens: int = 256  # pairs: the longest of those answers
+    temperature: float = 0.8  # pairs: at which they are drawn
+
+
+def load(config, **options):
+    """(tokenizer, examples, rows, ledger) of a command's settings."""
+    plain = (Path(config.model) / "tokenizer.json").is_file()  # a tokenizer's folder will do
+    tokenizer = Tokenizer(config.model if plain else resolve(config.model))
+    names = ("max_length", "max_samples", "seed", "recipe", "recipe_args", "preference")
+    return tokenizer, *load_examples(config.data, tokenizer, **{n: getattr(config, n) for n in names} | options)
+
+
+def show(config):
+    """Rows as the model sees them, what is scored in green, or between ⟦ ⟧ where there is no terminal."""
+    tokenizer, examples, _, ledger = load(config)
+    start, stop = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "⟦⟧"
+    for example in examples[: config.n]:
+        for segment in example:
+            scored = segment.labels != IGNORE
+            for run in np.split(np.arange(len(scored)), np.flatnonzero(np.diff(scored)) + 1):
+                piece = tokenizer.decode(segment.ids[run], skip_special=False)
+                print(start + piece + stop if scored[run].any() else piece, end="")
+        print("\n")
+    print(ledger)
+
+
+def audit(config):
+    """How long examples are, what max_length cuts, what is there twice, whether each teaches where to stop."""
+    from matplotlib.figure import Figure
+
+    tokenizer, examples, _, ledger = load(config, max_length=None)
+    count = len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
+    sizes, seen = [], set()
+    for example in examples:
+        scored, (prompt, *ends) = [s.ids[s.labels != IGNORE] for s in example], [s.ids for s in example]
+        size = lambda count: count(prompt) + max(map(count, ends), default=0)
+        sizes.append((size(count), sum(map(count, scored)), size(len)))
+        seen.add(hash(b"".join(ids.tobytes() for ids in (prompt, *ends))))
+    sizes = np.array(sizes)
+    names, points = ["min", "mean", "max", "p50", "p90", "p95", "p99", "p100"], [0, 100, 50, 90, 95, 99, 100]
+    print(config.by.ljust(12), *(f"{name:>8}" for name in names))
+    for name, column in zip(("example", "scored"), sizes.T):
+        found = np.insert(np.percentile(column, points), 1, column.mean())
+        print(name.ljust(12), *(f"{x:8.1f}".replace(".0", "  ") for x in found))
+    fits = int(-(-np.percentile(sizes[:, 2], 99) // 64) * 64)
+    print(f"suggested max_length: {fits} tokens, which leaves {(sizes[:, 2] <= fits).mean():.1%} of the examples whole")
+    print(f"with max_length {config.max_length or fits}: {load(config, max_length=config.max_length or fits)[3]}")
+    print(f"{len(examples) - len(seen):,} duplicates; {ledger.rows_ended:,} of {len(examples):,} score an end of turn")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples").hist(sizes[:, 0], bins=60)
+    figure.savefig(config.output or "lengths.png", dpi=130, format="png")
+    print(f"histogram: {config.output or 'lengths.png'}")
+
+
+def mix(config):
+    """All sources' rows as the recipe makes them, shuffled in one file, each source's share as its weight says."""
+    *_, rows, ledger = load(config)
+    rows = rows.epoch(0)
+    return (rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))), f"{len(rows):,} rows: {ledger}"
+
+
+def pairs(config):
+    """Preference rows of questions with a known answer. Chosen is the row's own answer; rejected the same with a wrong
+    choice in its place or, with --generate, a wrong answer of the model's."""
+    from eval import find_answer, split_prompt
+    from sft import pick_device
+
+    tokenizer, examples, rows, _ = load(config)
+    given, counts, found, draw = [], Counter(), {}, np.random.default_rng(config.seed)
+    model = load_model(config.model, device=pick_device("auto")) if config.generate else None
+    for at in range(0, len(examples) if model else 0, 32):
+        ids = [split_prompt(example)[0] for example in examples[at : at + 32]]
+        ends = {"eos_ids": tokenizer.end_ids, "seed": config.seed + at}
+        given += map(tokenizer.decode, generate(model, ids, config.max_new_tokens, config.temperature, **ends))
+    for n, row in enumerate(rows):
+        prompt, (answer, *_) = split_row(row, tokenizer.has_template)
+        if chat := isinstance(answer, list):
+            prompt, answer = prompt + answer[:-1], answer[-1]["content"]
+        read = find_answer if find_answer(answer) else str.strip
+        gold = row.get("answer") or read(answer)
+        others = [choice for choice in row.get("choices") or () if choice != gold and answer.endswith(gold)]
+        wrong = given[n] if model else answer.removesuffix(gold) + draw.choice(others) if others else ""
+        if not (said := read(wrong)) or said == gold:
+            counts["answered right" if said else "no wrong answer known"] += 1
+            continue
+        chosen, rejected = (say("assistant", side) if chat else side for side in (answer, wrong))
+        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        counts["the same as another"] += json.dumps(pair) in found
+        found[json.dumps(pair)] = pair
+    return found.values(), f"{len(found):,} pairs" + "".join(f"; {why}: {n:,}" for why, n in counts.items() if n)
+
+
+COMMANDS = {command.__name__: command for command in (show, audit, mix, pairs)}
 
 
 def main():
     command, *argv = sys.argv[1:] or [""]
-    if command != "show":
-        raise UserError(f"unknown command {command!r}; usage: python data.py show --model MODEL --data FILE [--n 3]")
-    config = parse_config(ShowConfig, argv, "Rows as the model sees them, what is scored in colour.")
-    plain = (Path(config.model) / "tokenizer.json").is_file()  # a tokenizer's folder will do
-    tokenizer = Tokenizer(config.model if plain else resolve(config.model))
-    examples, _, ledger = load_examples(config.data, tokenizer, max_length=config.max_length)
-    print(*(coloured(example, tokenizer) for example in examples[: config.n]), ledger, sep="\n\n")
+    if command not in COMMANDS:
+        usage = f"python data.py {'|'.join(COMMANDS)} --model MODEL --data SOURCE ... (--help says more)"
+        raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; usage: {usage}")
+    config = parse_config(DataConfig, argv, COMMANDS[command].__doc__)
+    if command in ("show", "audit"):
+        return COMMANDS[command](config)
+    if not config.output or Path(config.output).exists():
+        fault = "exists already" if config.output else "is needed"
+        raise UserError(f"--output {config.output}: {fault}; name a new one")
+    rows, told = COMMANDS[command](config)
+    with open(config.output, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    print(f"{config.output}: {told}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, brief, parse_config, read_rows, read_text, render_rows, text_of
+from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, text_of
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
 from model import (IGNORE, Batch, Segment, UserError, cli, generate, generate_each, nearest, pick_device, read_json,
                    resolve)
@@ -435,7 +435,7 @@ def ask_own(rows, model, tokenizer, config):
             turns = [{"role": "user", "content": row.get("question")}, {"role": "assistant", "content": "?"}]
             row = ({"messages": turns} if "question" in row and tokenizer.has_template else
                    {"prompt": row.get("question", row.get("prompt")), "completion": "?"})
-        examples.append(next(render_rows([(where, row)], tokenizer))[0])
+        examples.append(render_row(row, tokenizer, where=where))
         if isinstance(examples[-1], str):
             raise UserError(f"{where}: {examples[-1]}")
     questions = ask_answers(model, tokenizer, examples, [row.get("choices") for _, row in rows])

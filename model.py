@@ -21,67 +21,23 @@ import os
 import re
 import shutil
 import sys
+import types
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
+from inspect import getsource
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-
-# --- what every command shares: mistakes that are the user's ----------------------------------------------------------
-
-
-class UserError(Exception):
-    """A user's mistake. Its text is one or two lines: the file, row, key or flag, and the way out."""
-
-
-def nearest(name, options) -> str:
-    """' (nearest: X, Y)', the up to two options that look most like name; '' where none does."""
-    close = difflib.get_close_matches(str(name), list(map(str, options)), n=2, cutoff=0.5)
-    return f" (nearest: {', '.join(close)})" if close else ""
-
-
-def cli(main):
-    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, without a
-    traceback."""
-    try:
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-        main()
-    except UserError as error:
-        message = str(error)
-    except BrokenPipeError:  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    else:
-        return
-    sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def keep_pages():
-    """Tells glibc to keep freed memory. It would give every block from 32 MB on back to the system, and get it again page
-    by page: on a CPU a third of the time that a product with a 50 MB weight takes, and more for a chunk of logits."""
-    with suppress(OSError, AttributeError):  # other systems have no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 # --- the packed batch -------------------------------------------------------------------------------------------------
@@ -993,6 +949,15 @@ def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", rev
     return model
 
 
+def keep_pages():
+    """Tells glibc to keep freed memory. It would give every block from 32 MB on back to the system, and get it again page
+    by page: on a CPU a third of the time that a product with a 50 MB weight takes, and more for a chunk of logits."""
+    with suppress(OSError, AttributeError):  # other systems have no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 @contextmanager
 def written_aside(target):
     """A folder to write into. It is synced and takes target's place when the block ends well, and is removed when
@@ -1070,3 +1035,197 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
             raw = read_json(aside / "config.json") | changes
             raw = {key: value for key, value in raw.items() if value is not None or key not in changes}
             (aside / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+
+
+# --- what every command shares: mistakes that are the user's ----------------------------------------------------------
+
+
+class UserError(Exception):
+    """A user's mistake. Its text is one or two lines: the file, row, key or flag, and the way out."""
+
+
+def nearest(name, options) -> str:
+    """' (nearest: X, Y)', the up to two options that look most like name; '' where none does."""
+    close = difflib.get_close_matches(str(name), list(map(str, options)), n=2, cutoff=0.5)
+    return f" (nearest: {', '.join(close)})" if close else ""
+
+
+def cli(main):
+    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, without a
+    traceback."""
+    try:
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        main()
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def brief(value, width=60):
+    """`value` as one short quoted line, for messages."""
+    text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split())
+    return repr(text[:width] + "…" if len(text) > width else text)
+
+
+@contextmanager
+def blamed(where, *kinds, on=None):
+    """Errors of these kinds become a UserError: `where` is wrong, the error's words, what was found there (`on`)."""
+    try:
+        yield
+    except kinds as error:
+        told = [getattr(error, name, None) for name in ("strerror", "problem", "msg")]
+        words = next(filter(None, [*told, str(error)]), type(error).__name__)
+        words = words if isinstance(error, UserError) else " ".join(words.split())[:160]
+        if line := getattr(getattr(error, "problem_mark", None), "line", -1) + 1:  # YAML's
+            words = f"line {line}: {words}"
+        raise UserError(f"{where}: {words}" + (f": {brief(on)}" if on is not None else "")) from None
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+# names in TRL, PEFT, LLaMA-Factory, Axolotl and plain scripts; one counts where a dataclass has its target but not it
+ALIASES = {alias: name for name, aliases in {
+    "model": "model_name_or_path model_name model_id base_model", "data": "dataset dataset_name train_file data_path",
+    "eval_data": "eval_dataset eval_file validation_file", "val_size": "val_set_size test_size", "dtype": "torch_dtype",
+    "max_length": "cutoff_len max_seq_length max_seq_len sequence_len", "lora_r": "lora_rank r rank",
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "lora_target_modules lora_target",
+    "modules_to_save": "lora_modules_to_save additional_target", "num_train_epochs": "num_epochs epochs",
+    "per_device_train_batch_size": "micro_batch_size train_batch_size batch_size", "learning_rate": "lr",
+    "lr_scheduler_type": "lr_scheduler scheduler", "optim": "optimizer", "max_grad_norm": "gradient_clipping",
+    "eval_strategy": "evaluation_strategy", "resume": "resume_from_checkpoint", "attn_implementation": "flash_attn",
+    "bnb_4bit_quant_type": "quant_type", "bnb_4bit_use_double_quant": "double_quantization use_double_quant",
+    "bnb_4bit_compute_dtype": "compute_dtype", "beta": "pref_beta", "loss_type": "pref_loss",
+    "adapter": "adapter_name_or_path",
+}.items() for alias in aliases.split()}  # fmt: skip
+BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def types_of(kind):
+    """The types that a union or Optional allows, without their arguments; or the one type."""
+    return [get_origin(k) or k for k in (get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind])]
+
+
+def convert(value, kind):
+    """`value`, a flag's text or what YAML made of it, as the type `kind`; ValueError or TypeError if it is none."""
+    origin, args = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, types.UnionType):
+        if types.NoneType in args and str(value).lower() in ("none", "null"):
+            return None
+        order = [bool, int, float, dict, str, list] if isinstance(value, str) and "," not in value else [list]
+        rank = {option: order.index(o) if (o := get_origin(option) or option) in order else 9 for option in args}
+        for option in sorted(args, key=rank.get):
+            with suppress(ValueError, TypeError):
+                return convert(value, option)
+    elif origin is Literal and str(value) in map(str, args):
+        return next(option for option in args if str(option) == str(value))
+    elif origin is bool and str(value).lower() in BOOLS:
+        return BOOLS[str(value).lower()]
+    elif origin in (int, float) and not isinstance(value, bool):
+        number = value if isinstance(value, int) else float(value)  # YAML 1.1 reads 2e-4 as a string
+        if origin is float or number == int(number):
+            return origin(number)
+    elif origin is str and isinstance(value, (str, int, float)):
+        return str(value)
+    elif origin is dict and isinstance(value := json.loads(value) if isinstance(value, str) else value, dict):
+        return value
+    elif origin in (list, tuple) and not isinstance(value, dict):
+        if isinstance(value, str):  # names may come as one word, a,b; a path keeps its comma
+            value = re.split(r"\s*,\s*", value) if re.fullmatch(r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+", value) else [value]
+        items = [value] if isinstance(value, (int, float)) else value
+        return origin(convert(item, args[0] if args else str) for item in items)
+    raise ValueError(value)
+
+
+def find_name(where, kinds, aliases):
+    """The field that a key in its sections means: [lora, r] is `lora_r`, else `r`; None where there is none."""
+    names = ["_".join(where[n:]) for n in range(len(where))]
+    return next((aliases.get(name, name) for name in names if aliases.get(name, name) in kinds), None)
+
+
+def read_settings(path, kinds, aliases):
+    """{field: value} of a YAML or JSON file, flat or in sections."""
+    settings = {}
+
+    def enter(node, sections):
+        for key, value in node.value:
+            where = [*sections, str(key.value)]
+            name, line = find_name(where, kinds, aliases), f"{path}:{key.start_mark.line + 1}"
+            if isinstance(value, yaml.MappingNode) and (name is None or dict not in types_of(kinds[name])):
+                enter(value, where)
+            elif name is None:
+                raise UserError(f"{line}: unknown key {'.'.join(where)!r}{nearest('_'.join(where), kinds)}")
+            elif name in settings:
+                raise UserError(f"{line}: {name} is given twice, the second time as {'.'.join(where)!r}")
+            else:
+                settings[name] = loader.construct_object(value, deep=True)
+
+    with blamed(f"--config {path}", OSError, UnicodeDecodeError):
+        text = Path(path).read_text(encoding="utf-8")
+    with blamed(f"{path}: not YAML", yaml.YAMLError, RecursionError):
+        loader = yaml.SafeLoader(text.replace("\t", "  ") if str(path).endswith(".json") else text)
+        if not isinstance(root := loader.get_single_node(), yaml.MappingNode):
+            raise UserError(f"{path}: expected settings, found {brief(root and loader.construct_object(root, True))}")
+        enter(root, [])
+    return settings
+
+
+def parse_config(cls, argv=None, description="", aliases=ALIASES):
+    """A command line -> an instance of the dataclass `cls`, whose fields are the flags and hold the only defaults.
+
+    `--config FILE ...` (YAML or JSON) comes first, a later file over an earlier, flags (`--lora_r`, `--lora-r`,
+    `--lora.r`) over all; the comment at the end of a field's line is its help. UserError: an unknown flag or key, with
+    the nearest; a value of another type, with the expected; a field left open.
+    """
+    hints = get_type_hints(cls)
+    kinds = {f.name: hints[f.name] for f in fields(cls)}
+    names = {name: str(k) if get_args(k) else getattr(k, "__name__", str(k)) for name, k in kinds.items()}
+    aliases = {alias: name for alias, name in aliases.items() if name in kinds and alias not in kinds}
+    lines = [line for base in cls.__mro__[::-1] if is_dataclass(base) for line in getsource(base).splitlines()]
+    notes = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+):.*?  # (.*)", line))}
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
+    given, values, name, see = {}, {}, None, "; --help explains every flag"
+    for word in sys.argv[1:] if argv is None else argv:
+        if word in ("-h", "--help"):
+            print(f"{description}\n\n--config FILE ...\n      settings in YAML or JSON, flat or in sections; flags win")
+            for name, default in defaults.items():
+                default = " ".join(map(str, default)) if isinstance(default, list) else default
+                note = notes.get(name, "") + (f" (default: {default})" if default is not MISSING else "")
+                print(f"--{name} {getattr(types_of(kinds[name])[0], '__name__', 'value').upper()}\n      {note}")
+            sys.exit(0)
+        if found := re.match(r"--([A-Za-z][\w.-]*)(=?)", word):
+            name = find_name(found[1].replace("-", "_").split("."), {**kinds, "config": list}, aliases)
+            if name is None:
+                raise UserError(f"unknown flag --{found[1]}{nearest(found[1], kinds)}{see}")
+            more = {*types_of(kinds.get(name, list))} & {list, tuple}  # one that is given twice goes on
+            given[name] = (given.get(name, []) if more else []) + ([word[found.end() :]] if found[2] else [])
+        elif name is None:
+            raise UserError(f"unrecognized arguments: {word}{see}")
+        else:
+            given[name].append(word)
+    for file in given.pop("config", []):
+        values |= {name: (value, f"{file}: {name}") for name, value in read_settings(file, kinds, aliases).items()}
+    for name, found in given.items():
+        found = found or ["true"] * (bool in types_of(kinds[name]))
+        values[name] = found[0] if len(found) == 1 else found, f"--{name}"
+    for name, (value, where) in values.items():
+        try:
+            values[name] = convert(value, kinds[name])
+        except (ValueError, TypeError):
+            raise UserError(f"{where}: expected {names[name]}, found {brief(value)}") from None
+    if left := [name for name, default in defaults.items() if default is MISSING and name not in values]:
+        raise UserError(f"--{left[0]} is needed ({notes.get(left[0], names[left[0]])}){see}")
+    return cls(**values)

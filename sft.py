@@ -54,6 +54,8 @@ class SFTConfig(LoRAConfig, QuantConfig):
     output_dir: str = "output/sft"  # the run folder
     max_samples: int | None = None  # use this many rows of data, drawn by seed
     max_eval_samples: int | None = None  # use this many held-out rows
+    recipe: str = ""  # reads a data set's own rows: mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k
+    recipe_args: dict = field(default_factory=dict)  # its arguments, as {"cot": 0.5}
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
     completion_only_loss: bool | None = None  # true: the last assistant turn alone; false: completions' prompts too
     assistant_only_loss: bool = True  # of conversations, score the assistant's turns; false: everything
@@ -166,8 +168,9 @@ class Plan:
     def __getitem__(self, step):
         """The examples of a step, counted from 0."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
-        return [self.examples[i] for i in order[at * self.batch_size : (at + 1) * self.batch_size]]
+        examples = self.examples.epoch(epoch) if hasattr(self.examples, "epoch") else self.examples
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(examples))
+        return [examples[i] for i in order[at * self.batch_size : (at + 1) * self.batch_size]]
 
     def epoch(self, step):
         """Epochs done after `step` steps."""
@@ -180,6 +183,8 @@ class Plan:
     @cached_property
     def fingerprint(self):
         """Changes when the examples do."""
+        if hasattr(self.examples, "fingerprint"):
+            return self.examples.fingerprint
         crc = 0
         for example in self.examples:
             for segment in example:
@@ -714,7 +719,7 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     tokenizer = Tokenizer(source, began)
     wants = {"max_length": config.max_length, "completion_only_loss": config.completion_only_loss,
              "assistant_only_loss": config.assistant_only_loss, "seed": config.seed,
-             "max_samples": config.max_samples, **options}
+             "max_samples": config.max_samples, "recipe": config.recipe, "recipe_args": config.recipe_args, **options}
     examples, rows, ledger = load_examples(config.data, tokenizer, **wants)
     held, held_rows, report = [], [], {"train": ledger.as_dict()}
     print(f"training rows: {ledger}")
@@ -743,6 +748,8 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
         notices = add_lora(model, config, config.seed)
     print(*notices, sep="\n", end="\n" * bool(notices))
     trained, total = count_parameters(model)
+    if prepare:
+        examples, held = [*examples.epoch(0)], [*held]  # what it finds is kept with them
     steps = Plan(examples, config, count)
     print(f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of {steps.batch_size} examples "
           f"on {device} ({model.attention} attention, {model.dtype})")

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -10,6 +11,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a hub starts its own on loopback
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+cache = tempfile.TemporaryDirectory()  # of rendered rows, gone with this process
+os.environ["PLAINTUNE_CACHE"] = cache.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -223,8 +223,8 @@ def test_tokenizers_that_are_broken_are_named(tmp_path, files, message):
 
 
 @pytest.mark.parametrize("template, message", [
-    ("{% if %}", "chat_template.jinja: chat template, line 1"),
-    ("{{ raise_exception('only user roles') }}", "chat_template.jinja: the chat template failed: 'only user roles'"),
+    ("{% if %}", "chat_template.jinja: not a chat template.*Expected an expression"),
+    ("{{ raise_exception('only user roles') }}", "chat_template.jinja: the chat template failed: only user roles"),
     ("{{ messages[7].content.x }}", "the chat template failed"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template failed.*unsafe"),
     ("{{ messages.append(1) }}", "the chat template failed.*unsafe"),
@@ -477,6 +477,7 @@ def test_rows_that_are_wrong_are_named(chatml, tmp_path, row, message):
     path.write_text('{"text": "fine"}\n\n' + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*{message}") as caught:
         load_examples(str(path), chatml)
+    print(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
 
 
@@ -561,6 +562,7 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
     examples, kept, ledger = load_examples(
         [path], chatml, max_length=24, max_samples=100, seed=5, preference=preference
     )
+    kept = list(kept)
     full = [render_row(row, chatml, preference=preference) for row in rows]
     assert len(examples) == len(kept) == ledger.examples and ledger.rows == 120 and ledger.rows_not_sampled == 20
     assert ledger.rows == ledger.examples + ledger.rows_dropped + ledger.rows_not_sampled
@@ -581,6 +583,7 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
     )
     again = load_examples([path], chatml, max_length=24, max_samples=100, seed=5, preference=preference)[1]
     other = load_examples([path], chatml, max_length=24, max_samples=100, seed=6, preference=preference)[1]
+    again, other = list(again), list(other)
     assert again == kept != other and [rows.index(row) for row in kept] == sorted(rows.index(row) for row in kept)
     assert any(isinstance(found, str) for found in full)
 
@@ -595,21 +598,20 @@ def test_what_could_teach_nothing_stops_the_run(chatml, tmp_path):
         load_examples(path, chatml, max_length=4)
 
 
-def test_holdout_is_a_seeded_partition():
-    rows = [{"n": n} for n in range(50)]
-    (kept, kept_rows), (held, held_rows) = split_holdout(list(range(50)), rows, 0.2, seed=1)
-    assert (
-        len(held) == 10
-        and sorted(kept + held) == list(range(50))
-        and [r["n"] for r in held_rows + kept_rows] == held + kept
-    )
-    assert (
-        split_holdout(list(range(50)), rows, 10, seed=1)[1][0]
-        == held
-        != split_holdout(list(range(50)), rows, 10, seed=2)[1][0]
-    )
+def test_holdout_is_a_seeded_partition(chatml, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{n} a", "completion": "cat"}) for n in range(50)))
+    examples, rows, _ = load_examples(path, chatml)
+    (kept, kept_rows), (held, held_rows) = split_holdout(examples, rows, 0.2, seed=1)
+    text = lambda found: [chatml.decode(example[0].ids).split()[0] for example in found]
+    number = lambda found: [row["prompt"].split()[0] for row in found]
+    assert len(held) == 10 and sorted(text(kept) + text(held), key=int) == [str(n) for n in range(50)]
+    assert text(kept) == number(kept_rows) and text(held) == number(held_rows) == number(held_rows[:10])
+    same, other = (split_holdout(examples, rows, 10, seed=seed)[1][1] for seed in (1, 2))
+    assert number(same) == number(held_rows) != number(other)
+    assert len({kept.fingerprint, held.fingerprint, examples.fingerprint}) == 3
     with pytest.raises(UserError, match="cannot hold out 50 of 50"):
-        split_holdout(list(range(50)), rows, 50)
+        split_holdout(examples, rows, 50)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -641,7 +643,7 @@ def test_readers_agree(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON: .*found|a.jsonl:2: not JSON: Expecting value: '{\"text\":'"),
     ("a.jsonl", b'{"text": "x"}\n[1, 2]\n', r"a.jsonl:2: a row is an object, found '\[1, 2\]'"),
     ("a.jsonl", b'{"text": "x"}\n"y"\n', "a.jsonl:2: a row is an object"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8: byte 0xff"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8: .*byte 0xff"),
     ("a.jsonl", b"", "a.jsonl: no rows in it"),
     ("a.jsonl", b"\n\n", "a.jsonl: no rows in it"),
     ("a.jsonl", b"[" * 100000, "a.jsonl:1: not JSON"),
@@ -655,11 +657,14 @@ def test_readers_agree(tmp_path):
     ("a.csv", b"text\nx\ny,z\n", r"a.csv\[1\]: more fields than the header's 1"),
     ("a.parquet", b"PAR1 not really", "a.parquet: not a parquet file"),
     ("a.txt", b"x", "a.txt: not a known kind of file; known are .jsonl"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99)[:20] + b"\xff" * 30, "a.jsonl.gz: cannot be read"),
+    ("u.data", b"1\t7\t4\t9\n", "u.item: cannot be read: No such file"),
 ])  # fmt: skip
 def test_files_that_are_wrong_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         read_rows(str(tmp_path / name))
+    print(caught.value)
     assert len(str(caught.value).splitlines()) <= 2 and len(str(caught.value)) < 300
 
 
@@ -679,8 +684,10 @@ def test_a_data_set_of_the_hub(tmp_path):
         path = tmp_path / "root" / "datasets" / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": name}]), path)
+    (tmp_path / "root" / "datasets" / "org" / "json").mkdir()
+    (tmp_path / "root" / "datasets" / "org" / "json" / "test.jsonl").write_text('{"text": "lines"}')
     hub = subprocess.Popen(
-        [sys.executable, SHARED / "tools" / "minihub.py", tmp_path / "root", "--port", "0"],
+        [sys.executable, SHARED / "tools" / "minihub.py", tmp_path / "root", "--port", "0", "--token", "local"],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -706,10 +713,12 @@ def test_a_data_set_of_the_hub(tmp_path):
             "org/two",
             "org/two:mian",
             "org/none",
+            "org/json#v1.0:test",
         ]
-        output = subprocess.run(
-            [sys.executable, "-c", code, Path(data.__file__).parent, *sources], env=env, capture_output=True, text=True
-        )
+        command = [sys.executable, "-c", code, Path(data.__file__).parent]
+        output = subprocess.run([*command, *sources], env=env, capture_output=True, text=True)
+        env |= {"HF_TOKEN": "wrong", "HF_HOME": str(tmp_path / "other")}
+        refused = subprocess.run([*command, "org/one"], env=env, capture_output=True, text=True)
     finally:
         hub.terminate()
     lines = output.stdout.splitlines()
@@ -723,7 +732,245 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert lines[5].startswith("error: org/two:mian has no such part") and lines[6].startswith(
         "error: org/none: no file here"
     )
-    assert "local" not in lines[6] and len(lines) == 7
+    assert "local" not in lines[6] and lines[7:] == ["['lines']"]
+    assert re.match("error: org/one: no file here.*a private one needs HF_TOKEN", refused.stdout), refused.stderr
+
+
+def test_folders_globs_and_weights(chatml, tmp_path):
+    for name, count in (("a", 30), ("b", 10), ("c", 10)):
+        rows = [{"prompt": f"{name} {n}", "completion": "cat"} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    assert len(read_rows(tmp_path)) == 50 and len(read_rows(tmp_path / "[bc].jsonl")) == 20
+    examples, rows, ledger = load_examples([f"{a}@1", f"{b}@3"], chatml)
+    assert [source["share"] for source in ledger.sources] == [0.25, 0.75] and "75.0% from " in str(ledger)
+    names = lambda epoch: [row["prompt"] for row in rows.epoch(epoch)]
+    assert len(examples.epoch(0)) == len(examples) == 40 == len(names(0)) and len(ledger.sources) == 2
+    assert names(0) == names(0) != names(1)
+    for found in (names(0), names(1)):  # 10 of a's 30 rows, none twice; b's 10 rows three times each
+        assert len({name for name in found if name[0] == "a"}) == 10
+        assert all(found.count(f"b {n}") == 3 for n in range(10))
+    (kept, _), (held, _) = split_holdout(examples, rows, 8)
+    assert len(kept.epoch(3)) == 32 and not {*kept.epoch(3).at} & {*held.at}
+    assert [s["share"] for s in load_examples([f"{a}@1", b], chatml)[2].sources] == [0.5, 0.5]  # none given is 1
+    plain, _, ledger = load_examples([a, b], chatml)
+    assert plain.epoch(5).at.tolist() == [*range(40)] and [s["share"] for s in ledger.sources] == [0.75, 0.25]
+    for weight in ("x", "0", "-1", "", "inf"):
+        with pytest.raises(UserError, match="the weight after @ must be a number above 0"):
+            load_examples([f"{a}@{weight}"], chatml)
+
+
+def test_a_second_start_renders_nothing(chatml, tmp_path, monkeypatch):
+    """The cache is keyed by content, tokenizer, template, settings and this code; nothing half-made stays behind."""
+    monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
+    path, calls = tmp_path / "rows.jsonl", []
+    path.write_text("\n".join(json.dumps({"messages": say("a cat", f"sat {n}"), "choices": [n]}) for n in range(3000)))
+    first, rows, ledger = load_examples(path, chatml)
+    monkeypatch.setattr(data, "render_rows", lambda *_, **__: calls.append(1) or iter(()))
+    second, again, same = load_examples(path, chatml)
+    assert not calls and same == ledger and second.fingerprint == first.fingerprint and again[2999]["choices"] == [2999]
+    assert all(
+        (a.ids == b.ids).all() and (a.labels == b.labels).all() for x, y in zip(first, second) for a, b in zip(x, y)
+    )
+    assert [p.name[0] for p in (tmp_path / "cache").iterdir()] != ["."] and first[2999][0].ids.dtype == np.int32
+    monkeypatch.undo()
+    monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
+    folder = lambda *args, **options: load_examples(*args, **options)[0].folder
+    other = Tokenizer(write_tokenizer(tmp_path / "other", THINK))
+    cut, drawn = {"max_length": 9}, {"max_samples": 5, "seed": 7}
+    folders = [folder(path, chatml), folder(path, other), folder(path, chatml, **cut), folder(path, chatml, seed=7)]
+    folders += [folder(path, chatml, max_samples=5), folder(path, chatml, **drawn)]
+    path.write_text(path.read_text().replace("sat 7", "mat 7"))
+    folders.append(folder(path, chatml))
+    assert folders[3] == folders[0] and len(set(folders)) == 6
+    path.write_text('{"text": "fine"}\n{"text": 5}')
+    with pytest.raises(UserError):
+        load_examples(path, chatml)
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == {p.name for p in folders}
+
+
+def test_a_date_in_the_template_is_part_of_the_key(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": say("a", "b")}))
+    dated = write_tokenizer(tmp_path / "dated", "{{ strftime_now('%d') }}" + CHATML)
+    plain = write_tokenizer(tmp_path / "plain", CHATML)
+    for folder, same in ((dated, False), (plain, True)):
+        one, two = (
+            load_examples(tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day)))[0] for day in (1, 2)
+        )
+        assert (one.folder == two.folder) == same == ((one[0][0].ids == two[0][0].ids).all())
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+ECQA = {"q_text": "Where?", "q_op1": "here", "q_op2": "there", "q_op3": "now", "q_op4": "then", "q_op5": "up",
+        "q_ans": "there", "taskB": "It is not here. "}  # fmt: skip
+ARC = {"question": "Where?", "choices": {"text": ["B", "A"], "label": ["A", "B"]}, "answerKey": "B"}
+LISTED = {"question": "Where?", "choices": ["here", "there"], "answer": "B", "rationale": "why", "dataset": "maps"}
+
+
+def test_recipes_by_hand():
+    ecqa, gsm8k, alpaca, chatml = (data.use_recipe(name, {}, 0)[0] for name in ("ecqa", "gsm8k", "alpaca", "chatml"))
+    made = ecqa(ECQA)
+    assert made["completion"][0]["content"] == "It is not here.\nAnswer: B" and made["answer"] == "B"
+    assert made["prompt"][0]["content"].startswith("Where?\nA. here\nB. there\nC. now\nD. then\nE. up\n")
+    assert (
+        made["choices"] == [*"ABCDE"] and ecqa(ARC)["answer"] == "B" and ecqa(LISTED | {"answer": 0})["answer"] == "A"
+    )
+    assert ecqa(LISTED | {"answer": "here", "weight": 0.5})["weight"] == 0.5
+    made = gsm8k({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"})
+    assert made["completion"][0]["content"] == "1+1=2\nAnswer: 2" and made["answer"] == "2"
+    made = alpaca({"instruction": "do", "input": "", "output": "done"})
+    assert made["prompt"].endswith("### Instruction:\ndo\n\n### Response:") and "Input" not in made["prompt"]
+    assert "paired" in alpaca({"instruction": "do", "input": "it", "output": "done"})["prompt"]
+    text = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq\nr<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    assert (
+        chatml({"text": text})["messages"]
+        == say("q\nr", "a", system="s")
+        == chatml({"messages": say("q\nr", "a", system="s")})["messages"]
+    )
+    whole = {"conversations": [{"from": "human", "value": "q"}], "system": "s", "tools": TOOLS, "weight": None}
+    assert chatml(whole) == whole
+    pick, draws = data.use_recipe("ultrafeedback", {}, 0)
+    made = pick({"prompt": "p", "chosen": say("p", "c"), "rejected": "r"})
+    assert (
+        draws
+        and made["prompt"] == say("p")
+        and made["chosen"] == say("p", "c")
+        and made["rejected"] == say("", "r")[1:]
+    )
+    rated = {
+        "instruction": "p",
+        "completions": [{"response": r, "overall_score": n} for r, n in (("x", 5), ("y", "8"), ("z", 2))],
+    }
+    seen = {
+        json.dumps([pick(rated, epoch)[side][0]["content"] for side in ("chosen", "rejected")]) for epoch in range(20)
+    }
+    assert seen == {'["y", "x"]', '["y", "z"]'}
+    assert pick({**rated, "completions": rated["completions"][:1]}) == "all completions are rated alike"
+
+
+def test_mcqa_draws_its_wording_but_never_its_answer():
+    make, draws = data.use_recipe("mcqa", {"topic": "geography"}, 3)
+    rows = [make(LISTED, epoch) for epoch in range(200)]
+    assert draws and rows == [make(LISTED, epoch) for epoch in range(200)] and make(LISTED, 0) != make(ECQA, 0)
+    assert len({row["prompt"].split("\n")[0] for row in rows}) == 3 and any(
+        "geography" in row["prompt"] for row in rows
+    )
+    answers = {"B. there", "B) there", "(B) there", "B – there", "b) there", "2. there", "there"}
+    assert {row["answer"] for row in rows} == answers
+    for row in rows:  # one style within a question, the thought in the prompt, the answer alone is scored
+        lines = row["prompt"].split("\n")
+        assert (
+            row["completion"] == f" {row['answer']}"
+            and lines[3].endswith(row["answer"])
+            and row["answer"] == row["choices"][1]
+        )
+        assert lines[2].replace("here", "there").translate(str.maketrans("Aa1", "Bb2")) == lines[3]
+        assert lines[4:] == ["Solve step-by-step.", "<think> why </think>", " Answer:"]
+    half, never = (data.use_recipe("mcqa", {"cot": cot}, 3)[0] for cot in (0.5, 0))
+    shares = [sum("<think>" in make(LISTED, epoch)["prompt"] for epoch in range(200)) for make in (half, never)]
+    assert 70 < shares[0] < 130 and shares[1] == 0 and "maps" in str([half(LISTED, epoch) for epoch in range(9)])
+
+
+def test_movielens_from_its_original_tables(tmp_path):
+    rng = random.Random(0)
+    items = [f"{n}|Film {n} (199{n % 10})|01-Jan-1995||url é|0|1" for n in range(1, 30)]
+    (tmp_path / "u.item").write_bytes("\n".join(items).encode("latin-1"))
+    lines = [
+        f"{user}\t{item}\t{rng.randint(1, 5)}\t{when}"
+        for user in (1, 2)
+        for when, item in enumerate(rng.sample(range(1, 30), 13))
+    ]
+    rng.shuffle(lines)
+    (tmp_path / "u.data").write_text("\n".join(lines))
+    rows = read_rows(tmp_path)
+    assert len(rows) == 6 and all(len(row["history"]) == 10 for _, row in rows)
+    where, row = rows[0]
+    user, item, rating, when = lines[int(where.rpartition(":")[2]) - 1].split("\t")
+    assert row["title"].startswith(f"Film {item} ") and row["rating"] == int(rating) and when == "10"
+    before = sorted(
+        (line.split("\t") for line in lines if line.startswith(user + "\t")), key=lambda cells: int(cells[3])
+    )
+    assert [title.split()[1] for title, _ in row["history"]] == [cells[1] for cells in before[:10]]
+    made = data.use_recipe("movielens", {"liked": 3}, 0)[0](row)
+    assert made["completion"][0]["content"] == made["answer"] == ("Yes" if int(rating) >= 3 else "No")
+    liked, disliked = [line for line in made["prompt"][0]["content"].split("\n")[:2]]
+    assert all(
+        (title in liked) == (stars >= 3) and (title in disliked) == (stars < 3) for title, stars in row["history"]
+    )
+    told = data.use_recipe("movielens", {}, 0)[0]({"instruction": "i", "input": "x", "output": "Yes."})
+    assert told["output"] == "Yes" == told["answer"] and told["choices"] == ["Yes", "No"]
+    (tmp_path / "u.data").write_text("1 2 3")
+    with pytest.raises(UserError, match="u.data: not tables of MovieLens"):
+        read_rows(tmp_path)
+
+
+def test_epochs_differ_and_come_back(chatml, tmp_path):
+    """A recipe that draws renders every epoch anew, the same in a second start and whatever else is in the data."""
+    path = tmp_path / "rows.jsonl"
+    rows = [LISTED | {"question": f"Where is {n}?"} for n in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    load = lambda **options: load_examples(path, chatml, recipe="mcqa", seed=5, **options)
+    texts = lambda examples: [chatml.decode(example[0].ids) for example in examples]
+    examples, made, ledger = load()
+    epochs = [texts(examples.epoch(n)) for n in range(3)]
+    assert epochs[0] == texts(examples) and epochs == [texts(load()[0].epoch(n)) for n in range(3)]
+    assert sum(a == b for a, b in zip(*epochs[:2])) < 15 > sum(a == b for a, b in zip(*epochs[1:]))
+    assert {*texts(load(max_samples=9)[0].epoch(2))} <= {*epochs[2]}
+    (kept, _), (held, held_rows) = split_holdout(examples, made, 10)
+    assert sorted(texts(kept.epoch(1)) + texts(held.epoch(1))) == sorted(epochs[1])
+    assert all(row["answer"] in text and row["choices"] for row, text in zip(held_rows, texts(held)))
+    fixed = load_examples(path, chatml, recipe="ecqa")[0]
+    assert texts(fixed.epoch(1)) == texts(fixed)
+    short = load(max_length=12)[0]  # where a later rendering is too long, the first stays
+    assert all(len(example[0].ids) <= 12 for n in range(4) for example in short.epoch(n))
+
+
+@pytest.mark.parametrize("recipe, args, row, message", [
+    ("ecqa", {}, {"question": "q"}, r"does not fit recipe ecqa \(question, choices, answer, explanation\): 'choices'"),
+    ("ecqa", {}, LISTED | {"answer": "E"}, "does not fit recipe ecqa .* is not one of the choices"),
+    ("ecqa", {}, LISTED | {"answer": 2}, "2 is not one of the choices"),
+    ("mcqa", {}, LISTED | {"choices": "abc"}, "does not fit recipe mcqa"),
+    ("mcqa", {"cto": 1}, LISTED, r"recipe_args: mcqa takes no 'cto' \(nearest: cot"),
+    ("mcqa", {"rng": 1}, LISTED, "recipe_args: mcqa takes no 'rng'"),
+    ("gsm8k", {}, {"question": "q", "answer": "2"}, "does not fit recipe gsm8k"),
+    ("alpaca", {}, {"prompt": "q"}, "does not fit recipe alpaca .*: 'instruction'"),
+    ("chatml", {}, {"prompt": "q"}, "fits no schema: it has prompt"),
+    ("chatml", {}, {"text": 5}, "does not fit recipe chatml"),
+    ("chatml", {}, {"text": "no markup"}, "'messages' must be a list"),
+    ("movielens", {}, {"history": []}, "does not fit recipe movielens"),
+    ("ultrafeedback", {}, {"prompt": "q"}, "does not fit recipe ultrafeedback"),
+    ("alpaka", {}, LISTED, r"recipe: 'alpaka' is not one of mcqa, .*\(nearest: alpaca"),
+])  # fmt: skip
+def test_recipes_that_do_not_fit_are_named(chatml, tmp_path, recipe, args, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=message) as caught:
+        load_examples(path, chatml, recipe=recipe, recipe_args=args)
+    print(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 and (
+        not str(caught.value)[0] == "/" or "rows.jsonl:1: " in str(caught.value)
+    )
+
+
+@real
+@pytest.mark.parametrize("recipe, file", [
+    ("ecqa", "ecqa/val.csv"), ("mcqa", "ecqa/val.csv"), ("ecqa", "arc_challenge/test.jsonl"), ("gsm8k", "gsm8k/test.jsonl"),
+    ("alpaca", "alpaca/alpaca_en_999.json"), ("ultrafeedback", "ultrafeedback/test.jsonl"),
+    ("chatml", "chat/identity_500.jsonl"),
+])  # fmt: skip
+def test_recipes_on_the_real_sets(recipe, file):
+    """Every token is accounted for, every row's answer is in what is scored."""
+    tokenizer = Tokenizer(SHARED / "tokenizers" / "qwen3")
+    preference = recipe == "ultrafeedback"
+    examples, rows, ledger = load_examples(
+        SHARED / "data" / file, tokenizer, recipe=recipe, preference=preference, max_samples=60
+    )
+    assert ledger.scored + ledger.masked == sum(len(s.ids) for example in examples for s in example)
+    assert ledger.scored == sum((s.labels != IGNORE).sum() for example in examples for s in example)
+    assert ledger.tokens == ledger.scored + ledger.masked + ledger.dropped and ledger.examples >= 58
+    for example, row in zip(examples, rows):
+        assert "answer" not in row or row["answer"] in scored_text(tokenizer, example[0])
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -772,6 +1019,7 @@ def test_flags_and_files_make_a_config(tmp_path):
     ):
         assert parse_config(Settings, ["--target_modules", *words]).target_modules == modules
     assert parse_config(Settings, ["--rank_pattern", '{"q_proj": 4}']).rank_pattern == {"q_proj": 4}
+    assert parse_config(Settings, ["--data", "x", "--seed", "1", "--data=y", "z"]).data == ["x", "y", "z"]
     assert parse_config(Settings, ["--cutoff_len", "7", "--lora-rank", "3"]) == Settings(max_length=7, lora_r=3)
     path = tmp_path / "c.yaml"
     path.write_text(
@@ -786,6 +1034,46 @@ def test_flags_and_files_make_a_config(tmp_path):
     assert got == Settings(lora_r=4, merge=False, learning_rate=1.0) and isinstance(got.learning_rate, float)
 
 
+TOOLS_CONFIGS = {
+    "LLaMA-Factory": ("model_name_or_path: m\ndataset: a.json\ncutoff_len: 5\nlora_rank: 3\n"
+                      "lora_target: q_proj,v_proj\nlearning_rate: 1.0e-4", {}),
+    "Axolotl": ("base_model: m\ndataset: []\nsequence_len: 5\nlora_r: 3\nlora_target_modules: [q_proj, v_proj]\n"
+                "learning_rate: 0.0001\nval_set_size: 0.1", {"data": [], "val_size": 0.1}),
+    "TRL": ("model_name_or_path: m\ndataset_name: a.json\nmax_seq_length: 5\nlora_r: 3\n"
+            "lora_target_modules: [q_proj, v_proj]\nlearning_rate: 1e-4", {}),
+    "sections": ('{"model": {"model_name_or_path": "m"}, "data": {"train_file": "a.json", "max_length": 5},\n'
+                 '"lora": {"rank": 3, "target_modules": ["q_proj", "v_proj"]}, "training": {"lr": 1e-4}}', {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", TOOLS_CONFIGS)
+def test_the_names_of_other_tools_are_understood(tmp_path, tool):
+    text, other = TOOLS_CONFIGS[tool]
+    path = tmp_path / ("c.json" if text[0] == "{" else "c.yaml")
+    path.write_text(text)
+    want = dict(
+        model="m", data=["a.json"], max_length=5, lora_r=3, target_modules=["q_proj", "v_proj"], learning_rate=1e-4
+    )
+    assert parse_config(Settings, ["--config", str(path)]) == Settings(**want | other)
+
+
+def test_a_partial_file_and_dotted_flags_override(tmp_path):
+    """Project B's way: a whole JSON file, a small nested one over it, flags over both."""
+    (tmp_path / "base.json").write_text(
+        '{"lora": {"r": 16}, "training": {"learning_rate": 2e-4, "seed": 1}, "max_length": 9}'
+    )
+    (tmp_path / "mine.json").write_text('{"training": {"seed": 2}}')
+    words = [
+        "--config",
+        str(tmp_path / "base.json"),
+        str(tmp_path / "mine.json"),
+        "--lora.r",
+        "8",
+        "--training.learning_rate=1e-3",
+    ]
+    assert parse_config(Settings, words) == Settings(lora_r=8, learning_rate=1e-3, seed=2, max_length=9)
+
+
 @pytest.mark.parametrize("words, file, message", [
     (["--lora_rr", "3"], None, r"unknown flag --lora_rr \(nearest: lora_r"),
     (["--learning_rate", "fast"], None, "--learning_rate: expected float, found 'fast'"),
@@ -794,17 +1082,17 @@ def test_flags_and_files_make_a_config(tmp_path):
     (["--kind", "round"], None, "--kind: expected .*linear.*found 'round'"),
     (["--rank_pattern", "{x"], None, "--rank_pattern: expected dict, found"),
     (["stray"], None, "unrecognized arguments: stray"),
-    (["--seed"], None, "argument --seed: expected one argument"),
+    (["--seed"], None, "--seed: expected int"),
     (["--config", "nowhere.yaml"], None, "--config nowhere.yaml: No such file"),
-    ([], "lora: {rr: 3}", r"c.yaml: unknown key 'lora.rr' \(nearest: lora_r"),
+    ([], "lora: {rr: 3}", r"c.yaml:1: unknown key 'lora.rr' \(nearest: lora_r"),
     ([], "seed: true", "c.yaml: seed: expected int, found 'true'"),
     ([], "seed: [1]", r"c.yaml: seed: expected int, found '\[1\]'"),
     ([], "learning_rate: null", "c.yaml: learning_rate: expected float, found 'null'"),
-    ([], "data: {a: 1}", "c.yaml: unknown key 'data.a'"),
-    ([], "seed: 1\nseed: 2", "c.yaml:2: key 'seed' is given twice"),
-    ([], "lora: {r: 1}\nlora_r: 2", "c.yaml: lora_r is given twice, the second time as 'lora_r'"),
+    ([], "data: {a: 1}", "c.yaml:1: unknown key 'data.a'"),
+    ([], "seed: 1\nseed: 2", "c.yaml:2: seed is given twice"),
+    ([], "lora: {r: 1}\nlora_r: 2", "c.yaml:2: lora_r is given twice, the second time as 'lora_r'"),
     ([], "- 1", r"c.yaml: expected settings, found '\[1\]'"),
-    ([], "a: [1\nb: 2", "c.yaml:2: not YAML"),
+    ([], "a: [1\nb: 2", "c.yaml: not YAML: line 2"),
     ([], "", "c.yaml: expected settings, found 'null'"),
 ])  # fmt: skip
 def test_settings_that_are_wrong_are_named(tmp_path, words, file, message):
@@ -826,15 +1114,133 @@ def test_help_explains_every_field_with_its_default(capsys):
         assert part in text
 
 
-def test_show_prints_rows_and_ledger(tmp_path, chatml, capsys, monkeypatch):
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(chatml, tmp_path, monkeypatch, capsys):
+    """run(command, *words) -> what `python data.py` prints about rows.jsonl."""
+
+    def run(command, *words, file="rows.jsonl"):
+        monkeypatch.setattr(
+            sys, "argv", ["data.py", command, "--model", str(chatml.folder), "--data", str(tmp_path / file), *words]
+        )
+        data.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_show_prints_rows_and_ledger(tmp_path, chatml, run, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": say("a cat", "sat")}))
-    words = ["data.py", "show", "--model", str(chatml.folder), "--data", str(tmp_path / "rows.jsonl")]
-    monkeypatch.setattr(sys, "argv", words)
-    data.main()
-    output = capsys.readouterr().out
+    output = run("show")
     assert "<|im_start|>assistant\n⟦sat<|im_end|>⟧\n" in output and "1 rows: 1 examples" in output
-    for wrong, message in (([*words, "--dta", "x"], r"unknown flag --dta \(nearest: data"), (["data.py", "shw"], "unknown command 'shw'"),
-                           (["data.py", "show", "--data", "x"], "--model is needed")):  # fmt: skip
-        monkeypatch.setattr(sys, "argv", wrong)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert "\033[32msat<|im_end|>\033[0m" in run("show")
+    mix = ["mix", "--model", "x", "--data", "y"]
+    for words, message in (
+        (["show", "--dta", "x"], r"unknown flag --dta \(nearest: data"),
+        (["shw"], r"unknown command 'shw' \(nearest: show"),
+        (["show", "--data", "x"], "--model is needed"),
+        (mix, "--output : is needed; name a new one"),
+        ([*mix, "--output", str(tmp_path)], "exists already; name a new one"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["data.py", *words])
         with pytest.raises(UserError, match=message):
             data.main()
+
+
+def test_audit_measures_lengths(tmp_path, chatml, run):
+    rows = [{"prompt": "a " * n, "completion": "cat"} for n in range(1, 101)]
+    rows[1] = rows[0]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    examples = load_examples(tmp_path / "rows.jsonl", chatml)[0]
+    lengths = np.array([len(example[0].ids) for example in examples])
+    output = run("audit", "--output", str(tmp_path / "l.png"))
+    head, line, scored, suggested, cut, *_ = output.splitlines()
+    assert head.split() == ["tokens", "min", "mean", "max", "p50", "p90", "p95", "p99", "p100"]
+    want = [lengths.min(), lengths.mean(), lengths.max(), *np.percentile(lengths, [50, 90, 95, 99, 100])]
+    assert [float(x) for x in line.split()[1:]] == [round(x, 1) for x in want]
+    fits = -(-np.percentile(lengths, 99) // 64) * 64
+    assert (
+        f"suggested max_length: {fits:.0f} tokens" in suggested
+        and "1 duplicates; 100 of 100 score an end of turn" in output
+    )
+    assert (tmp_path / "l.png").read_bytes()[:4] == b"\x89PNG"
+    assert "with max_length 20: 100 rows: 100 examples, " in run(
+        "audit", "--max_length", "20", "--output", str(tmp_path / "l.png")
+    )
+    line = run("audit", "--by", "characters", "--output", str(tmp_path / "l.png")).splitlines()[1]
+    assert float(line.split()[3]) == max(len(chatml.decode(example[0].ids, skip_special=False)) for example in examples)
+    pair = {"prompt": "a " * 20, "chosen": "cat", "rejected": "the mat and said"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    prompt, *ends = [len(s.ids) for s in render_row(pair, chatml, preference=True)]
+    output = run("audit", "--preference", "--output", str(tmp_path / "l.png"), file="pairs.jsonl")
+    assert float(output.splitlines()[1].split()[1]) == prompt + max(ends)
+
+
+def test_mix_writes_each_sources_share(tmp_path, chatml, run):
+    for name in "ab":
+        rows = [{"prompt": f"{name} {n}", "completion": "cat"} for n in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = run("mix", f"{tmp_path / 'b.jsonl'}@3", "--output", str(tmp_path / "mixed.jsonl"), file="a.jsonl@1")
+    found = [row["prompt"][0] for _, row in read_rows(tmp_path / "mixed.jsonl")]
+    assert found.count("a") == 10 and found.count("b") == 30 and found != sorted(found) and "75.0% from" in output
+
+
+def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [LISTED, LISTED, ECQA | {"q_ans": "up"}])))
+    output = run("pairs", "--recipe", "ecqa", "--output", str(tmp_path / "p.jsonl"), "--seed", "1")
+    pairs = [row for _, row in read_rows(tmp_path / "p.jsonl")]
+    assert "2 pairs; the same as another: 1" in output and [p["chosen"][0]["content"][-1] for p in pairs] == ["B", "E"]
+    for pair in pairs:
+        chosen, rejected = (pair[side][0]["content"] for side in ("chosen", "rejected"))
+        assert chosen[:-1] == rejected[:-1] and chosen[-1] != rejected[-1] in "ABCDE"
+        assert not isinstance(render_row(pair, chatml, preference=True), str)
+    run("pairs", "--recipe", "mcqa", "--output", str(tmp_path / "q.jsonl"))
+    for _, pair in read_rows(tmp_path / "q.jsonl"):
+        assert (
+            pair["prompt"].endswith(" Answer:")
+            and pair["chosen"] != pair["rejected"]
+            and pair["rejected"].strip() in pair["prompt"]
+        )
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"messages": say("q", "r", "s", "so\nAnswer: owl"), "choices": ["owl", "cat"]})
+    )
+    run("pairs", "--output", str(tmp_path / "r.jsonl"))
+    ((_, pair),) = read_rows(tmp_path / "r.jsonl")
+    assert pair["prompt"] == say("q", "r", "s") and pair["rejected"][0]["content"] == "so\nAnswer: cat"
+
+
+def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):
+    """What the embedded tiny model says, where it is not the row's own answer, is rejected; the same for a same seed."""
+    examples = Path(data.__file__).parent / "examples"
+    lines = (examples / "mcqa" / "validation.jsonl").read_text().splitlines()[:12]
+    rows = [
+        {"prompt": turn["content"], "completion": " nothing"}
+        for line in lines
+        for turn in json.loads(line)["messages"][:1]
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(map(json.dumps, [*rows, {"prompt": "a", "completion": "b\nAnswer: c"}]))
+    )
+    words = [
+        "data.py",
+        "pairs",
+        "--model",
+        str(examples / "tiny-qwen3"),
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--generate",
+        "--max_new_tokens",
+        "12",
+    ]
+    for name in "pq":
+        monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / f"{name}.jsonl")])
+        data.main()
+    pairs = [row for _, row in read_rows(tmp_path / "p.jsonl")]
+    assert pairs == [row for _, row in read_rows(tmp_path / "q.jsonl")] and 8 <= len(pairs) <= 12
+    assert all(pair["chosen"] == " nothing" and pair["rejected"].strip() != "nothing" for pair in pairs)
+    assert [pair["prompt"] for pair in pairs] == [
+        row["prompt"] for row in rows if row["prompt"] in {p["prompt"] for p in pairs}
+    ]

@@ -64,7 +64,7 @@ def flags(base, rows, out, **settings):
 
 
 def load_pairs(base, rows):
-    return sft.load_examples([str(rows)], sft.Tokenizer(base), preference=True)[0]
+    return [*sft.load_examples([str(rows)], sft.Tokenizer(base), preference=True)[0]]
 
 
 def give_reference(model, examples, settings, tmp_path):
