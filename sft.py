@@ -33,8 +33,8 @@ from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
 from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
                   write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, nearest, pick_device, read_json,
-                   read_tensor, resolve, save_model, write_tensors, written_aside)
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, keep_pages, nearest, pick_device,
+                   read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -326,9 +326,7 @@ def train(model, steps, loss_fn, config, evaluate=None):
         raise UserError("load_best_model_at_end, early_stopping_patience: no held-out rows; give eval_data or val_size")
     log, window, best = Log(folder, state["log_bytes"]), state["window"], state.get("best", {})
     budget, began = token_budget(config, device), time.perf_counter()
-    if os.environ.get("KEEP"):
-        from model import keep_pages
-        keep_pages()
+    keep_pages()
     model.train()
     if evaluate and config.eval_strategy != "no" and state["step"] == 0:
         found = evaluate()

@@ -16,6 +16,7 @@ import torch
 import eval as evaluation
 from conftest import ROOT, write_checkpoint
 from data import Tokenizer
+from qlora import load_4bit
 from model import IGNORE, Batch, Segment, UserError, generate, generate_each, load_model
 from test_sft import write_tokenizer
 
@@ -493,7 +494,7 @@ def command(*argv):
 def test_models_side_by_side(base, adapters, data_dir, tmp_path, monkeypatch, capsys):
     """Base, adapters and run folders in one run score what each scores alone; a base is loaded once for plain LoRA."""
     loads = []
-    monkeypatch.setattr(evaluation, "load_model", lambda *args: loads.append(1) or load_model(*args))
+    monkeypatch.setattr(evaluation, "load_4bit", lambda *args, **more: loads.append(1) or load_4bit(*args, **more))
     options = ["--tasks", "winogrande,arc_easy", "--data_dir", data_dir, "--limit", 5, "--output_dir"]
     models = {"base": base, "one": adapters[0], "two": adapters[2].parent, "norms": adapters[1], "again": adapters[0]}
     command(*(x for name, path in models.items() for x in ("--model", f"{name}={path}")), *options, tmp_path / "all")
