@@ -42,7 +42,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from model import (COMPANIONS, IGNORE, Segment, UserError, blamed, brief, cli, generate, load_model, nearest,
-                   parse_config, read_json, resolve)  # fmt: skip
+                   parse_config, pick_device, read_json, resolve)  # fmt: skip
 
 
 def say(role, content):
@@ -969,7 +969,6 @@ def pairs(config):
     """Preference rows of questions with a known answer. Chosen is the row's own answer; rejected the same with a wrong
     choice in its place or, with --generate, a wrong answer of the model's."""
     from eval import find_answer, split_prompt
-    from sft import pick_device
 
     tokenizer, examples, rows, _ = load(config)
     given, counts, found, draw = [], Counter(), {}, np.random.default_rng(config.seed)

@@ -13,11 +13,11 @@ LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.0
     python lora.py merge --adapter runs/sft/adapter --output_dir merged
 """
 
-import argparse
 import difflib
 import json
 import math
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from model import (DTYPES, Linear, UserError, check_names, cli, open_model, place, read_json, read_tensor, resolve,
-                   save_model, write_tensors, written_aside)
+from model import (DTYPES, Linear, UserError, check_names, cli, open_model, parse_config, place, read_json, read_tensor,
+                   resolve, save_model, write_tensors, written_aside)
 
 
 @dataclass
@@ -592,17 +592,20 @@ def new_folder(path):
     return path
 
 
+@dataclass
+class MergeConfig:
+    adapter: str  # the adapter's folder, a run folder, or a hub id
+    output_dir: str  # the merged model's folder, a new one
+    model: str | None = None  # folder or hub id of the base model; none: the one the adapter names
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Work with LoRA adapters.")
-    about = "merge an adapter into its base model"
-    merging = parser.add_subparsers(dest="command", required=True).add_parser("merge", help=about, description=about)
-    merging.add_argument("--adapter", required=True, help="the adapter's folder, a run folder, or a hub id")
-    merging.add_argument("--output_dir", "--output-dir", required=True, help="the merged model's folder, a new one")
-    merging.add_argument("--model", help="folder or hub id of the base model (default: the one the adapter names)")
-    args = parser.parse_args()
-    for notice in merge(args.adapter, new_folder(args.output_dir), args.model):
-        print(notice)
-    print(f"merged {args.adapter} into {args.output_dir}")
+    command, *argv = sys.argv[1:] or [""]
+    if command != "merge":
+        raise UserError(f"unknown command {command!r}; usage: python lora.py merge --adapter DIR --output_dir DIR")
+    config = parse_config(MergeConfig, argv, "Merges an adapter into its base model.")
+    print(*merge(config.adapter, new_folder(config.output_dir), config.model),
+          f"merged {config.adapter} into {config.output_dir}", sep="\n")
 
 
 if __name__ == "__main__":

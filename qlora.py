@@ -11,11 +11,11 @@ QLoRA: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantisation: sect
     python qlora.py merge --adapter runs/sft/adapter --output_dir merged           # into the dequantised 4-bit weights
 """
 
-import argparse
 import json
 import logging
+import sys
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALinear, merge, new_folder
-from model import (CHUNK, DTYPES, Linear, UserError, checkpoint_tensors, cli, load_model, nearest, read_tensor,
-                   save_model)
+from model import (CHUNK, DTYPES, Linear, UserError, cli, load_model, nearest, parse_config, read_tensor, save_model)
 
 
 @dataclass
@@ -185,9 +184,9 @@ def load_4bit(name, quant=QuantConfig(), **options):
 
 def save_4bit(model, folder, quant):
     """Writes a model of Linear4bit layers without an adapter as a checkpoint that transformers reads."""
-    about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, **asdict(quant),
-             "bnb_4bit_compute_dtype": quant.bnb_4bit_compute_dtype or model.config.dtype,
-             "bnb_4bit_quant_storage": "uint8"}
+    about = {f.name: getattr(quant, f.name) for f in fields(QuantConfig)}
+    about |= {"quant_method": "bitsandbytes", "load_in_8bit": False, "bnb_4bit_quant_storage": "uint8",
+              "bnb_4bit_compute_dtype": quant.bnb_4bit_compute_dtype or model.config.dtype}
     save_model(model.state_dict().items(), folder, model.folder, quantization_config=about)
 
 
@@ -244,27 +243,27 @@ def measure_merge(model, batches):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class CommandConfig(QuantConfig):
+    output_dir: str = ""  # a new folder for the model that is written
+    model: str = ""  # folder or hub id of the 16-bit model; merge takes the one the adapter names
+    adapter: str = ""  # merge: the adapter's folder, a run folder, or a hub id
+
+
 def main():
-    parser = argparse.ArgumentParser(description="4-bit checkpoints, and merging into them.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    about = {"quantize": "write a model in 4 bit", "merge": "merge an adapter into the dequantised 4-bit weights"}
-    for command, text in about.items():
-        sub = commands.add_parser(command, help=text, description=text)
-        sub.add_argument("--model", required=command == "quantize", help="folder or hub id of the model")
-        sub.add_argument("--output_dir", "--output-dir", required=True, help="a new folder")
-        sub.add_argument("--bnb_4bit_quant_type", default="nf4", help="nf4 or fp4 (default: nf4)")
-        sub.add_argument("--no_double_quant", action="store_true", help="leave the blocks' scales in fp32")
-    sub.add_argument("--adapter", required=True, help="the adapter's folder, a run folder, or a hub id")
-    args = parser.parse_args()
-    quant = QuantConfig(True, args.bnb_4bit_quant_type, not args.no_double_quant)
-    folder = new_folder(args.output_dir)
-    if args.command == "quantize":
-        save_4bit(load_4bit(args.model, quant), folder, quant)
-        print(f"{args.model} in 4 bit: {folder}")
-        return
-    for notice in merge(args.adapter, folder, args.model, partial(hold_4bit, quant)):
-        print(notice)
-    print(f"merged {args.adapter} into {folder}")
+    command, *argv = sys.argv[1:] or [""]
+    needs = {"quantize": ["model", "output_dir"], "merge": ["adapter", "output_dir"]}
+    if command not in needs:
+        raise UserError(f"unknown command {command!r}{nearest(command, needs)}; it is quantize or merge")
+    config = parse_config(CommandConfig, argv, "Writes a model in 4 bit, or merges an adapter into the dequantised one.")
+    if missing := [key for key in needs[command] if not getattr(config, key)]:
+        raise UserError(f"--{missing[0]} is needed; --help explains every flag")
+    config.load_in_4bit, folder = True, new_folder(config.output_dir)
+    if command == "quantize":
+        save_4bit(load_4bit(config.model, config), folder, config)
+    else:
+        print(*merge(config.adapter, folder, config.model, partial(hold_4bit, config)), sep="\n")
+    print(f"{command}: {folder} holds {config.model or config.adapter}")
 
 
 if __name__ == "__main__":
