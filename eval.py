@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, text_of
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
-from model import (IGNORE, Batch, Segment, UserError, cli, generate, generate_each, nearest, pick_device, read_json,
-                   resolve)
+from model import (IGNORE, Batch, Segment, UserError, cli, generate, generate_each, keep_pages, nearest, pick_device,
+                   read_json, resolve)
 from qlora import QuantConfig, load_4bit
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -686,6 +686,7 @@ def main(argv=None):
         for name in [name for name, path in models.items() if not Path(path).exists()]:
             print(f"{name}: there is no {models.pop(name)} yet, left out")
     folder.mkdir(parents=True, exist_ok=True)
+    keep_pages()
     for name, path in models.items():
         try:
             model, tokenizer, identity = load(path, held, config)

@@ -16,7 +16,7 @@ import logging
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ class QuantConfig:
     bnb_4bit_compute_dtype: str | None = None  # of their products: bfloat16, float16, float32; none: the model's
 
 
+@cache
 def bitsandbytes():
     """The library, imported when it is needed; UserError where it is absent."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel it does without

@@ -67,7 +67,7 @@ class SFTConfig(LoRAConfig, QuantConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # auto, varlen (flash), sdpa, eager
     gradient_checkpointing: bool = False  # recompute each block in backward: a third more time, far less memory
-    micro_batch_tokens: int = 0  # tokens per forward pass, whatever the batch size; 0: 512 on a CPU (4 bit: 1024), 16384 on a GPU
+    micro_batch_tokens: int = 0  # tokens per forward pass; 0: 512 on a CPU, 1024 there in 4 bit, 16384 on a GPU
 
     num_train_epochs: float = 3.0  # passes over the data
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive

@@ -585,6 +585,7 @@ def test_what_does_not_go_together_is_said(bases, tmp_path, monkeypatch, capsys)
             mistake()
     assert not (tmp_path / "out").exists()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    qlora.bitsandbytes.cache_clear()
     with pytest.raises(UserError, match="4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"):
         held()
     with pytest.raises(UserError, match="pip install bitsandbytes"):
