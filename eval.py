@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, text_of
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
-from model import (IGNORE, Batch, Segment, UserError, cli, generate, generate_each, keep_pages, nearest, pick_device,
+from model import (IGNORE, Batch, Segment, UserError, cli, generate, generate_each, kept_pages, nearest, pick_device,
                    read_json, resolve)
 from qlora import QuantConfig, load_4bit
 
@@ -475,7 +475,7 @@ def run(model, tokenizer, questions, file, identity, config):
                           eos_ids=tokenizer.eos_ids if stops else tokenizer.end_ids, batch_size=config.batch_size,
                           stop=lambda ids: any(stop in tokenizer.decode(ids[-reach:], False) for stop in stops))
     bar = tqdm(total=len(keys), initial=len(done), desc=file.stem, leave=False, disable=not sys.stderr.isatty())
-    with open(file, "a", encoding="utf-8") as out, bar:
+    with open(file, "a", encoding="utf-8") as out, bar, kept_pages():
         for numbers, answers in ((scored, score(model, [questions[n].sequences for n in scored])), (written, texts)):
             for n, answer in ((numbers[at], answer) for at, answer in answers):
                 done[n] = {"id": n, "key": keys[n], **questions[n].shown, **questions[n].grade(answer)}
@@ -686,7 +686,6 @@ def main(argv=None):
         for name in [name for name, path in models.items() if not Path(path).exists()]:
             print(f"{name}: there is no {models.pop(name)} yet, left out")
     folder.mkdir(parents=True, exist_ok=True)
-    keep_pages()
     for name, path in models.items():
         try:
             model, tokenizer, identity = load(path, held, config)

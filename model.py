@@ -949,13 +949,20 @@ def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", rev
     return model
 
 
-def keep_pages():
-    """Tells glibc to keep freed memory. It gives blocks from 32 MB on back to the system and gets them again page by
-    page: 4 % of a training step on a CPU. For loading and merging it would hold on to what is no longer wanted."""
-    with suppress(OSError, AttributeError):  # other systems have no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+@contextmanager
+def kept_pages():
+    """While the block runs, glibc keeps freed memory. It gives blocks from 32 MB on back to the system and gets them
+    again page by page: 4 % of a training step on a CPU. Loading and merging would hold on to what they let go."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    keep, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    libc.mallopt(keep, 2**30), libc.mallopt(trim, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(keep, 2**25), libc.mallopt(trim, 2**26), libc.malloc_trim(0)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
 from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
                   write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, keep_pages, nearest, pick_device,
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, kept_pages, nearest, pick_device,
                    read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
@@ -327,7 +327,6 @@ def train(model, steps, loss_fn, config, evaluate=None):
         raise UserError("load_best_model_at_end, early_stopping_patience: no held-out rows; give eval_data or val_size")
     log, window, best = Log(folder, state["log_bytes"]), state["window"], state.get("best", {})
     budget, began = token_budget(config, device), time.perf_counter()
-    keep_pages()
     model.train()
     if evaluate and config.eval_strategy != "no" and state["step"] == 0:
         found = evaluate()
@@ -335,7 +334,7 @@ def train(model, steps, loss_fn, config, evaluate=None):
         log.write({"step": 0, "epoch": 0.0, **found})
     bar = tqdm(total=len(steps), initial=state["step"], unit="step", disable=not sys.stderr.isatty(), leave=False)
     clock = Clock()
-    with stop_signals() as stopped:
+    with stop_signals() as stopped, kept_pages():
         for step in range(state["step"] + 1, len(steps) + 1):
             if best.get("stop"):
                 break

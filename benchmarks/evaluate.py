@@ -42,9 +42,8 @@ def ours(model, task, shots, limit, data, **_):
 
     import eval as plaintune
     from data import Tokenizer
-    from model import keep_pages, load_model
+    from model import load_model
 
-    keep_pages()  # as eval.py's command does
     config = SimpleNamespace(data_dir=data, limit=limit, num_fewshot=shots, apply_chat_template=False,
                              max_new_tokens=256, batch_size=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,12 +104,12 @@ def prompts(model, shots, limit, data):
 
 
 def ours_generating(model, shots, limit, data, batch_size, new, **_):
-    from model import generate, keep_pages, load_model
+    from model import generate, kept_pages, load_model
 
-    keep_pages()
     asked, loaded = prompts(model, shots, limit, data), load_model(model, "bfloat16")
     began = time.perf_counter()
-    found = generate(loaded, asked, new, eos_ids=[], batch_size=batch_size)
+    with kept_pages():  # as eval.py has it
+        found = generate(loaded, asked, new, eos_ids=[], batch_size=batch_size)
     return {"seconds": time.perf_counter() - began, "tokens": sum(map(len, found))}
 
 
