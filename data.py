@@ -519,9 +519,10 @@ def question_of(row):
     (ARC, CommonsenseQA), or {"question", "choices": [...], "answer": its text, letter or index}."""
     choices = [row[f"q_op{n}"] for n in range(1, 6)] if "q_text" in row else row["choices"]
     labels, choices = (choices["label"], choices["text"]) if isinstance(choices, dict) else (LETTERS, choices)
-    answer = next(row[key] for key in ("answerKey", "q_ans", "answer") if row.get(key) is not None)
+    answer = next((row[key] for key in ("answerKey", "q_ans", "answer") if row.get(key) is not None), "no answer")
     known = (labels, choices) if "answerKey" in row else (choices, labels)
-    right = answer if type(answer) is int else next(list(names).index(answer) for names in known if answer in names)
+    places = (list(names).index(answer) for names in known if answer in names)
+    right = answer if type(answer) is int else next(places, -1)
     if not isinstance(choices, list) or not 0 <= right < len(choices) <= len(LETTERS):
         raise ValueError(f"{answer} is not one of the choices")
     why = next((row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), "")
