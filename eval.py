@@ -553,10 +553,12 @@ def headline(a, b, pairs):
     """What becomes of model a as model b, in a sentence or two: the average, and what it hides."""
     shown = [p for p in pairs if p["main"] and (p["a"], p["b"]) == (a, b)]
     said = {v: ", ".join(p["task"] for p in shown if p["verdict"] == v) or "none" for v in ("rose", "fell", "noise")}
-    mean = sum(p["delta"] for p in shown) / max(len(shown), 1)
-    return (f"{a} → {b}: {100 * mean:+.2f} points on average of {len(shown)} sets. Rose beyond noise: "
-            f"{said['rose']}; fell beyond noise: {said['fell']}; no more than noise: {said['noise']}."
-            + " The average hides what fell." * (said["fell"] != "none" and mean >= 0))
+    shares = [p["delta"] for p in shown if p["metric"] != "bits_per_byte"]  # which are no points, and fewer are better
+    mean = sum(shares) / max(len(shares), 1)
+    hides = " The average hides what fell." * (said["fell"] != "none" and mean >= 0 and len(shares) > 0)
+    return (f"{a} → {b}: " + f"{100 * mean:+.2f} points on average of {len(shares)} sets. " * bool(shares)
+            + f"Rose beyond noise: {said['rose']}; fell beyond noise: {said['fell']}; no more than noise: "
+            f"{said['noise']}.{hides}")
 
 
 def table(results):
@@ -619,8 +621,8 @@ def draw(results, pairs, file):
 
 
 def find_model(path):
-    """(base: folder or hub id, adapter folder or None, QuantConfig: that of an adapter's run) of a model, an adapter, or
-    a run folder."""
+    """(base: folder or hub id, adapter folder or None, the QuantConfig of its run) of a model, an adapter, or a run
+    folder."""
     folder = Path(path).expanduser() if Path(path).expanduser().is_dir() else resolve(path)
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").exists():

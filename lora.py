@@ -93,7 +93,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def lengths(self):
-        """(out,) fp32: the lengths of the rows of W + s·B A; from |W|² + 2s W·BA + s²|BA|², which needs no (out, in)."""
+        """(out,) fp32: the lengths of the rows of W + s·B A, from |W|² + 2s W·BA + s²|BA|²; BA is never made."""
         A, B, W = self.lora_A, self.lora_B, self.base_weight()
         if not hasattr(self, "squares"):
             self.squares = W.float().square().sum(1)

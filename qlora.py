@@ -256,7 +256,7 @@ def main():
     needs = {"quantize": ["model", "output_dir"], "merge": ["adapter", "output_dir"]}
     if command not in needs:
         raise UserError(f"unknown command {command!r}{nearest(command, needs)}; it is quantize or merge")
-    config = parse_config(CommandConfig, argv, "Writes a model in 4 bit, or merges an adapter into the dequantised one.")
+    config = parse_config(CommandConfig, argv, "Writes a model in 4 bit, or merges an adapter into dequantised weights.")
     if missing := [key for key in needs[command] if not getattr(config, key)]:
         raise UserError(f"--{missing[0]} is needed; --help explains every flag")
     config.load_in_4bit, folder = True, new_folder(config.output_dir)

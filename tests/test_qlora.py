@@ -265,7 +265,7 @@ def test_checkpointing_changes_no_gradient(bases):
                                       dict(init_lora_weights="pissa")])
 @pytest.mark.parametrize("base", ["qwen3", "llama"])
 def test_a_merge_is_measured_as_it_comes_out(base, settings, bases, tmp_path):
-    """KL and agreement that `measure_merge` tells beforehand are those of the merged folders, opened in transformers."""
+    """KL and agreement that `measure_merge` tells are those of the merged folders, opened in transformers."""
     quant = QuantConfig(True)
     model = load_4bit(bases[base], quant, dtype="float32")
     add_lora(model, LoRAConfig(lora_r=4, **settings), seed=1)
@@ -305,7 +305,7 @@ def test_while_it_is_measured_nothing_changes(bases):
 @pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "gaussian"])
 def test_a_start_is_pefts(kind, bases):
     """Singular vectors are the same up to their sign, so B A is compared, and with it what is left of the base. The
-    randomised SVD draws numbers, which PEFT takes from the global state: there torch's own function is the reference."""
+    randomised SVD draws numbers, which PEFT takes from the global state: there torch's function is the reference."""
     settings = dict(target_modules=["k_proj", "down_proj"], lora_alpha=6, init_lora_weights=kind)
     reference = peft.get_peft_model(theirs(bases["qwen3"]), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **settings))
     model, base = (load_model(bases["qwen3"], dtype="float32") for _ in range(2))
@@ -371,11 +371,12 @@ def test_pissa_on_4_bits_quantises_the_rest(bases):
         held = layer.base_layer.weight.clone()
         rest = layer.base_layer.original() - 0.5 * layer.lora_B @ layer.lora_A
         layer.base_layer.quantize_(rest.detach())
-        assert (layer.base_layer.weight == held).float().mean() > 0.999  # a value at the edge of two may fall either way
+        assert (layer.base_layer.weight == held).float().mean() > 0.999  # a value between two may fall either way
 
 
 def test_loraplus_steps_are_pefts(bases, tmp_path):
-    settings = dict(target_modules=["q_proj", "down_proj"], r=4, bias="all", modules_to_save=["embed_tokens", "lm_head"])
+    settings = dict(target_modules=["q_proj", "down_proj"], r=4, bias="all",
+                    modules_to_save=["embed_tokens", "lm_head"])
     torch.manual_seed(0)
     start = peft.get_peft_model(theirs(bases["llama"]), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     shake(start)
@@ -543,9 +544,12 @@ def described(text):
     (lambda t: t.update({f"{Q}.absmax": t[f"{Q}.absmax"].float()}), ("q_proj.weight.absmax (F32)", "another kind")),
     (described("{"), ("does not describe 4-bit weights of shape [72, 48]",)),
     (described('{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [48, 72]}'), ("shape [72, 48]",)),
-    (described('{"quant_type": "nf4", "blocksize": 63, "dtype": "float32", "shape": [72, 48]}'), ("does not describe",)),
-    (described('{"quant_type": "fp4", "blocksize": 64, "dtype": "float32", "shape": [72, 48]}'), ("does not describe",)),
-    (described('{"quant_type": "nf4", "blocksize": 64, "dtype": "int8", "shape": [72, 48]}'), ("does not describe",)),
+    (described('{"quant_type": "nf4", "blocksize": 63, "dtype": "float32", "shape": [72, 48]}'),
+     ("does not describe",)),
+    (described('{"quant_type": "fp4", "blocksize": 64, "dtype": "float32", "shape": [72, 48]}'),
+     ("does not describe",)),
+    (described('{"quant_type": "nf4", "blocksize": 64, "dtype": "int8", "shape": [72, 48]}'),
+     ("does not describe",)),
 ], ids=range(11))
 def test_a_stored_weight_that_does_not_fit_is_named(change, parts, bases, tmp_path):
     folder = stored_4bit(bases["qwen3"], tmp_path / "stored")
