@@ -61,3 +61,25 @@ def write_checkpoint(folder, seed=0, dtype="float32", dialect="new", max_shard_s
 def tiny_checkpoint(tmp_path):
     """make(name="tiny", **options of write_checkpoint) -> the folder of a new checkpoint below tmp_path."""
     return lambda name="tiny", **options: write_checkpoint(tmp_path / name, **options)
+
+
+def adamw_steps(model, loss_fn, batches):
+    """The losses of AdamW steps with decay and clipping over batches of documents (ids), loss_fn(model, documents)
+    summed. eps is 1e-5: some gradients are nothing but rounding (a key's bias hardly moves a softmax), which 1e-8 turns
+    into whole steps."""
+    parameters, losses = [p for p in model.parameters() if p.requires_grad], []
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1, eps=1e-5)
+    for documents in batches:
+        loss = loss_fn(model, documents) / sum(len(ids) - 1 for ids in documents)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def their_loss(model, documents):
+    """The summed loss of a transformers model over documents, one at a time."""
+    return sum(torch.nn.functional.cross_entropy(model(torch.tensor(ids)[None]).logits[0, :-1], torch.tensor(ids)[1:],
+                                                 reduction="sum") for ids in documents)

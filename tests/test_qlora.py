@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import write_checkpoint
+from conftest import adamw_steps, their_loss, write_checkpoint
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -191,29 +191,8 @@ def test_a_model_trained_from_a_stored_4bit_checkpoint_needs_no_flag(bases, tmp_
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def run(model, loss_fn, steps=20):
-    """20 AdamW steps with decay and clipping; eps 1e-5: some gradients are rounding alone (see test_lora)."""
-    rng = np.random.default_rng(0)
-    batches = [[rng.integers(0, 199, n) for n in rng.integers(6, 20, 2)] for _ in range(4)] * 5
-    parameters, losses = [p for p in model.parameters() if p.requires_grad], []
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1, eps=1e-5)
-    for documents in batches[:steps]:
-        loss = loss_fn(model, documents) / sum(len(ids) - 1 for ids in documents)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
 def our_loss(model, documents):
     return -model.logps(pack(documents)).sum()
-
-
-def their_loss(model, documents):
-    return sum(nn.functional.cross_entropy(model(torch.tensor(ids)[None]).logits[0, :-1], torch.tensor(ids)[1:],
-                                           reduction="sum") for ids in documents)
 
 
 @pytest.mark.parametrize("base,settings", [
@@ -234,7 +213,9 @@ def test_qlora_training_is_pefts(base, settings, bases, tmp_path):
     load_adapter(model, tmp_path / "start", trainable=True)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    expected, losses = run(reference, their_loss), run(model, our_loss)
+    rng = np.random.default_rng(0)
+    batches = [[rng.integers(0, 199, n) for n in rng.integers(6, 20, 2)] for _ in range(4)] * 5
+    expected, losses = adamw_steps(reference, their_loss, batches), adamw_steps(model, our_loss, batches)
     assert expected[-4:].mean() < expected[:4].mean() - 0.1
     assert_close(losses, expected, tolerance)
     reference.save_pretrained(tmp_path / "theirs")
