@@ -117,13 +117,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """The plain layer that computes the same: the base, its weight replaced, or a new one over a quantised base."""
-        plain = self.base_layer
-        if hasattr(plain, "dequantize"):
-            plain = Linear(self.in_features, self.out_features, bias=False, device="meta")
-            plain.bias = self.base_layer.bias
-        plain.weight = nn.Parameter(self.weight, requires_grad=False)
-        return plain
+        """The plain layer that computes the same, whatever the base is."""
+        return plain_linear(self.base_layer, self.weight)
 
     @torch.no_grad()
     def begin(self, kind, generator):
@@ -153,6 +148,13 @@ class LoRALinear(nn.Module):
             self.start = self.lora_A.clone(), self.lora_B.clone()
             rest = torch.addmm(W, *self.start[::-1], alpha=-self.scaling)
             base.quantize_(rest.to(base.original().dtype)) if quantised else base.weight.copy_(rest)
+
+
+def plain_linear(layer, weight):
+    """A plain layer of this weight (out, in) with the bias of `layer`."""
+    plain = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+    return plain
 
 
 def lora_layers(model) -> dict[str, LoRALinear]:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora import LoRALinear, merge, new_folder
+from lora import LoRALinear, merge, new_folder, plain_linear
 from model import (CHUNK, DTYPES, Linear, UserError, cli, load_model, nearest, parse_config, read_tensor, save_model)
 
 
@@ -130,9 +130,7 @@ class Linear4bit(nn.Module):
 
     def merge(self):
         """The plain layer of the same weights."""
-        plain = Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight, plain.bias = nn.Parameter(self.dequantize(), requires_grad=False), self.bias
-        return plain
+        return plain_linear(self, self.dequantize())
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -256,7 +254,7 @@ def main():
     needs = {"quantize": ["model", "output_dir"], "merge": ["adapter", "output_dir"]}
     if command not in needs:
         raise UserError(f"unknown command {command!r}{nearest(command, needs)}; it is quantize or merge")
-    config = parse_config(CommandConfig, argv, "Writes a model in 4 bit, or merges an adapter into dequantised weights.")
+    config = parse_config(CommandConfig, argv, "Writes a model in 4 bit, or merges an adapter into such weights.")
     if missing := [key for key in needs[command] if not getattr(config, key)]:
         raise UserError(f"--{missing[0]} is needed; --help explains every flag")
     config.load_in_4bit, folder = True, new_folder(config.output_dir)
