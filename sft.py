@@ -118,9 +118,13 @@ class SFTConfig(LoRAConfig, QuantConfig):
                 raise UserError(f"{key}: {getattr(self, key)} is below 1")
         if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
             raise UserError("load_best_model_at_end: needs an eval_strategy and a save_strategy other than no")
-        for key in ("learning_rate", "num_train_epochs", "warmup_ratio", "weight_decay", "max_grad_norm", "val_size"):
-            if not 0 <= getattr(self, key) < math.inf:
+        for key in ("learning_rate", "num_train_epochs", "warmup_ratio", "weight_decay", "max_grad_norm", "val_size",
+                    "adam_epsilon", "loraplus_lr_ratio", "seed", "warmup_steps", "micro_batch_tokens", "eval_answers",
+                    "save_total_limit", "early_stopping_patience"):
+            if not 0 <= (getattr(self, key) or 0) < math.inf:
                 raise UserError(f"{key}: {getattr(self, key)} is not a number from 0 up")
+        if not 0 <= self.adam_beta1 < 1 or not 0 <= self.adam_beta2 < 1:
+            raise UserError(f"adam_beta1 and adam_beta2 are from 0 to below 1, not {self.adam_beta1}, {self.adam_beta2}")
         if self.load_in_4bit and not self.lora_r:
             raise UserError("lora_r: 0 trains every weight, which 4-bit ones can't be; give a rank, or no load_in_4bit")
 
