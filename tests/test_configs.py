@@ -10,16 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import dpo
 import sft
 from conftest import ROOT, write_checkpoint
 from lora import add_lora
 from model import ALIASES, ModelConfig, Transformer, parse_config, read_json
 from test_sft import write_tokenizer
-
-try:
-    import dpo
-except ImportError:
-    dpo = None
 
 CHAT = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
 QUESTION = {
@@ -76,16 +72,8 @@ STEPS = {
 
 
 def script(name):
-    """(module, config class) of a recipe; skipped where this checkout does not have all of its settings yet."""
-    module = dpo if name.endswith("dpo") else sft
-    if module is None:
-        pytest.skip("no dpo.py here yet")
-    cls = dpo.DPOConfig if name.endswith("dpo") else sft.SFTConfig
-    known = {f.name for f in fields(cls)}
-    keys = {ALIASES.get(key, key) for key in yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())}
-    if keys - known:
-        pytest.skip(f"waits for {', '.join(sorted(keys - known))}")
-    return module, cls
+    """(module, config class) of a recipe."""
+    return (dpo, dpo.DPOConfig) if name.endswith("dpo") else (sft, sft.SFTConfig)
 
 
 def test_every_recipe_is_tested():

@@ -17,7 +17,7 @@ from conftest import write_checkpoint
 from data import render_row
 from lora import adapter_parameters, add_lora, load_adapter, lora_layers, write_adapter
 from model import Segment, UserError, cli, load_model
-from test_sft import same_tensors, without_times, write_tokenizer
+from test_sft import base, same_tensors, without_times, write_tokenizer  # noqa: F401  base is a fixture
 
 COUNT = 8
 
@@ -26,13 +26,6 @@ def pair(i):
     """A pair whose sides differ in length; the longer one is chosen as often as rejected."""
     sides = [f" it is {i}, surely" + "!" * (i % 5), " no" + " way" * (i % 4 + 1)]
     return {"prompt": "word " * (i % 4) + f"what is {i}?", "chosen": sides[i % 2], "rejected": sides[1 - i % 2]}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("base") / "model", vocab_size=259)
-    write_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
