@@ -765,7 +765,7 @@ class Ledger(types.SimpleNamespace):
         return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
 
 
-# an example in data.bin: its parts as of `assemble`, then its row in JSON; `at`: where each begins and the last ends
+# an example in data.bin: its parts as of `assemble`, then its place and row in JSON; `at`: where each begins and the last ends
 LAYOUT = np.dtype([("at", np.int64, 5), ("weight", float), ("source", np.int64)])
 
 
@@ -795,13 +795,18 @@ class Examples(Sequence):
         if isinstance(i, slice):
             return [self[n] for n in range(len(self))[i]]
         index, data = self.files
-        (*at, end), weight, _ = index[self.at[i]]
+        (*at, _), weight, _ = index[self.at[i]]
         if self.as_rows or self.number and self.render:
-            row = self.make(json.loads(data[at[-1] : end].tobytes()), self.number)
+            row = self.make(self.row(i)[1], self.number)
             found = row if self.as_rows or isinstance(row, str) else self.render(row)
             if not isinstance(found, str):
                 return found
         return to_segments([data[a:b].view(np.int32) for a, b in itertools.pairwise(at) if a < b], float(weight))
+
+    def row(self, i):
+        """(where it stands, as 'file:line', the row as it was read) of example `i`."""
+        index, data = self.files
+        return json.loads(data[slice(*index["at"][self.at[i], -2:])].tobytes())
 
     def epoch(self, number):
         """As many of these as epoch `number` sees: with weights each source's share, all of it as often as that fits
@@ -833,7 +838,7 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
                 ledger.add(where, found, *counts, ends)
                 if not isinstance(found, str):
                     parts = [part.tobytes() for part in found] + [b""] * (3 - len(found))
-                    data += [*parts, json.dumps(row, default=str).encode()]
+                    data += [*parts, json.dumps([where, row], default=str).encode()]
                     *at, end = itertools.accumulate(map(len, data[-4:]), initial=end)
                     index.append(([*at, end], weight, source))
                     ledger.sources[source]["examples"] += 1

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import sft
 from lora import lora_layers
-from model import IGNORE, UserError, cli, nearest, read_tensor, write_tensors
+from model import IGNORE, UserError, cli, locked, nearest, read_tensor, write_tensors
 from qlora import load_4bit
 from sft import EXAMPLES, SFTConfig, micro_batches, read_config, read_log, token_budget
 
@@ -251,7 +251,8 @@ def main(argv=None):
     embedded = [config.model, config.adapter] == [str(EXAMPLES / "tiny-qwen3"), "output/sft"]
     if embedded and not Path("output/sft/adapter").exists():
         sft.main([])  # the embedded example goes on from the other's result
-    sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare, config=config), preference=True)
+    with locked(config.output_dir):
+        sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare, config=config), preference=True)
     lines = [line for line in read_log(Path(config.output_dir) / "log.jsonl") if "eval_rewards/margins" in line]
     for line in lines[:: max(1, len(lines) - 1)]:
         print(f"held-out pairs at step {line['step']}: {line['eval_rewards/accuracies']:.1%} ranked right by reward "

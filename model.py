@@ -15,6 +15,7 @@ K key/value heads, D head dim, V vocabulary, L layers, R LoRA rank.
 
 import ctypes
 import difflib
+import fcntl
 import json
 import math
 import os
@@ -983,16 +984,45 @@ def written_aside(target):
     try:
         yield aside
         for file in [*aside.iterdir(), aside]:
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            sync(file)
         if target.exists():
             target.rename(old)
         aside.rename(target)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         put_back()
         raise
+
+
+def sync(path):
+    """Waits until a file, or which names a folder has, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def locked(folder):
+    """While the block runs `folder`, made if need be, is this process's; UserError where it is another's. The lock goes
+    with the process, however that ends, and a new folder in which nothing was left goes too."""
+    folder = Path(folder)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks has to do without
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another run is at work there; wait for its end, or choose another "
+                                "--output_dir") from None
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
 
 
 def write_tensors(tensors, file):

@@ -9,6 +9,7 @@ into micro-batches is a matter of memory, never of the result; and going on at s
     python sft.py --config configs/mine.yaml --learning_rate 1e-4
 """
 
+import hashlib
 import json
 import math
 import os
@@ -33,8 +34,8 @@ from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
 from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
                   write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, kept_pages, nearest, pick_device,
-                   read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, kept_pages, locked, nearest,
+                   pick_device, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -84,6 +85,7 @@ class SFTConfig(LoRAConfig, QuantConfig):
     adam_epsilon: float = 1e-8  # added to the root of the square
     weight_decay: float = 0.0  # AdamW's, on everything but norms and biases
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    max_skipped_steps: int = 3  # stop after so many steps in a row whose loss or gradient is not finite
     seed: int = 42  # of order, dropout, adapter start and row choice
 
     logging_steps: int = 10  # steps between lines of log.jsonl
@@ -113,7 +115,7 @@ class SFTConfig(LoRAConfig, QuantConfig):
         if self.adapter and not self.lora_r:
             raise UserError("lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)")
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps",
-                    "save_steps", "max_length", "max_new_tokens"):
+                    "save_steps", "max_length", "max_new_tokens", "max_skipped_steps"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key}: {getattr(self, key)} is below 1")
         if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
@@ -158,8 +160,8 @@ class Plan:
     gradient_accumulation_steps examples; the last step of an epoch may be smaller, as in transformers' Trainer.
     """
 
-    def __init__(self, examples, config, count=count_scored):
-        self.examples, self.seed, self.count = examples, config.seed, count
+    def __init__(self, examples, config, count=count_scored, row=lambda i: (int(i), None)):
+        self.examples, self.seed, self.count, self.row = examples, config.seed, count, row
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = max(1, -(-len(examples) // self.batch_size))
         self.steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
@@ -169,12 +171,22 @@ class Plan:
     def __len__(self):
         return self.steps
 
-    def __getitem__(self, step):
-        """The examples of a step, counted from 0."""
+    def draw(self, step):
+        """(the examples of the epoch of a step, counted from 0, the numbers of those that the step holds)."""
         epoch, at = divmod(step, self.steps_per_epoch)
         examples = self.examples.epoch(epoch) if hasattr(self.examples, "epoch") else self.examples
         order = np.random.default_rng([self.seed, epoch]).permutation(len(examples))
-        return [examples[i] for i in order[at * self.batch_size : (at + 1) * self.batch_size]]
+        return examples, order[at * self.batch_size : (at + 1) * self.batch_size]
+
+    def __getitem__(self, step):
+        """The examples of a step."""
+        examples, numbers = self.draw(step)
+        return [examples[i] for i in numbers]
+
+    def rows(self, step):
+        """Where the rows of a step stand, as 'file:line'."""
+        examples, numbers = self.draw(step)
+        return [getattr(examples, "row", self.row)(i)[0] for i in numbers]
 
     def epoch(self, step):
         """Epochs done after `step` steps."""
@@ -265,6 +277,32 @@ def accumulate(model, examples, count, loss_fn, budget, scale=lambda loss: loss)
     return float(total), {name: float(value) for name, value in sums.items()}
 
 
+def find_gradient(model, examples, count, loss_fn, config, seed, scale):
+    """`accumulate`, dropout drawn from `seed`. Where memory gives out it is done again in micro-batches of half the
+    tokens, as is the rest of the run: the planned count divides, so the gradient is the same. UserError where examples
+    stand alone already."""
+    before = config.micro_batch_tokens
+    while True:
+        budget = token_budget(config, model.device)
+        try:
+            torch.manual_seed(seed)
+            return accumulate(model, examples, count, loss_fn, budget, scale)
+        except (RuntimeError, MemoryError) as error:  # the CPU's allocator and MPS raise no class of their own
+            if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+                raise
+        model.zero_grad()  # backward may have got halfway; out here nothing holds what it had made
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tokens = sum(map(count_tokens, examples))
+        if budget == sys.maxsize or len([*micro_batches(examples, budget, "cpu")]) == len(examples):
+            config.micro_batch_tokens = before  # smaller ones were no help
+            raise UserError(f"out of memory at {max(map(count_tokens, examples)):,} tokens that can't be split: give "
+                            "--gradient_checkpointing and run again, else --load_in_4bit or a smaller max_length")
+        config.micro_batch_tokens = min(budget, tokens) // 2
+        tqdm.write(f"out of memory at {min(budget, tokens):,} tokens in a micro-batch; {config.micro_batch_tokens:,} "
+                   "from here on, with the same gradient")
+
+
 @torch.no_grad()
 def evaluate_loss(model, examples, loss_fn, config, count=count_scored):
     """{'eval_loss': mean per scored token (or pair), and loss_fn's metrics likewise} on held-out examples, without
@@ -295,7 +333,7 @@ def peak_memory_gb(device):
 
 @contextmanager
 def stop_signals():
-    """A list that holds the signal's number once SIGINT or SIGTERM came. A second one interrupts at once."""
+    """A list that holds the signal's number once SIGINT, SIGTERM or SIGHUP came. A second one interrupts at once."""
     caught = []
 
     def note(number, frame):
@@ -303,7 +341,8 @@ def stop_signals():
             raise KeyboardInterrupt
         caught.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) != signal.SIG_IGN}  # nohup has SIGHUP ignored
     try:
         yield caught
     finally:
@@ -318,67 +357,89 @@ def train(model, steps, loss_fn, config, evaluate=None):
     evaluate() -> {name: value}, called when config says so. Ctrl-C and SIGTERM save at the step's end and exit 130 /
     143.
     """
-    folder, device = Path(config.output_dir), model.device
+    folder, device, asked = Path(config.output_dir), model.device, config.micro_batch_tokens
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
-    state = {"step": 0, "log_bytes": 0, "window": {}, "data": steps.fingerprint, "best": {}}
+    state = {"step": 0, "log_bytes": 0, "window": {}, "data": steps.fingerprint, "best": {}, "skipped": 0, "lowered": 0}
     if checkpoint := find_checkpoint(config):
         state = load_checkpoint(checkpoint, model, parameters, optimizer, steps)
         scaler.load_state_dict(state["scaler"])
         print(f"going on from {checkpoint}: step {state['step']} of {len(steps)}")
     if not evaluate and (config.load_best_model_at_end or config.early_stopping_patience):
         raise UserError("load_best_model_at_end, early_stopping_patience: no held-out rows; give eval_data or val_size")
-    log, window, best = Log(folder, state["log_bytes"]), state["window"], state.get("best", {})
-    budget, began = token_budget(config, device), time.perf_counter()
+    if state["lowered"]:  # memory gave out before
+        config.micro_batch_tokens = min(state["lowered"], token_budget(config, device))
+    log, window, best, skipped = Log(folder, state["log_bytes"]), state["window"], state["best"], state["skipped"]
+    began, clock = time.perf_counter(), Clock()
+
+    def save(step):  # what stands after `step`, unless that is kept already
+        nonlocal state
+        if step == state["step"] or config.save_strategy == "no":
+            return
+        lowered = config.micro_batch_tokens * (config.micro_batch_tokens != asked)
+        state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint, "best": best,
+                 "skipped": skipped, "lowered": lowered, "scaler": scaler.state_dict()}
+        save_checkpoint(folder, model, parameters, optimizer, state, config)
+        clock.skip()
+
     model.train()
     if evaluate and config.eval_strategy != "no" and state["step"] == 0:
         found = evaluate()
         judge({}, found, 0, config)  # a metric that is none is told now
         log.write({"step": 0, "epoch": 0.0, **found})
     bar = tqdm(total=len(steps), initial=state["step"], unit="step", disable=not sys.stderr.isatty(), leave=False)
-    clock = Clock()
+    clock.skip()
     with stop_signals() as stopped, kept_pages():
         for step in range(state["step"] + 1, len(steps) + 1):
             if best.get("stop"):
                 break
             examples, lr, last = steps[step - 1], learning_rate(step - 1, len(steps), config), step == len(steps)
-            count = sum(map(steps.count, examples))
-            torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # dropout
-            loss, metrics = accumulate(model, examples, count, loss_fn, budget, scaler.scale)
+            count, place = sum(map(steps.count, examples)), {"step": step, "epoch": round(steps.epoch(step), 4)}
+            seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])  # of dropout
+            try:
+                loss, metrics = find_gradient(model, examples, count, loss_fn, config, seed, scaler.scale)
+            except UserError:
+                save(step - 1)
+                raise
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["ratio"]
-            scaler.step(optimizer)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf))
+            if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):  # that of float16 shrinks first
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["ratio"]
+                scaler.step(optimizer)
+                metrics |= {"loss": loss, "count": count, "scored_tokens": sum(map(count_scored, examples))}
+                window = {name: window.get(name, 0.0) + value for name, value in metrics.items()}
+                skipped = 0
+            else:
+                if not skipped:
+                    save(step - 1)
+                skipped += 1
+                log.write({**place, "skipped": f"loss {loss}, gradient norm {norm}", "rows": steps.rows(step - 1)})
+                if skipped >= config.max_skipped_steps:
+                    raise UserError(f"{skipped} steps in a row, up to {step}, had no finite loss and gradient; the last "
+                                    f"good step is kept. Their rows are in {log.path}; a lower learning_rate, or fp32?")
             scaler.update()
             optimizer.zero_grad()
             clock.add(sum(map(count_tokens, examples)), len(examples))
-            metrics |= {"loss": loss, "count": count, "scored_tokens": sum(map(count_scored, examples))}
-            window = {name: window.get(name, 0.0) + value for name, value in metrics.items()}
             bar.update()
-            if step % config.logging_steps == 0 or last:
+            if window and (step % config.logging_steps == 0 or last):
                 total, scored = window.pop("count"), window.pop("scored_tokens")
                 means = {"loss": window.pop("loss") / total, **{name: value / total for name, value in window.items()}}
-                log.write({"step": step, "epoch": round(steps.epoch(step), 4), **means, "grad_norm": float(norm),
-                           "learning_rate": lr, "scored_tokens": round(scored), **clock.read(),
-                           "peak_memory_gb": round(peak_memory_gb(device), 3)})
+                log.write({**place, **means, "grad_norm": norm, "learning_rate": lr, "scored_tokens": round(scored),
+                           **clock.read(), "peak_memory_gb": round(peak_memory_gb(device), 3)})
                 window = {}
                 clock.skip()
             if evaluate and (steps.due(step, config.eval_strategy, config.eval_steps)
                              or last and config.eval_strategy != "no"):
                 found = evaluate()
-                log.write({"step": step, "epoch": round(steps.epoch(step), 4), **found})
+                log.write({**place, **found})
                 best = judge(best, found, step, config)
                 last = last or best["stop"]
                 clock.skip()
             improved = config.load_best_model_at_end and best.get("step") == step
-            if (steps.due(step, config.save_strategy, config.save_steps)
-                    or (last or stopped or improved) and config.save_strategy != "no"):
-                state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint,
-                         "best": best, "scaler": scaler.state_dict()}
-                save_checkpoint(folder, model, parameters, optimizer, state, config)
-                clock.skip()
+            if last or stopped or improved or steps.due(step, config.save_strategy, config.save_steps):
+                save(step)
             if stopped:
                 bar.close()
                 kept = "" if config.save_strategy == "no" else "; the same command goes on from here"
@@ -387,8 +448,10 @@ def train(model, steps, loss_fn, config, evaluate=None):
     bar.close()
     if best.get("stop"):
         print(f"stopped early after step {state['step']}: no new best for {config.early_stopping_patience} evaluations")
-    if config.load_best_model_at_end:
-        load_trained(folder / f"checkpoint-{best['step']:06d}", model, parameters)
+    if config.load_best_model_at_end and (fault := damage(kept := folder / f"checkpoint-{best['step']:06d}")):
+        print(f"{kept}, the best step's, is damaged ({fault}); the last step is taken")
+    elif config.load_best_model_at_end:
+        load_trained(kept, model, parameters)
         print(f"the best step is taken: {best['step']}, {best['metric']} {best['value']:.4g}")
     return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": round(peak_memory_gb(device), 3)}
 
@@ -501,8 +564,8 @@ PLOTTED = {"loss": "loss (per scored token or pair)", "rewards/margins": "reward
 
 
 def save_checkpoint(folder, model, parameters, optimizer, state, config):
-    """checkpoint-000500/: the trained tensors in fp32 (as an adapter, or as a whole model), the optimizer's, and
-    state.json."""
+    """checkpoint-000500/: the trained tensors in fp32 (as an adapter, or as a whole model), the optimizer's, state.json,
+    and manifest.json, which has every file's size and hash."""
     names = {p: name for name, p in parameters.items()}
     tensors = {f"{names[p]}:{key}": torch.as_tensor(value) for p, values in optimizer.state.items()
                for key, value in values.items() if not key.startswith("qmap")}  # bitsandbytes' tables, always the same
@@ -513,6 +576,7 @@ def save_checkpoint(folder, model, parameters, optimizer, state, config):
             write_tensors(parameters, aside / "model.safetensors")
         write_tensors(tensors, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state, indent=2))
+        (aside / "manifest.json").write_text(json.dumps(manifest(aside), indent=2))
     if config.save_total_limit:
         found, limit = checkpoints(folder), config.save_total_limit
         best = folder / f"checkpoint-{state.get('best', {}).get('step', 0):06d}"
@@ -522,19 +586,43 @@ def save_checkpoint(folder, model, parameters, optimizer, state, config):
             shutil.rmtree(old)
 
 
+def manifest(folder):
+    """{file: [its bytes, their SHA-256]} of a folder's files but manifest.json."""
+    found = {}
+    for path in sorted(set(folder.iterdir()) - {folder / "manifest.json"}):
+        with open(path, "rb") as file:
+            found[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return found
+
+
+def damage(checkpoint):
+    """What is wrong with a checkpoint's files, '' where they are as they were written."""
+    try:
+        wanted, found = read_json(checkpoint / "manifest.json"), manifest(checkpoint)
+    except (OSError, UserError) as error:
+        return str(error)
+    return ", ".join(f"{name} is {'not the file written' if name in found else 'missing'}"
+                     for name in wanted if found.get(name) != wanted[name])
+
+
 def checkpoints(folder):
     """A run's checkpoints, oldest first."""
-    return sorted(path for path in Path(folder).glob("checkpoint-*") if (path / "state.json").exists())
+    return sorted(path for path in Path(folder).glob("checkpoint-*") if path.is_dir())
 
 
 def find_checkpoint(config):
-    """The checkpoint to go on from, or None."""
+    """The checkpoint to go on from, the newest one that is whole, or None."""
     if config.resume not in ("auto", "never"):
         if not (Path(config.resume) / "state.json").exists():
             raise UserError(f"resume: {config.resume} is no checkpoint (no state.json in it); else give auto or never")
+        if fault := damage(Path(config.resume)):
+            raise UserError(f"resume: {config.resume} is damaged ({fault}); auto takes the newest that is not")
         return Path(config.resume)
-    found = checkpoints(config.output_dir) if config.resume == "auto" else []
-    return found[-1] if found else None
+    for path in checkpoints(config.output_dir)[::-1] if config.resume == "auto" else []:
+        if not (fault := damage(path)):
+            return path
+        print(f"{path} is damaged and left out: {fault}")
+    return None
 
 
 @torch.no_grad()
@@ -571,19 +659,20 @@ def load_trained(path, model, parameters):
 
 FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples", "max_new_tokens",
         "logging_steps", "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing",
-        "attn_implementation", "ref_cache"}  # may differ when a command is run again
+        "attn_implementation", "ref_cache", "max_skipped_steps"}  # may differ when a command is run again
 
 
 def open_run(config):
-    """Makes or reopens the run folder: (the day its run began, for templates that tell the date; whether it is
-    finished).
+    """Looks at the run folder: (the day its run began, for templates that tell the date; whether it is finished).
 
     Raises UserError where it holds a run of another configuration, naming the keys, or files that are no run's.
     """
     folder = Path(config.output_dir)
-    find_checkpoint(config)  # a --resume that is none is told before anything else happens
+    if config.resume != "auto":
+        find_checkpoint(config)  # one that is none is told before anything else happens
     if config.overwrite_output_dir and (folder / "config.json").exists():
-        shutil.rmtree(folder)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if (folder / "config.json").exists():
         old, new = read_json(folder / "config.json"), json.loads(json.dumps(asdict(config)))
         if differ := [key for key in new if key not in FREE and old.get(key) != new[key]]:
@@ -596,7 +685,6 @@ def open_run(config):
         return datetime.fromisoformat(old["began"]), any("train_runtime" in line for line in last)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; choose another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
     return datetime.now(), False
 
 
@@ -750,9 +838,10 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
         notices = add_lora(model, config, config.seed)
     print(*notices, sep="\n", end="\n" * bool(notices))
     trained, total = count_parameters(model)
+    first = examples.epoch(0)
     if prepare:
-        examples, held = [*examples.epoch(0)], [*held]  # what it finds is kept with them
-    steps = Plan(examples, config, count)
+        examples, held = [*first], [*held]  # what it finds is kept with them
+    steps = Plan(examples, config, count, first.row)
     print(f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of {steps.batch_size} examples "
           f"on {device} ({model.attention} attention, {model.dtype})")
 
@@ -779,7 +868,9 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
 
 
 def main(argv=None):
-    run(read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft"), sft_loss)
+    config = read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft")
+    with locked(config.output_dir):
+        run(config, sft_loss)
 
 
 if __name__ == "__main__":

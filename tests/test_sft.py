@@ -255,6 +255,212 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, rows, tmp_path):
     assert without_times(log) == without_times(tmp_path / "whole" / "log.jsonl")
 
 
+def test_a_run_killed_anywhere_ends_as_if_it_had_not_been():
+    """benchmarks/resume.py, a few of its kills: SIGKILL at random moments, then byte equality."""
+    run = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--kills", "3", "--cases", "lora"],
+                         capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert run.returncode == 0 and "3 kills, 1 cases, 0 of them not equal" in run.stdout, run.stdout + run.stderr
+
+
+def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys):
+    """A byte changed, a file cut short, one gone, a manifest that is none: the newest whole one is gone on from, to the
+    same end; --resume of a damaged one is refused."""
+    sft.main(flags(base, rows, tmp_path / "whole", save_steps=1))
+    run = tmp_path / "run"
+    sft.main(flags(base, rows, run, save_steps=1))
+    last, *others = sft.checkpoints(run)[::-1]
+    flipped = bytearray((last / "adapter_model.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (last / "adapter_model.safetensors").write_bytes(flipped)
+    os.truncate(others[0] / "optimizer.safetensors", 100)
+    (others[1] / "state.json").unlink()
+    (others[2] / "manifest.json").write_text("{")
+    os.truncate(run / "log.jsonl", (run / "log.jsonl").read_text().rindex("\n", 0, -1) + 1)  # as if it had not finished
+    error = refuse(flags(base, rows, run, save_steps=1, resume=last), capsys)
+    assert last.name in error and "damaged (adapter_model.safetensors is not the file written)" in error
+    sft.main(flags(base, rows, run, save_steps=1))
+    told = capsys.readouterr().out
+    assert f"{last} is damaged and left out: adapter_model.safetensors is not the file written" in told
+    assert "state.json is missing" in told and "manifest.json: not valid JSON" in told
+    assert f"going on from {others[3]}" in told
+    assert same_tensors(*(tmp_path / r / last.name / "adapter_model.safetensors" for r in ("whole", "run")))
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(run / "log.jsonl")
+
+
+def test_two_runs_do_not_work_in_one_folder(base, rows, tmp_path, capsys):
+    """The second says so and leaves all as it is; the lock goes with the process that had it, even one killed."""
+    holder = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from model import locked\nwith locked(sys.argv[1]):"
+    held = subprocess.Popen([sys.executable, "-c", f"{holder} print('held', flush=True); time.sleep(60)",
+                             str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert held.stdout.readline() == "held\n"
+    argv = flags(base, rows, tmp_path / "run", num_train_epochs=1)
+    for extra in ([], ["--overwrite_output_dir"]):
+        assert "another run is at work there" in refuse([*argv, *extra], capsys)
+    held.kill()
+    held.wait()
+    sft.main(argv)
+    assert (tmp_path / "run" / "adapter").exists()
+
+
+# --- what goes wrong in a step ----------------------------------------------------------------------------------------
+
+
+class GivesOut(torch.autograd.Function):
+    """Its backward finds no memory, after that of what lies behind it in the graph has run."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def gradient(model, examples, loss_fn, micro_batch_tokens, dropout_seed=3):
+    settings = config(micro_batch_tokens=micro_batch_tokens)
+    model.zero_grad()
+    found = sft.find_gradient(model, examples, 100, loss_fn, settings, dropout_seed, lambda loss: loss)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return *found, grads, settings.micro_batch_tokens
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "cpu"])
+@pytest.mark.parametrize("settings", [dict(lora_dropout=0.2), dict(lora_r=0)], ids=["lora", "full"])
+def test_out_of_memory_splits_the_micro_batch_and_the_gradient_stays(base, rows, settings, where, capsys):
+    """Bit-equal to the gradient at the smaller budget from the start, dropout and all, also when backward had got
+    halfway; without dropout equal to the unsplit one."""
+    model = load_model(base)
+    add_lora(model, config(**settings), seed=1)
+    examples = [*sft.load_examples([str(rows)], sft.Tokenizer(base))[0]]
+    total = sum(map(sft.count_tokens, examples))
+    seen = []
+
+    def poor(model, batch):
+        seen.append(len(batch.tokens))
+        if len(batch.tokens) <= total // 3:
+            return sft.sft_loss(model, batch)
+        if where == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if where == "cpu":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        hook = model.model.layers[0].register_forward_hook(lambda m, i, out: GivesOut.apply(out))
+        try:
+            return -model.logps(batch).sum(), {}
+        finally:
+            hook.remove()
+
+    model.train()
+    loss, _, found, budget = gradient(model, examples, poor, total)
+    told = capsys.readouterr().out
+    assert budget == total // 4 and max(seen) == total and told.count("out of memory at") == 2, (budget, told)
+    same_loss, _, same, _ = gradient(model, examples, sft.sft_loss, budget)
+    assert loss == same_loss and all(torch.equal(found[name], same[name]) for name in same) and found.keys() == same.keys()
+    model.eval()
+    split, unsplit = (gradient(model, examples, f, total)[2] for f in (poor, sft.sft_loss))
+    for name, grad in unsplit.items():
+        assert (split[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-9, name
+
+
+def test_memory_that_suffices_for_no_example_ends_the_run_and_keeps_it(base, rows, tmp_path, capsys, monkeypatch):
+    """From some step on nothing fits: the message names ways out, what was trained until then is kept, and with one of
+    them the same command goes on to the end of an undisturbed run. Other errors are not taken for it."""
+    sft.main(flags(base, rows, tmp_path / "whole", save_steps=100, micro_batch_tokens=4096))
+    steps, loaded = [], sft.sft_loss
+
+    def poor(model, batch):
+        steps.append(len(batch.tokens))
+        if len(steps) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loaded(model, batch)
+
+    argv = flags(base, rows, tmp_path / "run", save_steps=100, micro_batch_tokens=4096)
+    monkeypatch.setattr(sft, "sft_loss", poor)
+    error = refuse(argv, capsys)
+    assert "out of memory" in error and "--gradient_checkpointing" in error
+    assert [p.name for p in sft.checkpoints(tmp_path / "run")] == ["checkpoint-000005"]
+    monkeypatch.setattr(sft, "sft_loss", loaded)
+    sft.main([*argv, "--gradient_checkpointing"])
+    assert same_tensors(*(tmp_path / r / "checkpoint-000008" / "adapter_model.safetensors" for r in ("whole", "run")))
+    monkeypatch.setattr(sft, "sft_loss", lambda model, batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sft.main(flags(base, rows, tmp_path / "other"))
+
+
+def test_a_lowered_budget_outlives_a_resume(base, rows, tmp_path, monkeypatch):
+    """Memory gives out in step 5; stopped after step 6 and gone on, the run is the one that was never stopped, down to
+    how its micro-batches are cut."""
+    for run in ("whole", "halves"):
+        sizes, loaded = [], sft.sft_loss
+
+        def poor(model, batch, sizes=sizes, loaded=loaded):
+            sizes.append(len(batch.tokens))
+            if len(sizes) > 4 and len(batch.tokens) > 260:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loaded(model, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sft, "sft_loss", poor)
+            sft.main(flags(base, rows, tmp_path / run, micro_batch_tokens=4096))
+        if run == "halves":
+            state = json.loads((tmp_path / run / "checkpoint-000006" / "state.json").read_text())
+            assert 0 < state["lowered"] <= 260
+            subprocess.run(["rm", "-r", tmp_path / run / "checkpoint-000008", tmp_path / run / "adapter"], check=True)
+            log = (tmp_path / run / "log.jsonl").read_text().splitlines()
+            (tmp_path / run / "log.jsonl").write_text("\n".join(log[:-1]) + "\n")
+            sft.main(flags(base, rows, tmp_path / run, micro_batch_tokens=4096))
+    assert same_tensors(*(tmp_path / r / "checkpoint-000008" / "optimizer.safetensors" for r in ("whole", "halves")))
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(base, rows, tmp_path, monkeypatch, spoilt):
+    """The row that makes it so is among those named, the step leaves the weights alone, and the run goes on."""
+    bad = sft.Plan(sft.load_examples([str(rows)], sft.Tokenizer(base))[0], config(
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1))  # fmt: skip
+    target = bad[1][3][0].ids
+    loaded = sft.sft_loss
+
+    def spoil(model, batch):
+        loss, metrics = loaded(model, batch)
+        if any(np.array_equal(batch.tokens[a:b].numpy(), target) for a, b, _ in batch.segments):
+            factor = torch.tensor(float("nan")) if spoilt == "loss" else torch.tensor(0.0)
+            loss = loss * factor if spoilt == "loss" else loss + 0 * (model.logps(batch).sum() * factor).sqrt()
+        return loss, metrics
+
+    monkeypatch.setattr(sft, "sft_loss", spoil)
+    argv = flags(base, rows, tmp_path / "run", num_train_epochs=1, save_steps=1, logging_steps=1)
+    sft.main(argv)
+    lines = sft.read_log(tmp_path / "run" / "log.jsonl")
+    (line,) = [line for line in lines if "skipped" in line]
+    place = bad.rows(1)[3]
+    assert line["step"] == 2 and place in line["rows"] and len(line["rows"]) == 8 and place.startswith(str(rows))
+    row = json.loads(rows.read_text().splitlines()[int(place.rpartition(":")[2]) - 1])["messages"][0]["content"]
+    assert row in sft.Tokenizer(base).decode(target)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3, 4] and "nan" in line["skipped"]
+    one, two, three = (load_file(tmp_path / "run" / f"checkpoint-00000{n}" / "adapter_model.safetensors") for n in (1, 2, 3))
+    assert all(torch.equal(one[k], two[k]) for k in one) and not all(torch.equal(one[k], three[k]) for k in one)
+
+
+def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_one_kept(base, rows, tmp_path, capsys, monkeypatch):
+    loaded, steps = sft.sft_loss, []
+
+    def spoil(model, batch):
+        steps.append(len(batch.tokens))
+        loss, metrics = loaded(model, batch)
+        return loss * (math.inf if len(steps) > 4 else 1), metrics
+
+    monkeypatch.setattr(sft, "sft_loss", spoil)
+    argv = flags(base, rows, tmp_path / "run", save_steps=100, micro_batch_tokens=4096, max_skipped_steps=2)
+    error = refuse(argv, capsys)
+    assert "2 steps in a row, up to 6, had no finite loss" in error and "log.jsonl" in error
+    assert [p.name for p in sft.checkpoints(tmp_path / "run")] == ["checkpoint-000004"]
+    monkeypatch.setattr(sft, "sft_loss", loaded)
+    sft.main(argv)
+    sft.main(flags(base, rows, tmp_path / "whole", save_steps=100, micro_batch_tokens=4096, max_skipped_steps=2))
+    assert same_tensors(*(tmp_path / r / "checkpoint-000008" / "adapter_model.safetensors" for r in ("whole", "run")))
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(tmp_path / "run" / "log.jsonl")
+
+
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
 
