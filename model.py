@@ -950,20 +950,33 @@ def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", rev
     return model
 
 
+def glibc():
+    """The C library where it is glibc, else None."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") else None
+
+
 @contextmanager
 def kept_pages():
     """While the block runs, glibc keeps freed memory. It gives blocks from 32 MB on back to the system and gets them
     again page by page: 4 % of a training step on a CPU. Loading and merging would hold on to what they let go."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):
-        yield
-        return
     keep, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    libc.mallopt(keep, 2**30), libc.mallopt(trim, 2**31 - 1)
+    if libc := glibc():
+        libc.mallopt(keep, 2**30), libc.mallopt(trim, 2**31 - 1)
     try:
         yield
     finally:
-        libc.mallopt(keep, 2**25), libc.mallopt(trim, 2**26), libc.malloc_trim(0)
+        if libc:
+            libc.mallopt(keep, 2**25), libc.mallopt(trim, 2**26)
+        give_back()
+
+
+def give_back():
+    """Freed memory that CUDA's allocator or glibc still holds goes back to the system."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if libc := glibc():
+        libc.malloc_trim(0)
 
 
 @contextmanager

@@ -34,8 +34,8 @@ from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
 from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
                   write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, kept_pages, locked, nearest,
-                   pick_device, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, give_back, kept_pages, locked,
+                   nearest, pick_device, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -287,17 +287,17 @@ def find_gradient(model, examples, count, loss_fn, config, seed, scale):
         try:
             torch.manual_seed(seed)
             return accumulate(model, examples, count, loss_fn, budget, scale)
-        except (RuntimeError, MemoryError) as error:  # the CPU's allocator and MPS raise no class of their own
-            if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+        except (RuntimeError, MemoryError) as error:  # what a CPU's allocator, oneDNN and MPS raise has no class of its own
+            words = str(error).partition("\n")[0].lower()
+            if not isinstance(error, MemoryError) and "memory" not in words and "create a primitive" not in words:
                 raise
         model.zero_grad()  # backward may have got halfway; out here nothing holds what it had made
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back()
         tokens = sum(map(count_tokens, examples))
         if budget == sys.maxsize or len([*micro_batches(examples, budget, "cpu")]) == len(examples):
             config.micro_batch_tokens = before  # smaller ones were no help
-            raise UserError(f"out of memory at {max(map(count_tokens, examples)):,} tokens that can't be split: give "
-                            "--gradient_checkpointing and run again, else --load_in_4bit or a smaller max_length")
+            raise UserError(f"out of memory at {max(map(count_tokens, examples)):,} tokens that can't be split ({words}); "
+                            "run again with --gradient_checkpointing, else with --load_in_4bit or a smaller max_length")
         config.micro_batch_tokens = min(budget, tokens) // 2
         tqdm.write(f"out of memory at {min(budget, tokens):,} tokens in a micro-batch; {config.micro_batch_tokens:,} "
                    "from here on, with the same gradient")

@@ -683,6 +683,34 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp
         subprocess.run(["umount", tmp_path])
 
 
+def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(base, rows, tmp_path):
+    """The run folder becomes read-only under a running run: one line, what was kept is whole, and once it can be
+    written again the same command ends where an undisturbed run ends."""
+    run = tmp_path / "run"
+    argv = flags(base, rows, run, num_train_epochs=20, save_steps=1)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here
+    process = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *argv], env=one_thread, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    while not sft.checkpoints(run) and process.poll() is None:
+        time.sleep(0.01)
+    if any(subprocess.run(["mount", *words.split(), run], capture_output=True).returncode
+           for words in (f"--bind {run}", "-o remount,ro,bind")):  # fmt: skip
+        process.kill()
+        pytest.skip("mounting needs root")
+    try:
+        output, _ = process.communicate(timeout=100)
+    finally:
+        subprocess.run(["umount", run])
+    last = output.strip().splitlines()[-1]
+    assert process.returncode == 2 and last.startswith("error: ") and "Read-only" in last and str(run) in last, output
+    assert "Traceback" not in output and 0 < len(sft.checkpoints(run)) < 80
+    assert not any(map(sft.damage, sft.checkpoints(run)))
+    sft.main(argv)
+    sft.main(flags(base, rows, tmp_path / "whole", num_train_epochs=20, save_steps=1000))
+    assert same_tensors(*(tmp_path / r / "checkpoint-000080" / "optimizer.safetensors" for r in ("run", "whole")))
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(run / "log.jsonl")
+
+
 def test_help_explains_every_flag(capsys):
     """One line per field, with its comment and default."""
     with pytest.raises(SystemExit):
