@@ -18,6 +18,7 @@ DPO: Rafailov et al. 2023, arXiv:2305.18290. Names and definitions are those of 
 
 import hashlib
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -218,7 +219,7 @@ def add_reference(model, steps, held, config):
                 parts += [model.logps(batch).detach().cpu() for batch in micro_batches(group, budget, model.device)]
         model.train(training)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors({"logps": torch.cat(parts)}, aside := file.with_suffix(".partial"))
+        write_tensors({"logps": torch.cat(parts)}, aside := file.with_suffix(f".{os.getpid()}"))
         aside.replace(file)
         found = torch.cat(parts).numpy()
         print(f"reference: {len(found):,} tokens scored in {time.perf_counter() - began:.2f} s, kept in {file}")

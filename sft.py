@@ -667,31 +667,32 @@ def open_run(config):
 
     Raises UserError where it holds a run of another configuration, naming the keys, or files that are no run's.
     """
-    folder = Path(config.output_dir)
+    folder, file = Path(config.output_dir), Path(config.output_dir) / "config.json"
     if config.resume != "auto":
         find_checkpoint(config)  # one that is none is told before anything else happens
-    if config.overwrite_output_dir and (folder / "config.json").exists():
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if (folder / "config.json").exists():
-        old, new = read_json(folder / "config.json"), json.loads(json.dumps(asdict(config)))
-        if differ := [key for key in new if key not in FREE and old.get(key) != new[key]]:
-            shown = ", ".join(f"{k} ({json.dumps(old.get(k))} there, {json.dumps(new[k])} now)" for k in differ[:4])
-            raise UserError(f"{folder} holds a run of another configuration: {shown}"
-                            + (f" and {len(differ) - 4} more" if len(differ) > 4 else "")
-                            + "; choose another --output_dir, or --overwrite_output_dir to start anew")
-        log = folder / "log.jsonl"
-        last = read_log(log)[-1:] if log.exists() and config.resume == "auto" else []
-        return datetime.fromisoformat(old["began"]), any("train_runtime" in line for line in last)
-    if folder.exists() and any(folder.iterdir()):
+    old, new = read_json(file) if file.exists() else {}, json.loads(json.dumps(asdict(config)))
+    if "began" not in old and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; choose another --output_dir")
-    return datetime.now(), False
+    for path in folder.iterdir() if config.overwrite_output_dir and old else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not file.exists():
+        return datetime.now(), False
+    if differ := [key for key in new if key not in FREE and old.get(key) != new[key]]:
+        shown = ", ".join(f"{k} ({json.dumps(old.get(k))} there, {json.dumps(new[k])} now)" for k in differ[:4])
+        raise UserError(f"{folder} holds a run of another configuration: {shown}"
+                        + (f" and {len(differ) - 4} more" if len(differ) > 4 else "")
+                        + "; choose another --output_dir, or --overwrite_output_dir to start anew")
+    for left in folder.glob(".checkpoint-*.partial"):  # by a kill
+        shutil.rmtree(left)
+    log = folder / "log.jsonl"
+    last = read_log(log)[-1:] if log.exists() and config.resume == "auto" else []
+    return datetime.fromisoformat(old["began"]), any("train_runtime" in line for line in last)
 
 
 def describe_run(config, began, report):
     """Writes config.json and data_report.json: the run exists from here on. Nothing is written while data or model may
     be wrong."""
-    for name, value in (("data_report.json", report), ("config.json", {**asdict(config), "began": began.isoformat()})):
+    for name, value in (("config.json", {**asdict(config), "began": began.isoformat()}), ("data_report.json", report)):
         aside = Path(config.output_dir) / f".{name}"
         aside.write_text(json.dumps(value, indent=2))
         aside.replace(Path(config.output_dir) / name)

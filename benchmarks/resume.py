@@ -32,7 +32,7 @@ CASES = {
     "lora-adamw_8bit": ("sft", "--optim adamw_8bit --lora_r 32"),
     "lora-norms-best-step": ("sft", "--modules_to_save norm --use_rslora true --load_best_model_at_end true "
                                     "--early_stopping_patience 2 --eval_strategy steps --eval_steps 3"),
-    "lora-drawing-recipe": ("sft", "--recipe mcqa --recipe_args {\"cot\":0.5} --val_size 8"),
+    "lora-drawing-recipe": ("sft", "--recipe mcqa --recipe_args {\"cot\":0.5} --val_size 8"),  # data: see `command`
     "dora": ("sft", "--use_dora true"),
     "pissa": ("sft", "--init_lora_weights pissa"),
     "qlora-paged_adamw_8bit": ("sft", "--load_in_4bit true --optim paged_adamw_8bit"),
@@ -50,11 +50,18 @@ def command(case, out):
     script, settings = CASES[case]
     kind = "_pairs" * (script == "dpo")
     given = {"model": ROOT / "examples" / "tiny-qwen3", "data": DATA / f"train{kind}.jsonl", "output_dir": out}
-    if "--val_size" not in settings:
+    if "--recipe" in settings:  # rows of two sources at two weights, drawn anew in every epoch
+        rows = [{"question": f"What is {n} plus 3?", "choices": [n + 1, n + 3, n + 4], "answer": "B",
+                 "rationale": f"3 and {n} make {n + 3}."} for n in range(40)]
+        for name, part in (("few", rows[:10]), ("many", rows[10:])):
+            (out.parent / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+        given["data"] = [f"{out.parent}/few.jsonl@3", f"{out.parent}/many.jsonl@1"]
+    else:
         given["eval_data"] = DATA / f"validation{kind}.jsonl"
     if script == "dpo":
         given["ref_cache"] = f"{out}-reference"
-    flags = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    flags = [word for key, value in given.items()
+             for word in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))]
     return [sys.executable, str(ROOT / f"{script}.py"), *flags, *COMMON.split(), *settings.split()]
 
 

@@ -635,6 +635,23 @@ def test_a_folder_of_other_files_is_left_alone(base, rows, tmp_path, capsys):
     for extra in ([], ["--overwrite_output_dir"]):
         assert "thesis.txt" not in refuse([*flags(base, rows, tmp_path / "home"), *extra], capsys)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+    subprocess.run(["cp", "-r", base, tmp_path / "model"], check=True)  # its config.json is no run's
+    for extra in ([], ["--overwrite_output_dir"]):
+        assert "not a run's" in refuse([*flags(base, rows, tmp_path / "model"), *extra], capsys)
+    assert same_tensors(base / "model.safetensors", tmp_path / "model" / "model.safetensors")
+
+
+def test_what_a_kill_leaves_is_no_obstacle(base, rows, tmp_path):
+    """Killed before config.json had its name, and while a checkpoint was written."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".config.json").write_text("{")
+    sft.main(flags(base, rows, run, num_train_epochs=1, merge=False))
+    log = (run / "log.jsonl").read_text().splitlines()
+    (run / "log.jsonl").write_text("\n".join(log[:-1]) + "\n")
+    (run / ".checkpoint-000002.partial").mkdir()
+    sft.main(flags(base, rows, run, num_train_epochs=1, merge=False))
+    assert not list(run.glob(".*.partial")) and "train_runtime" in sft.read_log(run / "log.jsonl")[-1]
 
 
 def test_output_that_cannot_be_written(base, rows, tmp_path, capsys):
