@@ -496,7 +496,7 @@ class Clock:
         return found
 
 
-UNSHOWN = ("epoch", "scored_tokens", "examples_per_second", "logps/chosen", "logps/rejected")  # in the file alone
+UNSHOWN = ("epoch", "scored_tokens", "examples_per_second", "logps/chosen", "logps/rejected", "rows")  # in the file alone
 
 
 class Log:
