@@ -281,6 +281,8 @@ def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
         "data_report.json",
         "log.jsonl",
         "merged",
+        "run.log",
+        "runs",
         "training_loss.png",
     ]
     assert (run / "adapter" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
