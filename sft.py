@@ -467,7 +467,7 @@ class Log:
         if time.perf_counter() - self.drawn > 5:  # drawing takes a third of a second
             self.draw()
         numbers = {("eval/" if k.startswith("eval_") else "train/") + k.removeprefix("eval_"): v
-                   for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+                   for k, v in line.items() if ("loss" in line or k.startswith(("eval_", "train_"))) and k != "step"}
         for name, tracker in list(self.trackers.items()):
             with warned(f"report_to: the run goes on without {name}"):
                 if line["step"] >= tracker.since:
