@@ -21,14 +21,13 @@ import time
 import traceback
 import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
 from lora import (HubConfig, LoRAConfig, adapter_parameters, add_lora, ask_hub, count_parameters, load_adapter, merge,
                   merge_lora, open_repositories, push, write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, brief, cli, kept_pages, nearest,
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, blamed, brief, cli, kept_pages, nearest,
                    pick_device, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
@@ -468,10 +467,9 @@ class Log:
             self.draw()
         numbers = {("eval/" if k.startswith("eval_") else "train/") + k.removeprefix("eval_"): v
                    for k, v in line.items() if ("loss" in line or k.startswith(("eval_", "train_"))) and k != "step"}
-        for name, tracker in list(self.trackers.items()):
+        for name, (log, _) in list(self.trackers.items()):
             with warned(f"report_to: the run goes on without {name}"):
-                if line["step"] >= tracker.since:
-                    tracker.log(numbers, step=line["step"])
+                log(numbers, line["step"])
                 continue
             del self.trackers[name]
 
@@ -485,9 +483,9 @@ class Log:
         return self.path.stat().st_size
 
     def close(self):
-        for name, tracker in self.trackers.items():
+        for name, (_, finish) in self.trackers.items():
             with warned(f"report_to: {name} does not end"):
-                tracker.finish()
+                finish()
 
 
 @contextmanager
@@ -542,30 +540,19 @@ def find_trackers(config):
 
 
 def start_trackers(config):
-    """{name: tracker} of report_to, and of a notebook that runs this. log(numbers, step) and finish() are those of
-    wandb; a step before `since` was told by the process that this one goes on from. So no step is there twice."""
+    """{name: (log(numbers, step), finish())} of report_to, and of a notebook that runs this. What a killed process told
+    of the steps that are done again is not there twice."""
     folder, checkpoint, trackers = Path(config.output_dir), find_checkpoint(config), {}
-    done = read_json(checkpoint / "state.json")["step"] if checkpoint else -1
-    name = re.sub(r"\W+", "-", f"{folder.resolve().name}-{read_json(folder / 'config.json')['began'][:19]}")
-    for library in find_trackers(config):
-        if library == "tensorboard":
-            trackers[library] = tensorboard(folder / "runs", done + 1)
-            continue
-        options = {"id": name, "dir": folder} if library == "wandb" else {}
-        try:
-            run = import_module(library).init(project=os.environ.get(f"{library.upper()}_PROJECT", "plaintune"),
-                                              name=name, resume="allow", config=asdict(config), **options)
-        except Exception as error:
-            raise UserError(f"report_to: {library} does not start: {brief(str(error), 160)}; set it up, or leave it "
-                            "out") from None
-        # wandb itself passes over what it has; trackio has a counter
-        trackers[library] = SimpleNamespace(log=run.log, finish=run.finish, since=getattr(run, "_next_step", 0))
+    step = read_json(checkpoint / "state.json")["step"] + 1 if checkpoint else 0
+    for name in find_trackers(config):
+        with blamed(f"report_to: {name} does not start; set it up, or leave it out", Exception):
+            trackers[name] = tensorboard(folder / "runs", step) if name == "tensorboard" else dashboard(name, config)
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return trackers | ({"notebook": notebook(folder / "training_loss.png")} if hasattr(shell, "kernel") else {})
 
 
 def tensorboard(folder, step):
-    """TensorBoard's files, in which what an earlier process told from `step` on does not count."""
+    """TensorBoard's files; what they already hold from `step` on counts no more."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder, purge_step=step)
@@ -573,9 +560,20 @@ def tensorboard(folder, step):
     def log(numbers, step):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
-        writer.flush()
+        writer.flush()  # a kill loses nothing
 
-    return SimpleNamespace(log=log, finish=writer.close, since=0)
+    return log, writer.close
+
+
+def dashboard(library, config):
+    """wandb or trackio; a run that goes on goes on there."""
+    folder = Path(config.output_dir).resolve()
+    name = re.sub(r"\W+", "-", f"{folder.name}-{read_json(folder / 'config.json')['began'][:19]}")
+    options = {"id": name, "dir": folder} if library == "wandb" else {}
+    run = import_module(library).init(project=os.environ.get(f"{library.upper()}_PROJECT", "plaintune"), name=name,
+                                      resume="allow", config=asdict(config), **options)
+    known = getattr(run, "_next_step", 0)  # trackio's; wandb itself passes over the steps that it has
+    return lambda numbers, step: step < known or run.log(numbers, step=step), run.finish
 
 
 def notebook(file):
@@ -587,48 +585,43 @@ def notebook(file):
         shown.append(shown[0].update(image) if shown else display(image, display_id=True))
 
     shown = []
-    return SimpleNamespace(log=log, finish=shown.clear, since=0)
-
-
-class Tee:
-    """A stream that hands its lines to `keep` too, as a terminal shows them: what a progress bar overwrote is gone."""
-
-    def __init__(self, stream, keep):
-        self.stream, self.keep, self.line = stream, keep, ""
-
-    def write(self, text):
-        *lines, self.line = (part.rpartition("\r")[2] for part in (self.line + text).split("\n"))
-        for line in lines:
-            self.keep(line)
-        return self.stream.write(text)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+    return log, shown.clear
 
 
 @contextmanager
 def kept_output(folder):
-    """While the block runs, what is printed goes to folder/run.log too, each line with its time. Lines are held back
-    until this command has written config.json: one that is refused leaves no trace."""
+    """While the block runs, what is printed goes to folder/run.log too, each line with its time and as a terminal shows
+    it: what a progress bar wrote over is gone. Lines are held back until this command has written config.json: one that
+    is refused leaves no trace."""
     def written():
         return (folder / "config.json").stat().st_mtime_ns if (folder / "config.json").exists() else None
 
-    def keep(text):
-        held.append(f"{datetime.now():%F %T} {text}\n")
+    def keep(line):
+        held.append(f"{datetime.now():%F %T} {line}\n")
         if written() != before:
             with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8") as log:
                 log.writelines(held)
             held.clear()
 
-    before, held, streams = written(), [], (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = (Tee(stream, keep) for stream in streams)
+    def told(write, line=""):
+        def tell(text):
+            nonlocal line
+            *lines, line = (part.rpartition("\r")[2] for part in (line + text).split("\n"))
+            list(map(keep, lines))
+            return write(text)
+        return tell
+
+    before, held, streams = written(), [], {sys.stdout, sys.stderr}
+    for stream in streams:
+        stream.write = told(stream.write)
     try:
         yield
     except Exception as error:
         keep(f"error: {error}" if isinstance(error, (UserError, OSError)) else traceback.format_exc())
         raise
     finally:
-        sys.stdout, sys.stderr = streams
+        for stream in streams:
+            del stream.write
 
 
 # --- checkpoints and the run folder -----------------------------------------------------------------------------------
@@ -821,17 +814,15 @@ def show_merge(figures):
     """The table of a measured merge, as text for the terminal and the model card."""
     names = {"original": "the 16-bit weights", "dequantized": "the dequantised 4-bit weights"}
     tokens = next(iter(figures.values()))["tokens"]
-    rows = [f"| {name}{', written' * (base == figures['merged'])} | {figures[base]['kl']:.6f} | "
-            f"{figures[base]['top1']:.2%} |" for base, name in names.items() if base in figures]
-    return "\n".join([f"against the adapter on 4 bits, over {tokens:,} scored tokens of held-out rows:",
-                      "", "| merged into | KL, nats per token | same likeliest token |", "|---|---|---|", *rows])
+    rows = [[name + ", written" * (base == figures["merged"]), f"{figures[base]['kl']:.6f}",
+             f"{figures[base]['top1']:.2%}"] for base, name in names.items() if base in figures]
+    return (f"against the adapter on 4 bits, over {tokens:,} scored tokens of held-out rows:\n\n"
+            + table(["merged into", "KL, nats per token", "same likeliest token"], *rows))
 
 
 SHOWN = {"lora_r", "lora_alpha", "lora_dropout", "target_modules", "max_length", "per_device_train_batch_size",
          "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "optim", "weight_decay",
          "seed", "beta", "loss_type"}  # settings that the card has, be they the defaults or not
-CARDS = {"merged": ("transformers", "AutoModelForCausalLM", "finetune", "Made from"),  # what opens it, what it is
-         "adapter": ("peft", "AutoPeftModelForCausalLM", "adapter", "A LoRA of")}
 
 
 def table(head, *rows):
@@ -850,30 +841,28 @@ def write_card(config, ledger, results, figures):
     before = before | {"eval_answers": results.get("eval_answers_before", "")}
     after = {k: v for line in log if line["step"] <= taken for k, v in line.items()} | results
     after = [[k, before.get(k, ""), v] for k, v in after.items() if k not in (*UNSHOWN, "eval_answers_before")]
-    hidden = FREE | {"model", "data", "eval_data"} | ({f.name for f in fields(LoRAConfig)} if config.adapter else set())
+    hidden = FREE | {"model", "data", "eval_data"} | (vars(LoRAConfig()).keys() if config.adapter else set())
     settings = [[k, v] for k, v in asdict(config).items()
                 if k not in hidden and (k in SHOWN or v != getattr(type(config)(), k))]
     sources = [source.rpartition("@")[0] or source for source in [*config.data, *config.eval_data]]
+    named = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:].*)?", source) for source in sources if not Path(source).exists()]
     parts = [f"## Results\n\n{table(['', 'before', 'after'], *after)}", "![the loss by step](training_loss.png)",
              f"## Data\n\n{', '.join(f'`{source}`' for source in sources)}\n\n{ledger}",
-             f"## Settings\n\n{table(['', ''], *settings)}",
-             figures and f"## Merge\n\nMeasured {show_merge(figures)}",
+             f"## Settings\n\n{table(['', ''], *settings)}", figures and f"## Merge\n\nMeasured {show_merge(figures)}",
              ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors", "tokenizers"))]
     body = re.sub(r"(?<![\w.:/~-])~?/[^\s\"'`|]*/", "", "\n\n".join(filter(None, parts)))
-    kind, method = (("dpo", "direct preference optimisation") if hasattr(config, "beta") else
-                    ("sft", "supervised fine-tuning"))
-    front = {"base_model": base, "pipeline_tag": "text-generation", "tags": ["plaintune", kind]}
-    named = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:].*)?", source) for source in sources if not Path(source).exists()]
-    if hub := sorted({found[1] for found in named if found}):
-        front["datasets"] = hub
-    for part, (library, opener, relation, what) in CARDS.items():
+    for part, library, opener in (("merged", "transformers", "AutoModelForCausalLM"),
+                                  ("adapter", "peft", "AutoPeftModelForCausalLM")):
         if (folder / part).is_dir():
-            name = config.hub_model_id or folder.resolve().name
-            name += "-merged" * (part == "merged" and config.lora_r > 0)
-            front |= {"library_name": library, "base_model_relation": relation}
+            alone, kind = part == "adapter" or not config.lora_r, "dpo" if hasattr(config, "beta") else "sft"
+            name = (config.hub_model_id or folder.resolve().name) + ("" if alone else "-merged")
+            front = {"base_model": base, "base_model_relation": "adapter" if part == "adapter" else "finetune",
+                     "library_name": library, "pipeline_tag": "text-generation", "tags": ["plaintune", kind],
+                     "datasets": sorted({found[1] for found in named if found})}
+            front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
             use = f'from {library} import {opener}\n\nmodel = {opener}.from_pretrained("{name}")'
-            card = (f"---\n{yaml.safe_dump(front)}---\n\n# {name}\n\n{what} `{base}`, by {method} with plaintune.\n\n"
-                    f"```python\n{use}\n```\n\n{body}\n")
+            card = (f"---\n{front}---\n\n# {name}\n\nMade from `{base}` by {kind.upper()} with plaintune"
+                    f"{', LoRA' * bool(config.lora_r)}.\n\n```python\n{use}\n```\n\n{body}\n")
             (folder / part / "README.md").write_text(card, encoding="utf-8")
             with warned("the card has no curve"):
                 shutil.copyfile(folder / "training_loss.png", folder / part / "training_loss.png")

@@ -91,7 +91,7 @@ def their_loss(model, documents):
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub's interface as a push asks for. files: {repository: {path: bytes}}; commits: (repository,
     message) of each; faults: statuses that the next commits are answered with; closed: repositories that take nothing;
-    asked: every request. A wrong token is told back, which no log may show."""
+    asked: every request. A token that is refused is told back, which no log may show."""
 
     protocol_version = "HTTP/1.1"
     log_message = lambda *_: None
@@ -134,7 +134,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
                                      for name, data in hub.files[repository].items()])
         if "/preupload/" in path and repository in hub.closed:
-            return self.answer(403, {"error": "you may read here, no more"})
+            return self.answer(403, {"error": f"{given} may read here, no more"})
         if "/preupload/" in path:
             return self.answer(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                                                for file in json.loads(body)["files"]]})
