@@ -840,7 +840,8 @@ def write_card(config, ledger, results, figures):
     before = next((line for line in log if "eval_loss" in line), {})
     before = before | {"eval_answers": results.get("eval_answers_before", "")}
     after = {k: v for line in log if line["step"] <= taken for k, v in line.items()} | results
-    after = [[k, before.get(k, ""), v] for k, v in after.items() if k not in (*UNSHOWN, "eval_answers_before")]
+    unshown = {*UNSHOWN, "eval_answers_before", "grad_norm", "learning_rate", "tokens_per_second"}
+    after = [[k, before.get(k, ""), v] for k, v in after.items() if k not in unshown]
     hidden = FREE | {"model", "data", "eval_data"} | (vars(LoRAConfig()).keys() if config.adapter else set())
     settings = [[k, v] for k, v in asdict(config).items()
                 if k not in hidden and (k in SHOWN or v != getattr(type(config)(), k))]
@@ -860,9 +861,9 @@ def write_card(config, ledger, results, figures):
                      "library_name": library, "pipeline_tag": "text-generation", "tags": ["plaintune", kind],
                      "datasets": sorted({found[1] for found in named if found})}
             front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
+            what = f"{kind.upper()} of `{base}`{', by a LoRA,' * (config.lora_r > 0)} with plaintune."
             use = f'from {library} import {opener}\n\nmodel = {opener}.from_pretrained("{name}")'
-            card = (f"---\n{front}---\n\n# {name}\n\nMade from `{base}` by {kind.upper()} with plaintune"
-                    f"{', LoRA' * bool(config.lora_r)}.\n\n```python\n{use}\n```\n\n{body}\n")
+            card = f"---\n{front}---\n\n# {name}\n\n{what}\n\n```python\n{use}\n```\n\n{body}\n"
             (folder / part / "README.md").write_text(card, encoding="utf-8")
             with warned("the card has no curve"):
                 shutil.copyfile(folder / "training_loss.png", folder / part / "training_loss.png")
