@@ -252,7 +252,7 @@ def main(argv=None):
     embedded = [config.model, config.adapter] == [str(EXAMPLES / "tiny-qwen3"), "output/sft"]
     if embedded and not Path("output/sft/adapter").exists():
         sft.main([])  # the embedded example goes on from the other's result
-    with locked(config.output_dir):
+    with locked(config.output_dir), sft.kept_output(Path(config.output_dir)):
         sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare, config=config), preference=True)
     lines = [line for line in read_log(Path(config.output_dir) / "log.jsonl") if "eval_rewards/margins" in line]
     for line in lines[:: max(1, len(lines) - 1)]:

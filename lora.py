@@ -11,6 +11,7 @@ or bias exists twice. Hence one tensor has one owner: where the head is tied to 
 LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. Format and matching rules: PEFT.
 
     python lora.py merge --adapter runs/sft/adapter --output_dir merged
+    python lora.py push runs/sft --hub_model_id me/mine      # what of a finished run is not on the hub yet
 """
 
 import difflib
@@ -18,9 +19,11 @@ import json
 import math
 import re
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_origin
 
 import torch
@@ -594,6 +597,89 @@ def new_folder(path):
     return path
 
 
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class HubConfig:
+    """Where a run is pushed to; names are those of transformers' TrainingArguments and push_to_hub."""
+
+    hub_model_id: str = ""  # user/name, where adapter/ goes; merged/ goes to user/name-merged; none: the folder's name
+    hub_commit_message: str = "Trained with plaintune"  # of what is pushed
+    hub_private_repo: bool | None = None  # whether a repository that has to be made is private; none: as the hub has it
+
+
+WAITS = (1, 2, 4, 8, 16)  # seconds before a push is tried again
+
+
+def ask_hub(what, ask, waits=(), advice=""):
+    """ask()'s answer, asked again after each of `waits` seconds while the hub is out of reach or at fault (5xx, 429).
+    Else UserError: `what`, the hub's words in a line, without the token that they may hold, and the advice."""
+    from huggingface_hub import get_token
+
+    if not (token := get_token()):
+        raise UserError(f"{what}: no token; set HF_TOKEN to one that may write, or log in (hf auth login){advice}")
+    for wait in (*waits, None):
+        try:
+            return ask()
+        except Exception as error:  # the client's own errors and those of whichever http library it stands on
+            words = " ".join(str(error).replace(token, "***").split()).partition(" For more information")[0]
+            reason = words[:200] or type(error).__name__
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if wait is None or isinstance(error, ValueError) or 400 <= status < 500 and status != 429:
+                raise UserError(f"{what}: {reason}{advice}") from None
+            print(f"{what}: {reason}; again in {wait} s", flush=True)
+            time.sleep(wait)
+
+
+def open_repositories(config, run):
+    """{folder of the run: repository that has it as its root, so that PEFT, transformers and vLLM open it by its id}.
+    They are made where they are not there, and asked for what a commit begins with, which takes the right to write."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, name = HfApi(), config.hub_model_id or Path(run).resolve().name
+    user = api.whoami()["name"]
+    name = name if "/" in name else f"{user}/{name}"
+    parts = ["adapter"] * bool(config.lora_r) + ["merged"] * (config.merge or not config.lora_r)
+    names = dict(zip(parts, (name, f"{name}-merged")))
+    for name in names.values():
+        api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
+        api.preupload_lfs_files(name, [CommitOperationAdd("README.md", b"-")])
+    return names
+
+
+def push(run, given=HubConfig()):
+    """Brings to the hub what it lacks of a finished run's adapter/ and merged/; what is `given` wins over the run's
+    config.json. pushed.json keeps {repository: commit and files}. UserError: an unfinished run, or a hub that refuses
+    or fails for good, which takes nothing from the run."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    run, api, advice = Path(run), HfApi(), f"\nnothing is lost: `python lora.py push {run}` goes on from here"
+    config = vars(HubConfig()) | read_json(run / "config.json")
+    if not (run / "README.md").exists():  # the last that a run writes
+        raise UserError(f"{run}: this run is not finished; the command that began it goes on, then push")
+    config |= {f.name: getattr(given, f.name) for f in fields(HubConfig) if getattr(given, f.name) != f.default}
+    names = ask_hub("push", lambda: open_repositories(SimpleNamespace(**config), run), WAITS, advice)
+    pushed = read_json(run / "pushed.json") if (run / "pushed.json").exists() else {}
+    for part, name in names.items():
+        files = {file.name: file.stat().st_mtime_ns for file in sorted((run / part).iterdir())}
+        there = ask_hub(f"push to {name}", lambda: api.list_repo_files(name), WAITS, advice)
+        if pushed.get(name, {}).get("files") == files and files.keys() <= set(there):
+            print(f"{name} holds {part}/ already")
+            continue
+        others = [file for file in {*there} - {*files} if re.fullmatch(r"[^/]*\.safetensors(\.index\.json)?", file)]
+        commit = ask_hub(f"push to {name}", lambda: api.create_commit(name, [
+            *(CommitOperationAdd(file, run / part / file) for file in files),
+            *map(CommitOperationDelete, others)], commit_message=config["hub_commit_message"]), WAITS, advice)
+        pushed[name] = {"commit": commit.oid, "files": files}
+        (run / ".pushed.json").write_text(json.dumps(pushed, indent=2))
+        (run / ".pushed.json").replace(run / "pushed.json")
+        print(f"pushed {part}/ to {name}", flush=True)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class MergeConfig:
     adapter: str  # the adapter's folder, a run folder, or a hub id
@@ -601,10 +687,20 @@ class MergeConfig:
     model: str | None = None  # folder or hub id of the base model; none: the one the adapter names
 
 
+@dataclass
+class PushConfig(HubConfig):
+    run: str = field(kw_only=True)  # the run folder, named right after the command
+
+
 def main():
     command, *argv = sys.argv[1:] or [""]
+    if command == "push":
+        argv = ["--run"] * (argv[:1] != [] and argv[0][0] != "-") + argv
+        config = parse_config(PushConfig, argv, "Brings to the hub what it lacks of a finished run.")
+        return push(config.run, config)
     if command != "merge":
-        raise UserError(f"unknown command {command!r}; usage: python lora.py merge --adapter DIR --output_dir DIR")
+        raise UserError(f"unknown command {command!r}; usage: python lora.py merge --adapter DIR --output_dir DIR, "
+                        "python lora.py push RUN")
     config = parse_config(MergeConfig, argv, "Merges an adapter into its base model.")
     print(*merge(config.adapter, new_folder(config.output_dir), config.model),
           f"merged {config.adapter} into {config.output_dir}", sep="\n")

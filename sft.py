@@ -14,35 +14,43 @@ import json
 import math
 import os
 import resource
+import re
 import shutil
 import signal
 import sys
+import threading
 import time
+import traceback
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
-from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
-                  write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, give_back, kept_pages, locked,
-                   nearest, pick_device, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
+from lora import (HubConfig, LoRAConfig, adapter_parameters, add_lora, ask_hub, count_parameters, load_adapter, merge,
+                  merge_lora, open_repositories, push, write_adapter)
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, blamed, brief, cli, give_back,
+                   kept_pages, locked, nearest, pick_device, read_json, read_tensor, resolve, save_model, write_tensors,
+                   written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
 
 @dataclass
-class SFTConfig(LoRAConfig, QuantConfig):
+class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     """Everything a run can be told. Names are those of transformers' TrainingArguments and BitsAndBytesConfig, TRL's
     SFTConfig and PEFT's LoraConfig."""
 
@@ -89,6 +97,7 @@ class SFTConfig(LoRAConfig, QuantConfig):
     seed: int = 42  # of order, dropout, adapter start and row choice
 
     logging_steps: int = 10  # steps between lines of log.jsonl
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])  # and wandb, trackio; or all, or none
     eval_strategy: str = "epoch"  # when the held-out loss is measured: no, steps, epoch
     eval_steps: int = 100  # steps between evaluations with eval_strategy steps
     save_strategy: str = "steps"  # when a checkpoint is written: no, steps, epoch
@@ -103,6 +112,7 @@ class SFTConfig(LoRAConfig, QuantConfig):
     overwrite_output_dir: bool = False  # delete what output_dir holds and start anew
     merge: bool = True  # write merged/, the model with the adapter merged in
     merge_base: str = "auto"  # of a 4-bit run: original weights, dequantized ones, or auto: what changes least
+    push_to_hub: bool = False  # bring adapter/ and merged/ to the hub at the end, see hub_model_id
 
     def __post_init__(self):
         self.model = self.model or str(EXAMPLES / "tiny-qwen3")
@@ -110,8 +120,9 @@ class SFTConfig(LoRAConfig, QuantConfig):
             self.data = [str(EXAMPLES / "mcqa" / "train.jsonl")]
             self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation.jsonl")]
         for key, options in CHOICES.items():
-            if (value := getattr(self, key)) not in options:
-                raise UserError(f"{key}: {value!r} is not one of {', '.join(options)}" + nearest(value, options))
+            for value in [given] if isinstance(given := getattr(self, key), str) else given:
+                if value not in options:
+                    raise UserError(f"{key}: {value!r} is not one of {', '.join(options)}" + nearest(value, options))
         if self.adapter and not self.lora_r:
             raise UserError("lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)")
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps",
@@ -131,11 +142,13 @@ class SFTConfig(LoRAConfig, QuantConfig):
             raise UserError("lora_r: 0 trains every weight, which 4-bit ones can't be; give a rank, or no load_in_4bit")
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
 CHOICES = {
     "optim": ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
     "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch"),
     "dtype": ("auto", *DTYPES), "merge_base": ("auto", "original", "dequantized"),
+    "report_to": (*TRACKERS, "all", "none"),
 }
 
 
@@ -350,7 +363,7 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def train(model, steps, loss_fn, config, evaluate=None):
+def train(model, steps, loss_fn, config, evaluate=None, trackers=None):
     """Runs the plan `steps` from the last checkpoint in config.output_dir, if any, to its end.
 
     loss_fn(model, batch) -> (summed loss, {metric: summed value}); both are divided by the step's planned count.
@@ -370,7 +383,9 @@ def train(model, steps, loss_fn, config, evaluate=None):
         raise UserError("load_best_model_at_end, early_stopping_patience: no held-out rows; give eval_data or val_size")
     if state["lowered"]:  # memory gave out before
         config.micro_batch_tokens = min(state["lowered"], token_budget(config, device))
-    log, window, best, skipped = Log(folder, state["log_bytes"]), state["window"], state["best"], state["skipped"]
+    if trackers is not None:
+        trackers |= start_trackers(config, state["step"] and state["step"] + 1)
+    log, window, best, skipped = Log(folder, state["log_bytes"], trackers), state["window"], state["best"], state["skipped"]
     began, clock = time.perf_counter(), Clock()
 
     def save(step):  # what stands after `step`, unless that is kept already
@@ -453,7 +468,8 @@ def train(model, steps, loss_fn, config, evaluate=None):
     elif config.load_best_model_at_end:
         load_trained(kept, model, parameters)
         print(f"the best step is taken: {best['step']}, {best['metric']} {best['value']:.4g}")
-    return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": round(peak_memory_gb(device), 3)}
+    return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": round(peak_memory_gb(device), 3),
+            **({"best_step": best["step"]} if config.load_best_model_at_end else {})}
 
 
 def judge(best, found, step, config):
@@ -501,12 +517,12 @@ UNSHOWN = ("epoch", "scored_tokens", "examples_per_second", "logps/chosen", "log
 
 class Log:
     """log.jsonl, cut back to `size` bytes (what the checkpoint saw), echoed to the terminal, drawn as
-    training_loss.png."""
+    training_loss.png, told to the trackers. Neither drawing nor a tracker can cost the run more than a warning."""
 
-    def __init__(self, folder, size=0):
-        self.path, self.drawn = folder / "log.jsonl", 0.0
+    def __init__(self, folder, size=0, trackers=None):
+        self.path, self.drawn, self.trackers = folder / "log.jsonl", 0.0, trackers or {}
         self.path.touch()
-        os.truncate(self.path, size)
+        os.truncate(self.path, min(size, self.path.stat().st_size))
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, line):
@@ -514,16 +530,38 @@ class Log:
         self.file.flush()
         shown = {k: v for k, v in line.items() if k.removeprefix("eval_") not in UNSHOWN}
         tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
-        if time.perf_counter() - self.drawn > 20:  # drawing takes a third of a second
+        if time.perf_counter() - self.drawn > 5:  # drawing takes a third of a second
             self.draw()
+        numbers = {("eval/" if k.startswith("eval_") else "train/") + k.removeprefix("eval_"): v
+                   for k, v in line.items() if ("loss" in line or k.startswith(("eval_", "train_"))) and k != "step"}
+        for name, (log, _) in list(self.trackers.items()):
+            with warned(f"report_to: the run goes on without {name}"):
+                log(numbers, line["step"])
+                continue
+            del self.trackers[name]
 
     def draw(self):
-        plot_losses(self.path)
+        with warned("training_loss.png is not drawn"):
+            plot_losses(self.path)
         self.drawn = time.perf_counter()
 
     def sync(self):
         os.fsync(self.file.fileno())
         return self.path.stat().st_size
+
+    def close(self):
+        for name, (_, finish) in self.trackers.items():
+            with warned(f"report_to: {name} does not end"):
+                finish()
+
+
+@contextmanager
+def warned(what):
+    """An error in the block is told in a line, no more."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{what} ({type(error).__name__}: {brief(str(error), 160)})", file=sys.stderr)
 
 
 def read_log(path):
@@ -534,15 +572,12 @@ def read_log(path):
 def plot_losses(path):
     """Draws training_loss.png beside a log.jsonl: the loss, and what else of PLOTTED was logged, in training and held
     out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, which would take a notebook's own figures over
 
     lines = read_log(path)
     keys = [key for key in PLOTTED if any(key in line or f"eval_{key}" in line for line in lines)]
-    figure, panels = pyplot.subplots(1, len(keys), figsize=(3 + 4 * len(keys), 4), layout="constrained", squeeze=False)
-    for axes, title in zip(panels[0], keys):
+    figure = Figure(figsize=(3 + 4 * len(keys), 4), layout="constrained")
+    for axes, title in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
         for key, label, style in ((title, "training", "-"), (f"eval_{title}", "held out", "o-")):
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
@@ -553,11 +588,107 @@ def plot_losses(path):
     aside = Path(path).with_name(".training_loss.png")
     figure.savefig(aside, dpi=130, format="png")
     aside.replace(Path(path).with_name("training_loss.png"))
-    pyplot.close(figure)
 
 
 PLOTTED = {"loss": "loss (per scored token or pair)", "rewards/margins": "reward margin",
            "rewards/accuracies": "pairs ranked right"}
+
+
+# --- trackers, and what was printed -----------------------------------------------------------------------------------
+
+
+def find_trackers(config):
+    """The names that report_to means; UserError for one that is not installed."""
+    found = [name for name in TRACKERS if sys.modules.get(name) or find_spec(name)]
+    wanted = found if "all" in config.report_to else [name for name in config.report_to if name != "none"]
+    if missing := [name for name in wanted if name not in found]:
+        raise UserError(f"report_to: {missing[0]} is not installed; pip install {missing[0]}, or name another tracker")
+    return wanted
+
+
+def start_trackers(config, step):
+    """{name: (log(numbers, step), finish())} of report_to, and of a notebook that runs this. What a killed process told
+    from `step` on, which is done again, is not there twice."""
+    folder, trackers = Path(config.output_dir), {}
+    for name in find_trackers(config):
+        with blamed(f"report_to: {name} does not start; set it up, or leave it out", Exception):
+            trackers[name] = tensorboard(folder / "runs", step) if name == "tensorboard" else dashboard(name, config)
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return trackers | ({"notebook": notebook(folder / "training_loss.png")} if hasattr(shell, "kernel") else {})
+
+
+def tensorboard(folder, step):
+    """TensorBoard's files; what they already hold from `step` on counts no more."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer, hook = SummaryWriter(folder, purge_step=step), threading.excepthook
+    threading.excepthook = lambda at: issubclass(at.exc_type, OSError) or hook(at)  # its thread; `log` tells it in a line
+
+    def log(numbers, step):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()  # a kill loses nothing
+
+    return log, writer.close
+
+
+def dashboard(library, config):
+    """wandb or trackio; a run that goes on goes on there."""
+    folder = Path(config.output_dir).resolve()
+    name = re.sub(r"\W+", "-", f"{folder.name}-{read_json(folder / 'config.json')['began'][:19]}")
+    options = {"id": name, "dir": folder} if library == "wandb" else {}
+    run = import_module(library).init(project=os.environ.get(f"{library.upper()}_PROJECT", "plaintune"), name=name,
+                                      resume="allow", config=asdict(config), **options)
+    known = getattr(run, "_next_step", 0)  # trackio's; wandb itself passes over the steps that it has
+    return lambda numbers, step: step < known or run.log(numbers, step=step), run.finish
+
+
+def notebook(file):
+    """The figure in the cell that runs this, redrawn in place."""
+    from IPython.display import Image, display
+
+    def log(numbers, step):
+        image = Image(filename=str(file))
+        shown.append(shown[0].update(image) if shown else display(image, display_id=True))
+
+    shown = []
+    return log, shown.clear
+
+
+@contextmanager
+def kept_output(folder):
+    """While the block runs, what is printed goes to folder/run.log too, each line with its time and as a terminal shows
+    it: what a progress bar wrote over is gone. Lines are held back until this command has written config.json: one that
+    is refused leaves no trace."""
+    def written():
+        return (folder / "config.json").stat().st_mtime_ns if (folder / "config.json").exists() else None
+
+    def keep(line):
+        held.append(f"{datetime.now():%F %T} {line}\n")
+        if written() != before:
+            with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8") as log:
+                log.writelines(held)
+            held.clear()
+
+    def told(write, line=""):
+        def tell(text):
+            nonlocal line
+            *lines, line = (part.rpartition("\r")[2] for part in (line + text).split("\n"))
+            list(map(keep, lines))
+            return write(text)
+        return tell
+
+    before, held, streams = written(), [], {sys.stdout, sys.stderr}
+    for stream in streams:
+        stream.write = told(stream.write)
+    try:
+        yield
+    except Exception as error:
+        keep(f"error: {error}" if isinstance(error, (UserError, OSError)) else traceback.format_exc())
+        raise
+    finally:
+        for stream in streams:
+            del stream.write
 
 
 # --- checkpoints and the run folder -----------------------------------------------------------------------------------
@@ -658,8 +789,8 @@ def load_trained(path, model, parameters):
 
 
 FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples", "max_new_tokens",
-        "logging_steps", "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing",
-        "attn_implementation", "ref_cache", "max_skipped_steps"}  # may differ when a command is run again
+        "logging_steps", "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing", "report_to",
+        "attn_implementation", "ref_cache", "push_to_hub", "max_skipped_steps", *vars(HubConfig())}
 
 
 def open_run(config):
@@ -776,24 +907,60 @@ def show_merge(figures):
     """The table of a measured merge, as text for the terminal and the model card."""
     names = {"original": "the 16-bit weights", "dequantized": "the dequantised 4-bit weights"}
     tokens = next(iter(figures.values()))["tokens"]
-    rows = [f"| {name}{', written' * (base == figures['merged'])} | {figures[base]['kl']:.6f} | "
-            f"{figures[base]['top1']:.2%} |" for base, name in names.items() if base in figures]
-    return "\n".join([f"against the adapter on 4 bits, over {tokens:,} scored tokens of held-out rows:",
-                      "", "| merged into | KL, nats per token | same likeliest token |", "|---|---|---|", *rows])
+    rows = [[name + ", written" * (base == figures["merged"]), f"{figures[base]['kl']:.6f}",
+             f"{figures[base]['top1']:.2%}"] for base, name in names.items() if base in figures]
+    return (f"against the adapter on 4 bits, over {tokens:,} scored tokens of held-out rows:\n\n"
+            + table(["merged into", "KL, nats per token", "same likeliest token"], *rows))
+
+
+SHOWN = {"lora_r", "lora_alpha", "lora_dropout", "target_modules", "max_length", "per_device_train_batch_size",
+         "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "optim", "weight_decay",
+         "seed", "beta", "loss_type"}  # settings that the card has, be they the defaults or not
+
+
+def table(head, *rows):
+    """Rows as a table in Markdown."""
+    told = lambda v: f"{v:.4g}" if isinstance(v, float) else v if isinstance(v, str) else json.dumps(v)
+    return "\n".join(f"| {' | '.join(map(told, row))} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def write_card(config, ledger, results, figures):
-    """README.md, the model card: base, what was set, the data's ledger, the results, the measured merge."""
-    plain = type(config)()
-    chosen = {k: v for k, v in asdict(config).items() if k not in FREE | {"model"} and v != getattr(plain, k)}
-    tables = [("Settings", chosen), ("Results", results)]
-    text = f"---\nbase_model: {config.model}\ntags: [plaintune]\n---\n\n# {Path(config.output_dir).name}\n\n"
-    text += f"Trained from `{config.model}` with plaintune's {Path(sys.argv[0]).name}.\n\n## Data\n\n{ledger}\n"
-    for title, values in tables:
-        lines = [f"| {name} | {json.dumps(value)} |" for name, value in values.items()]
-        text += "\n".join([f"\n## {title}\n", "| | |", "|---|---|", *lines, ""])
-    text += f"\n## Merge\n\nMeasured {show_merge(figures)}\n" if figures else ""
-    (Path(config.output_dir) / "README.md").write_text(text, encoding="utf-8")
+    """README.md, the model card, and the curve, in merged/ and adapter/; last in the run folder, which then is whole:
+    base, how to open it, results, the data's ledger, settings, the measured merge. Of a path it has the name alone."""
+    folder, local = Path(config.output_dir), Path(config.model).expanduser().resolve()
+    base = re.sub(r"[^\w.-]+", "-", local.name) if local.is_dir() else config.model
+    log, taken = read_log(folder / "log.jsonl"), results.get("best_step", results["step"])
+    before = next((line for line in log if "eval_loss" in line), {})
+    before = before | {"eval_answers": results.get("eval_answers_before", "")}
+    after = {k: v for line in log if line["step"] <= taken for k, v in line.items()} | results
+    unshown = {*UNSHOWN, "eval_answers_before", "grad_norm", "learning_rate", "tokens_per_second"}
+    after = [[k, before.get(k, ""), v] for k, v in after.items() if k not in unshown]
+    hidden = FREE | {"model", "data", "eval_data"} | (vars(LoRAConfig()).keys() if config.adapter else set())
+    settings = [[k, v] for k, v in asdict(config).items()
+                if k not in hidden and (k in SHOWN or v != getattr(type(config)(), k))]
+    sources = [source.rpartition("@")[0] or source for source in [*config.data, *config.eval_data]]
+    named = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:].*)?", source) for source in sources if not Path(source).exists()]
+    parts = [f"## Results\n\n{table(['', 'before', 'after'], *after)}", "![the loss by step](training_loss.png)",
+             f"## Data\n\n{', '.join(f'`{source}`' for source in sources)}\n\n{ledger}",
+             f"## Settings\n\n{table(['', ''], *settings)}", figures and f"## Merge\n\nMeasured {show_merge(figures)}",
+             ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors", "tokenizers"))]
+    body = re.sub(r"(?<![\w.:/~-])~?/[^\s\"'`|]*/", "", "\n\n".join(filter(None, parts)))
+    for part, library, opener in (("merged", "transformers", "AutoModelForCausalLM"),
+                                  ("adapter", "peft", "AutoPeftModelForCausalLM")):
+        if (folder / part).is_dir():
+            alone, kind = part == "adapter" or not config.lora_r, "dpo" if hasattr(config, "beta") else "sft"
+            name = (config.hub_model_id or folder.resolve().name) + ("" if alone else "-merged")
+            front = {"base_model": base, "base_model_relation": "adapter" if part == "adapter" else "finetune",
+                     "library_name": library, "pipeline_tag": "text-generation", "tags": ["plaintune", kind],
+                     "datasets": sorted({found[1] for found in named if found})}
+            front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
+            what = f"{kind.upper()} of `{base}`{', by a LoRA,' * (config.lora_r > 0)} with plaintune."
+            use = f'from {library} import {opener}\n\nmodel = {opener}.from_pretrained("{name}")'
+            card = f"---\n{front}---\n\n# {name}\n\n{what}\n\n```python\n{use}\n```\n\n{body}\n"
+            (folder / part / "README.md").write_text(card, encoding="utf-8")
+            with warned("the card has no curve"):
+                shutil.copyfile(folder / "training_loss.png", folder / part / "training_loss.png")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def run(config, loss_fn, count=count_scored, prepare=None, **options):
@@ -804,7 +971,9 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     began, finished = open_run(config)
     if finished:
         print(f"{folder} holds this run, finished; --overwrite_output_dir trains anew")
-        return
+        return config.push_to_hub and push(folder, config)
+    find_trackers(config)
+    config.push_to_hub and ask_hub("push_to_hub", partial(open_repositories, config, folder))
     device = pick_device(config.device)
     source = resolve(config.model, config.revision)
     tokenizer = Tokenizer(source, began)
@@ -853,24 +1022,26 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     before = ask(model, tokenizer, questions, choices, config)
     forced = list(filter(None, (ask_choice(tokenizer, *at) for at in zip(held, (r.get("choices") for r in held_rows)))))
     evaluate = (lambda: evaluate_loss(model, held, loss_fn, config, count) | choice_metrics(model, forced))
-    summary = train(model, steps, loss_fn, config, evaluate if held else None)
+    summary = train(model, steps, loss_fn, config, evaluate if held else None, trackers := {})
     after = ask(model, tokenizer, questions, choices, config)
     figures = finish(model, config, held or examples)
     if figures:
         print(f"\n{show_merge(figures)}")
     show_answers(before, after, config)
-    log = Log(folder, (folder / "log.jsonl").stat().st_size)
+    log = Log(folder, (folder / "log.jsonl").stat().st_size, trackers)
     answers = {"eval_answers_before": accuracy(before)[0], "eval_answers": accuracy(after)[0]}
     results = {"step": len(steps), **summary, **{k: v for k, v in answers.items() if v is not None}}
-    log.write(results)
     log.draw()
     write_card(config, trained_on, results, figures)
+    log.write(results)
+    log.close()
     print(f"saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")
+    config.push_to_hub and push(folder, config)
 
 
 def main(argv=None):
     config = read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft")
-    with locked(config.output_dir):
+    with locked(config.output_dir), kept_output(Path(config.output_dir)):
         run(config, sft_loss)
 
 

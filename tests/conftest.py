@@ -1,9 +1,12 @@
 """What every test file may lean on. No test reaches a network; `transformers` is the reference to hold ours against."""
 
+import base64
 import json
 import os
 import sys
 import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,3 +86,84 @@ def their_loss(model, documents):
     """The summed loss of a transformers model over documents, one at a time."""
     return sum(torch.nn.functional.cross_entropy(model(torch.tensor(ids)[None]).logits[0, :-1], torch.tensor(ids)[1:],
                                                  reduction="sum") for ids in documents)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as a push asks for. files: {repository: {path: bytes}}; commits: (repository,
+    message) of each; faults: statuses that the next commits are answered with; closed: repositories that take nothing;
+    asked: every request. A token that is refused is told back, which no log may show."""
+
+    protocol_version = "HTTP/1.1"
+    log_message = lambda *_: None
+
+    def answer(self, status, value):
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Error-Message", json.dumps(value) if status >= 400 else "")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.reply(None)
+
+    def do_POST(self):
+        length = self.headers.get("Content-Length")
+        body = self.rfile.read(int(length)) if length else b""
+        while length is None and (size := int(self.rfile.readline(), 16)):  # in chunks
+            body += self.rfile.read(size + 2)[:-2]
+        self.rfile.readline() if length is None else None
+        self.reply(body)
+
+    def reply(self, body):
+        hub, path, given = self.server, self.path.partition("?")[0], self.headers.get("Authorization")
+        hub.asked.append(path)
+        repository = "/".join(path.split("/")[3:5])
+        if given != f"Bearer {hub.token}":
+            return self.answer(401, {"error": f"{given} is no token of ours"})
+        if path == "/api/whoami-v2":
+            return self.answer(200, {"type": "user", "name": "me", "orgs": []})
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            repository = f"{wanted['organization']}/{wanted['name']}"
+            hub.files.setdefault(repository, {})
+            return self.answer(200, {"url": f"{hub.url}/{repository}"})
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if "/tree/" in path:
+            return self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+                                     for name, data in hub.files[repository].items()])
+        if "/preupload/" in path and repository in hub.closed:
+            return self.answer(403, {"error": f"{given} may read here, no more"})
+        if "/preupload/" in path:
+            return self.answer(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                               for file in json.loads(body)["files"]]})
+        assert "/commit/" in path, path
+        if hub.faults:
+            return self.answer(hub.faults.pop(0), {"error": "not now"})
+        for entry in map(json.loads, body.splitlines()):
+            value = entry["value"]
+            if entry["key"] == "header":
+                hub.commits.append((repository, value["summary"]))
+            elif entry["key"] == "file":
+                hub.files[repository][value["path"]] = base64.b64decode(value["content"])
+            else:
+                del hub.files[repository][value["path"]]
+        self.answer(200, {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repository}/commit/0"})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on loopback, see Hub, that this process's client talks to and whose token it has."""
+    from huggingface_hub import constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url, server.token = f"http://127.0.0.1:{server.server_port}", "hf_SecretOfThisTest"
+    server.files, server.commits, server.faults, server.closed, server.asked = {}, [], [], set(), []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -592,3 +592,131 @@ def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
     with pytest.raises(UserError, match="names no base model; give it with --model"):
         merge(adapter, tmp_path / "new")
+
+
+# --- pushing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A run folder as far as push looks at it, with a model in two shards; no wait lasts."""
+    monkeypatch.setattr(lora, "WAITS", (0, 0, 0, 0))
+    run = tmp_path / "run"
+    config = {"lora_r": 4, "merge": True, "hub_model_id": "me/mine", "hub_commit_message": "of the run"}
+    for name, text in {
+        "config.json": json.dumps(config), "README.md": "# card", "log.jsonl": "", "adapter/README.md": "# adapter",
+        "adapter/adapter_config.json": "{}", "adapter/adapter_model.safetensors": "A B", "merged/README.md": "# merged",
+        "merged/config.json": "{}", "merged/model-00001-of-00002.safetensors": "first half",
+        "merged/model-00002-of-00002.safetensors": "second half", "merged/model.safetensors.index.json": "{}"}.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(text)
+    return run
+
+
+def pushed(run, *flags):
+    """Runs `python lora.py push RUN ...` here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lora.py", "push", *map(str, [run, *flags])])
+        cli(lora.main)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_both_folders_become_roots_and_nothing_is_pushed_twice(finished, hub, capsys):
+    """Each repository holds its folder's files, under the run's own message; a second push commits nothing; what was
+    changed, or is gone from the hub, goes there again, and that alone."""
+    pushed(finished)
+    assert hub.files == {"me/mine": contents(finished / "adapter"), "me/mine-merged": contents(finished / "merged")}
+    assert hub.commits == [("me/mine", "of the run"), ("me/mine-merged", "of the run")]
+    pushed(finished)
+    assert len(hub.commits) == 2 and "me/mine-merged holds merged/ already" in capsys.readouterr().out
+    (finished / "adapter" / "README.md").write_text("# a better card")
+    pushed(finished, "--hub_commit_message", "a better card")
+    assert hub.commits[2:] == [("me/mine", "a better card")] and hub.files["me/mine"]["README.md"] == b"# a better card"
+    hub.files["me/mine-merged"].clear()
+    pushed(finished)
+    assert hub.commits[3:] == [("me/mine-merged", "of the run")]
+    assert hub.files["me/mine-merged"] == contents(finished / "merged")
+
+
+def test_weights_of_an_earlier_model_do_not_stay(finished, hub):
+    """A repository that held one shard: beside two new ones it would be what is loaded. Other files are left alone."""
+    hub.files["me/mine-merged"] = {"model.safetensors": b"old", "notes.md": b"mine", "gguf/model.safetensors": b"too"}
+    pushed(finished)
+    kept = {"notes.md": b"mine", "gguf/model.safetensors": b"too"}
+    assert hub.files["me/mine-merged"] == contents(finished / "merged") | kept
+
+
+@pytest.mark.parametrize("changes, names", [
+    (dict(merge=False), {"me/mine": "adapter"}), (dict(lora_r=0), {"me/mine": "merged"}),
+    (dict(hub_model_id="short"), {"me/short": "adapter", "me/short-merged": "merged"}),
+    (dict(hub_model_id=""), {"me/run": "adapter", "me/run-merged": "merged"}),
+], ids=["not merged", "full", "without user", "unnamed"])
+def test_where_a_run_goes(changes, names, finished, hub):
+    config = json.loads((finished / "config.json").read_text())
+    (finished / "config.json").write_text(json.dumps(config | changes))
+    pushed(finished)
+    assert hub.files == {name: contents(finished / part) for name, part in names.items()}
+
+
+def test_a_push_survives_a_hub_that_fails_for_a_while(finished, hub, capsys):
+    hub.faults += [503, 500, 429]
+    pushed(finished)
+    assert len(hub.commits) == 2 and capsys.readouterr().out.count("; again in") == 3
+
+
+def test_a_push_that_fails_for_good_is_taken_up_again(finished, hub, capsys):
+    """The second repository refuses: exit 2, the way on in one line, the run as it was; then it alone is pushed."""
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    real, hub.faults = hub.faults, None
+
+    class After(list):  # the first commit goes through
+        def __bool__(self):
+            return len(hub.commits) > 0
+
+        def pop(self, _):
+            return 503
+
+    hub.faults = After()
+    with pytest.raises(SystemExit) as left:
+        pushed(finished)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.startswith("error: push to me/mine-merged: ") and error.count("\n") == 2
+    assert f"`python lora.py push {finished}` goes on from here" in error
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert hub.commits == [("me/mine", "of the run")]
+    hub.faults = real
+    pushed(finished)
+    assert hub.commits == [("me/mine", "of the run"), ("me/mine-merged", "of the run")]
+    assert hub.files["me/mine-merged"] == contents(finished / "merged")
+
+
+def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
+    """403 and 401 in one line, at once; the hub tells the token back, and it is not shown."""
+    def refused():
+        hub.asked.clear()
+        with pytest.raises(SystemExit) as left:
+            pushed(finished)
+        shown = "".join(capsys.readouterr())
+        assert left.value.code == 2 and "again in" not in shown and not hub.commits
+        assert "hf_" not in shown and "Traceback" not in shown
+        return shown
+
+    hub.closed.add("me/mine-merged")
+    assert "403" in refused() and not any("/commit/" in path for path in hub.asked)
+    monkeypatch.setenv("HF_TOKEN", "hf_AnotherSecret")
+    assert "oken" in refused() and hub.asked == ["/api/whoami-v2"]
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(finished / "no-token"))
+    assert "no token; set HF_TOKEN" in refused() and not hub.asked
+
+
+@pytest.mark.parametrize("missing, message", [
+    ("config.json", "config.json: no such file"), ("README.md", "not finished; the command that began it goes on")])
+def test_what_is_no_finished_run_is_not_pushed(missing, message, finished, hub, capsys):
+    (finished / missing).unlink()
+    with pytest.raises(SystemExit):
+        pushed(finished)
+    assert message in capsys.readouterr().err and not hub.asked

@@ -3,15 +3,19 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -487,6 +491,8 @@ def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
         "data_report.json",
         "log.jsonl",
         "merged",
+        "run.log",
+        "runs",
         "training_loss.png",
     ]
     assert (run / "adapter" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
@@ -737,3 +743,259 @@ def test_help_explains_every_flag(capsys):
 
     assert all(f"--{field.name}" in text for field in fields(sft.SFTConfig))
     assert "peak learning rate (default: 0.0002)" in text
+
+
+# --- trackers and the log file ----------------------------------------------------------------------------------------
+
+
+def halved(argv, run):
+    """Runs a command to its end, then puts the folder back to what a kill after step 7 leaves: a checkpoint at step 3,
+    and lines of the log and of the trackers behind it."""
+    sft.main(argv)
+    for path in run.iterdir():
+        if path.name in ("checkpoint-000006", "checkpoint-000008", "adapter", "README.md"):
+            subprocess.run(["rm", "-r", path], check=True)
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(lines[:-2]))
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} as TensorBoard shows a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_tensorboard_has_each_step_of_the_log_once(base, rows, tmp_path):
+    """Also after a kill: what was told of the steps done again counts no more."""
+    run = tmp_path / "run"
+    argv = flags(base, rows, run, eval_data=rows, logging_steps=1, eval_strategy="steps", eval_steps=2)
+    halved(argv, run)
+    assert len(list((run / "runs").iterdir())) == 1
+    sft.main(argv)
+    log, told = sft.read_log(run / "log.jsonl"), scalars(run / "runs")
+    for tag, key in (("train/loss", "loss"), ("train/learning_rate", "learning_rate"), ("eval/loss", "eval_loss")):
+        assert told[tag] == [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in log if key in line], tag
+    assert len(told["train/loss"]) == 8 and [step for step, _ in told["eval/loss"]] == [0, 2, 4, 6, 8]
+    assert all(len({step for step, _ in points}) == len(points) for points in told.values())
+    assert [step for step, _ in told["train/train_runtime"]] == [8]
+
+
+class Dashboard:
+    """What wandb and trackio have in common, kept in a dict; trackio's runs count on from what they hold."""
+
+    def __init__(self, monkeypatch, name):
+        self.runs, self.began, self.broken, self.finished = {}, [], None, 0
+        self.counts = name == "trackio"
+        module = ModuleType(name)
+        module.init = self.init
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def init(self, **options):
+        self.began.append(options)
+        lines = self.runs.setdefault(options.get("id", options["name"]), [])
+
+        def log(numbers, step):
+            if self.broken is not None and step >= self.broken:
+                raise ConnectionError("gone")
+            lines.append((step, numbers))
+
+        def finish():
+            self.finished += 1
+
+        counter = {"_next_step": max((step for step, _ in lines), default=-1) + 1} if self.counts else {}
+        return SimpleNamespace(log=log, finish=finish, **counter)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_dashboard_has_one_run_through_a_resume(name, base, rows, tmp_path, monkeypatch):
+    """The second process names the same run, "allow"s it to go on, and trackio is not told again what it holds."""
+    there, run = Dashboard(monkeypatch, name), tmp_path / "run"
+    argv = flags(base, rows, run, logging_steps=1, report_to=name)
+    halved(argv, run)
+    sft.main(argv)
+    (lines,), (first, second) = there.runs.values(), there.began
+    assert first["name"] == second["name"] and first["resume"] == "allow" and first["config"]["lora_r"] == 4
+    assert there.finished == 2 and not (run / "runs").exists()
+    steps = [step for step, numbers in lines if "train/loss" in numbers]
+    assert (steps if name == "trackio" else steps[:8]) == [*range(1, 9)]  # wandb's server passes over doubles
+    losses = dict((step, numbers["train/loss"]) for step, numbers in lines if "train/loss" in numbers)
+    assert list(losses.values()) == [line["loss"] for line in sft.read_log(run / "log.jsonl") if "loss" in line]
+
+
+def test_a_tracker_that_breaks_costs_a_line(base, rows, tmp_path, monkeypatch, capsys):
+    there = Dashboard(monkeypatch, "wandb")
+    there.broken = 4
+    sft.main(flags(base, rows, tmp_path / "run", report_to="wandb,tensorboard", logging_steps=1))
+    assert capsys.readouterr().err.count("the run goes on without wandb (ConnectionError: 'gone')") == 1
+    assert len(scalars(tmp_path / "run" / "runs")["train/loss"]) == 8
+
+
+@pytest.mark.parametrize("wanted, there, found", [
+    (["all"], ["wandb"], ["tensorboard", "wandb"]), (["none"], [], []), (["tensorboard", "trackio"], ["trackio"],
+     ["tensorboard", "trackio"]), (["all"], [], ["tensorboard"])])
+def test_what_report_to_means(wanted, there, found, monkeypatch):
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name) if name in there else None)
+    assert sft.find_trackers(config(report_to=wanted)) == found
+
+
+def test_trackers_that_can_not_be_had_are_told_first(base, rows, tmp_path, monkeypatch, capsys):
+    """A name that is none, one that is not installed, one that does not start; before the model is loaded but for the
+    last."""
+    assert "wandbb" in refuse(flags(base, rows, tmp_path / "run", report_to="wandbb"), capsys)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    error = refuse(flags("not/loaded", "nor.jsonl", tmp_path / "run", report_to="wandb"), capsys)
+    assert "report_to: wandb is not installed; pip install wandb" in error and not list((tmp_path / "run").glob("*"))
+
+    def init(**_):
+        raise ValueError("no key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    assert "wandb does not start" in refuse(flags(base, rows, tmp_path / "run", report_to="wandb"), capsys)
+
+
+def test_the_log_file_has_what_the_terminal_had(base, rows, tmp_path, monkeypatch, capsys):
+    """Line by line behind its time, warnings on stderr too and the error that ended a start; a resume appends, a
+    refused command and one that finds the run finished leave it alone; streams are themselves again afterwards."""
+    def breaking(*_):
+        print("half a line, ", end="")
+        print("\r 7%|#   |\r", end="", file=sys.stderr)
+        print("the rest")
+        print("a warning", file=sys.stderr)
+        raise ZeroDivisionError
+
+    run, streams = tmp_path / "run", (sys.stdout, sys.stderr)
+    argv = flags(base, rows, run, logging_steps=4, report_to="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "finish", breaking)
+        with pytest.raises(ZeroDivisionError):
+            sft.main(argv)
+    shown = capsys.readouterr()
+    first = (run / "run.log").read_text().splitlines()
+    told = [line[20:] for line in first]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in first[: len(shown.out.splitlines())])
+    at = told.index("Traceback (most recent call last):")
+    assert [line for line in told[:at] if line != "a warning"] == shown.out.splitlines()
+    assert {"a warning", "half a line, the rest"} <= {*told} and "ZeroDivisionError" in "".join(first[at:])
+    sft.main(argv)
+    again = (run / "run.log").read_text().splitlines()
+    assert again[: len(first)] == first
+    assert [line[20:] for line in again[len(first):]] == capsys.readouterr().out.splitlines()
+    for more in ([], ["--learning_rate", "0.5"]):
+        with pytest.raises(UserError) if more else nullcontext():
+            sft.main([*argv, *more])
+    assert (run / "run.log").read_text().splitlines() == again
+    assert (sys.stdout, sys.stderr) == streams and "write" not in vars(sys.stdout)
+
+
+def test_a_figure_that_can_not_be_drawn_costs_a_line(base, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    sft.main(flags(base, rows, tmp_path / "run", report_to="none"))
+    assert "training_loss.png is not drawn" in capsys.readouterr().err and (tmp_path / "run" / "README.md").exists()
+
+
+def test_a_notebook_has_one_figure_redrawn_in_place(base, rows, tmp_path, monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, image):
+            shown.append(("update", image))
+
+    def display(image, display_id):
+        shown.append(("display", image))
+        return Handle()
+
+    shell = SimpleNamespace(kernel=1)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(
+        display=display, Image=lambda filename: Path(filename).read_bytes()[:4]))
+    sft.main(flags(base, rows, tmp_path / "run", report_to="none"))
+    assert [how for how, _ in shown] == ["display"] + ["update"] * 4  # four lines of the log, and the closing one
+    assert {image for _, image in shown} == {b"\x89PNG"}
+    del shell.kernel
+    sft.main(flags(base, rows, tmp_path / "terminal", report_to="none"))
+    assert len(shown) == 5
+
+
+# --- the card and the hub ---------------------------------------------------------------------------------------------
+
+
+def test_cards_say_what_a_model_is_and_name_no_place(base, rows, tmp_path):
+    """Front matter of each kind, results before and after, the ledger's numbers, settings, the curve beside it; of the
+    base's folder and the rows' file the name alone."""
+    run = tmp_path / "run"
+    sft.main(flags(base, rows, run, eval_data=rows, merge=True, hub_model_id="me/mine", load_best_model_at_end="true"))
+    kinds = {"adapter": ("peft", "adapter", "me/mine"), "merged": ("transformers", "finetune", "me/mine-merged")}
+    for part, (library, relation, name) in kinds.items():
+        card = (run / part / "README.md").read_text()
+        front = yaml.safe_load(card.split("---")[1])
+        assert front == {"base_model": "model", "base_model_relation": relation, "library_name": library,
+                         "pipeline_tag": "text-generation", "tags": ["plaintune", "sft"]}
+        assert f'from_pretrained("{name}")' in card and (run / part / "training_loss.png").exists()
+        assert str(tmp_path) not in card and str(base.parent) not in card and "`rows.jsonl`" in card
+        log = sft.read_log(run / "log.jsonl")
+        best = min((line for line in log[1:] if "eval_loss" in line), key=lambda line: line["eval_loss"])
+        assert f"| eval_loss | {log[0]['eval_loss']:.4g} | {best['eval_loss']:.4g} |" in card
+        assert "31 rows: 31 examples" in card and "| lora_r | 4 |" in card and "| seed | 42 |" in card
+        assert "hub_model_id" not in card and "![the loss" in card
+    assert (run / "README.md").read_text() == (run / "adapter" / "README.md").read_text()
+
+
+def test_cards_of_hub_names(base, rows, tmp_path):
+    """A hub id stays one, its data sets go into the front matter; after full fine-tuning there is the model alone; an
+    adapter that was gone on with has its own rank, so the config's is not told; results are the best step's."""
+    folder = tmp_path / "run"
+    (folder / "merged").mkdir(parents=True)
+    (folder / "log.jsonl").write_text('{"step": 3, "loss": 0.5}\n{"step": 4, "loss": 0.25}\n')
+    full = sft.SFTConfig(model="org/base", data=["org/rows#v1:train@2", str(rows)], output_dir=str(folder), lora_r=0)
+    sft.write_card(full, f"3 rows, as {rows}:1; /a", {"step": 4, "best_step": 3}, {})
+    card = (folder / "merged" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "org/base" and front["datasets"] == ["org/rows"] and "# run\n" in card
+    assert front["base_model_relation"] == "finetune" and "3 rows, as rows.jsonl:1; /a" in card
+    assert card == (folder / "README.md").read_text() and "| loss |  | 0.5 |" in card
+    sft.write_card(sft.SFTConfig(model="org/base", data=["org/rows"], output_dir=str(folder), adapter="output/a"),
+                   "", {"step": 3}, {})
+    card = (folder / "README.md").read_text()
+    assert "| adapter | output/a |" in card and "lora_r" not in card
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_is_pushed_and_its_push_taken_up_again(base, rows, tmp_path, hub, monkeypatch, capsys):
+    """A hub that fails after training costs nothing of the run: exit 2 and what to do; the same command then pushes.
+    The token is in no file and was not printed."""
+    monkeypatch.setattr("lora.WAITS", (0,))
+    run, argv = tmp_path / "run", flags(base, rows, tmp_path / "run", merge=True, num_train_epochs=1)
+    argv += ["--push_to_hub", "--hub_model_id", "me/mine", "--hub_commit_message", "first words"]
+    hub.faults += [503] * 4
+    error = refuse(argv, capsys)
+    assert f"`python lora.py push {run}` goes on from here" in error and not hub.commits
+    assert (run / "README.md").exists() and "train_runtime" in sft.read_log(run / "log.jsonl")[-1]
+    assert "push to me/mine" in (run / "run.log").read_text()
+    hub.faults.clear()
+    sft.main(argv)
+    assert hub.commits == [("me/mine", "first words"), ("me/mine-merged", "first words")]
+    assert hub.files == {"me/mine": files_of(run / "adapter"), "me/mine-merged": files_of(run / "merged")}
+    assert "pushed merged/ to me/mine-merged" in capsys.readouterr().out
+    assert not [p for p in run.rglob("*") if p.is_file() and hub.token.encode() in p.read_bytes()]
+
+
+def test_a_hub_that_refuses_is_told_before_anything_is_loaded(tmp_path, hub, monkeypatch, capsys):
+    """Neither the model nor the rows exist, yet the token is what is told; and it is not shown, though the hub says
+    it."""
+    argv = flags("not/loaded", "nor.jsonl", tmp_path / "run", push_to_hub="true", hub_model_id="me/mine")
+    hub.closed.add("me/mine")
+    error = refuse(argv, capsys)
+    assert "push_to_hub: 403" in error and "Bearer *** may read here" in error and hub.token not in error
+    monkeypatch.setenv("HF_TOKEN", "hf_WrongSecret")
+    error = refuse(argv, capsys)
+    assert "push_to_hub: " in error and "hf_WrongSecret" not in error and "oken" in error
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert "no token; set HF_TOKEN" in refuse(argv, capsys)
+    assert not list((tmp_path / "run").glob("*")) and not hub.commits
