@@ -520,7 +520,7 @@ class Log:
     training_loss.png, told to the trackers. Neither drawing nor a tracker can cost the run more than a warning."""
 
     def __init__(self, folder, size=0, trackers=None):
-        self.path, self.drawn, self.trackers = folder / "log.jsonl", 0.0, trackers or {}
+        self.path, self.next, self.trackers = folder / "log.jsonl", 0.0, trackers or {}
         self.path.touch()
         os.truncate(self.path, min(size, self.path.stat().st_size))
         self.file = open(self.path, "a", encoding="utf-8")
@@ -530,7 +530,7 @@ class Log:
         self.file.flush()
         shown = {k: v for k, v in line.items() if k.removeprefix("eval_") not in UNSHOWN}
         tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
-        if time.perf_counter() - self.drawn > 5:  # drawing takes a third of a second
+        if time.perf_counter() > self.next:
             self.draw()
         numbers = {("eval/" if k.startswith("eval_") else "train/") + k.removeprefix("eval_"): v
                    for k, v in line.items() if ("loss" in line or k.startswith(("eval_", "train_"))) and k != "step"}
@@ -541,9 +541,11 @@ class Log:
             del self.trackers[name]
 
     def draw(self):
+        began = time.perf_counter()
         with warned("training_loss.png is not drawn"):
             plot_losses(self.path)
-        self.drawn = time.perf_counter()
+        now = time.perf_counter()
+        self.next = now + 50 * (now - began)  # drawing takes a fiftieth of the time
 
     def sync(self):
         os.fsync(self.file.fileno())
