@@ -326,8 +326,8 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None):
     """Runs the plan `steps` from the last checkpoint in config.output_dir, if any, to its end.
 
     loss_fn(model, batch) -> (summed loss, {metric: summed value}); both are divided by the step's planned count.
-    evaluate() -> {name: value}, called when config says so. Ctrl-C and SIGTERM save at the step's end and exit 130 /
-    143.
+    evaluate() -> {name: value}, called when config says so; trackers as start_trackers gives them. Ctrl-C and SIGTERM
+    save at the step's end and exit 130 / 143.
     """
     folder, device = Path(config.output_dir), model.device
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -471,7 +471,7 @@ class Log:
             with warned(f"report_to: the run goes on without {name}"):
                 log(numbers, line["step"])
                 continue
-            del self.trackers[name]
+            del self.trackers[name]  # it failed
 
     def draw(self):
         with warned("training_loss.png is not drawn"):
@@ -839,12 +839,11 @@ def write_card(config, ledger, results, figures):
     log, taken = read_log(folder / "log.jsonl"), results.get("best_step", results["step"])
     before = next((line for line in log if "eval_loss" in line), {})
     before = before | {"eval_answers": results.get("eval_answers_before", "")}
-    after = {k: v for line in log if line["step"] <= taken for k, v in line.items()} | results
-    unshown = {*UNSHOWN, "eval_answers_before", "grad_norm", "learning_rate", "tokens_per_second"}
-    after = [[k, before.get(k, ""), v] for k, v in after.items() if k not in unshown]
-    hidden = FREE | {"model", "data", "eval_data"} | (vars(LoRAConfig()).keys() if config.adapter else set())
-    settings = [[k, v] for k, v in asdict(config).items()
-                if k not in hidden and (k in SHOWN or v != getattr(type(config)(), k))]
+    after = {k: v for line in log if line["step"] <= taken for k, v in line.items() if k == "loss" or k[:5] == "eval_"}
+    after = [[k, before.get(k, ""), v] for k, v in (after | results).items() if k != "eval_answers_before"]
+    plain, hidden = type(config)(), FREE | {"model", "data", "eval_data"}
+    hidden |= vars(LoRAConfig()).keys() if config.adapter else set()  # the adapter has its own
+    settings = [[k, v] for k, v in asdict(config).items() if k not in hidden and (k in SHOWN or v != getattr(plain, k))]
     sources = [source.rpartition("@")[0] or source for source in [*config.data, *config.eval_data]]
     named = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:].*)?", source) for source in sources if not Path(source).exists()]
     parts = [f"## Results\n\n{table(['', 'before', 'after'], *after)}", "![the loss by step](training_loss.png)",
