@@ -133,7 +133,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
             if not 0 <= (getattr(self, key) or 0) < math.inf:
                 raise UserError(f"{key}: {getattr(self, key)} is not a number from 0 up")
         if not 0 <= self.adam_beta1 < 1 or not 0 <= self.adam_beta2 < 1:
-            raise UserError(f"adam_beta1 and adam_beta2 are from 0 to below 1, not {self.adam_beta1}, {self.adam_beta2}")
+            raise UserError(f"adam_beta1, adam_beta2 are from 0 to below 1, not {self.adam_beta1}, {self.adam_beta2}")
         if self.load_in_4bit and not self.lora_r:
             raise UserError("lora_r: 0 trains every weight, which 4-bit ones can't be; give a rank, or no load_in_4bit")
 
