@@ -255,8 +255,9 @@ def main(argv=None):
         sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare, config=config), preference=True)
         lines = [line for line in read_log(Path(config.output_dir) / "log.jsonl") if "eval_rewards/margins" in line]
         for line in lines[:: max(1, len(lines) - 1)]:
-            print(f"held-out pairs at step {line['step']}: {line['eval_rewards/accuracies']:.1%} ranked right by reward",
-                  f"(margin {line['eval_rewards/margins']:.3f}), {line['eval_logps/accuracies']:.1%} by log-prob")
+            print(f"held-out pairs at step {line['step']}:",
+                  f"{line['eval_rewards/accuracies']:.1%} ranked right by reward (margin {line['eval_rewards/margins']:.3f}),",
+                  f"{line['eval_logps/accuracies']:.1%} by log-prob")
 
 
 if __name__ == "__main__":
