@@ -607,7 +607,8 @@ def kept_output(folder):
         def tell(text):
             nonlocal line
             *lines, line = (part.rpartition("\r")[2] for part in (line + text).split("\n"))
-            list(map(keep, lines))
+            for whole in lines:
+                keep(whole)
             return write(text)
         return tell
 
@@ -844,8 +845,8 @@ def write_card(config, ledger, results, figures):
     plain, hidden = type(config)(), FREE | {"model", "data", "eval_data"}
     hidden |= vars(LoRAConfig()).keys() if config.adapter else set()  # the adapter has its own
     settings = [[k, v] for k, v in asdict(config).items() if k not in hidden and (k in SHOWN or v != getattr(plain, k))]
-    sources = [source.rpartition("@")[0] or source for source in [*config.data, *config.eval_data]]
-    named = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:].*)?", source) for source in sources if not Path(source).exists()]
+    sources = [*config.data, *config.eval_data]
+    hub = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:@].*)?", source) for source in sources]
     parts = [f"## Results\n\n{table(['', 'before', 'after'], *after)}", "![the loss by step](training_loss.png)",
              f"## Data\n\n{', '.join(f'`{source}`' for source in sources)}\n\n{ledger}",
              f"## Settings\n\n{table(['', ''], *settings)}", figures and f"## Merge\n\nMeasured {show_merge(figures)}",
@@ -858,7 +859,7 @@ def write_card(config, ledger, results, figures):
             name = (config.hub_model_id or folder.resolve().name) + ("" if alone else "-merged")
             front = {"base_model": base, "base_model_relation": "adapter" if part == "adapter" else "finetune",
                      "library_name": library, "pipeline_tag": "text-generation", "tags": ["plaintune", kind],
-                     "datasets": sorted({found[1] for found in named if found})}
+                     "datasets": sorted({found[1] for found in hub if found and not Path(found[1]).exists()})}
             front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
             what = f"{kind.upper()} of `{base}`{', by a LoRA,' * (config.lora_r > 0)} with plaintune."
             use = f'from {library} import {opener}\n\nmodel = {opener}.from_pretrained("{name}")'
@@ -877,9 +878,10 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     began, finished = open_run(config)
     if finished:
         print(f"{folder} holds this run, finished; --overwrite_output_dir trains anew")
-        return config.push_to_hub and push(folder, config)
-    find_trackers(config)
-    config.push_to_hub and ask_hub("push_to_hub", partial(open_repositories, config, folder))
+        return push(folder, config) if config.push_to_hub else None
+    find_trackers(config)  # what is missing outside is told before anything is loaded
+    if config.push_to_hub:
+        ask_hub("push_to_hub", partial(open_repositories, config, folder))
     device = pick_device(config.device)
     source = resolve(config.model, config.revision)
     tokenizer = Tokenizer(source, began)
@@ -942,7 +944,8 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     log.write(results)
     log.close()
     print(f"saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")
-    config.push_to_hub and push(folder, config)
+    if config.push_to_hub:
+        push(folder, config)
 
 
 def main(argv=None):
