@@ -247,6 +247,9 @@ def prepare(model, steps, held, config):
     add_reference(reference, steps, held, config)
 
 
+SUMMARY = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/accuracies")
+
+
 def main(argv=None):
     config = read_config(DPOConfig, sys.argv[1:] if argv is None else argv, "dpo")
     embedded = [config.model, config.adapter] == [str(EXAMPLES / "tiny-qwen3"), "output/sft"]
@@ -254,10 +257,11 @@ def main(argv=None):
         sft.main([])  # the embedded example goes on from the other's result
     with locked(config.output_dir), sft.kept_output(Path(config.output_dir)):
         sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare, config=config), preference=True)
-    lines = [line for line in read_log(Path(config.output_dir) / "log.jsonl") if "eval_rewards/margins" in line]
-    for line in lines[:: max(1, len(lines) - 1)]:
-        print(f"held-out pairs at step {line['step']}: {line['eval_rewards/accuracies']:.1%} ranked right by reward "
-              f"(margin {line['eval_rewards/margins']:.3f}), {line['eval_logps/accuracies']:.1%} by log-prob")
+        lines = [line for line in read_log(Path(config.output_dir) / "log.jsonl") if "eval_rewards/margins" in line]
+        for line in lines[:: max(1, len(lines) - 1)]:
+            right, margin, likelier = map(line.get, SUMMARY)
+            print(f"held-out pairs at step {line['step']}: {right:.1%} ranked right by reward (margin {margin:.3f}), "
+                  f"{likelier:.1%} by log-prob")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
             if not 0 <= (getattr(self, key) or 0) < math.inf:
                 raise UserError(f"{key}: {getattr(self, key)} is not a number from 0 up")
         if not 0 <= self.adam_beta1 < 1 or not 0 <= self.adam_beta2 < 1:
-            raise UserError(f"adam_beta1 and adam_beta2 are from 0 to below 1, not {self.adam_beta1}, {self.adam_beta2}")
+            raise UserError(f"adam_beta1, adam_beta2 are from 0 to below 1, not {self.adam_beta1}, {self.adam_beta2}")
         if self.load_in_4bit and not self.lora_r:
             raise UserError("lora_r: 0 trains every weight, which 4-bit ones can't be; give a rank, or no load_in_4bit")
 
@@ -367,8 +367,8 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None):
     """Runs the plan `steps` from the last checkpoint in config.output_dir, if any, to its end.
 
     loss_fn(model, batch) -> (summed loss, {metric: summed value}); both are divided by the step's planned count.
-    evaluate() -> {name: value}, called when config says so. Ctrl-C and SIGTERM save at the step's end and exit 130 /
-    143.
+    evaluate() -> {name: value}, called when config says so; trackers as start_trackers gives them. Ctrl-C and SIGTERM
+    save at the step's end and exit 130 / 143.
     """
     folder, device, asked = Path(config.output_dir), model.device, config.micro_batch_tokens
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -538,7 +538,7 @@ class Log:
             with warned(f"report_to: the run goes on without {name}"):
                 log(numbers, line["step"])
                 continue
-            del self.trackers[name]
+            del self.trackers[name]  # it failed
 
     def draw(self):
         began = time.perf_counter()
@@ -676,7 +676,8 @@ def kept_output(folder):
         def tell(text):
             nonlocal line
             *lines, line = (part.rpartition("\r")[2] for part in (line + text).split("\n"))
-            list(map(keep, lines))
+            for whole in lines:
+                keep(whole)
             return write(text)
         return tell
 
@@ -934,14 +935,13 @@ def write_card(config, ledger, results, figures):
     log, taken = read_log(folder / "log.jsonl"), results.get("best_step", results["step"])
     before = next((line for line in log if "eval_loss" in line), {})
     before = before | {"eval_answers": results.get("eval_answers_before", "")}
-    after = {k: v for line in log if line["step"] <= taken for k, v in line.items()} | results
-    unshown = {*UNSHOWN, "eval_answers_before", "grad_norm", "learning_rate", "tokens_per_second"}
-    after = [[k, before.get(k, ""), v] for k, v in after.items() if k not in unshown]
-    hidden = FREE | {"model", "data", "eval_data"} | (vars(LoRAConfig()).keys() if config.adapter else set())
-    settings = [[k, v] for k, v in asdict(config).items()
-                if k not in hidden and (k in SHOWN or v != getattr(type(config)(), k))]
-    sources = [source.rpartition("@")[0] or source for source in [*config.data, *config.eval_data]]
-    named = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:].*)?", source) for source in sources if not Path(source).exists()]
+    after = {k: v for line in log if line["step"] <= taken for k, v in line.items() if k == "loss" or k[:5] == "eval_"}
+    after = [[k, before.get(k, ""), v] for k, v in (after | results).items() if k != "eval_answers_before"]
+    plain, hidden = type(config)(), FREE | {"model", "data", "eval_data"}
+    hidden |= vars(LoRAConfig()).keys() if config.adapter else set()  # the adapter has its own
+    settings = [[k, v] for k, v in asdict(config).items() if k not in hidden and (k in SHOWN or v != getattr(plain, k))]
+    sources = [*config.data, *config.eval_data]
+    hub = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:@].*)?", source) for source in sources]
     parts = [f"## Results\n\n{table(['', 'before', 'after'], *after)}", "![the loss by step](training_loss.png)",
              f"## Data\n\n{', '.join(f'`{source}`' for source in sources)}\n\n{ledger}",
              f"## Settings\n\n{table(['', ''], *settings)}", figures and f"## Merge\n\nMeasured {show_merge(figures)}",
@@ -954,7 +954,7 @@ def write_card(config, ledger, results, figures):
             name = (config.hub_model_id or folder.resolve().name) + ("" if alone else "-merged")
             front = {"base_model": base, "base_model_relation": "adapter" if part == "adapter" else "finetune",
                      "library_name": library, "pipeline_tag": "text-generation", "tags": ["plaintune", kind],
-                     "datasets": sorted({found[1] for found in named if found})}
+                     "datasets": sorted({found[1] for found in hub if found and not Path(found[1]).exists()})}
             front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
             what = f"{kind.upper()} of `{base}`{', by a LoRA,' * (config.lora_r > 0)} with plaintune."
             use = f'from {library} import {opener}\n\nmodel = {opener}.from_pretrained("{name}")'
@@ -973,9 +973,10 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     began, finished = open_run(config)
     if finished:
         print(f"{folder} holds this run, finished; --overwrite_output_dir trains anew")
-        return config.push_to_hub and push(folder, config)
-    find_trackers(config)
-    config.push_to_hub and ask_hub("push_to_hub", partial(open_repositories, config, folder))
+        return push(folder, config) if config.push_to_hub else None
+    find_trackers(config)  # what is missing outside is told before anything is loaded
+    if config.push_to_hub:
+        ask_hub("push_to_hub", partial(open_repositories, config, folder))
     device = pick_device(config.device)
     source = resolve(config.model, config.revision)
     tokenizer = Tokenizer(source, began)
@@ -1038,7 +1039,8 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     log.write(results)
     log.close()
     print(f"saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")
-    config.push_to_hub and push(folder, config)
+    if config.push_to_hub:
+        push(folder, config)
 
 
 def main(argv=None):

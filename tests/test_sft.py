@@ -943,13 +943,15 @@ def test_cards_say_what_a_model_is_and_name_no_place(base, rows, tmp_path):
     assert (run / "README.md").read_text() == (run / "adapter" / "README.md").read_text()
 
 
-def test_cards_of_hub_names(base, rows, tmp_path):
+def test_cards_of_hub_names(base, rows, tmp_path, monkeypatch):
     """A hub id stays one, its data sets go into the front matter; after full fine-tuning there is the model alone; an
     adapter that was gone on with has its own rank, so the config's is not told; results are the best step's."""
     folder = tmp_path / "run"
     (folder / "merged").mkdir(parents=True)
     (folder / "log.jsonl").write_text('{"step": 3, "loss": 0.5}\n{"step": 4, "loss": 0.25}\n')
-    full = sft.SFTConfig(model="org/base", data=["org/rows#v1:train@2", str(rows)], output_dir=str(folder), lora_r=0)
+    monkeypatch.chdir(rows.parent.parent)
+    data = ["org/rows#v1:train@2", str(rows), f"{rows.parent.name}/rows.jsonl@2"]
+    full = sft.SFTConfig(model="org/base", data=data, output_dir=str(folder), lora_r=0)
     sft.write_card(full, f"3 rows, as {rows}:1; /a", {"step": 4, "best_step": 3}, {})
     card = (folder / "merged" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
