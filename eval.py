@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, text_of
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
-from model import (IGNORE, Batch, Segment, UserError, cli, generate, generate_each, kept_pages, nearest, pick_device,
-                   read_json, resolve)
+from model import (IGNORE, Batch, Segment, UserError, check_least, cli, generate, generate_each, kept_pages, nearest,
+                   pick_device, read_json, resolve)
 from qlora import QuantConfig, load_4bit
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -128,8 +128,7 @@ def encode_texts(tokenizer, texts):
     """Texts -> {text: ids}, each behind BOS if the tokenizer writes one and the texts (a chat template's) do not."""
     unique, begins = list(dict.fromkeys(texts)), tokenizer.special.get("bos_token")
     special = not (begins and unique and unique[0].startswith(begins))
-    encoded = tokenizer.backend.encode_batch_fast(unique, add_special_tokens=special)
-    return {text: found.ids for text, found in zip(unique, encoded)}
+    return dict(zip(unique, tokenizer.encode_all(unique, special)))
 
 
 def before_text(tokenizer):
@@ -678,9 +677,9 @@ def main(argv=None):
         if task not in TASKS or task in own:
             raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}"
                             if task not in own else f"--data: {task} is a benchmark's name; give NAME={own[task]}")
-    for key, least in (("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("num_fewshot", 0)):
-        if getattr(config, key) is not None and getattr(config, key) < least:
-            raise UserError(f"--{key}: {getattr(config, key)} is below {least}")
+    check_least(config, 1, "limit", "batch_size")
+    check_least(config, 0, "num_fewshot")
+    check_least(config, 1, "max_new_tokens", most=2**20)
     items, folder = {task: read_task(task, config) for task in config.tasks}, Path(config.output_dir)
     rows = {name: read_own(source) for name, source in own.items()}
     if not models:

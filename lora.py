@@ -25,11 +25,10 @@ from typing import get_args, get_origin
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from model import (DTYPES, Linear, UserError, check_names, cli, open_model, parse_config, place, read_json, read_tensor,
-                   resolve, save_model, write_tensors, written_aside)
+from model import (DTYPES, Linear, UserError, blamed, bounded, check_names, cli, open_model, parse_config, place,
+                   read_header, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
 
 
 @dataclass
@@ -188,7 +187,8 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     if config.lora_r == 0:
         hold_in_fp32(model.parameters())
         return []
-    config, names, notices = resolve_targets(model, config, strict)
+    with bounded("target_modules and the like: a regex"):
+        config, names, notices = resolve_targets(model, config, strict)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         r = by_pattern(config.rank_pattern, name, config.lora_r)
@@ -334,8 +334,9 @@ def config_faults(config, patterns):
         faults.append(f"bias: {config.bias!r} is not one of none, all, lora_only")
     if not 0 <= config.lora_dropout < 1:
         faults.append(f"lora_dropout: {config.lora_dropout} is not in [0, 1)")
-    return faults + [f"{key}: {value} is not above 0" + f", for {name!r}" * bool(name) for key, name, value in
-                     [("lora_r", "", config.lora_r), ("lora_alpha", "", config.lora_alpha), *patterns] if not value > 0]
+    numbers = [("lora_r", "", config.lora_r), ("lora_alpha", "", config.lora_alpha), *patterns]
+    return faults + [f"{key}: {value} is not above 0 and below {2**16}" + f", for {name!r}" * bool(name)
+                     for key, name, value in numbers if not 0 < value < 2**16]
 
 
 # --- PEFT's files -----------------------------------------------------------------------------------------------------
@@ -493,11 +494,7 @@ def open_adapter(model, folder):
     except UserError as error:
         raise UserError(f"{folder}: not an adapter of this model: {error}") from None
     names, file = adapter_names(model), folder / "adapter_model.safetensors"
-    try:
-        with safe_open(file, "pt") as f:
-            found = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
-    except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+    found = {key: shape for key, (_, shape, _) in read_header(file).items()}
     if (key := f"{PREFIX}{HEAD}.base_layer.weight") in found and HEAD in lora_layers(model):
         names[key] = f"{HEAD}.base_layer.weight"  # PEFT stores the frozen weight of an adapted head
     twice = ".modules_to_save.bias", ".original_module.bias"  # and, with bias "all", the biases inside its wrapper
