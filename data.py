@@ -368,24 +368,26 @@ def hub_files(source):
     repo, _, revision = name.partition("#")
     where = {"repo_type": "dataset", "revision": revision or None}
     lost = f"{source}: no file here, and the hub does not give it (a private one needs HF_TOKEN)"
-    with blamed(lost, OSError, ValueError):
-        files = sorted(huggingface_hub.HfApi().list_repo_files(repo, **where))
-        found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
-        for file in (file for file in files if kind_of(file) in READERS):
-            *folders, name = file.split("/")
-            split = re.split(r"-\d{5}-of-|\.", name)[0]
-            split = folders.pop() if split.isdigit() and folders else split
-            config = folders[-1] if folders not in ([], ["data"]) else "default"
-            found.setdefault((config, split), []).append(file)
-        keys = [key for key in found if set(wanted) <= set(key)]
-        for default in ("train", "default"):
-            keys = [key for key in keys if default in key] or keys if len(keys) > 1 else keys
-        if len(keys) != 1:
-            what = "has several parts" if keys else "has no such part"
-            there = ", ".join(f"{repo}:{config}:{split}" for config, split in keys or found) or "no data file"
-            raise UserError(f"{source} {what}; name one of: {there}")
+    with blamed(lost, Exception):  # the client's errors and those of whichever http library it stands on
+        info = huggingface_hub.HfApi().dataset_info(repo, revision=where["revision"])
+        files = sorted(file.rfilename for file in info.siblings)
+    found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
+    for file in (file for file in files if kind_of(file) in READERS):
+        *folders, name = file.split("/")
+        split = re.split(r"-\d{5}-of-|\.", name)[0]
+        split = folders.pop() if split.isdigit() and folders else split
+        config = folders[-1] if folders not in ([], ["data"]) else "default"
+        found.setdefault((config, split), []).append(file)
+    keys = [key for key in found if set(wanted) <= set(key)]
+    for default in ("train", "default"):
+        keys = [key for key in keys if default in key] or keys if len(keys) > 1 else keys
+    if len(keys) != 1:
+        what = "has several parts" if keys else "has no such part"
+        there = ", ".join(f"{repo}:{config}:{split}" for config, split in keys or found) or "no data file"
+        raise UserError(f"{source} {what}; name one of: {there}")
+    with blamed(lost, Exception):
         folder = huggingface_hub.snapshot_download(repo, allow_patterns=found[keys[0]], **where)
-        return [Path(folder) / file for file in found[keys[0]]]
+    return [Path(folder) / file for file in found[keys[0]]]
 
 
 def find_sources(sources):
@@ -562,7 +564,8 @@ def question_of(row):
     known = (labels, choices) if "answerKey" in row else (choices, labels)
     places = (list(names).index(answer) for names in known if answer in names)
     right = answer if type(answer) is int else next(places, -1)
-    if not isinstance(choices, list) or not 0 <= right < len(choices) <= len(LETTERS):
+    if (not isinstance(choices, list) or not all(isinstance(text, str) for text in choices)
+            or not 0 <= right < len(choices) <= len(LETTERS)):
         raise ValueError(f"{answer} is not one of the choices")
     why = next((row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), "")
     return row["q_text"] if "q_text" in row else row["question"], choices, right, why.strip()
@@ -979,6 +982,8 @@ def audit(config):
     """How long examples are, what max_length cuts, what is there twice, whether each teaches where to stop."""
     from matplotlib.figure import Figure
 
+    if not (config.output or ".png").endswith(".png"):
+        raise UserError(f"--output {config.output}: a histogram is a .png")
     tokenizer, examples, _, ledger = load(config, max_length=None)
     count = len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
     sizes, seen = [], set()
@@ -1013,7 +1018,7 @@ def mix(config):
 def pairs(config):
     """Preference rows of questions with a known answer. Chosen is the row's own answer; rejected the same with a wrong
     choice in its place or, with --generate, a wrong answer of the model's."""
-    from eval import find_answer, split_prompt
+    from eval import find_answer, split_prompt, texts_of
 
     tokenizer, examples, rows, _ = load(config)
     given, counts, found, draw = [], Counter(), {}, np.random.default_rng(config.seed)
@@ -1028,7 +1033,9 @@ def pairs(config):
             prompt, answer = prompt + answer[:-1], answer[-1]["content"]
         read = find_answer if find_answer(answer) else str.strip
         gold = row.get("answer") or read(answer)
-        others = [choice for choice in row.get("choices") or () if choice != gold and answer.endswith(gold)]
+        if not isinstance(gold, str):
+            raise UserError(f"example {n}: 'answer' must be the text of the right choice, found {brief(row)}")
+        others = [choice for choice in texts_of(row.get("choices")) if choice != gold and answer.endswith(gold)]
         wrong = given[n] if model else answer.removesuffix(gold) + draw.choice(others) if others else ""
         if not (said := read(wrong)) or said == gold:
             counts["answered right" if said else "no wrong answer known"] += 1
@@ -1055,8 +1062,9 @@ def main():
         fault = "exists already" if config.output else "is needed"
         raise UserError(f"--output {config.output}: {fault}; name a new one")
     rows, told = COMMANDS[command](config)
-    with open(config.output, "w", encoding="utf-8") as file:
+    with open(f"{config.output}.partial", "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.rename(file.name, config.output)
     print(f"{config.output}: {told}")
 
 

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, text_of
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
-from model import (IGNORE, Batch, Segment, UserError, check_least, cli, generate, generate_each, kept_pages, nearest,
-                   pick_device, read_json, resolve)
+from model import (IGNORE, Batch, Segment, UserError, blamed, check_least, cli, convert, generate, generate_each,
+                   kept_pages, nearest, pick_device, read_json, regular, resolve)
 from qlora import QuantConfig, load_4bit
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -336,13 +336,18 @@ def read_answer(model, tokenizer, prompt, wanted, options, ids):
             "answer": answer, "forced": forced, "choices": options, "metrics": {"accuracy": float(answer == gold)}}
 
 
+def texts_of(choices):
+    """A row's choices, if they are a list of texts; else none."""
+    return choices if isinstance(choices, list) and all(isinstance(text, str) for text in choices) else []
+
+
 def ask_answers(model, tokenizer, examples, choices):
     """SFT examples, and for each the answers it may have, or None (all that are right for some), -> Questions that are
     answered in writing."""
     split = [split_prompt(example) for example in examples]
     wanted = [tokenizer.decode(reference).strip() for _, reference in split]
     golds = sorted({find_answer(text) for text in wanted} - {None})  # letters stand for choices otherwise
-    options = [own if find_answer(text) in (own or ()) else golds for text, own in zip(wanted, choices)]
+    options = [own if find_answer(text) in texts_of(own) else golds for text, own in zip(wanted, choices)]
     return [Question({}, [], prompt, partial(read_answer, model, tokenizer, prompt, text, own))
             for (prompt, _), text, own in zip(split, wanted, options)]
 
@@ -365,7 +370,7 @@ def ask_choice(tokenizer, example, choices):
     reference with reasoning the answer alone is scored, right behind the prompt: no reasoning is given or written."""
     prompt, reference = split_prompt(example)
     wanted, asked = tokenizer.decode(reference), tokenizer.decode(prompt)
-    choices = choices if isinstance(choices, list) else []
+    choices = texts_of(choices)
     said, lines = find_answer(wanted), choices or re.findall(r"(?m)^\(?([A-Z])[.):]", asked)
     gold = said or wanted.strip().rstrip(".")
     offers = [choices, [*"ABCDEFGHIJ"][: len(lines)], ["Yes", "No"], ["yes", "no"]]
@@ -427,6 +432,8 @@ def ask_own(rows, model, tokenizer, config):
     if all({"question", "choices"} <= set(row) for _, row in rows):
         return ask_items([(parse(*at, task, "choices"), []) for at in rows], task, model, tokenizer, config)
     if all(isinstance(row.get("text"), str) for _, row in rows):
+        if empty := [where for where, row in rows if not row["text"]]:
+            raise UserError(f"{empty[0]}: an empty text has nothing to score")
         return [ask_text(row["text"], tokenizer, model.config.max_position_embeddings) for _, row in rows]
     for where, row in rows:
         alone.append("question" in row or "prompt" in row and not {"completion", "chosen"} & set(row))
@@ -456,8 +463,8 @@ def run(model, tokenizer, questions, file, identity, config):
     keys = [hashlib.sha256(repr((identity, q[:3], q.prompt and config.max_new_tokens)).encode()).hexdigest()[:16]
             for q in questions]
     done, aside = {}, file.with_suffix(".partial")
-    for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []:
-        with suppress(ValueError, KeyError, TypeError, IndexError):  # not one of ours: asked anew
+    for line in regular(file).read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.exists() else []:
+        with suppress(ValueError, KeyError, TypeError, IndexError, RecursionError):  # not one of ours: asked anew
             sample = json.loads(line)
             done |= {sample["id"]: sample} if keys[sample["id"]] == sample["key"] else {}
 
@@ -628,7 +635,9 @@ def find_model(path):
             if not (base := read_adapter_config(adapter)[1].get("base_model_name_or_path")):
                 raise UserError(f"{adapter}: its config names no base model; merge it and evaluate the merged folder")
             trained = read_json(at) if (at := adapter.parent / "config.json").exists() else {}
-            return base, adapter, QuantConfig(**{f.name: trained.get(f.name, f.default) for f in fields(QuantConfig)})
+            with blamed(f"{at}: not the settings of a run", ValueError, TypeError):
+                settings = {f.name: convert(trained.get(f.name, f.default), f.type) for f in fields(QuantConfig)}
+            return base, adapter, QuantConfig(**settings)
     return str(folder / "merged" if (folder / "merged").is_dir() else folder), None, QuantConfig()
 
 
@@ -658,7 +667,9 @@ def named(sources, kind):
     """NAME=SOURCE, or SOURCE, which is then named after itself -> {name: source}."""
     found = {}
     for source in sources:
-        name, source = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", source).groups()
+        name, source = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", source, re.S).groups()
+        if not source.strip():
+            raise UserError(f"--{kind}: {source!r} is empty; give a path, or NAME=PATH")
         name = name or re.sub(r"[^\w.-]", "_", Path(source).name if kind == "model" else Path(source).stem)
         if name in found:
             raise UserError(f"--{kind}: two are named {name}; give names: NAME={source}")

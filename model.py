@@ -344,6 +344,7 @@ class ModelConfig:
         return config
 
 
+FLOATS = "BF16", "F16", "F32", "F64"  # in a safetensors header
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 ROPE_NUMBERS = {
     "default": (), "linear": ("factor",),
@@ -826,7 +827,7 @@ def read_json(path):
     return value
 
 
-def resolve(name, revision=None):
+def resolve(name, revision=None, kind="model"):
     """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text files
     alone)."""
     folder = Path(os.path.expanduser(name))
@@ -835,7 +836,7 @@ def resolve(name, revision=None):
             raise UserError(f"{folder}: no config.json in it; a model is a folder in Hugging Face's layout or a hub id")
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise UserError(f"model {name}: neither a folder nor a hub id of the form org/name")
+        raise UserError(f"{kind} {name}: neither a folder nor a hub id of the form org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -843,13 +844,13 @@ def resolve(name, revision=None):
         wanted = ["*.safetensors", "*.json", *COMPANIONS]
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except GatedRepoError:
-        raise UserError(f"model {name}: accept its licence on the hub first, then set HF_TOKEN") from None
+        raise UserError(f"{kind} {name}: accept its licence on the hub first, then set HF_TOKEN") from None
     except RepositoryNotFoundError:
-        raise UserError(f"model {name}: no such folder here and no such model on the hub "
+        raise UserError(f"{kind} {name}: no such folder here and no such {kind} on the hub "
                         "(a private one needs HF_TOKEN)") from None
     except Exception as error:  # the client's own errors and those of whichever http library it stands on
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"model {name}: no folder here, and the hub can't be reached or breaks off "
+        reason = (plain(str(error)).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{kind} {name}: no folder here, and the hub can't be reached or breaks off "
                         f"({reason})") from None
 
 
@@ -904,9 +905,14 @@ def read_tensor(file, name):
     """One tensor. The file is opened for it alone: a mapping kept open would count every page read so far as memory."""
     with safe_open(file, "pt") as f:
         tensor = f.get_tensor(name)
-    if tensor.dtype in DTYPES.values() and not math.isfinite(tensor.amax()):  # one pass, a tenth of the reading's time
+    if not finite(tensor):
         raise UserError(f"{file}: {name} holds NaN or infinity; it is damaged, or what trained it diverged")
     return tensor
+
+
+def finite(tensor):
+    """False where it holds NaN or positive infinity, in fp32 too. One pass, a tenth of the time that reading takes."""
+    return not tensor.is_floating_point() or tensor.numel() == 0 or math.isfinite(tensor.amax().float())
 
 
 def check_names(wanted, found, where):
@@ -946,7 +952,7 @@ def open_model(name, revision=None, prepare=None):
     wanted = model.state_dict()
     check_names({n: tuple(t.shape) for n, t in wanted.items()}, {n: at[1] for n, at in found.items()}, folder)
     if odd := [f"{n} ({kind})" for n, (_, _, kind) in found.items()
-               if wanted[n].is_floating_point() != (kind in ("BF16", "F16", "F32", "F64"))]:
+               if kind not in (FLOATS if wanted[n].is_floating_point() else ("U8",))]:
         raise UserError(f"{folder}: {len(odd)} tensors are of another kind than the model's, {odd[0]} first; "
                         "use a 16-bit checkpoint")
     model.folder = folder
@@ -1054,6 +1060,8 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
         for name, tensor in tensors:
             whole = tensor.is_floating_point() and name.endswith((".weight", ".bias"))  # else a part of 4-bit weights
             tensor = tensor.detach().to(device="cpu", dtype=dtype if whole else tensor.dtype)
+            if not finite(tensor):
+                raise UserError(f"{folder}: is not written, {name} would hold NaN or infinity (in {tensor.dtype})")
             if shard and size + tensor.nbytes > max_shard_bytes:
                 flush()
                 size = 0
@@ -1112,14 +1120,16 @@ def cli(main):
     else:
         return
     sys.stdout.flush()
-    message = plain(message.replace(get_token() or "\0", "<HF_TOKEN>")).replace("\n", " ")
+    message = plain(message).replace("\n", " ")
     print(f"error: {message[:1000]}{'…' * (len(message) > 1000)}", file=sys.stderr)
     sys.exit(2)
 
 
 def plain(text):
-    """`text` with what a terminal would obey (control characters, changes of direction) and halves of characters
-    written as escapes."""
+    """`text` without the hub's token, and with what a terminal would obey (control characters, changes of direction)
+    and halves of characters written as escapes."""
+    if token := get_token():
+        text = text.replace(token, "<HF_TOKEN>")
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
                   lambda found: ascii(found[0])[1:-1], text)
 
@@ -1172,7 +1182,7 @@ def blamed(where, *kinds, on=None):
     except kinds as error:
         told = [getattr(error, name, None) for name in ("strerror", "problem", "msg")]
         words = next(filter(None, [*told, str(error)]), type(error).__name__)
-        words = words if isinstance(error, UserError) else " ".join(words.split())[:160]
+        words = words if isinstance(error, UserError) else " ".join(plain(words).split())[:160]
         lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename in TEMPLATES]
         if line := lines[-1] if lines else getattr(getattr(error, "problem_mark", None), "line", -1) + 1:  # YAML's
             words = f"line {line}: {words}"
