@@ -41,8 +41,8 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
-from model import (COMPANIONS, IGNORE, Segment, UserError, blamed, brief, cli, generate, load_model, nearest,
-                   parse_config, pick_device, read_json, resolve)  # fmt: skip
+from model import (COMPANIONS, IGNORE, Overrun, Segment, UserError, blamed, bounded, brief, check_least, cli, generate,
+                   load_model, nearest, parse_config, pick_device, plain, read_json, regular, resolve, unique)
 
 
 def say(role, content):
@@ -80,7 +80,7 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder that has one")
         with blamed(f"{path}: not a tokenizer", Exception):  # the library raises nothing more special
-            self.backend = tokenizers.Tokenizer.from_file(str(path))
+            self.backend = tokenizers.Tokenizer.from_file(str(regular(path, 2**28)))
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
@@ -93,14 +93,14 @@ class Tokenizer:
         self.special_ids = {id for id, token in added.items() if token.special}
         ends = [self.read(name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
         ends = [eos, *(id for found in ends for id in (found if isinstance(found, list) else [found]))]
-        self.eos_ids = [id for id in dict.fromkeys(ends) if isinstance(id, int)]
-        self.head = self.backend.encode("", add_special_tokens=True).ids[:1]  # BOS, where texts begin with one
+        self.eos_ids = list(dict.fromkeys(id for id in ends if isinstance(id, int) and 0 <= id < 2**24))
+        self.head = self.encode("", special=True)[:1]  # BOS, where texts begin with one
         self.newline = self.encode("\n")
         self.prepends = self.encode("\na") != self.newline + self.encode("a")  # SentencePiece: a space before all
 
         path, found = self.folder / "chat_template.jinja", config.get("chat_template")
-        self.template_file = path if path.is_file() else self.folder / "tokenizer_config.json"
-        found = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else found
+        self.template_file = path if path.exists() else self.folder / "tokenizer_config.json"
+        found = regular(path, 2**20).read_text(encoding="utf-8", errors="replace") if path.exists() else found
         found = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
         tags = [Generation, jinja2.ext.loopcontrols]
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
@@ -111,25 +111,41 @@ class Tokenizer:
         # as transformers has it; jinja's own escapes HTML and sorts keys
         env.filters["tojson"] = lambda x, ensure_ascii=False, **more: json.dumps(x, ensure_ascii=ensure_ascii, **more)
         env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: self.now.strftime(form)}
-        with blamed(f"{self.template_file}: not a chat template, nor a list of them by name", Exception):
+        fault = f"{self.template_file}: not a chat template, nor a list of them by name"
+        with bounded(fault), blamed(fault, Exception):
             self.templates = {t["name"]: env.from_string(t["template"]) for t in found}
         self.has_template, self.tells_date = bool(self.templates), "strftime_now" in str(found)
 
     def read(self, name):
-        return read_json(self.folder / name) if (self.folder / name).is_file() else {}
+        return read_json(self.folder / name) if (self.folder / name).exists() else {}
 
     def __len__(self):
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text, special=False):
         """str -> list of ids; `special` applies the tokenizer's own post-processor (Llama's BOS)."""
-        return self.backend.encode(text, add_special_tokens=special).ids
+        return next(self.encode_all([text], special))
+
+    def encode_all(self, texts, special=False):
+        """Yields the list of ids of each text. Encoded together, which uses every core, but not above 2^22 characters
+        at a time: one takes 170 bytes of memory."""
+        ends = itertools.accumulate(map(len, texts))
+        for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 22):
+            group = [text for text, _ in group]
+            try:
+                found = self.backend.encode_batch_fast(group, add_special_tokens=special)
+            except BaseException as error:  # the library's panics are no Exception
+                if isinstance(error, (KeyboardInterrupt, Overrun)):
+                    raise
+                words = f"cannot encode {brief(max(group, key=len))}: {brief(str(error))}"
+                raise UserError(f"{self.folder / 'tokenizer.json'}: {words}") from None
+            yield from (e.ids for e in found)
 
     def decode(self, ids, skip_special=True):
         """Ids -> str, without special tokens unless they are asked for."""
         return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
 
-    def render(self, messages, add_generation_prompt=False, tools=None, keep_marks=False, **kwargs):
+    def render(self, messages, /, add_generation_prompt=False, tools=None, keep_marks=False, **kwargs):
         """Messages -> text by the checkpoint's template, which also gets `kwargs` (`enable_thinking`, ...). UserError
         names the template's file where there is none, or it raises or fails."""
         if not self.templates:
@@ -142,7 +158,8 @@ class Tokenizer:
             if thought := next((m[key] for key in ("reasoning_content", "thinking", "reasoning") if key in m), None):
                 m |= {"thinking": m.get("thinking", thought), "reasoning_content": thought}
         kwargs = self.special | {"tools": tools or None, "documents": None} | kwargs
-        with blamed(f"{self.template_file}: the chat template failed", Exception):  # untrusted code, untrusted rows
+        fault = f"{self.template_file}: the chat template failed"
+        with bounded(fault), blamed(fault, Exception):  # untrusted code, untrusted rows
             text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **kwargs)
         return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
@@ -168,6 +185,10 @@ class Tokenizer:
         of the generation prompt (so with a <think> that it does not open) through the token that ends the turn; as
         `{% generation %}` marks them, where each turn has one. open: the text ends in an answer without that token."""
         speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
+            return self.find_turns(messages, speaks, wanted, **kwargs)
+
+    def find_turns(self, messages, speaks, wanted, /, **kwargs):
         pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
         text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
         marked = dict(zip(speaks, zip(at[::2], at[1::2]))) if len(pieces) == 2 * len(speaks) + 1 else {}
@@ -218,8 +239,8 @@ class Tokenizer:
         return next((start for start in [*starts, len(before)] if start <= same), sys.maxsize)
 
     def encode_sides(self, rows):
-        """[[side, ...], ...] with a side a list of (str or ids, scored) -> the same with a side as ids int32 (T,) and
-        scored bool (T,). One batch for all, which uses every core."""
+        """[[side, ...], ...] with a side a list of (str or ids, scored) -> yields each with a side as ids int32 (T,)
+        and scored bool (T,)."""
         texts, inside = [], []
         for sides in rows:
             for side in sides:
@@ -231,46 +252,57 @@ class Tokenizer:
                         texts.append("\n" + piece if cut else piece)
                         inside.append(cut)
                         before = piece or before
-        batch = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        batch = iter([e.ids[len(self.newline) :] if cut else e.ids for e, cut in zip(batch, inside)])
+        batch = (ids[len(self.newline) :] if cut else ids for ids, cut in zip(self.encode_all(texts), inside))
 
         def join(side):
             ids = [next(batch) if isinstance(piece, str) else piece for piece, _ in side]
             scored = np.repeat(np.array([flag for _, flag in side], bool), [len(piece) for piece in ids])
             return np.array([id for piece in ids for id in piece], np.int32), scored
 
-        return [[join(side) for side in sides] for sides in rows]
+        yield from ([join(side) for side in sides] for sides in rows)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def lines_of(path, encoding="utf-8-sig"):
-    """Yields (number, line) of a text file as it reads, unzipped if its name ends in .gz."""
+def pieces_of(path, most=2**26):
+    """Yields a file's lines as bytes, unzipped if its name ends in .gz; one of more than `most` bytes in pieces."""
     with blamed(f"{path}: cannot be read", OSError, EOFError, zlib.error):
+        total, size = 0, regular(path).stat().st_size
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                with blamed(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
-                    line = line.decode(encoding)
-                yield number, line
+            while piece := file.readline(most):
+                if (total := total + len(piece)) > max(100 * size, 2**25):
+                    raise UserError(f"{path}: unzips to more than a hundred times its size; if you trust it, unzip it")
+                yield piece
+
+
+def lines_of(path, encoding="utf-8-sig"):
+    """Yields (number, line) of a text file as it reads."""
+    for number, line in enumerate(pieces_of(path), 1):
+        if len(line) == 2**26:
+            raise UserError(f"{path}:{number}: a line of more than {2**26:,} bytes; a row is a line of its own")
+        with blamed(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
+            line = line.decode(encoding)
+        yield number, line
 
 
 def read_jsonl(path):
     for number, line in lines_of(path):
         if line.strip():
             with blamed(f"{path}:{number}: not JSON", ValueError, RecursionError, on=line):
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=unique)
             yield f"{path}:{number}", row
 
 
 def read_text(path):
-    return "".join(line for _, line in lines_of(path))
+    with blamed(f"{path}: not UTF-8", UnicodeDecodeError):
+        return b"".join(pieces_of(path)).decode("utf-8-sig")
 
 
 def read_list(path):
     text = read_text(path)
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         why, line = getattr(error, "msg", str(error)), getattr(error, "lineno", 1)
         if why == "Extra data" and text.lstrip().startswith("{"):  # lines under another name
@@ -285,8 +317,10 @@ def read_list(path):
 
 def read_csv(path):
     csv.field_size_limit(2**31 - 1)
-    with blamed(f"{path}: not CSV", csv.Error):
-        for number, row in enumerate(csv.DictReader(line for _, line in lines_of(path))):
+    with blamed(f"{path}: not CSV", csv.Error, ValueError):
+        rows = csv.DictReader(line for _, line in lines_of(path))
+        unique([(name, None) for name in rows.fieldnames or ()])
+        for number, row in enumerate(rows):
             if None in row:
                 raise UserError(f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}")
             yield f"{path}[{number}]", row
@@ -295,8 +329,10 @@ def read_csv(path):
 def read_parquet(path):
     import pyarrow.parquet
 
-    with blamed(f"{path}: not a parquet file", pyarrow.ArrowException, OSError):
-        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches(4096) for row in batch.to_pylist())
+    with blamed(f"{path}: not a parquet file", pyarrow.ArrowException, OSError, ValueError):
+        file = pyarrow.parquet.ParquetFile(regular(path))
+        unique([(name, None) for name in file.schema_arrow.names])
+        rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
         yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
 
 
@@ -331,24 +367,27 @@ def hub_files(source):
     name, *wanted = source.split(":")
     repo, _, revision = name.partition("#")
     where = {"repo_type": "dataset", "revision": revision or None}
-    with blamed(f"{source}: no file here, and the hub does not give it (a private one needs HF_TOKEN)", OSError):
-        files = sorted(huggingface_hub.HfApi().list_repo_files(repo, **where))
-        found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
-        for file in (file for file in files if kind_of(file) in READERS):
-            *folders, name = file.split("/")
-            split = re.split(r"-\d{5}-of-|\.", name)[0]
-            split = folders.pop() if split.isdigit() and folders else split
-            config = folders[-1] if folders not in ([], ["data"]) else "default"
-            found.setdefault((config, split), []).append(file)
-        keys = [key for key in found if set(wanted) <= set(key)]
-        for default in ("train", "default"):
-            keys = [key for key in keys if default in key] or keys if len(keys) > 1 else keys
-        if len(keys) != 1:
-            what = "has several parts" if keys else "has no such part"
-            there = ", ".join(f"{repo}:{config}:{split}" for config, split in keys or found) or "no data file"
-            raise UserError(f"{source} {what}; name one of: {there}")
+    lost = f"{source}: no file here, and the hub does not give it (a private one needs HF_TOKEN)"
+    with blamed(lost, Exception):  # the client's errors and those of whichever http library it stands on
+        info = huggingface_hub.HfApi().dataset_info(repo, revision=where["revision"])
+        files = sorted(file.rfilename for file in info.siblings)
+    found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
+    for file in (file for file in files if kind_of(file) in READERS):
+        *folders, name = file.split("/")
+        split = re.split(r"-\d{5}-of-|\.", name)[0]
+        split = folders.pop() if split.isdigit() and folders else split
+        config = folders[-1] if folders not in ([], ["data"]) else "default"
+        found.setdefault((config, split), []).append(file)
+    keys = [key for key in found if set(wanted) <= set(key)]
+    for default in ("train", "default"):
+        keys = [key for key in keys if default in key] or keys if len(keys) > 1 else keys
+    if len(keys) != 1:
+        what = "has several parts" if keys else "has no such part"
+        there = ", ".join(f"{repo}:{config}:{split}" for config, split in keys or found) or "no data file"
+        raise UserError(f"{source} {what}; name one of: {there}")
+    with blamed(lost, Exception):
         folder = huggingface_hub.snapshot_download(repo, allow_patterns=found[keys[0]], **where)
-        return [Path(folder) / file for file in found[keys[0]]]
+    return [Path(folder) / file for file in found[keys[0]]]
 
 
 def find_sources(sources):
@@ -359,8 +398,10 @@ def find_sources(sources):
         name, mark, weight = source.rpartition("@")
         name, weight = (name, weight) if mark and not Path(source).exists() else (source, None)
         with blamed(f"{source}: the weight after @ must be a number above 0", ValueError):
-            if weight is not None and not 0 < (weight := float(weight)) < float("inf"):
+            if weight is not None and not 0 < (weight := float(weight)) < 1e30:
                 raise ValueError(weight)
+        if not name.strip():
+            raise UserError(f"{source!r}: a source of rows has a name")
         path = Path(name)
         if path.is_dir():
             paths = sorted(file for file in path.iterdir() if kind_of(file) in READERS)
@@ -437,7 +478,7 @@ def split_row(row, chat, preference=False):
     schemas = [schema for schema in SCHEMAS if not preference or "chosen" in schema]
     keys = next((schema.split() for schema in schemas if has.issuperset(schema.split())), None)
     if keys is None:
-        there = f"it has {', '.join(sorted(map(str, has)))}" if has else "it is empty"
+        there = f"it has {', '.join(sorted(map(str, has)))[:200]}" if has else "it is empty"
         wanted = ", ".join(schema.replace(" ", "+") for schema in schemas)
         raise UserError(f"fits no schema: {there}; wanted is one of {wanted}")
     if keys == ["text"]:
@@ -487,7 +528,7 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     if not isinstance(kwargs, dict) or kwargs.keys() & {"messages", "add_generation_prompt", "keep_marks"}:
         raise UserError(f"'chat_template_kwargs' must be an object of the template's variables, found {brief(kwargs)}")
     if row.get("tools"):
-        with blamed("'tools' must be a list or one in JSON", ValueError, on=row["tools"]):
+        with blamed("'tools' must be a list or one in JSON", ValueError, RecursionError, on=row["tools"]):
             kwargs = kwargs | {"tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]}
     sides = []
     for answer in answers:
@@ -523,7 +564,8 @@ def question_of(row):
     known = (labels, choices) if "answerKey" in row else (choices, labels)
     places = (list(names).index(answer) for names in known if answer in names)
     right = answer if type(answer) is int else next(places, -1)
-    if not isinstance(choices, list) or not 0 <= right < len(choices) <= len(LETTERS):
+    if (not isinstance(choices, list) or not all(isinstance(text, str) for text in choices)
+            or not 0 <= right < len(choices) <= len(LETTERS)):
         raise ValueError(f"{answer} is not one of the choices")
     why = next((row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), "")
     return row["q_text"] if "q_text" in row else row["question"], choices, right, why.strip()
@@ -686,14 +728,14 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
             sides, weight = row, 1.0
             if not isinstance(row, str):
                 weight = 1.0 if row.get("weight") is None else row["weight"]
-                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e30:
                     raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
                 sides = lay_out(row, tokenizer, **options)
             pieces = [] if isinstance(sides, str) else [piece for side in sides for piece, _ in side]
             with blamed("half a surrogate pair in its text, which was cut inside a character", UnicodeEncodeError):
                 "".join(piece for piece in pieces if isinstance(piece, str)).encode()
         laid.append((sides, float(weight)))
-    encoded = iter(tokenizer.encode_sides([sides for sides, _ in laid if not isinstance(sides, str)]))
+    encoded = tokenizer.encode_sides([sides for sides, _ in laid if not isinstance(sides, str)])
     for sides, weight in laid:
         if isinstance(sides, str):
             yield sides, weight, 0, 0
@@ -913,6 +955,11 @@ class DataConfig:
     max_new_tokens: int = 256  # pairs: the longest of those answers
     temperature: float = 0.8  # pairs: at which they are drawn
 
+    def __post_init__(self):
+        check_least(self, 1, "max_length", "max_samples")
+        check_least(self, 0, "n", "seed", "temperature")
+        check_least(self, 1, "max_new_tokens", most=2**20)
+
 
 def load(config, **options):
     """(tokenizer, examples, rows, ledger) of a command's settings."""
@@ -930,7 +977,7 @@ def show(config):
         for segment in example:
             scored = segment.labels != IGNORE
             for run in np.split(np.arange(len(scored)), np.flatnonzero(np.diff(scored)) + 1):
-                piece = tokenizer.decode(segment.ids[run], skip_special=False)
+                piece = plain(tokenizer.decode(segment.ids[run], skip_special=False))
                 print(start + piece + stop if scored[run].any() else piece, end="")
         print("\n")
     print(ledger)
@@ -940,6 +987,8 @@ def audit(config):
     """How long examples are, what max_length cuts, what is there twice, whether each teaches where to stop."""
     from matplotlib.figure import Figure
 
+    if not (config.output or ".png").endswith(".png"):
+        raise UserError(f"--output {config.output}: a histogram is a .png")
     tokenizer, examples, _, ledger = load(config, max_length=None)
     count = len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
     sizes, seen = [], set()
@@ -974,7 +1023,7 @@ def mix(config):
 def pairs(config):
     """Preference rows of questions with a known answer. Chosen is the row's own answer; rejected the same with a wrong
     choice in its place or, with --generate, a wrong answer of the model's."""
-    from eval import find_answer, split_prompt
+    from eval import find_answer, split_prompt, texts_of
 
     tokenizer, examples, rows, _ = load(config)
     given, counts, found, draw = [], Counter(), {}, np.random.default_rng(config.seed)
@@ -989,7 +1038,9 @@ def pairs(config):
             prompt, answer = prompt + answer[:-1], answer[-1]["content"]
         read = find_answer if find_answer(answer) else str.strip
         gold = row.get("answer") or read(answer)
-        others = [choice for choice in row.get("choices") or () if choice != gold and answer.endswith(gold)]
+        if not isinstance(gold, str):
+            raise UserError(f"example {n}: 'answer' must be the text of the right choice, found {brief(row)}")
+        others = [choice for choice in texts_of(row.get("choices")) if choice != gold and answer.endswith(gold)]
         wrong = given[n] if model else answer.removesuffix(gold) + draw.choice(others) if others else ""
         if not (said := read(wrong)) or said == gold:
             counts["answered right" if said else "no wrong answer known"] += 1
@@ -1016,8 +1067,9 @@ def main():
         fault = "exists already" if config.output else "is needed"
         raise UserError(f"--output {config.output}: {fault}; name a new one")
     rows, told = COMMANDS[command](config)
-    with open(config.output, "w", encoding="utf-8") as file:
+    with open(f"{config.output}.partial", "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.rename(file.name, config.output)
     print(f"{config.output}: {told}")
 
 

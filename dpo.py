@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import sft
 from lora import lora_layers
-from model import IGNORE, UserError, cli, locked, nearest, read_tensor, write_tensors
+from model import IGNORE, UserError, check_least, cli, locked, nearest, read_tensor, write_tensors
 from qlora import load_4bit
 from sft import EXAMPLES, SFTConfig, micro_batches, read_config, read_log, token_budget
 
@@ -73,6 +73,9 @@ class DPOConfig(SFTConfig):
         if not 0 <= self.label_smoothing < 0.5 or "exo_pair" in self.loss_type and not self.label_smoothing:
             raise UserError(f"label_smoothing: {self.label_smoothing} is not from 0 to below 0.5, and for exo_pair "
                             "above 0 (its paper: 0.001)")
+        check_least(self, 0, "rpo_alpha", "cpo_alpha", "simpo_gamma")
+        if min(self.loss_weights) < 0 or not sum(self.loss_weights) + self.rpo_alpha > 0:
+            raise UserError(f"loss_weights: {self.loss_weights} are not from 0 up, and one of them above it")
         self.reference_free |= set(self.loss_type) <= REFERENCE_FREE
         if self.ref_model and self.reference_free:
             raise UserError("ref_model: has no use with reference_free or losses that compare with none; leave it out")

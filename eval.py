@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, text_of
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
-from model import (IGNORE, Batch, Segment, UserError, cli, generate, generate_each, kept_pages, nearest, pick_device,
-                   read_json, resolve)
+from model import (IGNORE, Batch, Segment, UserError, blamed, check_least, cli, convert, generate, generate_each,
+                   kept_pages, nearest, pick_device, read_json, regular, resolve)
 from qlora import QuantConfig, load_4bit
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -128,8 +128,7 @@ def encode_texts(tokenizer, texts):
     """Texts -> {text: ids}, each behind BOS if the tokenizer writes one and the texts (a chat template's) do not."""
     unique, begins = list(dict.fromkeys(texts)), tokenizer.special.get("bos_token")
     special = not (begins and unique and unique[0].startswith(begins))
-    encoded = tokenizer.backend.encode_batch_fast(unique, add_special_tokens=special)
-    return {text: found.ids for text, found in zip(unique, encoded)}
+    return dict(zip(unique, tokenizer.encode_all(unique, special)))
 
 
 def before_text(tokenizer):
@@ -337,13 +336,18 @@ def read_answer(model, tokenizer, prompt, wanted, options, ids):
             "answer": answer, "forced": forced, "choices": options, "metrics": {"accuracy": float(answer == gold)}}
 
 
+def texts_of(choices):
+    """A row's choices, if they are a list of texts; else none."""
+    return choices if isinstance(choices, list) and all(isinstance(text, str) for text in choices) else []
+
+
 def ask_answers(model, tokenizer, examples, choices):
     """SFT examples, and for each the answers it may have, or None (all that are right for some), -> Questions that are
     answered in writing."""
     split = [split_prompt(example) for example in examples]
     wanted = [tokenizer.decode(reference).strip() for _, reference in split]
     golds = sorted({find_answer(text) for text in wanted} - {None})  # letters stand for choices otherwise
-    options = [own if find_answer(text) in (own or ()) else golds for text, own in zip(wanted, choices)]
+    options = [own if find_answer(text) in texts_of(own) else golds for text, own in zip(wanted, choices)]
     return [Question({}, [], prompt, partial(read_answer, model, tokenizer, prompt, text, own))
             for (prompt, _), text, own in zip(split, wanted, options)]
 
@@ -366,7 +370,7 @@ def ask_choice(tokenizer, example, choices):
     reference with reasoning the answer alone is scored, right behind the prompt: no reasoning is given or written."""
     prompt, reference = split_prompt(example)
     wanted, asked = tokenizer.decode(reference), tokenizer.decode(prompt)
-    choices = choices if isinstance(choices, list) else []
+    choices = texts_of(choices)
     said, lines = find_answer(wanted), choices or re.findall(r"(?m)^\(?([A-Z])[.):]", asked)
     gold = said or wanted.strip().rstrip(".")
     offers = [choices, [*"ABCDEFGHIJ"][: len(lines)], ["Yes", "No"], ["yes", "no"]]
@@ -428,6 +432,8 @@ def ask_own(rows, model, tokenizer, config):
     if all({"question", "choices"} <= set(row) for _, row in rows):
         return ask_items([(parse(*at, task, "choices"), []) for at in rows], task, model, tokenizer, config)
     if all(isinstance(row.get("text"), str) for _, row in rows):
+        if empty := [where for where, row in rows if not row["text"]]:
+            raise UserError(f"{empty[0]}: an empty text has nothing to score")
         return [ask_text(row["text"], tokenizer, model.config.max_position_embeddings) for _, row in rows]
     for where, row in rows:
         alone.append("question" in row or "prompt" in row and not {"completion", "chosen"} & set(row))
@@ -457,8 +463,8 @@ def run(model, tokenizer, questions, file, identity, config):
     keys = [hashlib.sha256(repr((identity, q[:3], q.prompt and config.max_new_tokens)).encode()).hexdigest()[:16]
             for q in questions]
     done, aside = {}, file.with_suffix(".partial")
-    for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []:
-        with suppress(ValueError, KeyError, TypeError, IndexError):  # not one of ours: asked anew
+    for line in regular(file).read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.exists() else []:
+        with suppress(ValueError, KeyError, TypeError, IndexError, RecursionError):  # not one of ours: asked anew
             sample = json.loads(line)
             done |= {sample["id"]: sample} if keys[sample["id"]] == sample["key"] else {}
 
@@ -629,7 +635,9 @@ def find_model(path):
             if not (base := read_adapter_config(adapter)[1].get("base_model_name_or_path")):
                 raise UserError(f"{adapter}: its config names no base model; merge it and evaluate the merged folder")
             trained = read_json(at) if (at := adapter.parent / "config.json").exists() else {}
-            return base, adapter, QuantConfig(**{f.name: trained.get(f.name, f.default) for f in fields(QuantConfig)})
+            with blamed(f"{at}: not the settings of a run", ValueError, TypeError):
+                settings = {f.name: convert(trained.get(f.name, f.default), f.type) for f in fields(QuantConfig)}
+            return base, adapter, QuantConfig(**settings)
     return str(folder / "merged" if (folder / "merged").is_dir() else folder), None, QuantConfig()
 
 
@@ -659,7 +667,9 @@ def named(sources, kind):
     """NAME=SOURCE, or SOURCE, which is then named after itself -> {name: source}."""
     found = {}
     for source in sources:
-        name, source = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", source).groups()
+        name, source = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", source, re.S).groups()
+        if not source.strip():
+            raise UserError(f"--{kind}: {source!r} is empty; give a path, or NAME=PATH")
         name = name or re.sub(r"[^\w.-]", "_", Path(source).name if kind == "model" else Path(source).stem)
         if name in found:
             raise UserError(f"--{kind}: two are named {name}; give names: NAME={source}")
@@ -678,9 +688,9 @@ def main(argv=None):
         if task not in TASKS or task in own:
             raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}"
                             if task not in own else f"--data: {task} is a benchmark's name; give NAME={own[task]}")
-    for key, least in (("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("num_fewshot", 0)):
-        if getattr(config, key) is not None and getattr(config, key) < least:
-            raise UserError(f"--{key}: {getattr(config, key)} is below {least}")
+    check_least(config, 1, "limit", "batch_size")
+    check_least(config, 0, "num_fewshot")
+    check_least(config, 1, "max_new_tokens", most=2**20)
     items, folder = {task: read_task(task, config) for task in config.tasks}, Path(config.output_dir)
     rows = {name: read_own(source) for name, source in own.items()}
     if not models:

@@ -28,11 +28,10 @@ from typing import get_args, get_origin
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from model import (DTYPES, Linear, UserError, check_names, cli, open_model, parse_config, place, read_json, read_tensor,
-                   resolve, save_model, write_tensors, written_aside)
+from model import (DTYPES, FLOATS, Linear, UserError, blamed, bounded, check_names, cli, open_model, parse_config, place,
+                   read_header, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
 
 
 @dataclass
@@ -191,7 +190,8 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     if config.lora_r == 0:
         hold_in_fp32(model.parameters())
         return []
-    config, names, notices = resolve_targets(model, config, strict)
+    with bounded("matching target_modules and what else has names", seconds=3):
+        config, names, notices = resolve_targets(model, config, strict)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         r = by_pattern(config.rank_pattern, name, config.lora_r)
@@ -313,7 +313,7 @@ def resolve_targets(model, config, strict=True):
     if model.lm_head is None and {EMBEDDING, HEAD} & set(whole_modules(paths, save)):
         save = [name for name in save if set(whole_modules(paths, [name])) - {EMBEDDING, HEAD}] + ["embed_tokens", HEAD]
         notices.append("modules_to_save: embed_tokens and lm_head are one tied tensor, which is trained for both")
-    return replace(config, target_modules=adapted, modules_to_save=list(dict.fromkeys(save))), names, notices + lost
+    return replace(config, target_modules=adapted, modules_to_save=list(dict.fromkeys(save))), names, notices + lost[:8]
 
 
 def config_faults(config, patterns):
@@ -322,7 +322,7 @@ def config_faults(config, patterns):
     for key, name in [("target_modules", t) for t in config.target_modules] + [pattern[:2] for pattern in patterns]:
         try:
             re.compile(name)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             faults.append(f"{key}: {name!r} is no regex: {error}")
     if len(config.target_modules) > 1 and (odd := [t for t in config.target_modules if is_regex([t])]):
         faults.append(f"target_modules: {odd[0]!r} among other names; a regex stands alone")
@@ -337,8 +337,9 @@ def config_faults(config, patterns):
         faults.append(f"bias: {config.bias!r} is not one of none, all, lora_only")
     if not 0 <= config.lora_dropout < 1:
         faults.append(f"lora_dropout: {config.lora_dropout} is not in [0, 1)")
-    return faults + [f"{key}: {value} is not above 0" + f", for {name!r}" * bool(name) for key, name, value in
-                     [("lora_r", "", config.lora_r), ("lora_alpha", "", config.lora_alpha), *patterns] if not value > 0]
+    numbers = [("lora_r", "", config.lora_r), ("lora_alpha", "", config.lora_alpha), *patterns]
+    return faults + [f"{key}: {value} is not {'below 65536' if value > 0 else 'above 0'}" + f", for {name!r}" * bool(name)
+                     for key, name, value in numbers if not 0 < value < 2**16]
 
 
 # --- PEFT's files -----------------------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def save_adapter(model, folder, base_model=None):
 def find_adapter(name) -> Path:
     """The folder of an adapter: itself, a run folder's adapter/, or a hub id, downloaded. UserError if none is."""
     folder = Path(name).expanduser()
-    folder = folder if folder.is_dir() else resolve(name)
+    folder = folder if folder.is_dir() else resolve(name, kind="adapter")
     if not (folder / "adapter_config.json").exists():
         if not (folder / "adapter" / "adapter_config.json").exists():
             raise UserError(f"{folder}: no adapter_config.json in it; an adapter is a folder in PEFT's layout")
@@ -460,6 +461,8 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     if str(raw.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         faults.append("its base was changed too: save it as plain LoRA (path_initial_model_for_weight_conversion)")
     faults += [f"{k} = {json.dumps(v)[:60]} is not supported" for k, v in raw.items() if v and k not in known]
+    if not isinstance(raw.get("base_model_name_or_path"), (str, type(None))):
+        faults.append("base_model_name_or_path is no name")
     if config.lora_r < 1 or not config.target_modules:
         faults.append("a rank r from 1 and target_modules are needed")
     if faults:
@@ -496,11 +499,7 @@ def open_adapter(model, folder):
     except UserError as error:
         raise UserError(f"{folder}: not an adapter of this model: {error}") from None
     names, file = adapter_names(model), folder / "adapter_model.safetensors"
-    try:
-        with safe_open(file, "pt") as f:
-            found = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
-    except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+    found = {key: shape for key, (_, shape, kind) in read_header(file).items() if kind in FLOATS}
     if (key := f"{PREFIX}{HEAD}.base_layer.weight") in found and HEAD in lora_layers(model):
         names[key] = f"{HEAD}.base_layer.weight"  # PEFT stores the frozen weight of an adapted head
     twice = ".modules_to_save.bias", ".original_module.bias"  # and, with bias "all", the biases inside its wrapper

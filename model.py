@@ -20,21 +20,25 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import sys
+import threading
 import types
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
 from inspect import getsource
 from pathlib import Path
+from traceback import walk_tb
 from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, get_token
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -76,6 +80,7 @@ class Batch:
     weights: Tensor
     reference: Tensor
     num_sequences: int
+    largest: int = 0  # of the token ids
     biases: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -108,7 +113,7 @@ class Batch:
             return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(device)
 
         return cls(join(ids), join(positions), segments, join(scored), join(targets), join(sequence),
-                   join(weights, np.float32), join(reference, np.float32), num_sequences)
+                   join(weights, np.float32), join(reference, np.float32), num_sequences, int(max(map(np.max, ids))))
 
     def lineage(self, index):
         """The segments that segment `index` sees, oldest first, itself last."""
@@ -273,7 +278,7 @@ class ModelConfig:
         """Raises UserError with one line for all that this code does not compute."""
         faults, kind = [], raw.get("model_type")
         if kind not in ("llama", "qwen2", "qwen3"):
-            raise UserError(f"{where}: model_type {kind!r} is not supported; llama, qwen2 and qwen3 are")
+            raise UserError(f"{where}: model_type {brief(kind)} is not supported; llama, qwen2 and qwen3 are")
 
         def number(key, default=None, least=1, most=2**31):
             value = raw.get(key)
@@ -305,7 +310,7 @@ class ModelConfig:
         if head_dim % 2:
             faults.append(f"head_dim {head_dim} is odd, rotary positions need an even one")
         if raw.get("hidden_act", "silu") != "silu":
-            faults.append(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
+            faults.append(f"hidden_act {brief(raw['hidden_act'])} is not supported (silu is)")
         layers = raw.get("layer_types") or []
         if (raw.get("sliding_window") and raw.get("use_sliding_window")
                 or not isinstance(layers, list) or any(layer != "full_attention" for layer in layers)):
@@ -329,12 +334,18 @@ class ModelConfig:
             eos_token_id=eos, quantized=bool(quantization),
         )
         if config.dtype not in DTYPES:
-            faults.append(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+            faults.append(f"dtype {brief(config.dtype)} is not one of {', '.join(DTYPES)}")
         if faults:
             raise UserError(f"{where}: " + "; ".join(faults))
+        fault = f"{where}: rope can't be computed from these numbers"
+        with torch.device("cpu"), blamed(fault, ArithmeticError, ValueError):
+            frequencies, scale = rope_frequencies(config)
+            if not math.isfinite(frequencies.sum() * scale):
+                raise ValueError(config.rope)
         return config
 
 
+FLOATS = "BF16", "F16", "F32", "F64"  # in a safetensors header
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 ROPE_NUMBERS = {
     "default": (), "linear": ("factor",),
@@ -358,7 +369,7 @@ def rope_parameters(raw, faults):
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     rope = {**rope, "rope_type": kind, "rope_theta": 10000.0 if theta is None else theta}
     if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
-        faults.append(f"rope type {kind!r} is not supported ({', '.join(ROPE_NUMBERS)} are)")
+        faults.append(f"rope type {brief(kind)} is not supported ({', '.join(ROPE_NUMBERS)} are)")
         kind = "default"
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         faults.append("partial_rotary_factor is not supported")
@@ -557,6 +568,9 @@ class Transformer(nn.Module):
 
     def forward(self, batch, cache=None):
         """Final, normalised hidden states (T, C). With a cache, keys and values are kept and seen as `KVCache` says."""
+        if batch.largest >= self.config.vocab_size:
+            raise UserError(f"token {batch.largest} is beyond the model's vocabulary of {self.config.vocab_size}: "
+                            "its tokenizer is another model's")
         inv_freq, scale = rope_frequencies(self.config)
         angles = batch.positions[:, None, None].float() * inv_freq.to(batch.positions.device)  # (T, 1, D/2)
         rope = angles.cos() * scale, angles.sin() * scale
@@ -787,10 +801,24 @@ COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
+def regular(path, most=math.inf):
+    """`path`, unless it is there and no file of at most so many bytes: a pipe waits for ever, a device never ends."""
+    if (path := Path(path)).exists() and not (path.is_file() and path.stat().st_size <= most):
+        raise UserError(f"{path}: larger than {most:,} bytes" if path.is_file() else f"{path}: not a regular file")
+    return path
+
+
+def unique(pairs):
+    """A JSON object's pairs as a dict. ValueError: a key is given twice, of which some readers take the other one."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"{brief(next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n])))} twice")
+    return found
+
+
 def read_json(path):
     """The object in a JSON file; UserError with the file and line where it is missing, broken or no object."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(regular(path, 2**26).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
@@ -800,7 +828,7 @@ def read_json(path):
     return value
 
 
-def resolve(name, revision=None):
+def resolve(name, revision=None, kind="model"):
     """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text files
     alone)."""
     folder = Path(os.path.expanduser(name))
@@ -809,7 +837,7 @@ def resolve(name, revision=None):
             raise UserError(f"{folder}: no config.json in it; a model is a folder in Hugging Face's layout or a hub id")
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise UserError(f"model {name}: neither a folder nor a hub id of the form org/name")
+        raise UserError(f"{kind} {name}: neither a folder nor a hub id of the form org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -817,13 +845,13 @@ def resolve(name, revision=None):
         wanted = ["*.safetensors", "*.json", *COMPANIONS]
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except GatedRepoError:
-        raise UserError(f"model {name}: accept its licence on the hub first, then set HF_TOKEN") from None
+        raise UserError(f"{kind} {name}: accept its licence on the hub first, then set HF_TOKEN") from None
     except RepositoryNotFoundError:
-        raise UserError(f"model {name}: no such folder here and no such model on the hub "
+        raise UserError(f"{kind} {name}: no such folder here and no such {kind} on the hub "
                         "(a private one needs HF_TOKEN)") from None
     except Exception as error:  # the client's own errors and those of whichever http library it stands on
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"model {name}: no folder here, and the hub can't be reached or breaks off "
+        reason = (plain(str(error)).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{kind} {name}: no folder here, and the hub can't be reached or breaks off "
                         f"({reason})") from None
 
 
@@ -832,7 +860,7 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name} can't be used here ({str(error).splitlines()[0][:80]})") from None
@@ -858,31 +886,41 @@ def checkpoint_tensors(folder):
     else:
         pickled = " (pickle files are never read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
         raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{pickled}")
-    found = {}
-    for file in files:
-        try:
-            with safe_open(folder / file, "pt") as f:
-                for name in f.keys():
-                    if not weight_map or weight_map.get(name) == file:
-                        part = f.get_slice(name)
-                        found[name] = folder / file, tuple(part.get_shape()), part.get_dtype()
-        except SafetensorError as error:
-            raise UserError(f"{folder / file}: not a whole safetensors file ({error})") from None
+    found = {name: at for file in files for name, at in read_header(folder / file).items()
+             if not weight_map or weight_map.get(name) == file}
     if lost := sorted(set(weight_map) - set(found)):
         raise UserError(f"{index}: {len(lost)} tensors are not in the files it names, {lost[0]} first")
     return found
 
 
+def read_header(file):
+    """{tensor name: (file, shape, dtype name)} of a safetensors file."""
+    with blamed(f"{regular(file)}: not a whole safetensors file", SafetensorError, OSError), safe_open(file, "pt") as f:
+        if len(names := f.keys()) > 10**5:
+            raise UserError(f"{file}: holds {len(names):,} tensors, which no model has")
+        parts = ((name, f.get_slice(name)) for name in names)
+        return {name: (file, tuple(part.get_shape()), part.get_dtype()) for name, part in parts}
+
+
 def read_tensor(file, name):
     """One tensor. The file is opened for it alone: a mapping kept open would count every page read so far as memory."""
     with safe_open(file, "pt") as f:
-        return f.get_tensor(name)
+        tensor = f.get_tensor(name)
+    if not finite(tensor):
+        raise UserError(f"{file}: {name} holds NaN or infinity; it is damaged, or what trained it diverged")
+    return tensor
+
+
+def finite(tensor):
+    """False where it holds NaN or positive infinity, in fp32 too. One pass, a tenth of the time that reading takes."""
+    return not tensor.is_floating_point() or tensor.numel() == 0 or math.isfinite(tensor.amax().float())
 
 
 def check_names(wanted, found, where):
     """Raises one UserError for all missing, unexpected and misshapen tensors; wanted and found are {name: shape}."""
-    faults = [f"missing {name}" + nearest(name, set(found) - set(wanted)) for name in wanted if name not in found]
-    faults += [f"unexpected {name}" for name in found if name not in wanted]
+    missing, odd = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
+    faults = [f"missing {name}" + (nearest(name, odd[:1000]) if at < 8 else "") for at, name in enumerate(missing)]
+    faults += [f"unexpected {name}" for name in odd]
     faults += [f"{name} is {list(found[name])}, expected {list(shape)}" for name, shape in wanted.items()
                if name in found and tuple(found[name]) != tuple(shape)]
     if faults:
@@ -915,7 +953,7 @@ def open_model(name, revision=None, prepare=None):
     wanted = model.state_dict()
     check_names({n: tuple(t.shape) for n, t in wanted.items()}, {n: at[1] for n, at in found.items()}, folder)
     if odd := [f"{n} ({kind})" for n, (_, _, kind) in found.items()
-               if wanted[n].is_floating_point() != (kind in ("BF16", "F16", "F32", "F64"))]:
+               if kind not in (FLOATS if wanted[n].is_floating_point() else ("U8",))]:
         raise UserError(f"{folder}: {len(odd)} tensors are of another kind than the model's, {odd[0]} first; "
                         "use a 16-bit checkpoint")
     model.folder = folder
@@ -1065,6 +1103,8 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
         for name, tensor in tensors:
             whole = tensor.is_floating_point() and name.endswith((".weight", ".bias"))  # else a part of 4-bit weights
             tensor = tensor.detach().to(device="cpu", dtype=dtype if whole else tensor.dtype)
+            if not finite(tensor):
+                raise UserError(f"{folder}: is not written, {name} would hold NaN or infinity (in {tensor.dtype})")
             if shard and size + tensor.nbytes > max_shard_bytes:
                 flush()
                 size = 0
@@ -1079,7 +1119,7 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
                      "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         for file in COMPANIONS:
-            if (Path(source) / file).exists():
+            if (Path(source) / file).is_file():
                 shutil.copyfile(Path(source) / file, aside / file)
         if changes:
             raw = read_json(aside / "config.json") | changes
@@ -1104,6 +1144,8 @@ def cli(main):
     """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, without a
     traceback."""
     try:
+        for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
         if not sys.stderr.isatty():
             disable_progress_bars()
         main()
@@ -1121,14 +1163,58 @@ def cli(main):
     else:
         return
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    message = plain(message).replace("\n", " ")
+    print(f"error: {message[:1000]}{'…' * (len(message) > 1000)}", file=sys.stderr)
     sys.exit(2)
+
+
+def plain(text):
+    """`text` without the hub's token, and with what a terminal would obey (control characters, changes of direction)
+    and halves of characters written as escapes."""
+    if token := get_token():
+        text = text.replace(token, "<HF_TOKEN>")
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+                  lambda found: ascii(found[0])[1:-1], text)
 
 
 def brief(value, width=60):
     """`value` as one short quoted line, for messages."""
     text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split())
     return repr(text[:width] + "…" if len(text) > width else text)
+
+
+TEMPLATES = "<template>", "<unknown>"  # how jinja's frames name their file
+
+
+class Overrun(BaseException):
+    """What stops a block of `bounded`; no Exception, so that nothing inside takes it for its own."""
+
+
+@contextmanager
+def bounded(where, seconds=10, more=2**30):
+    """Untrusted code runs in this block: UserError after so many seconds (in the main thread), MemoryError where it
+    wants so many bytes more than there are (on Linux). A block within another one is a part of it."""
+    def stop(*_):
+        raise Overrun
+
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_DATA)
+    if sys.platform == "linux":
+        with open("/proc/self/statm", "rb") as file:
+            held = int(file.read().split()[5]) * resource.getpagesize()
+        most = min(limit for limit in (held + more, *limits) if limit >= 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except Overrun:
+        raise UserError(f"{where}: not done after {seconds} s, so it is stopped") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 @contextmanager
@@ -1139,8 +1225,9 @@ def blamed(where, *kinds, on=None):
     except kinds as error:
         told = [getattr(error, name, None) for name in ("strerror", "problem", "msg")]
         words = next(filter(None, [*told, str(error)]), type(error).__name__)
-        words = words if isinstance(error, UserError) else " ".join(words.split())[:160]
-        if line := getattr(getattr(error, "problem_mark", None), "line", -1) + 1:  # YAML's
+        words = words if isinstance(error, UserError) else " ".join(plain(words).split())[:160]
+        lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename in TEMPLATES]
+        if line := lines[-1] if lines else getattr(getattr(error, "problem_mark", None), "line", -1) + 1:  # YAML's
             words = f"line {line}: {words}"
         raise UserError(f"{where}: {words}" + (f": {brief(on)}" if on is not None else "")) from None
 
@@ -1186,18 +1273,26 @@ def convert(value, kind):
         return BOOLS[str(value).lower()]
     elif origin in (int, float) and not isinstance(value, bool):
         number = value if isinstance(value, int) else float(value)  # YAML 1.1 reads 2e-4 as a string
-        if origin is float or number == int(number):
+        if abs(number) < 2**53 and (origin is float or number == int(number)):  # NaN and infinity are none
             return origin(number)
-    elif origin is str and isinstance(value, (str, int, float)):
+    elif origin is str and isinstance(value, (str, int, float)) and "\0" not in str(value).encode().decode():
         return str(value)
     elif origin is dict and isinstance(value := json.loads(value) if isinstance(value, str) else value, dict):
-        return value
+        return {convert(key, str): convert(item, args[1]) for key, item in value.items()} if args else value
     elif origin in (list, tuple) and not isinstance(value, dict):
         if isinstance(value, str):  # names may come as one word, a,b; a path keeps its comma
             value = re.split(r"\s*,\s*", value) if re.fullmatch(r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+", value) else [value]
         items = [value] if isinstance(value, (int, float)) else value
         return origin(convert(item, args[0] if args else str) for item in items)
     raise ValueError(value)
+
+
+def check_least(config, least, *keys, most=2**53):
+    """UserError where one of these settings, if it is given, is not from `least` to `most`."""
+    for key in keys:
+        if (value := getattr(config, key)) is not None and not least <= value <= most:
+            raise UserError(f"--{key}: {value} is below {least}" if value < least else
+                            f"--{key}: {value} is not from {least} to {most}")
 
 
 def find_name(where, kinds, aliases):
@@ -1224,9 +1319,12 @@ def read_settings(path, kinds, aliases):
                 settings[name] = loader.construct_object(value, deep=True)
 
     with blamed(f"--config {path}", OSError, UnicodeDecodeError):
-        text = Path(path).read_text(encoding="utf-8")
-    with blamed(f"{path}: not YAML", yaml.YAMLError, RecursionError):
-        loader = yaml.SafeLoader(text.replace("\t", "  ") if str(path).endswith(".json") else text)
+        text = regular(path, 2**20).read_text(encoding="utf-8")
+        text = text.replace("\t", "  ") if str(path).endswith(".json") else text
+    with blamed(f"{path}: not YAML", yaml.YAMLError, RecursionError, ValueError):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"{path}: has aliases (*name), which can make a few lines endless; write the values out")
+        loader = yaml.SafeLoader(text)
         if not isinstance(root := loader.get_single_node(), yaml.MappingNode):
             raise UserError(f"{path}: expected settings, found {brief(root and loader.construct_object(root, True))}")
         enter(root, [])
@@ -1266,15 +1364,19 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
             raise UserError(f"unrecognized arguments: {word}{see}")
         else:
             given[name].append(word)
+    if given.get("config") == []:
+        raise UserError(f"--config: its value is missing{see}")
     for file in given.pop("config", []):
         values |= {name: (value, f"{file}: {name}") for name, value in read_settings(file, kinds, aliases).items()}
     for name, found in given.items():
         found = found or ["true"] * (bool in types_of(kinds[name]))
+        if not found and list in types_of(kinds[name]):  # a variable of the shell's that is empty, say
+            raise UserError(f"--{name}: its values are missing{see}")
         values[name] = found[0] if len(found) == 1 else found, f"--{name}"
     for name, (value, where) in values.items():
         try:
             values[name] = convert(value, kinds[name])
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{where}: expected {names[name]}, found {brief(value)}") from None
     if left := [name for name, default in defaults.items() if default is MISSING and name not in values]:
         raise UserError(f"--{left[0]} is needed ({notes.get(left[0], names[left[0]])}){see}")

@@ -13,6 +13,7 @@ QLoRA: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantisation: sect
 
 import json
 import logging
+import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -23,7 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALinear, merge, new_folder, plain_linear
-from model import (CHUNK, DTYPES, Linear, UserError, cli, load_model, nearest, parse_config, read_tensor, save_model)
+from model import (CHUNK, DTYPES, Linear, UserError, cli, load_model, nearest, parse_config, read_tensor, save_model,
+                   unique)
 
 
 @dataclass
@@ -163,12 +165,13 @@ def read_state(found, name, shape):
     """The description of a stored 4-bit weight; UserError where it is none, or of another weight."""
     file = found[name][0]
     try:
-        state = json.loads(bytes(read_tensor(file, name).tolist()))
+        state = json.loads(bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique)
+        double = name.partition(".quant_state.")[0] + ".nested_absmax" in found
         fine = (state["quant_type"] == name.rpartition("__")[2] and state["blocksize"] in [2**n for n in range(5, 13)]
                 and tuple(state["shape"]) == shape and state["dtype"] in DTYPES
-                and ("nested_offset" not in state or state["nested_blocksize"] == 256
-                     and isinstance(state["nested_offset"], float)))
-    except (ValueError, KeyError, TypeError):
+                and double == ("nested_offset" in state) and (not double or state["nested_blocksize"] == 256
+                     and isinstance(state["nested_offset"], float) and math.isfinite(state["nested_offset"])))
+    except (ValueError, KeyError, TypeError, RecursionError):
         fine = False
     if not fine:
         raise UserError(f"{file}: {name} does not describe 4-bit weights of shape {list(shape)}; save the model again")

@@ -41,9 +41,9 @@ from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
 from lora import (HubConfig, LoRAConfig, adapter_parameters, add_lora, ask_hub, count_parameters, load_adapter, merge,
                   merge_lora, open_repositories, push, write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, blamed, brief, cli, give_back,
-                   kept_pages, locked, nearest, pick_device, read_json, read_tensor, resolve, save_model, write_tensors,
-                   written_aside)
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, blamed, brief, check_least, cli,
+                   give_back, kept_pages, locked, nearest, pick_device, read_json, read_tensor, resolve, save_model,
+                   write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -125,17 +125,15 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
                     raise UserError(f"{key}: {value!r} is not one of {', '.join(options)}" + nearest(value, options))
         if self.adapter and not self.lora_r:
             raise UserError("lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)")
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps",
-                    "save_steps", "max_length", "max_new_tokens", "max_skipped_steps"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}: {getattr(self, key)} is below 1")
+        check_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
+                    "eval_steps", "save_steps", "max_length", "max_samples", "max_eval_samples", "max_skipped_steps")
+        check_least(self, 1, "max_new_tokens", most=2**20)
+        check_least(self, 0, "warmup_ratio", most=1)
+        check_least(self, 0, "learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "val_size", "seed",
+                    "adam_epsilon", "loraplus_lr_ratio", "warmup_steps", "micro_batch_tokens", "eval_answers",
+                    "num_samples", "save_total_limit", "early_stopping_patience", "early_stopping_threshold")
         if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
             raise UserError("load_best_model_at_end: needs an eval_strategy and a save_strategy other than no")
-        for key in ("learning_rate", "num_train_epochs", "warmup_ratio", "weight_decay", "max_grad_norm", "val_size",
-                    "adam_epsilon", "loraplus_lr_ratio", "seed", "warmup_steps", "micro_batch_tokens", "eval_answers",
-                    "save_total_limit", "early_stopping_patience"):
-            if not 0 <= (getattr(self, key) or 0) < math.inf:
-                raise UserError(f"{key}: {getattr(self, key)} is not a number from 0 up")
         if not 0 <= self.adam_beta1 < 1 or not 0 <= self.adam_beta2 < 1:
             raise UserError(f"adam_beta1, adam_beta2 are from 0 to below 1, not {self.adam_beta1}, {self.adam_beta2}")
         if self.load_in_4bit and not self.lora_r:
@@ -885,7 +883,7 @@ def finish(model, config, examples):
     with written_aside(folder / "adapter") as aside:
         tensors = write_adapter(model, aside, config.model)
         for file in COMPANIONS:
-            if "config.json" != file and (model.folder / file).exists():
+            if "config.json" != file and (model.folder / file).is_file():
                 shutil.copyfile(model.folder / file, aside / file)
     file = folder / "adapter" / "adapter_model.safetensors"
     for name, tensor in tensors.items():

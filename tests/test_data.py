@@ -224,7 +224,7 @@ def test_tokenizers_that_are_broken_are_named(tmp_path, files, message):
 
 @pytest.mark.parametrize("template, message", [
     ("{% if %}", "chat_template.jinja: not a chat template.*Expected an expression"),
-    ("{{ raise_exception('only user roles') }}", "chat_template.jinja: the chat template failed: only user roles"),
+    ("{{ raise_exception('only user roles') }}", "chat_template.jinja: the chat template failed: line 1: only user roles"),
     ("{{ messages[7].content.x }}", "the chat template failed"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template failed.*unsafe"),
     ("{{ messages.append(1) }}", "the chat template failed.*unsafe"),
