@@ -12,29 +12,36 @@ into micro-batches is a matter of memory, never of the result; and going on at s
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
+import weakref
 import zlib
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
-from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, merge, merge_lora,
-                  write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, cli, kept_pages, nearest, pick_device,
-                   read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
+from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, lora_layers, merge,
+                  merge_lora, open_adapter, write_adapter)
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, choose_attention, cli, kept_pages,
+                   nearest, open_model, pick_device, read_json, read_tensor, resolve, save_model, write_tensors,
+                   written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -52,6 +59,7 @@ class SFTConfig(LoRAConfig, QuantConfig):
     eval_data: list[str] = field(default_factory=list)  # held-out rows: files or hub ids
     val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number of rows
     output_dir: str = "output/sft"  # the run folder
+    dry_run: bool = False  # print parameters, steps, the peak memory and the time to expect; train and write nothing
     max_samples: int | None = None  # use this many rows of data, drawn by seed
     max_eval_samples: int | None = None  # use this many held-out rows
     recipe: str = ""  # reads a data set's own rows: mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k
@@ -197,18 +205,23 @@ class Plan:
         return f"{len(self.examples)}-{crc:08x}"
 
 
-def micro_batches(examples, budget, device):
-    """The examples in packed batches of about equal size, at most `budget` tokens each (an example is never cut)."""
+def cut(examples, budget):
+    """The examples in parts of about equal size, at most `budget` tokens each (an example is never cut)."""
     sizes = [count_tokens(example) for example in examples]
     share = sum(sizes) / max(1, math.ceil(sum(sizes) / budget))
     part, held = [], 0
     for example, size in zip(examples, sizes):
         if part and (held + size > budget or held >= share):
-            yield Batch.pack(part, device)
+            yield part
             part, held = [], 0
         part.append(example)
         held += size
-    yield Batch.pack(part, device)
+    yield part
+
+
+def micro_batches(examples, budget, device):
+    """The parts that `cut` makes of the examples, packed."""
+    return (Batch.pack(part, device) for part in cut(examples, budget))
 
 
 def learning_rate(step, steps, config):
@@ -287,10 +300,16 @@ def token_budget(config, device):
 
 
 def peak_memory_gb(device):
-    """Peak memory so far in GB (10^9 bytes): what CUDA's allocator handed out, elsewhere the process's resident set."""
+    """Peak memory in GB (10^9 bytes) since this was last asked (outside CUDA and Linux: so far): what CUDA's allocator
+    handed out, elsewhere the process's resident set."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the mark goes down to what is resident now
+    return peak / 1e9
 
 
 @contextmanager
@@ -311,14 +330,15 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def train(model, steps, loss_fn, config, evaluate=None):
+def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     """Runs the plan `steps` from the last checkpoint in config.output_dir, if any, to its end.
 
     loss_fn(model, batch) -> (summed loss, {metric: summed value}); both are divided by the step's planned count.
-    evaluate() -> {name: value}, called when config says so. Ctrl-C and SIGTERM save at the step's end and exit 130 /
-    143.
+    evaluate() -> {name: value}, called when config says so; clock: the run's Clock. Ctrl-C and SIGTERM save at the
+    step's end and exit 130 / 143.
     """
-    folder, device = Path(config.output_dir), model.device
+    folder, device, clock = Path(config.output_dir), model.device, clock or Clock(model.device)
+    clock.turn("evaluation")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
@@ -337,7 +357,6 @@ def train(model, steps, loss_fn, config, evaluate=None):
         judge({}, found, 0, config)  # a metric that is none is told now
         log.write({"step": 0, "epoch": 0.0, **found})
     bar = tqdm(total=len(steps), initial=state["step"], unit="step", disable=not sys.stderr.isatty(), leave=False)
-    clock = Clock()
     with stop_signals() as stopped, kept_pages():
         for step in range(state["step"] + 1, len(steps) + 1):
             if best.get("stop"):
@@ -345,7 +364,9 @@ def train(model, steps, loss_fn, config, evaluate=None):
             examples, lr, last = steps[step - 1], learning_rate(step - 1, len(steps), config), step == len(steps)
             count = sum(map(steps.count, examples))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # dropout
+            clock.turn("forward and backward")
             loss, metrics = accumulate(model, examples, count, loss_fn, budget, scaler.scale)
+            clock.turn("optimizer")
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf)
             for group in optimizer.param_groups:
@@ -361,24 +382,22 @@ def train(model, steps, loss_fn, config, evaluate=None):
                 total, scored = window.pop("count"), window.pop("scored_tokens")
                 means = {"loss": window.pop("loss") / total, **{name: value / total for name, value in window.items()}}
                 log.write({"step": step, "epoch": round(steps.epoch(step), 4), **means, "grad_norm": float(norm),
-                           "learning_rate": lr, "scored_tokens": round(scored), **clock.read(),
-                           "peak_memory_gb": round(peak_memory_gb(device), 3)})
+                           "learning_rate": lr, "scored_tokens": round(scored), **clock.read()})
                 window = {}
-                clock.skip()
             if evaluate and (steps.due(step, config.eval_strategy, config.eval_steps)
                              or last and config.eval_strategy != "no"):
+                clock.turn("evaluation")
                 found = evaluate()
                 log.write({"step": step, "epoch": round(steps.epoch(step), 4), **found})
                 best = judge(best, found, step, config)
                 last = last or best["stop"]
-                clock.skip()
             improved = config.load_best_model_at_end and best.get("step") == step
             if (steps.due(step, config.save_strategy, config.save_steps)
                     or (last or stopped or improved) and config.save_strategy != "no"):
+                clock.turn("checkpoints")
                 state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint,
                          "best": best, "scaler": scaler.state_dict()}
                 save_checkpoint(folder, model, parameters, optimizer, state, config)
-                clock.skip()
             if stopped:
                 bar.close()
                 kept = "" if config.save_strategy == "no" else "; the same command goes on from here"
@@ -390,7 +409,7 @@ def train(model, steps, loss_fn, config, evaluate=None):
     if config.load_best_model_at_end:
         load_trained(folder / f"checkpoint-{best['step']:06d}", model, parameters)
         print(f"the best step is taken: {best['step']}, {best['metric']} {best['value']:.4g}")
-    return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": round(peak_memory_gb(device), 3)}
+    return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": clock.read()["peak_memory_gb"]}
 
 
 def judge(best, found, step, config):
@@ -410,30 +429,43 @@ def judge(best, found, step, config):
 
 
 class Clock:
-    """Throughput since it was last read; evaluation, drawing and saving are not counted."""
+    """Seconds and peak memory of a run by part, and the throughput of its steps since it was last read."""
 
-    def __init__(self):
-        self.tokens = self.examples = self.seconds = 0
-        self.skip()
+    STEP = "forward and backward", "optimizer"  # evaluation, logging and saving are not counted
 
-    def skip(self):
-        self.last = time.perf_counter()
+    def __init__(self, device, part="data"):
+        self.device, self.part, self.last, self.parts = device, part, time.perf_counter(), {}
+        self.tokens = self.examples = 0
+        self.before = 0, 0, 0.0
+        peak_memory_gb(device)
+
+    def turn(self, part):
+        """What comes from here on is `part`'s."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        (seconds, peak), now = self.parts.get(self.part, (0.0, 0.0)), time.perf_counter()
+        self.parts[self.part] = seconds + now - self.last, max(peak, peak_memory_gb(self.device))
+        self.part, self.last = part, now
 
     def add(self, tokens, examples):
-        now = time.perf_counter()
-        self.tokens, self.examples, self.seconds = (
-            self.tokens + tokens, self.examples + examples, self.seconds + now - self.last)
-        self.last = now
+        self.turn("log")
+        self.tokens, self.examples = self.tokens + tokens, self.examples + examples
+
+    def steps(self):
+        """(seconds, peak GB) of the steps so far."""
+        seconds, peaks = zip(*(self.parts.get(part, (0.0, 0.0)) for part in self.STEP))
+        return sum(seconds), max(peaks)
 
     def read(self):
-        seconds = max(self.seconds, 1e-9)
-        found = {"tokens_per_second": round(self.tokens / seconds, 1),
-                 "examples_per_second": round(self.examples / seconds, 3)}
-        self.tokens = self.examples = self.seconds = 0
-        return found
+        seconds, peak = self.steps()
+        done = self.tokens, self.examples, seconds
+        tokens, examples, took = (new - old for new, old in zip(done, self.before))
+        self.before = done
+        return {"tokens_per_second": round(tokens / max(took, 1e-9), 1),
+                "examples_per_second": round(examples / max(took, 1e-9), 3), "peak_memory_gb": round(peak, 3)}
 
 
-UNSHOWN = ("epoch", "scored_tokens", "examples_per_second", "logps/chosen", "logps/rejected")  # in the file alone
+UNSHOWN = ("epoch", "scored_tokens", "seconds", "examples_per_second", "logps/chosen", "logps/rejected")  # in the file alone
 
 
 class Log:
@@ -569,8 +601,8 @@ def load_trained(path, model, parameters):
         parameter.copy_(read_tensor(path / file, name)[tuple(map(slice, parameter.shape))])
 
 
-FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples", "max_new_tokens",
-        "logging_steps", "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing",
+FREE = {"output_dir", "dry_run", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples",
+        "max_new_tokens", "logging_steps", "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing",
         "attn_implementation", "ref_cache"}  # may differ when a command is run again
 
 
@@ -607,6 +639,212 @@ def describe_run(config, began, report):
         aside = Path(config.output_dir) / f".{name}"
         aside.write_text(json.dumps(value, indent=2))
         aside.replace(Path(config.output_dir) / name)
+
+
+# --- the planner ------------------------------------------------------------------------------------------------------
+
+FLOPS = {str(packet): count for packet, count in flop_registry.items()}
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the tensors that live while the block runs, by kind, keeps them at their peak, and adds up
+    the products' floating-point operations. It sees what PyTorch's operators return, not what one holds inside."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.held, self.flops = vocab_size, {}, 0
+        self.live = dict.fromkeys(("weights", "adapter", "gradients", "activations", "logits"), 0)
+        self.peak = {**self.live}
+
+    def note(self, tensor, kind):
+        """Counts a tensor's storage as of this kind, from here on."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.held:
+            self.add(storage._cdata, -1)
+        else:
+            weakref.finalize(storage, lambda key: (self.add(key, -1), self.held.pop(key)), storage._cdata)
+        self.held[storage._cdata] = kind, storage.nbytes()
+        self.add(storage._cdata, 1)
+
+    def add(self, key, sign):
+        kind, size = self.held[key]
+        self.live[kind] += sign * size
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        found = op(*args, **kwargs or {})
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.held:
+                self.note(tensor, "logits" if tensor.shape[-1:] == (self.vocab_size,) else "activations")
+        if count := FLOPS.get(str(op.overloadpacket).rstrip("_")):
+            self.flops += count(*args, **kwargs or {}, out_val=found)
+        if sum(self.live.values()) > sum(self.peak.values()):
+            self.peak = {**self.live}
+        return found
+
+
+HEAP, KERNELS = 0.7, 0.2e9
+
+
+class Forecast(NamedTuple):
+    modules: dict  # {name of modules: [trainable, all parameters]}
+    memory: dict  # {part: bytes} at the training loop's peak
+    flops: float  # per token, forward and backward
+    largest: list  # the examples of the largest micro-batch
+
+    @property
+    def gigabytes(self):
+        return sum(self.memory.values()) / 1e9
+
+
+def foresee(config, source, steps, loss_fn, device, dtype):
+    """The Forecast of a run, from its headers, settings and examples' lengths alone: the program itself runs the plan's
+    largest micro-batch, forward and backward, on tensors without content."""
+    model, _ = open_model(source, prepare=partial(hold_4bit, config))
+    model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
+    model.attention, _ = choose_attention(config.attn_implementation, model.config, model.dtype, device)
+    state = {"blocksize": 64, "nested_blocksize": 256, "quant_type": config.bnb_4bit_quant_type,
+             "dtype": str(model.dtype).removeprefix("torch.")}
+    state |= {"nested_offset": 0.0} if config.bnb_4bit_use_double_quant else {}
+    for layer in model.modules():
+        if hasattr(layer, "expect") and not layer.state:
+            layer.expect(state | {"shape": [layer.out_features, layer.in_features]}, "nested_offset" in state)
+    equip(model, config)
+    for p in model.parameters():
+        p.data = p.data if p.requires_grad else p.data.to(model.dtype)
+    groups = [[*cut(steps[step], token_budget(config, device))] for step in range(0, len(steps), len(steps) // 256 + 1)]
+    largest, parts = max(((part, len(group)) for group in groups for part in group),
+                         key=lambda at: sum(map(count_tokens, at[0])))
+    trains = [p for p in model.parameters() if p.requires_grad]
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter(model.config.vocab_size) as meter:
+        model.to_empty(device=device)
+        for tensor in model.state_dict(keep_vars=True).values():
+            meter.note(tensor, "adapter" if tensor.requires_grad and config.lora_r else "weights")
+        trains = [p for p in model.parameters() if p.requires_grad]
+        for layer in lora_layers(model).values() if config.init_lora_weights.startswith("pissa") else ():
+            layer.start = torch.empty_like(layer.lora_A), torch.empty_like(layer.lora_B)
+        for p in trains:
+            p.grad = torch.empty_like(p) if parts > 1 else None
+            p.register_post_accumulate_grad_hook(lambda p: meter.note(p.grad, "gradients"))
+            if parts > 1:
+                meter.note(p.grad, "gradients")
+        model.train()
+        loss_fn(model, Batch.pack(largest, device))[0].backward()
+    memory = {**meter.peak, "optimizer": sum(optimizer_bytes(p, config) for p in trains)}
+    gradients = sum(4 * p.numel() for p in trains)
+    if gradients > sum(memory[part] for part in ("gradients", "activations", "logits")):  # the optimizer's own moment
+        memory |= {"gradients": gradients, "activations": 0, "logits": 0}
+    if device.type != "cuda":  # the measured peak is there the process's, with what its C library and oneDNN hold
+        memory["process"] = resident()
+        memory["heap"] = int(HEAP * (memory["activations"] + memory["logits"]) + KERNELS * (model.dtype != torch.float32))
+    return Forecast(by_module(model), memory, meter.flops / sum(map(count_tokens, largest)), largest)
+
+
+def optimizer_bytes(parameter, config):
+    """Bytes of AdamW's state for a parameter; in 8 bit with a scale per 256, which bitsandbytes gives no small one."""
+    n = parameter.numel()
+    return 2 * n + 8 * -(-n // 256) if "8bit" in config.optim and n >= 4096 else 8 * n
+
+
+def by_module(model):
+    """{name of modules, like q_proj: [trainable, all parameters]}; sums to count_parameters."""
+    found = {}
+    for path, module in model.named_modules():
+        counts = found.setdefault(path.removesuffix(".base_layer").rpartition(".")[2], [0, 0])
+        for p in module.parameters(recurse=False):
+            counts[0], counts[1] = counts[0] + p.numel() * p.requires_grad, counts[1] + p.numel()
+        counts[1] += module.in_features * module.out_features if hasattr(module, "dequantize") else 0
+    return {name: counts for name, counts in found.items() if counts[1]}
+
+
+def resident():
+    """Bytes of memory that this process has now; where the system doesn't tell, has had at most."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return int(peak_memory_gb(torch.device("cpu")) * 1e9)
+
+
+def free_memory(device):
+    """Bytes of memory that this machine has free for more; infinite where it doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except OSError:
+        return math.inf
+
+
+def table(*rows):
+    """Rows of words as lines, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def rehearse(config, source, steps, loss_fn, device, dtype, forecast):
+    """--dry_run: prints the parameters, the steps, the memory and, where that is free, the time that a probe foretells;
+    else the settings that need less of it."""
+    kinds = [*forecast.modules.items(), ("all", [*map(sum, zip(*forecast.modules.values()))])]
+    examples = [example for step in range(len(steps)) for example in steps[step]]
+    tokens, scored = (sum(map(count, examples)) for count in (count_tokens, count_scored))
+    print(table(("parameters", "train", "all"), *((name, f"{n:,}", f"{total:,}") for name, (n, total) in kinds)))
+    print(f"\n{len(steps)} steps of {steps.batch_size} examples: {tokens:,} tokens, {round(scored):,} of them scored\n")
+    print(table(("peak memory", "GB"), *((part, f"{n / 1e9:.3f}") for part, n in forecast.memory.items()),
+                ("all", f"{forecast.gigabytes:.3f}")))
+    free = (free_memory(device) + forecast.memory.get("process", 0)) / 1e9
+    if forecast.gigabytes > free:
+        print(f"\nthis does not fit: {free:.2f} GB are free. What needs less, one added to the other:")
+        for change in ({"gradient_checkpointing": True}, {"micro_batch_tokens": max(map(count_tokens, forecast.largest))},
+                       {"load_in_4bit": True} if config.lora_r else {"optim": "adamw_8bit"}):
+            config = replace(config, **change)
+            forecast = foresee(config, source, steps, loss_fn, device, dtype)
+            print(*(f"  --{key} {str(value).lower()}: {forecast.gigabytes:.2f} GB" for key, value in change.items()))
+            if forecast.gigabytes <= free:
+                return
+        print("  and a smaller --max_length or model")
+        return
+    model = load_4bit(source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation)
+    equip(model, config)
+    model.train()
+    with kept_pages():
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            accumulate(model, forecast.largest, 1, loss_fn, sys.maxsize)
+            took = time.perf_counter() - began
+    rate = sum(map(count_tokens, forecast.largest)) / took
+    print(f"\na micro-batch took {took:.2f} s, forward and backward: {rate:,.0f} tokens/s, {tokens / len(steps) / rate:.2f} "
+          f"s a step, {tokens / rate / 60:,.1f} min for all steps, evaluation and answers apart")
+
+
+def conclude(clock, forecast, model):
+    """Prints a run's time and memory by part, its speed beside that of plain products, and the predicted beside the
+    measured peak; returns them for the last line of the log."""
+    clock.turn("log")
+    seconds, measured = clock.steps()
+    print("\n" + table(("time and memory", "s", "peak GB"),
+                       *((part, f"{took:.1f}", f"{peak:.2f}") for part, (took, peak) in clock.parts.items())))
+    found = {"seconds": {part: round(took, 1) for part, (took, _) in clock.parts.items()}}
+    if forecast and clock.tokens:
+        rate, best = clock.tokens / seconds, roof(model, sum(map(count_tokens, forecast.largest)))
+        found |= {"share_of_roof": round(forecast.flops * rate / best, 3),
+                  "predicted_memory_gb": round(forecast.gigabytes, 3)}
+        print(f"{rate:,.1f} tokens/s are {forecast.flops * rate / 1e9:,.1f} GFLOP/s, {found['share_of_roof']:.0%} of the "
+              f"{best / 1e9:,.1f} of plain products of this model's shapes\npeak memory of the steps: "
+              f"{forecast.gigabytes:.2f} GB predicted, {measured:.2f} measured ({measured / forecast.gigabytes - 1:+.0%})")
+    return found
+
+
+def roof(model, tokens):
+    """FLOP/s of plain products (T, C) x (C, I) of the model's shapes, in its dtype and where it is."""
+    wide, narrow = model.config.intermediate_size, model.config.hidden_size
+    x, w = (torch.randn(n, narrow, dtype=model.dtype, device=model.device) for n in (tokens, wide))
+    float((x @ w.t())[0, 0])  # warms up
+    done, began = 0, time.perf_counter()
+    while (took := time.perf_counter() - began) < 0.3:
+        for _ in range(8):
+            y = x @ w.t()
+        float(y[0, 0])
+        done += 8
+    return 2 * tokens * wide * narrow * done / took
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -707,16 +945,29 @@ def write_card(config, ledger, results, figures):
     (Path(config.output_dir) / "README.md").write_text(text, encoding="utf-8")
 
 
+def equip(model, config):
+    """Makes a loaded model, which may be on `meta`, the one that trains; returns what the user should be told."""
+    model.gradient_checkpointing = config.gradient_checkpointing
+    if not config.adapter:
+        return add_lora(model, config, config.seed)
+    tied, meta = model.config.tie_word_embeddings, model.device.type == "meta"
+    notices = open_adapter(model, config.adapter)[2] if meta else load_adapter(model, config.adapter, trainable=True)
+    if tied != model.config.tie_word_embeddings:
+        raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: python lora.py merge")
+    return [f"going on from {config.adapter}: r {model.adapter.lora_r}, alpha {model.adapter.lora_alpha:g}", *notices]
+
+
 def run(config, loss_fn, count=count_scored, prepare=None, **options):
     """A run from its settings to its folder; what SFT and DPO share. loss_fn and count: as for train and Plan; options:
     more of load_examples's; prepare(model, steps, held examples) is called once, with the model that training starts
     from."""
     folder = Path(config.output_dir)
-    began, finished = open_run(config)
+    began, finished = (datetime.now(), False) if config.dry_run else open_run(config)
     if finished:
         print(f"{folder} holds this run, finished; --overwrite_output_dir trains anew")
         return
     device = pick_device(config.device)
+    clock = Clock(device)
     source = resolve(config.model, config.revision)
     tokenizer = Tokenizer(source, began)
     wants = {"max_length": config.max_length, "completion_only_loss": config.completion_only_loss,
@@ -736,41 +987,42 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
         report["held_out"] = len(held)
         print(f"held out: {len(held)} of these examples")
 
-    model = load_4bit(source, config, dtype=pick_dtype(config, source, device), device=device,
-                      attn_implementation=config.attn_implementation)
-    model.gradient_checkpointing = config.gradient_checkpointing
-    if config.adapter:
-        tied = model.config.tie_word_embeddings
-        notices = load_adapter(model, config.adapter, trainable=True)
-        print(f"going on from {config.adapter}: r {model.adapter.lora_r}, alpha {model.adapter.lora_alpha:g}")
-        if tied != model.config.tie_word_embeddings:
-            raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
-                            "python lora.py merge")
-    else:
-        notices = add_lora(model, config, config.seed)
-    print(*notices, sep="\n", end="\n" * bool(notices))
-    trained, total = count_parameters(model)
     if prepare:
         examples, held = [*examples.epoch(0)], [*held]  # what it finds is kept with them
-    steps = Plan(examples, config, count)
+    steps, dtype = Plan(examples, config, count), pick_dtype(config, source, device)
+    clock.turn("forecast")
+    forecast = foresee(config, source, steps, loss_fn, device, dtype)
+    if config.dry_run:
+        rehearse(config, source, steps, loss_fn, device, dtype, forecast)
+        return
+    clock.turn("loading")
+    model = load_4bit(source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation)
+    notices = equip(model, config)
+    print(*notices, sep="\n", end="\n" * bool(notices))
+    trained, total = count_parameters(model)
     print(f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of {steps.batch_size} examples "
           f"on {device} ({model.attention} attention, {model.dtype})")
 
     if prepare:
+        clock.turn("reference")
         prepare(model, steps, held)
     describe_run(config, began, report)
     questions, choices = held[: config.eval_answers], [row.get("choices") for row in held_rows[: config.eval_answers]]
+    clock.turn("answers")
     before = ask(model, tokenizer, questions, choices, config)
     forced = list(filter(None, (ask_choice(tokenizer, *at) for at in zip(held, (r.get("choices") for r in held_rows)))))
     evaluate = (lambda: evaluate_loss(model, held, loss_fn, config, count) | choice_metrics(model, forced))
-    summary = train(model, steps, loss_fn, config, evaluate if held else None)
+    summary = train(model, steps, loss_fn, config, evaluate if held else None, clock)
+    clock.turn("answers")
     after = ask(model, tokenizer, questions, choices, config)
+    clock.turn("saving and merging")
     figures = finish(model, config, held or examples)
     if figures:
         print(f"\n{show_merge(figures)}")
     show_answers(before, after, config)
     log = Log(folder, (folder / "log.jsonl").stat().st_size)
     answers = {"eval_answers_before": accuracy(before)[0], "eval_answers": accuracy(after)[0]}
+    summary |= conclude(clock, forecast, model)
     results = {"step": len(steps), **summary, **{k: v for k, v in answers.items() if v is not None}}
     log.write(results)
     log.draw()
