@@ -20,6 +20,7 @@ import sys
 import time
 import weakref
 import zlib
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -32,6 +33,7 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
@@ -39,7 +41,7 @@ from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
 from lora import (LoRAConfig, adapter_parameters, add_lora, count_parameters, load_adapter, lora_layers, merge,
                   merge_lora, open_adapter, write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, choose_attention, cli, kept_pages,
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, brief, choose_attention, cli, kept_pages,
                    nearest, open_model, pick_device, read_json, read_tensor, resolve, save_model, write_tensors,
                    written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
@@ -151,6 +153,10 @@ CHOICES = {
 def count_tokens(example):
     """Tokens of an example, over its segments."""
     return sum(len(segment.ids) for segment in example)
+
+
+def tokens_of(examples):
+    return sum(map(count_tokens, examples))
 
 
 def count_scored(example):
@@ -374,7 +380,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            clock.add(sum(map(count_tokens, examples)), len(examples))
+            clock.add(tokens_of(examples), len(examples))
             metrics |= {"loss": loss, "count": count, "scored_tokens": sum(map(count_scored, examples))}
             window = {name: window.get(name, 0.0) + value for name, value in metrics.items()}
             bar.update()
@@ -465,7 +471,7 @@ class Clock:
                 "examples_per_second": round(examples / max(took, 1e-9), 3), "peak_memory_gb": round(peak, 3)}
 
 
-UNSHOWN = ("epoch", "scored_tokens", "seconds", "examples_per_second", "logps/chosen", "logps/rejected")  # in the file alone
+UNSHOWN = ("epoch", "scored_tokens", "examples_per_second", "seconds", "logps/chosen", "logps/rejected")  # in the file
 
 
 class Log:
@@ -647,131 +653,116 @@ FLOPS = {str(packet): count for packet, count in flop_registry.items()}
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of the tensors that live while the block runs, by kind, keeps them at their peak, and adds up
-    the products' floating-point operations. It sees what PyTorch's operators return, not what one holds inside."""
+    """Counts the bytes of live tensors by kind while the block runs, keeps them at their peak, and adds up the
+    products' floating-point operations. It sees what PyTorch's operators return, not what one holds inside."""
 
     def __init__(self, vocab_size):
         super().__init__()
-        self.vocab_size, self.held, self.flops = vocab_size, {}, 0
-        self.live = dict.fromkeys(("weights", "adapter", "gradients", "activations", "logits"), 0)
-        self.peak = {**self.live}
+        self.vocab_size, self.kinds, self.live, self.peak, self.flops = vocab_size, {}, Counter(), Counter(), 0
 
     def note(self, tensor, kind):
-        """Counts a tensor's storage as of this kind, from here on."""
+        """Counts a tensor's storage as of this kind from here on."""
         storage = tensor.untyped_storage()
-        if storage._cdata in self.held:
-            self.add(storage._cdata, -1)
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.kinds:
+            self.live[self.kinds[key]] -= size
         else:
-            weakref.finalize(storage, lambda key: (self.add(key, -1), self.held.pop(key)), storage._cdata)
-        self.held[storage._cdata] = kind, storage.nbytes()
-        self.add(storage._cdata, 1)
-
-    def add(self, key, sign):
-        kind, size = self.held[key]
-        self.live[kind] += sign * size
+            weakref.finalize(storage, lambda: self.live.subtract({self.kinds.pop(key): size}))
+        self.kinds[key] = kind
+        self.live[kind] += size
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         found = op(*args, **kwargs or {})
         for tensor in found if isinstance(found, (tuple, list)) else (found,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.held:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.kinds:
                 self.note(tensor, "logits" if tensor.shape[-1:] == (self.vocab_size,) else "activations")
         if count := FLOPS.get(str(op.overloadpacket).rstrip("_")):
             self.flops += count(*args, **kwargs or {}, out_val=found)
-        if sum(self.live.values()) > sum(self.peak.values()):
-            self.peak = {**self.live}
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
         return found
 
 
-HEAP, KERNELS = 0.7, 0.2e9
-
-
 class Forecast(NamedTuple):
-    modules: dict  # {name of modules: [trainable, all parameters]}
-    memory: dict  # {part: bytes} at the training loop's peak
-    flops: float  # per token, forward and backward
+    modules: dict  # {modules' name: [trainable, all parameters]}
+    memory: dict  # {part: GB} at the peak of the training steps; empty where that can't be foreseen
+    flops: float  # of a token, forward and backward
     largest: list  # the examples of the largest micro-batch
-
-    @property
-    def gigabytes(self):
-        return sum(self.memory.values()) / 1e9
 
 
 def foresee(config, source, steps, loss_fn, device, dtype):
-    """The Forecast of a run, from its headers, settings and examples' lengths alone: the program itself runs the plan's
-    largest micro-batch, forward and backward, on tensors without content."""
+    """The Forecast of a run from headers, settings and examples alone: the program itself runs the plan's largest
+    micro-batch, forward and backward, on tensors that hold nothing."""
     model, _ = open_model(source, prepare=partial(hold_4bit, config))
     model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
     model.attention, _ = choose_attention(config.attn_implementation, model.config, model.dtype, device)
-    state = {"blocksize": 64, "nested_blocksize": 256, "quant_type": config.bnb_4bit_quant_type,
-             "dtype": str(model.dtype).removeprefix("torch.")}
-    state |= {"nested_offset": 0.0} if config.bnb_4bit_use_double_quant else {}
     for layer in model.modules():
-        if hasattr(layer, "expect") and not layer.state:
-            layer.expect(state | {"shape": [layer.out_features, layer.in_features]}, "nested_offset" in state)
+        if getattr(layer, "state", layer) is None:  # to be quantised as it is loaded
+            layer.expect_own(model.dtype)
     equip(model, config)
     for p in model.parameters():
-        p.data = p.data if p.requires_grad else p.data.to(model.dtype)
+        p.data = p.data.to(torch.float32 if p.requires_grad else model.dtype)
     groups = [[*cut(steps[step], token_budget(config, device))] for step in range(0, len(steps), len(steps) // 256 + 1)]
-    largest, parts = max(((part, len(group)) for group in groups for part in group),
-                         key=lambda at: sum(map(count_tokens, at[0])))
-    trains = [p for p in model.parameters() if p.requires_grad]
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter(model.config.vocab_size) as meter:
-        model.to_empty(device=device)
-        for tensor in model.state_dict(keep_vars=True).values():
-            meter.note(tensor, "adapter" if tensor.requires_grad and config.lora_r else "weights")
-        trains = [p for p in model.parameters() if p.requires_grad]
-        for layer in lora_layers(model).values() if config.init_lora_weights.startswith("pissa") else ():
-            layer.start = torch.empty_like(layer.lora_A), torch.empty_like(layer.lora_B)
-        for p in trains:
-            p.grad = torch.empty_like(p) if parts > 1 else None
-            p.register_post_accumulate_grad_hook(lambda p: meter.note(p.grad, "gradients"))
-            if parts > 1:
-                meter.note(p.grad, "gradients")
-        model.train()
-        loss_fn(model, Batch.pack(largest, device))[0].backward()
-    memory = {**meter.peak, "optimizer": sum(optimizer_bytes(p, config) for p in trains)}
-    gradients = sum(4 * p.numel() for p in trains)
-    if gradients > sum(memory[part] for part in ("gradients", "activations", "logits")):  # the optimizer's own moment
-        memory |= {"gradients": gradients, "activations": 0, "logits": 0}
-    if device.type != "cuda":  # the measured peak is there the process's, with what its C library and oneDNN hold
-        memory["process"] = resident()
-        memory["heap"] = int(HEAP * (memory["activations"] + memory["logits"]) + KERNELS * (model.dtype != torch.float32))
-    return Forecast(by_module(model), memory, meter.flops / sum(map(count_tokens, largest)), largest)
+    largest, parts = max(((part, len(group)) for group in groups for part in group), key=lambda at: tokens_of(at[0]))
+    memory, meter = {}, Meter(model.config.vocab_size)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), meter:
+            model.to_empty(device=device).train()
+            for tensor in model.state_dict(keep_vars=True).values():
+                meter.note(tensor, "adapter" if tensor.requires_grad and config.lora_r else "weights")
+            for layer in lora_layers(model).values() if config.init_lora_weights.startswith("pissa") else ():
+                layer.start = torch.empty_like(layer.lora_A), torch.empty_like(layer.lora_B)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            for p in trained:
+                p.register_post_accumulate_grad_hook(lambda p: meter.note(p.grad, "gradients"))
+                if parts > 1:  # the step's earlier micro-batches have made it
+                    p.grad = torch.empty_like(p)
+                    meter.note(p.grad, "gradients")
+            loss_fn(model, Batch.pack(largest, device))[0].backward()
+        memory, gradients = dict(meter.peak), 4 * sum(p.numel() for p in trained)
+        busy = memory.get("activations", 0) + memory.get("logits", 0)
+        if gradients > busy + memory.get("gradients", 0):  # then the optimizer's moment is the largest
+            memory |= {"gradients": gradients, "activations": 0, "logits": 0}
+        memory["optimizer"] = sum(optimizer_bytes(p, config) for p in trained)
+        if device.type != "cuda":  # there the peak is the process's
+            count = min(64, len(steps) * sum(map(len, groups)) / len(groups))
+            kernels = 0.05e9 if model.dtype == torch.float32 else 0.2e9 + 0.1e9 * math.log2(count)
+            peak_memory_gb(device)  # since then: what the process has now
+            memory |= {"process": peak_memory_gb(device) * 1e9, "kernels and holes": kernels + HOLES * busy}
+    except RuntimeError as error:
+        print(f"memory: can't be foreseen here ({brief(str(error), 80)})")
+    return Forecast(by_module(model), {part: size / 1e9 for part, size in memory.items()},
+                    meter.flops / tokens_of(largest), largest)
+
+
+# Measured at the Qwen3-0.6B shape. glibc's heap holds a third more than what lives in it, since micro-batches differ in
+# length; oneDNN's 16-bit kernels and the libraries' buffers take 0.3 GB after two of them and 0.6 GB after 16.
+HOLES = 1 / 3
 
 
 def optimizer_bytes(parameter, config):
-    """Bytes of AdamW's state for a parameter; in 8 bit with a scale per 256, which bitsandbytes gives no small one."""
+    """Bytes of AdamW's state; in 8 bit with two scales for 256 values, which bitsandbytes leaves out below 4,096."""
     n = parameter.numel()
     return 2 * n + 8 * -(-n // 256) if "8bit" in config.optim and n >= 4096 else 8 * n
 
 
 def by_module(model):
-    """{name of modules, like q_proj: [trainable, all parameters]}; sums to count_parameters."""
+    """{modules' name, like q_proj: [trainable, all parameters]}; sums to count_parameters."""
     found = {}
     for path, module in model.named_modules():
-        counts = found.setdefault(path.removesuffix(".base_layer").rpartition(".")[2], [0, 0])
-        for p in module.parameters(recurse=False):
-            counts[0], counts[1] = counts[0] + p.numel() * p.requires_grad, counts[1] + p.numel()
-        counts[1] += module.in_features * module.out_features if hasattr(module, "dequantize") else 0
+        own = [(p.numel() * p.requires_grad, p.numel()) for p in module.parameters(recurse=False)]
+        own += [(0, module.in_features * module.out_features)] if hasattr(module, "dequantize") else []
+        name = path.removesuffix(".base_layer").rpartition(".")[2]
+        found[name] = [sum(counts) for counts in zip(found.get(name, (0, 0)), *own)]
     return {name: counts for name, counts in found.items() if counts[1]}
 
 
-def resident():
-    """Bytes of memory that this process has now; where the system doesn't tell, has had at most."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return int(peak_memory_gb(torch.device("cpu")) * 1e9)
-
-
 def free_memory(device):
-    """Bytes of memory that this machine has free for more; infinite where it doesn't tell."""
+    """GB that this machine has free; infinite where it doesn't tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    except OSError:
-        return math.inf
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    file = Path("/proc/meminfo")
+    return int(re.search(r"MemAvailable:\s+(\d+)", file.read_text())[1]) * 1024 / 1e9 if file.exists() else math.inf
 
 
 def table(*rows):
@@ -781,26 +772,26 @@ def table(*rows):
 
 
 def rehearse(config, source, steps, loss_fn, device, dtype, forecast):
-    """--dry_run: prints the parameters, the steps, the memory and, where that is free, the time that a probe foretells;
-    else the settings that need less of it."""
+    """--dry_run: prints parameters, steps and memory, then the time, from one micro-batch; where the memory is not
+    there, what needs less of it."""
     kinds = [*forecast.modules.items(), ("all", [*map(sum, zip(*forecast.modules.values()))])]
-    examples = [example for step in range(len(steps)) for example in steps[step]]
-    tokens, scored = (sum(map(count, examples)) for count in (count_tokens, count_scored))
+    counts = ((tokens_of(steps[n]), sum(map(count_scored, steps[n]))) for n in range(len(steps)))
+    tokens, scored = map(sum, zip(*counts))
+    peak, free = sum(forecast.memory.values()), free_memory(device) + forecast.memory.get("process", 0)
     print(table(("parameters", "train", "all"), *((name, f"{n:,}", f"{total:,}") for name, (n, total) in kinds)))
     print(f"\n{len(steps)} steps of {steps.batch_size} examples: {tokens:,} tokens, {round(scored):,} of them scored\n")
-    print(table(("peak memory", "GB"), *((part, f"{n / 1e9:.3f}") for part, n in forecast.memory.items()),
-                ("all", f"{forecast.gigabytes:.3f}")))
-    free = (free_memory(device) + forecast.memory.get("process", 0)) / 1e9
-    if forecast.gigabytes > free:
-        print(f"\nthis does not fit: {free:.2f} GB are free. What needs less, one added to the other:")
-        for change in ({"gradient_checkpointing": True}, {"micro_batch_tokens": max(map(count_tokens, forecast.largest))},
-                       {"load_in_4bit": True} if config.lora_r else {"optim": "adamw_8bit"}):
-            config = replace(config, **change)
-            forecast = foresee(config, source, steps, loss_fn, device, dtype)
-            print(*(f"  --{key} {str(value).lower()}: {forecast.gigabytes:.2f} GB" for key, value in change.items()))
-            if forecast.gigabytes <= free:
+    print(table(("peak memory", "GB"), *((part, f"{n:.3f}") for part, n in [*forecast.memory.items(), ("all", peak)])))
+    if peak > free:
+        print(f"\n{free:.2f} GB are free: this does not fit. What needs less, each added to those before:")
+        longest = max(map(count_tokens, forecast.largest))
+        for key, value in (("gradient_checkpointing", True), ("micro_batch_tokens", longest),
+                           ("load_in_4bit", True) if config.lora_r else ("optim", "adamw_8bit")):
+            config = replace(config, **{key: value})
+            peak = sum(foresee(config, source, steps, loss_fn, device, dtype).memory.values())
+            print(f"  --{key} {str(value).lower()}: {peak:.2f} GB")
+            if peak <= free:
                 return
-        print("  and a smaller --max_length or model")
+        print("  a smaller --max_length or --model")
         return
     model = load_4bit(source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation)
     equip(model, config)
@@ -809,42 +800,29 @@ def rehearse(config, source, steps, loss_fn, device, dtype, forecast):
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
             accumulate(model, forecast.largest, 1, loss_fn, sys.maxsize)
-            took = time.perf_counter() - began
-    rate = sum(map(count_tokens, forecast.largest)) / took
-    print(f"\na micro-batch took {took:.2f} s, forward and backward: {rate:,.0f} tokens/s, {tokens / len(steps) / rate:.2f} "
-          f"s a step, {tokens / rate / 60:,.1f} min for all steps, evaluation and answers apart")
+    took = time.perf_counter() - began
+    rate = tokens_of(forecast.largest) / took
+    print(f"\na micro-batch of {tokens_of(forecast.largest)} tokens takes {took:.2f} s: {rate:,.0f} tokens/s, "
+          f"{tokens / rate / len(steps):.2f} s a step, {tokens / rate / 60:,.1f} min without evaluation and answers")
 
 
 def conclude(clock, forecast, model):
-    """Prints a run's time and memory by part, its speed beside that of plain products, and the predicted beside the
-    measured peak; returns them for the last line of the log."""
+    """Prints a run's time and memory by part, its speed beside that of plain products (T, C) x (C, I) of its shapes,
+    the predicted beside the measured peak. Returns them for the last line of the log."""
     clock.turn("log")
-    seconds, measured = clock.steps()
-    print("\n" + table(("time and memory", "s", "peak GB"),
-                       *((part, f"{took:.1f}", f"{peak:.2f}") for part, (took, peak) in clock.parts.items())))
+    rows = ((part, f"{took:.1f}", f"{peak:.2f}") for part, (took, peak) in clock.parts.items())
+    print(f"\n{table(('', 'seconds', 'peak GB'), *rows)}")
     found = {"seconds": {part: round(took, 1) for part, (took, _) in clock.parts.items()}}
-    if forecast and clock.tokens:
-        rate, best = clock.tokens / seconds, roof(model, sum(map(count_tokens, forecast.largest)))
-        found |= {"share_of_roof": round(forecast.flops * rate / best, 3),
-                  "predicted_memory_gb": round(forecast.gigabytes, 3)}
-        print(f"{rate:,.1f} tokens/s are {forecast.flops * rate / 1e9:,.1f} GFLOP/s, {found['share_of_roof']:.0%} of the "
-              f"{best / 1e9:,.1f} of plain products of this model's shapes\npeak memory of the steps: "
-              f"{forecast.gigabytes:.2f} GB predicted, {measured:.2f} measured ({measured / forecast.gigabytes - 1:+.0%})")
+    if clock.tokens and forecast.memory:
+        (took, measured), predicted = clock.steps(), sum(forecast.memory.values())
+        rate, c, n = clock.tokens / took, model.config, tokens_of(forecast.largest)
+        x, w = (torch.randn(m, c.hidden_size, dtype=model.dtype, device=model.device) for m in (n, c.intermediate_size))
+        timer = Timer("x @ w.t()", globals={"x": x, "w": w}, num_threads=torch.get_num_threads())
+        share = rate * forecast.flops / (2 * n * w.numel() / min(timer.blocked_autorange(min_run_time=0.3).times))
+        found |= {"share_of_roof": round(share, 3), "predicted_memory_gb": round(predicted, 3)}
+        print(f"{rate:,.1f} tokens/s, {share:.0%} of what plain products of the model's shapes reach\npeak memory of the "
+              f"steps: {predicted:.2f} GB predicted, {measured:.2f} measured ({predicted / measured - 1:+.0%})")
     return found
-
-
-def roof(model, tokens):
-    """FLOP/s of plain products (T, C) x (C, I) of the model's shapes, in its dtype and where it is."""
-    wide, narrow = model.config.intermediate_size, model.config.hidden_size
-    x, w = (torch.randn(n, narrow, dtype=model.dtype, device=model.device) for n in (tokens, wide))
-    float((x @ w.t())[0, 0])  # warms up
-    done, began = 0, time.perf_counter()
-    while (took := time.perf_counter() - began) < 0.3:
-        for _ in range(8):
-            y = x @ w.t()
-        float(y[0, 0])
-        done += 8
-    return 2 * tokens * wide * narrow * done / took
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -953,7 +931,8 @@ def equip(model, config):
     tied, meta = model.config.tie_word_embeddings, model.device.type == "meta"
     notices = open_adapter(model, config.adapter)[2] if meta else load_adapter(model, config.adapter, trainable=True)
     if tied != model.config.tie_word_embeddings:
-        raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: python lora.py merge")
+        raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
+                        "python lora.py merge")
     return [f"going on from {config.adapter}: r {model.adapter.lora_r}, alpha {model.adapter.lora_alpha:g}", *notices]
 
 

@@ -351,6 +351,123 @@ def test_base_weights_stay_as_they_were(base, rows, tmp_path):
     assert all(torch.equal(before[k], after[k]) == ("q_proj" not in k) for k in before)
 
 
+# --- the planner ------------------------------------------------------------------------------------------------------
+
+
+def plan_of(base, rows, **settings):
+    """(config, examples, Plan, Forecast) of a run on a CPU."""
+    settings = sft.SFTConfig(model=str(base), data=[str(rows)], **{"lora_r": 4, "micro_batch_tokens": 400, **settings})
+    examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    steps = sft.Plan(examples, settings)
+    return settings, examples, steps, sft.foresee(settings, base, steps, sft.sft_loss, torch.device("cpu"), "auto")
+
+
+KINDS = {
+    "lora": dict(), "checkpointing": dict(gradient_checkpointing=True), "full": dict(lora_r=0), "dora": dict(use_dora=True),
+    "dropout": dict(lora_dropout=0.1), "whole modules": dict(modules_to_save=["embed_tokens", "norm"]),
+    "pissa": dict(init_lora_weights="pissa"), "4 bit": dict(load_in_4bit=True),
+    "4 bit, single scales": dict(load_in_4bit=True, bnb_4bit_use_double_quant=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
+    """The same micro-batch on the loaded model, what lives counted by the same meter and what stays by hand: equal to
+    the byte (but for the description of 4-bit weights, which is no tensor before they are quantised)."""
+    settings, _, steps, foreseen = plan_of(base, rows, **KINDS[case])
+    model = sft.load_4bit(base, settings)
+    sft.equip(model, settings)
+    model.train()
+    fixed = [t for name, t in model.state_dict().items() if "quant_state" not in name]
+    kept = [t for layer in sft.lora_layers(model).values() for t in (*(layer.start or ()), getattr(layer, "squares", None))]
+    fixed, kept = [t.nbytes for t in fixed], [*fixed, *filter(torch.is_tensor, kept)]
+    with sft.Meter(model.config.vocab_size) as meter:
+        for tensor in kept:
+            meter.note(tensor, "weights")
+        for p in model.parameters():
+            if p.requires_grad and len(list(sft.cut(steps[0], 400))) > 1:
+                p.grad = torch.zeros_like(p)
+        sft.sft_loss(model, sft.Batch.pack(foreseen.largest))[0].backward()
+    held = {part: round(n * 1e9) for part, n in foreseen.memory.items() if part not in ("optimizer", "process", "kernels and holes")}
+    if held["activations"]:  # else the optimizer's moment is the largest
+        assert sum(held.values()) == meter.peak.total()
+    assert held["weights"] + held.get("adapter", 0) == sum(fixed)
+    assert meter.flops == pytest.approx(foreseen.flops * sft.tokens_of(foreseen.largest))
+    own = sum(n for n, _ in foreseen.modules.values()), sum(n for _, n in foreseen.modules.values())
+    assert own == sft.count_parameters(model)
+
+
+def test_the_meter_counts_what_is_saved_for_backward():
+    """By hand: exp keeps its 4 MB and nothing else, x is not counted, the product of 10 columns is that of a vocabulary
+    of 10; 2mnk FLOPs; what nobody needs any more is gone."""
+    x, w = torch.ones(1000, 1000, requires_grad=True), torch.ones(1000, 10)
+    with sft.Meter(vocab_size=10) as meter:
+        y = x.exp()
+        assert meter.live == {"activations": 4_000_000}
+        z = y @ w
+        assert meter.live == {"activations": 4_000_000, "logits": 40_000} and meter.flops == 2 * 1000 * 1000 * 10
+        more = (x * 2).exp()  # twice x dies with the line
+        assert meter.live["activations"] == 8_000_000 and meter.peak.total() == 12_040_000
+        del y, z, more
+        assert meter.live.total() == 0
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_optimizer_bytes_are_those_of_its_state(optim):
+    shapes = [(5,), (63, 64), (64, 64), (65, 66), (300, 1000)]
+    parameters = {f"p{n}": torch.nn.Parameter(torch.randn(shape)) for n, shape in enumerate(shapes)}
+    settings = config(optim=optim)
+    optimizer = sft.make_optimizer(parameters, settings)
+    sum(p.square().sum() for p in parameters.values()).backward()
+    optimizer.step()
+    for p in parameters.values():
+        state = {k: v for k, v in optimizer.state[p].items() if torch.is_tensor(v) and not k.startswith(("qmap", "step"))}
+        assert sft.optimizer_bytes(p, settings) == sum(v.nbytes for v in state.values()), p.shape
+
+
+def test_checkpointing_and_smaller_micro_batches_are_foreseen_to_need_less(base, rows):
+    need = [plan_of(base, rows, **settings)[3].memory for settings in (
+        dict(), dict(gradient_checkpointing=True), dict(micro_batch_tokens=100), dict(lora_r=0))]  # fmt: skip
+    busy = [memory["activations"] for memory in need]
+    assert busy[1] < 0.8 * busy[0] and busy[2] < 0.5 * busy[0]
+    assert need[3]["optimizer"] == 2 * need[3]["weights"] > 5 * need[0]["optimizer"]
+
+
+def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, tmp_path, capsys):
+    """Steps and scored tokens are those of the log; no folder is made; the run's last line has predicted beside
+    measured memory, and its parts' seconds add up."""
+    argv = flags(base, rows, tmp_path / "run", logging_steps=1)
+    sft.main([*argv, "--dry_run"])
+    told = capsys.readouterr().out
+    assert not list(tmp_path.iterdir()) and "tokens/s" in told
+    sft.main(argv)
+    lines = sft.read_log(tmp_path / "run" / "log.jsonl")
+    scored = sum(line["scored_tokens"] for line in lines if "scored_tokens" in line)
+    assert f"{lines[-1]['step']} steps of 8 examples" in told and f"{scored:,} of them scored" in told
+    assert 0 < lines[-1]["share_of_roof"] and lines[-1]["predicted_memory_gb"] > 0
+    told = capsys.readouterr().out
+    assert "predicted" in told and {"data", "loading", "forward and backward", "checkpoints"} <= lines[-1]["seconds"].keys()
+    took = sum(lines[-1]["seconds"][part] for part in ("forward and backward", "optimizer", "evaluation", "log", "checkpoints"))
+    assert took == pytest.approx(lines[-1]["train_runtime"], abs=1)
+
+
+def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys, monkeypatch):
+    need = sum(plan_of(base, rows, gradient_checkpointing=True)[3].memory.values())
+    monkeypatch.setattr(sft, "free_memory", lambda device: -1.0)
+    sft.main([*flags(base, rows, tmp_path / "run", micro_batch_tokens=400), "--dry_run"])
+    told = capsys.readouterr().out
+    assert "does not fit" in told and "--gradient_checkpointing true" in told and "--max_length" in told
+    assert "tokens/s" not in told and not list(tmp_path.iterdir()) and need > 0
+
+
+def test_what_cannot_be_foreseen_does_not_stop_a_run(base, rows, tmp_path, capsys):
+    """Eager attention's mask has a shape that hangs on values."""
+    sft.main(flags(base, rows, tmp_path / "run", num_train_epochs=1, attn_implementation="eager"))
+    told = capsys.readouterr().out
+    assert told.count("can't be foreseen here") == 1 and (tmp_path / "run" / "adapter").exists()
+    assert "predicted_memory_gb" not in sft.read_log(tmp_path / "run" / "log.jsonl")[-1]
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
