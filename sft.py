@@ -155,10 +155,6 @@ def count_tokens(example):
     return sum(len(segment.ids) for segment in example)
 
 
-def tokens_of(examples):
-    return sum(map(count_tokens, examples))
-
-
 def count_scored(example):
     """What SFT's loss of an example is divided by: its scored tokens, each at its weight."""
     return sum(segment.weight * int((np.asarray(segment.labels) != IGNORE).sum()) for segment in example)
@@ -380,7 +376,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            clock.add(tokens_of(examples), len(examples))
+            clock.add(sum(map(count_tokens, examples)), len(examples))
             metrics |= {"loss": loss, "count": count, "scored_tokens": sum(map(count_scored, examples))}
             window = {name: window.get(name, 0.0) + value for name, value in metrics.items()}
             bar.update()
@@ -649,7 +645,7 @@ def describe_run(config, began, report):
 
 # --- the planner ------------------------------------------------------------------------------------------------------
 
-FLOPS = {str(packet): count for packet, count in flop_registry.items()}
+FLOPS = {str(op): count for op, count in flop_registry.items()}
 
 
 class Meter(TorchDispatchMode):
@@ -683,16 +679,10 @@ class Meter(TorchDispatchMode):
         return found
 
 
-class Forecast(NamedTuple):
-    modules: dict  # {modules' name: [trainable, all parameters]}
-    memory: dict  # {part: GB} at the peak of the training steps; empty where that can't be foreseen
-    flops: float  # of a token, forward and backward
-    largest: list  # the examples of the largest micro-batch
-
-
 def foresee(config, source, steps, loss_fn, device, dtype):
-    """The Forecast of a run from headers, settings and examples alone: the program itself runs the plan's largest
-    micro-batch, forward and backward, on tensors that hold nothing."""
+    """What a run will need, from headers, settings and examples alone: ({modules' name: [trainable, all parameters]},
+    {part: GB} at the steps' peak, FLOPs of a token, the examples of the largest micro-batch). The program itself runs
+    that one, forward and backward, on tensors that hold nothing."""
     model, _ = open_model(source, prepare=partial(hold_4bit, config))
     model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
     model.attention, _ = choose_attention(config.attn_implementation, model.config, model.dtype, device)
@@ -703,7 +693,8 @@ def foresee(config, source, steps, loss_fn, device, dtype):
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else model.dtype)
     groups = [[*cut(steps[step], token_budget(config, device))] for step in range(0, len(steps), len(steps) // 256 + 1)]
-    largest, parts = max(((part, len(group)) for group in groups for part in group), key=lambda at: tokens_of(at[0]))
+    tokens, largest, alone = max(((sum(map(count_tokens, part)), part, len(group) == 1)
+                                  for group in groups for part in group), key=lambda found: found[0])
     memory, meter = {}, Meter(model.config.vocab_size)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), meter:
@@ -715,29 +706,23 @@ def foresee(config, source, steps, loss_fn, device, dtype):
             trained = [p for p in model.parameters() if p.requires_grad]
             for p in trained:
                 p.register_post_accumulate_grad_hook(lambda p: meter.note(p.grad, "gradients"))
-                if parts > 1:  # the step's earlier micro-batches have made it
+                if not alone:  # the step's earlier micro-batches have made it
                     p.grad = torch.empty_like(p)
                     meter.note(p.grad, "gradients")
             loss_fn(model, Batch.pack(largest, device))[0].backward()
         memory, gradients = dict(meter.peak), 4 * sum(p.numel() for p in trained)
-        busy = memory.get("activations", 0) + memory.get("logits", 0)
+        busy = memory["activations"] + memory["logits"]
         if gradients > busy + memory.get("gradients", 0):  # then the optimizer's moment is the largest
             memory |= {"gradients": gradients, "activations": 0, "logits": 0}
         memory["optimizer"] = sum(optimizer_bytes(p, config) for p in trained)
-        if device.type != "cuda":  # there the peak is the process's
-            count = min(64, len(steps) * sum(map(len, groups)) / len(groups))
-            kernels = 0.05e9 if model.dtype == torch.float32 else 0.2e9 + 0.1e9 * math.log2(count)
-            peak_memory_gb(device)  # since then: what the process has now
-            memory |= {"process": peak_memory_gb(device) * 1e9, "kernels and holes": kernels + HOLES * busy}
+        if device.type != "cuda":  # there the peak is the process's; measured at the Qwen3-0.6B shape:
+            cuts = min(64, len(steps) * sum(map(len, groups)) / len(groups))  # each length has kernels of its own, and
+            kernels = 0.05e9 if model.dtype == torch.float32 else 0.2e9 + 0.1e9 * math.log2(cuts)
+            peak_memory_gb(device)  # leaves holes in glibc's heap, a third of what lives there
+            memory |= {"process": peak_memory_gb(device) * 1e9, "kernels and holes": kernels + busy / 3}
     except RuntimeError as error:
         print(f"memory: can't be foreseen here ({brief(str(error), 80)})")
-    return Forecast(by_module(model), {part: size / 1e9 for part, size in memory.items()},
-                    meter.flops / tokens_of(largest), largest)
-
-
-# Measured at the Qwen3-0.6B shape. glibc's heap holds a third more than what lives in it, since micro-batches differ in
-# length; oneDNN's 16-bit kernels and the libraries' buffers take 0.3 GB after two of them and 0.6 GB after 16.
-HOLES = 1 / 3
+    return by_module(model), {part: size / 1e9 for part, size in memory.items()}, meter.flops / tokens, largest
 
 
 def optimizer_bytes(parameter, config):
@@ -772,22 +757,22 @@ def table(*rows):
 
 
 def rehearse(config, source, steps, loss_fn, device, dtype, forecast):
-    """--dry_run: prints parameters, steps and memory, then the time, from one micro-batch; where the memory is not
-    there, what needs less of it."""
-    kinds = [*forecast.modules.items(), ("all", [*map(sum, zip(*forecast.modules.values()))])]
-    counts = ((tokens_of(steps[n]), sum(map(count_scored, steps[n]))) for n in range(len(steps)))
-    tokens, scored = map(sum, zip(*counts))
-    peak, free = sum(forecast.memory.values()), free_memory(device) + forecast.memory.get("process", 0)
-    print(table(("parameters", "train", "all"), *((name, f"{n:,}", f"{total:,}") for name, (n, total) in kinds)))
+    """--dry_run: prints what `foresee` found; where it fits, the time that one micro-batch foretells, else what needs
+    less."""
+    modules, memory, _, largest = forecast
+    lengths = [[count(example) for n in range(len(steps)) for example in steps[n]] for count in (count_tokens, count_scored)]
+    tokens, scored, peak = *map(sum, lengths), sum(memory.values())
+    modules = [*modules.items(), ("all", map(sum, zip(*modules.values())))]
+    print(table(("parameters", "train", "all"), *((name, *map("{:,}".format, counts)) for name, counts in modules)))
     print(f"\n{len(steps)} steps of {steps.batch_size} examples: {tokens:,} tokens, {round(scored):,} of them scored\n")
-    print(table(("peak memory", "GB"), *((part, f"{n:.3f}") for part, n in [*forecast.memory.items(), ("all", peak)])))
+    print(table(("peak memory", "GB"), *((part, f"{size:.3f}") for part, size in [*memory.items(), ("all", peak)])))
+    free = free_memory(device) + memory.get("process", 0)
     if peak > free:
         print(f"\n{free:.2f} GB are free: this does not fit. What needs less, each added to those before:")
-        longest = max(map(count_tokens, forecast.largest))
-        for key, value in (("gradient_checkpointing", True), ("micro_batch_tokens", longest),
+        for key, value in (("gradient_checkpointing", True), ("micro_batch_tokens", max(lengths[0])),
                            ("load_in_4bit", True) if config.lora_r else ("optim", "adamw_8bit")):
             config = replace(config, **{key: value})
-            peak = sum(foresee(config, source, steps, loss_fn, device, dtype).memory.values())
+            peak = sum(foresee(config, source, steps, loss_fn, device, dtype)[1].values())
             print(f"  --{key} {str(value).lower()}: {peak:.2f} GB")
             if peak <= free:
                 return
@@ -799,11 +784,10 @@ def rehearse(config, source, steps, loss_fn, device, dtype, forecast):
     with kept_pages():
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
-            accumulate(model, forecast.largest, 1, loss_fn, sys.maxsize)
-    took = time.perf_counter() - began
-    rate = tokens_of(forecast.largest) / took
-    print(f"\na micro-batch of {tokens_of(forecast.largest)} tokens takes {took:.2f} s: {rate:,.0f} tokens/s, "
-          f"{tokens / rate / len(steps):.2f} s a step, {tokens / rate / 60:,.1f} min without evaluation and answers")
+            accumulate(model, largest, 1, loss_fn, sys.maxsize)
+    rate = sum(map(count_tokens, largest)) / (time.perf_counter() - began)
+    print(f"\nthe largest micro-batch, forward and backward: {rate:,.0f} tokens/s, so {tokens / rate / len(steps):.2f} s a "
+          f"step, {tokens / rate / 60:,.1f} min in all, evaluation and answers apart")
 
 
 def conclude(clock, forecast, model):
@@ -813,12 +797,13 @@ def conclude(clock, forecast, model):
     rows = ((part, f"{took:.1f}", f"{peak:.2f}") for part, (took, peak) in clock.parts.items())
     print(f"\n{table(('', 'seconds', 'peak GB'), *rows)}")
     found = {"seconds": {part: round(took, 1) for part, (took, _) in clock.parts.items()}}
-    if clock.tokens and forecast.memory:
-        (took, measured), predicted = clock.steps(), sum(forecast.memory.values())
-        rate, c, n = clock.tokens / took, model.config, tokens_of(forecast.largest)
-        x, w = (torch.randn(m, c.hidden_size, dtype=model.dtype, device=model.device) for m in (n, c.intermediate_size))
+    _, memory, flops, largest = forecast
+    if clock.tokens and memory:
+        (took, measured), predicted, c = clock.steps(), sum(memory.values()), model.config
+        rate, sizes = clock.tokens / took, (sum(map(count_tokens, largest)), c.intermediate_size)
+        x, w = (torch.randn(n, c.hidden_size, dtype=model.dtype, device=model.device) for n in sizes)
         timer = Timer("x @ w.t()", globals={"x": x, "w": w}, num_threads=torch.get_num_threads())
-        share = rate * forecast.flops / (2 * n * w.numel() / min(timer.blocked_autorange(min_run_time=0.3).times))
+        share = rate * flops / (2 * len(x) * w.numel() / min(timer.blocked_autorange(min_run_time=0.3).times))
         found |= {"share_of_roof": round(share, 3), "predicted_memory_gb": round(predicted, 3)}
         print(f"{rate:,.1f} tokens/s, {share:.0%} of what plain products of the model's shapes reach\npeak memory of the "
               f"steps: {predicted:.2f} GB predicted, {measured:.2f} measured ({predicted / measured - 1:+.0%})")
@@ -924,7 +909,7 @@ def write_card(config, ledger, results, figures):
 
 
 def equip(model, config):
-    """Makes a loaded model, which may be on `meta`, the one that trains; returns what the user should be told."""
+    """Makes a model, which may be on `meta`, the one that trains; returns what the user should be told."""
     model.gradient_checkpointing = config.gradient_checkpointing
     if not config.adapter:
         return add_lora(model, config, config.seed)

@@ -374,7 +374,7 @@ KINDS = {
 def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
     """The same micro-batch on the loaded model, what lives counted by the same meter and what stays by hand: equal to
     the byte (but for the description of 4-bit weights, which is no tensor before they are quantised)."""
-    settings, _, steps, foreseen = plan_of(base, rows, **KINDS[case])
+    settings, _, steps, (modules, memory, flops, largest) = plan_of(base, rows, **KINDS[case])
     model = sft.load_4bit(base, settings)
     sft.equip(model, settings)
     model.train()
@@ -387,14 +387,13 @@ def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
         for p in model.parameters():
             if p.requires_grad and len(list(sft.cut(steps[0], 400))) > 1:
                 p.grad = torch.zeros_like(p)
-        sft.sft_loss(model, sft.Batch.pack(foreseen.largest))[0].backward()
-    held = {part: round(n * 1e9) for part, n in foreseen.memory.items() if part not in ("optimizer", "process", "kernels and holes")}
+        sft.sft_loss(model, sft.Batch.pack(largest))[0].backward()
+    held = {part: round(n * 1e9) for part, n in memory.items() if part not in ("optimizer", "process", "kernels and holes")}
     if held["activations"]:  # else the optimizer's moment is the largest
         assert sum(held.values()) == meter.peak.total()
     assert held["weights"] + held.get("adapter", 0) == sum(fixed)
-    assert meter.flops == pytest.approx(foreseen.flops * sft.tokens_of(foreseen.largest))
-    own = sum(n for n, _ in foreseen.modules.values()), sum(n for _, n in foreseen.modules.values())
-    assert own == sft.count_parameters(model)
+    assert meter.flops == pytest.approx(flops * sum(map(sft.count_tokens, largest)))
+    assert tuple(map(sum, zip(*modules.values()))) == sft.count_parameters(model)
 
 
 def test_the_meter_counts_what_is_saved_for_backward():
@@ -426,7 +425,7 @@ def test_optimizer_bytes_are_those_of_its_state(optim):
 
 
 def test_checkpointing_and_smaller_micro_batches_are_foreseen_to_need_less(base, rows):
-    need = [plan_of(base, rows, **settings)[3].memory for settings in (
+    need = [plan_of(base, rows, **settings)[3][1] for settings in (
         dict(), dict(gradient_checkpointing=True), dict(micro_batch_tokens=100), dict(lora_r=0))]  # fmt: skip
     busy = [memory["activations"] for memory in need]
     assert busy[1] < 0.8 * busy[0] and busy[2] < 0.5 * busy[0]
@@ -452,12 +451,11 @@ def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, t
 
 
 def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys, monkeypatch):
-    need = sum(plan_of(base, rows, gradient_checkpointing=True)[3].memory.values())
     monkeypatch.setattr(sft, "free_memory", lambda device: -1.0)
     sft.main([*flags(base, rows, tmp_path / "run", micro_batch_tokens=400), "--dry_run"])
     told = capsys.readouterr().out
     assert "does not fit" in told and "--gradient_checkpointing true" in told and "--max_length" in told
-    assert "tokens/s" not in told and not list(tmp_path.iterdir()) and need > 0
+    assert "tokens/s" not in told and not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_foreseen_does_not_stop_a_run(base, rows, tmp_path, capsys):
