@@ -363,10 +363,10 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
         for step in range(state["step"] + 1, len(steps) + 1):
             if best.get("stop"):
                 break
+            clock.turn("forward and backward")
             examples, lr, last = steps[step - 1], learning_rate(step - 1, len(steps), config), step == len(steps)
             count = sum(map(steps.count, examples))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # dropout
-            clock.turn("forward and backward")
             loss, metrics = accumulate(model, examples, count, loss_fn, budget, scaler.scale)
             clock.turn("optimizer")
             scaler.unscale_(optimizer)
@@ -715,12 +715,13 @@ def foresee(config, source, steps, loss_fn, device, dtype):
         if gradients > busy + memory.get("gradients", 0):  # then the optimizer's moment is the largest
             memory |= {"gradients": gradients, "activations": 0, "logits": 0}
         memory["optimizer"] = sum(optimizer_bytes(p, config) for p in trained)
-        if device.type != "cuda":  # there the peak is the process's; measured at the Qwen3-0.6B shape:
-            cuts = min(64, len(steps) * sum(map(len, groups)) / len(groups))  # each length has kernels of its own, and
+        if device.type != "cuda":  # there the peak is the process's; the rest as measured at the Qwen3-0.6B shape:
+            cuts = min(64, len(steps) * sum(map(len, groups)) / len(groups))  # each with 16-bit kernels of its own
             kernels = 0.05e9 if model.dtype == torch.float32 else 0.2e9 + 0.1e9 * math.log2(cuts)
-            peak_memory_gb(device)  # leaves holes in glibc's heap, a third of what lives there
-            memory |= {"process": peak_memory_gb(device) * 1e9, "kernels and holes": kernels + busy / 3}
-    except RuntimeError as error:
+            holes = busy / 3 + 2 * memory["logits"] * model.head_weight().requires_grad  # in glibc's heap
+            peak_memory_gb(device)
+            memory |= {"process": peak_memory_gb(device) * 1e9, "kernels and holes": kernels + holes}
+    except Exception as error:  # a kernel that has no form without content, say; the run itself may still do
         print(f"memory: can't be foreseen here ({brief(str(error), 80)})")
     return by_module(model), {part: size / 1e9 for part, size in memory.items()}, meter.flops / tokens, largest
 
@@ -760,16 +761,16 @@ def rehearse(config, source, steps, loss_fn, device, dtype, forecast):
     """--dry_run: prints what `foresee` found; where it fits, the time that one micro-batch foretells, else what needs
     less."""
     modules, memory, _, largest = forecast
-    lengths = [[count(example) for n in range(len(steps)) for example in steps[n]] for count in (count_tokens, count_scored)]
-    tokens, scored, peak = *map(sum, lengths), sum(memory.values())
+    planned = [(count_tokens(example), count_scored(example)) for n in range(len(steps)) for example in steps[n]]
+    (tokens, scored), peak = map(sum, zip(*planned)), sum(memory.values())
     modules = [*modules.items(), ("all", map(sum, zip(*modules.values())))]
     print(table(("parameters", "train", "all"), *((name, *map("{:,}".format, counts)) for name, counts in modules)))
     print(f"\n{len(steps)} steps of {steps.batch_size} examples: {tokens:,} tokens, {round(scored):,} of them scored\n")
     print(table(("peak memory", "GB"), *((part, f"{size:.3f}") for part, size in [*memory.items(), ("all", peak)])))
     free = free_memory(device) + memory.get("process", 0)
     if peak > free:
-        print(f"\n{free:.2f} GB are free: this does not fit. What needs less, each added to those before:")
-        for key, value in (("gradient_checkpointing", True), ("micro_batch_tokens", max(lengths[0])),
+        print(f"\n{free:.2f} GB are free: it does not fit and is not tried. What needs less, each with those before:")
+        for key, value in (("gradient_checkpointing", True), ("micro_batch_tokens", max(planned)[0]),
                            ("load_in_4bit", True) if config.lora_r else ("optim", "adamw_8bit")):
             config = replace(config, **{key: value})
             peak = sum(foresee(config, source, steps, loss_fn, device, dtype)[1].values())
@@ -786,8 +787,8 @@ def rehearse(config, source, steps, loss_fn, device, dtype, forecast):
             began = time.perf_counter()
             accumulate(model, largest, 1, loss_fn, sys.maxsize)
     rate = sum(map(count_tokens, largest)) / (time.perf_counter() - began)
-    print(f"\nthe largest micro-batch, forward and backward: {rate:,.0f} tokens/s, so {tokens / rate / len(steps):.2f} s a "
-          f"step, {tokens / rate / 60:,.1f} min in all, evaluation and answers apart")
+    print(f"\nthe largest micro-batch runs, forward and backward, at {rate:,.0f} tokens/s: "
+          f"{tokens / rate / len(steps):.2f} s a step, {tokens / rate / 60:,.1f} min without evaluation and answers")
 
 
 def conclude(clock, forecast, model):
@@ -805,8 +806,8 @@ def conclude(clock, forecast, model):
         timer = Timer("x @ w.t()", globals={"x": x, "w": w}, num_threads=torch.get_num_threads())
         share = rate * flops / (2 * len(x) * w.numel() / min(timer.blocked_autorange(min_run_time=0.3).times))
         found |= {"share_of_roof": round(share, 3), "predicted_memory_gb": round(predicted, 3)}
-        print(f"{rate:,.1f} tokens/s, {share:.0%} of what plain products of the model's shapes reach\npeak memory of the "
-              f"steps: {predicted:.2f} GB predicted, {measured:.2f} measured ({predicted / measured - 1:+.0%})")
+        print(f"{rate:,.1f} tokens/s, {share:.0%} of what plain products of the model's shapes reach\npeak memory of "
+              f"the steps: {predicted:.2f} GB predicted, {measured:.2f} measured ({predicted / measured - 1:+.0%})")
     return found
 
 
@@ -910,15 +911,20 @@ def write_card(config, ledger, results, figures):
 
 def equip(model, config):
     """Makes a model, which may be on `meta`, the one that trains; returns what the user should be told."""
-    model.gradient_checkpointing = config.gradient_checkpointing
+    model.gradient_checkpointing, tied = config.gradient_checkpointing, model.config.tie_word_embeddings
     if not config.adapter:
-        return add_lora(model, config, config.seed)
-    tied, meta = model.config.tie_word_embeddings, model.device.type == "meta"
-    notices = open_adapter(model, config.adapter)[2] if meta else load_adapter(model, config.adapter, trainable=True)
+        notices = add_lora(model, config, config.seed)
+    else:
+        notices = (open_adapter(model, config.adapter)[2] if model.device.type == "meta" else
+                   load_adapter(model, config.adapter, trainable=True))
+        r, alpha = model.adapter.lora_r, model.adapter.lora_alpha
+        notices = [f"going on from {config.adapter}: r {r}, alpha {alpha:g}", *notices]
     if tied != model.config.tie_word_embeddings:
         raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
                         "python lora.py merge")
-    return [f"going on from {config.adapter}: r {model.adapter.lora_r}, alpha {model.adapter.lora_alpha:g}", *notices]
+    for layer in lora_layers(model).values() if getattr(config, "disable_dropout", False) else ():
+        layer.dropout = 0.0
+    return notices
 
 
 def run(config, loss_fn, count=count_scored, prepare=None, **options):
