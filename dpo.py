@@ -235,9 +235,7 @@ def add_reference(model, steps, held, config):
 
 
 def prepare(model, steps, held, config):
-    """What DPO does before the first step: dropout off, and the reference."""
-    for layer in lora_layers(model).values() if config.disable_dropout else ():
-        layer.dropout = 0.0
+    """What DPO does before the first step: the reference."""
     if config.reference_free:
         return
     reference = model

@@ -92,6 +92,13 @@ class Linear4bit(nn.Module):
         self._buffers |= parts
         self.state = state
 
+    def expect_own(self, dtype):
+        """Makes room, on meta, for the weight as `quantize_` will hold it."""
+        state = {"blocksize": 64, "nested_blocksize": 256, "quant_type": self.quant.bnb_4bit_quant_type,
+                 "dtype": str(dtype).removeprefix("torch."), "shape": [self.out_features, self.in_features]}
+        double = self.quant.bnb_4bit_use_double_quant
+        self.expect(state | ({"nested_offset": 0.0} if double else {}), double)
+
     def place(self, leaf, tensor, device, dtype):
         """See model.place. A float weight is quantised from `dtype`, as bitsandbytes would find it."""
         if leaf == "bias":

@@ -13,37 +13,44 @@ import hashlib
 import json
 import math
 import os
-import resource
 import re
+import resource
 import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
+import weakref
 import zlib
+from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from data import Tokenizer, load_examples, parse_config, split_holdout
 from eval import accuracy, answer_questions, ask_choice, choice_metrics
-from lora import (HubConfig, LoRAConfig, adapter_parameters, add_lora, ask_hub, count_parameters, load_adapter, merge,
-                  merge_lora, open_repositories, push, write_adapter)
-from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, blamed, brief, check_least, cli,
-                   give_back, kept_pages, locked, nearest, pick_device, read_json, read_tensor, resolve, save_model,
-                   write_tensors, written_aside)
+from lora import (HubConfig, LoRAConfig, adapter_parameters, add_lora, ask_hub, count_parameters, load_adapter,
+                  lora_layers, merge, merge_lora, open_adapter, open_repositories, push, write_adapter)
+from model import (COMPANIONS, DTYPES, IGNORE, Batch, ModelConfig, UserError, blamed, brief, check_least,
+                   choose_attention, cli, give_back, kept_pages, locked, nearest, open_model, pick_device, plain,
+                   read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
 from qlora import QuantConfig, bitsandbytes, hold_4bit, load_4bit, measure_merge
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -61,6 +68,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     eval_data: list[str] = field(default_factory=list)  # held-out rows: files or hub ids
     val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number of rows
     output_dir: str = "output/sft"  # the run folder
+    dry_run: bool = False  # print parameters, steps, the peak memory and the time to expect; train and write nothing
     max_samples: int | None = None  # use this many rows of data, drawn by seed
     max_eval_samples: int | None = None  # use this many held-out rows
     recipe: str = ""  # reads a data set's own rows: mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k
@@ -220,18 +228,23 @@ class Plan:
         return f"{len(self.examples)}-{crc:08x}"
 
 
-def micro_batches(examples, budget, device):
-    """The examples in packed batches of about equal size, at most `budget` tokens each (an example is never cut)."""
+def cut(examples, budget):
+    """The examples in parts of about equal size, at most `budget` tokens each (an example is never cut)."""
     sizes = [count_tokens(example) for example in examples]
     share = sum(sizes) / max(1, math.ceil(sum(sizes) / budget))
     part, held = [], 0
     for example, size in zip(examples, sizes):
         if part and (held + size > budget or held >= share):
-            yield Batch.pack(part, device)
+            yield part
             part, held = [], 0
         part.append(example)
         held += size
-    yield Batch.pack(part, device)
+    yield part
+
+
+def micro_batches(examples, budget, device):
+    """The parts that `cut` makes of the examples, packed."""
+    return (Batch.pack(part, device) for part in cut(examples, budget))
 
 
 def learning_rate(step, steps, config):
@@ -336,10 +349,16 @@ def token_budget(config, device):
 
 
 def peak_memory_gb(device):
-    """Peak memory so far in GB (10^9 bytes): what CUDA's allocator handed out, elsewhere the process's resident set."""
+    """Peak memory in GB (10^9 bytes) since this was last asked (outside CUDA and Linux: so far): what CUDA's allocator
+    handed out, elsewhere the process's resident set."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the mark goes down to what is resident now
+    return peak / 1e9
 
 
 @contextmanager
@@ -361,14 +380,16 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def train(model, steps, loss_fn, config, evaluate=None, trackers=None):
+def train(model, steps, loss_fn, config, evaluate=None, trackers=None, clock=None):
     """Runs the plan `steps` from the last checkpoint in config.output_dir, if any, to its end.
 
     loss_fn(model, batch) -> (summed loss, {metric: summed value}); both are divided by the step's planned count.
-    evaluate() -> {name: value}, called when config says so; trackers as start_trackers gives them. Ctrl-C and SIGTERM
-    save at the step's end and exit 130 / 143.
+    evaluate() -> {name: value}, called when config says so; trackers: takes those of start_trackers; clock: the run's.
+    Ctrl-C, SIGTERM and SIGHUP save at the step's end and exit 130 / 143 / 129.
     """
     folder, device, asked = Path(config.output_dir), model.device, config.micro_batch_tokens
+    clock = clock or Clock(device)
+    clock.turn("evaluation")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
@@ -384,17 +405,18 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None):
     if trackers is not None:
         trackers |= start_trackers(config, state["step"] and state["step"] + 1)
     log, window, best, skipped = Log(folder, state["log_bytes"], trackers), state["window"], state["best"], state["skipped"]
-    began, clock = time.perf_counter(), Clock()
+    began = time.perf_counter()
 
     def save(step):  # what stands after `step`, unless that is kept already
         nonlocal state
         if step == state["step"] or config.save_strategy == "no":
             return
+        clock.turn("checkpoints")
         lowered = config.micro_batch_tokens * (config.micro_batch_tokens != asked)
         state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint, "best": best,
                  "skipped": skipped, "lowered": lowered, "scaler": scaler.state_dict()}
         save_checkpoint(folder, model, parameters, optimizer, state, config)
-        clock.skip()
+        clock.turn("log")
 
     model.train()
     if evaluate and config.eval_strategy != "no" and state["step"] == 0:
@@ -402,11 +424,11 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None):
         judge({}, found, 0, config)  # a metric that is none is told now
         log.write({"step": 0, "epoch": 0.0, **found})
     bar = tqdm(total=len(steps), initial=state["step"], unit="step", disable=not sys.stderr.isatty(), leave=False)
-    clock.skip()
     with stop_signals() as stopped, kept_pages():
         for step in range(state["step"] + 1, len(steps) + 1):
             if best.get("stop"):
                 break
+            clock.turn("forward and backward")
             examples, lr, last = steps[step - 1], learning_rate(step - 1, len(steps), config), step == len(steps)
             count, place = sum(map(steps.count, examples)), {"step": step, "epoch": round(steps.epoch(step), 4)}
             seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])  # of dropout
@@ -415,6 +437,7 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None):
             except UserError:
                 save(step - 1)
                 raise
+            clock.turn("optimizer")
             scaler.unscale_(optimizer)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf))
             if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):  # that of float16 shrinks first
@@ -440,16 +463,15 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None):
                 total, scored = window.pop("count"), window.pop("scored_tokens")
                 means = {"loss": window.pop("loss") / total, **{name: value / total for name, value in window.items()}}
                 log.write({**place, **means, "grad_norm": norm, "learning_rate": lr, "scored_tokens": round(scored),
-                           **clock.read(), "peak_memory_gb": round(peak_memory_gb(device), 3)})
+                           **clock.read()})
                 window = {}
-                clock.skip()
             if evaluate and (steps.due(step, config.eval_strategy, config.eval_steps)
                              or last and config.eval_strategy != "no"):
+                clock.turn("evaluation")
                 found = evaluate()
                 log.write({**place, **found})
                 best = judge(best, found, step, config)
                 last = last or best["stop"]
-                clock.skip()
             improved = config.load_best_model_at_end and best.get("step") == step
             if last or stopped or improved or steps.due(step, config.save_strategy, config.save_steps):
                 save(step)
@@ -466,8 +488,9 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None):
     elif config.load_best_model_at_end:
         load_trained(kept, model, parameters)
         print(f"the best step is taken: {best['step']}, {best['metric']} {best['value']:.4g}")
-    return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": round(peak_memory_gb(device), 3),
-            **({"best_step": best["step"]} if config.load_best_model_at_end else {})}
+    best_step = {"best_step": best["step"]} if config.load_best_model_at_end else {}
+    peak = clock.read()["peak_memory_gb"]
+    return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": peak, **best_step}
 
 
 def judge(best, found, step, config):
@@ -487,30 +510,43 @@ def judge(best, found, step, config):
 
 
 class Clock:
-    """Throughput since it was last read; evaluation, drawing and saving are not counted."""
+    """Seconds and peak memory of a run by part, and the throughput of its steps since it was last read."""
 
-    def __init__(self):
-        self.tokens = self.examples = self.seconds = 0
-        self.skip()
+    STEP = "forward and backward", "optimizer"  # evaluation, logging and saving are not counted
 
-    def skip(self):
-        self.last = time.perf_counter()
+    def __init__(self, device, part="data"):
+        self.device, self.part, self.last, self.parts = device, part, time.perf_counter(), {}
+        self.tokens = self.examples = 0
+        self.before = 0, 0, 0.0
+        peak_memory_gb(device)
+
+    def turn(self, part):
+        """What comes from here on is `part`'s."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        (seconds, peak), now = self.parts.get(self.part, (0.0, 0.0)), time.perf_counter()
+        self.parts[self.part] = seconds + now - self.last, max(peak, peak_memory_gb(self.device))
+        self.part, self.last = part, now
 
     def add(self, tokens, examples):
-        now = time.perf_counter()
-        self.tokens, self.examples, self.seconds = (
-            self.tokens + tokens, self.examples + examples, self.seconds + now - self.last)
-        self.last = now
+        self.turn("log")
+        self.tokens, self.examples = self.tokens + tokens, self.examples + examples
+
+    def steps(self):
+        """(seconds, peak GB) of the steps so far."""
+        seconds, peaks = zip(*(self.parts.get(part, (0.0, 0.0)) for part in self.STEP))
+        return sum(seconds), max(peaks)
 
     def read(self):
-        seconds = max(self.seconds, 1e-9)
-        found = {"tokens_per_second": round(self.tokens / seconds, 1),
-                 "examples_per_second": round(self.examples / seconds, 3)}
-        self.tokens = self.examples = self.seconds = 0
-        return found
+        seconds, peak = self.steps()
+        done = self.tokens, self.examples, seconds
+        tokens, examples, took = (new - old for new, old in zip(done, self.before))
+        self.before = done
+        return {"tokens_per_second": round(tokens / max(took, 1e-9), 1),
+                "examples_per_second": round(examples / max(took, 1e-9), 3), "peak_memory_gb": round(peak, 3)}
 
 
-UNSHOWN = ("epoch", "scored_tokens", "examples_per_second", "logps/chosen", "logps/rejected", "rows")  # in the file alone
+UNSHOWN = ("epoch", "scored_tokens", "examples_per_second", "seconds", "logps/chosen", "logps/rejected", "rows")
 
 
 class Log:
@@ -664,7 +700,7 @@ def kept_output(folder):
         return (folder / "config.json").stat().st_mtime_ns if (folder / "config.json").exists() else None
 
     def keep(line):
-        held.append(f"{datetime.now():%F %T} {line}\n")
+        held.append(f"{datetime.now():%F %T} {plain(line)}\n")
         if written() != before:
             with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8") as log:
                 log.writelines(held)
@@ -789,9 +825,9 @@ def load_trained(path, model, parameters):
         parameter.copy_(read_tensor(path / file, name)[tuple(map(slice, parameter.shape))])
 
 
-FREE = {"output_dir", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples", "max_new_tokens",
-        "logging_steps", "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing", "report_to",
-        "attn_implementation", "ref_cache", "push_to_hub", "max_skipped_steps", *vars(HubConfig())}
+FREE = {"output_dir", "dry_run", "resume", "overwrite_output_dir", "merge", "eval_answers", "num_samples",
+        "max_new_tokens", "logging_steps", "save_total_limit", "device", "micro_batch_tokens", "gradient_checkpointing",
+        "report_to", "attn_implementation", "ref_cache", "push_to_hub", "max_skipped_steps", *vars(HubConfig())}
 
 
 def open_run(config):
@@ -828,6 +864,175 @@ def describe_run(config, began, report):
         aside = Path(config.output_dir) / f".{name}"
         aside.write_text(json.dumps(value, indent=2))
         aside.replace(Path(config.output_dir) / name)
+
+
+# --- the planner ------------------------------------------------------------------------------------------------------
+
+FLOPS = {str(op): count for op, count in flop_registry.items()}
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of live tensors by kind while the block runs, keeps them at their peak, and adds up the
+    products' floating-point operations. It sees what PyTorch's operators return, not what one holds inside."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.kinds, self.live, self.peak, self.flops = vocab_size, {}, Counter(), Counter(), 0
+
+    def note(self, tensor, kind):
+        """Counts a tensor's storage as of this kind from here on."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.kinds:
+            self.live[self.kinds[key]] -= size
+        else:
+            weakref.finalize(storage, lambda: self.live.subtract({self.kinds.pop(key): size}))
+        self.kinds[key] = kind
+        self.live[kind] += size
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        found = op(*args, **kwargs or {})
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.kinds:
+                self.note(tensor, "logits" if tensor.shape[-1:] == (self.vocab_size,) else "activations")
+        if count := FLOPS.get(str(op.overloadpacket).rstrip("_")):
+            self.flops += count(*args, **kwargs or {}, out_val=found)
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
+        return found
+
+
+def foresee(config, source, steps, loss_fn, device, dtype):
+    """What a run will need, from headers, settings and examples alone: ({modules' name: [trainable, all parameters]},
+    {part: GB} at the steps' peak, FLOPs of a token, the examples of the largest micro-batch). The program itself runs
+    that one, forward and backward, on tensors that hold nothing."""
+    model, _ = open_model(source, prepare=partial(hold_4bit, config))
+    model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
+    model.attention, _ = choose_attention(config.attn_implementation, model.config, model.dtype, device)
+    for layer in model.modules():
+        if getattr(layer, "state", layer) is None:  # to be quantised as it is loaded
+            layer.expect_own(model.dtype)
+    equip(model, config)
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else model.dtype)
+    count = min(len(steps), steps.steps_per_epoch)
+    groups = [[*cut(steps[step], token_budget(config, device))] for step in range(0, count, count // 256 + 1)]
+    tokens, largest, alone = max(((sum(map(count_tokens, part)), part, len(group) == 1)
+                                  for group in groups for part in group), key=lambda found: found[0])
+    memory, meter = {}, Meter(model.config.vocab_size)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), meter:
+            model.to_empty(device=device).train()
+            for tensor in model.state_dict(keep_vars=True).values():
+                meter.note(tensor, "adapter" if tensor.requires_grad and config.lora_r else "weights")
+            for layer in lora_layers(model).values() if config.init_lora_weights.startswith("pissa") else ():
+                layer.start = torch.empty_like(layer.lora_A), torch.empty_like(layer.lora_B)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            for p in trained:
+                p.register_post_accumulate_grad_hook(lambda p: meter.note(p.grad, "gradients"))
+                if not alone:  # the step's earlier micro-batches have made it
+                    p.grad = torch.empty_like(p)
+                    meter.note(p.grad, "gradients")
+            loss_fn(model, Batch.pack(largest, device))[0].backward()
+        memory, gradients = dict(meter.peak), 4 * sum(p.numel() for p in trained)
+        busy = memory["activations"] + memory["logits"]
+        if gradients > busy + memory.get("gradients", 0):  # then the optimizer's moment is the largest
+            memory |= {"gradients": gradients, "activations": 0, "logits": 0}
+        memory["optimizer"] = sum(optimizer_bytes(p, config) for p in trained)
+        if device.type != "cuda":  # there the peak is the process's; the rest as measured at the Qwen3-0.6B shape:
+            cuts = min(64, len(steps) * sum(map(len, groups)) / len(groups))  # each with 16-bit kernels of its own
+            kernels = 0.05e9 if model.dtype == torch.float32 else 0.2e9 + 0.1e9 * math.log2(cuts)
+            holes = busy / 3 + 2 * memory["logits"] * model.head_weight().requires_grad  # in glibc's heap
+            peak_memory_gb(device)
+            memory |= {"process": peak_memory_gb(device) * 1e9, "kernels and holes": kernels + holes}
+    except Exception as error:  # a kernel that has no form without content, say; the run itself may still do
+        print(f"memory: can't be foreseen here ({brief(str(error), 80)})")
+    return by_module(model), {part: size / 1e9 for part, size in memory.items()}, meter.flops / tokens, largest
+
+
+def optimizer_bytes(parameter, config):
+    """Bytes of AdamW's state; in 8 bit with two scales for 256 values, which bitsandbytes leaves out below 4,096."""
+    n = parameter.numel()
+    return 2 * n + 8 * -(-n // 256) if "8bit" in config.optim and n >= 4096 else 8 * n
+
+
+def by_module(model):
+    """{modules' name, like q_proj: [trainable, all parameters]}; sums to count_parameters."""
+    found = {}
+    for path, module in model.named_modules():
+        own = [(p.numel() * p.requires_grad, p.numel()) for p in module.parameters(recurse=False)]
+        own += [(0, module.in_features * module.out_features)] if hasattr(module, "dequantize") else []
+        name = path.removesuffix(".base_layer").rpartition(".")[2]
+        found[name] = [sum(counts) for counts in zip(found.get(name, (0, 0)), *own)]
+    return {name: counts for name, counts in found.items() if counts[1]}
+
+
+def free_memory(device):
+    """GB that this machine has free; infinite where it doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    file = Path("/proc/meminfo")
+    return int(re.search(r"MemAvailable:\s+(\d+)", file.read_text())[1]) * 1024 / 1e9 if file.exists() else math.inf
+
+
+def columns(*rows):
+    """Rows of words as lines, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def rehearse(config, source, steps, loss_fn, device, dtype, forecast):
+    """--dry_run: prints what `foresee` found; where it fits, the time that one micro-batch foretells, else what needs
+    less."""
+    modules, memory, _, largest = forecast
+    planned = [(count_tokens(example), count_scored(example)) for n in range(len(steps)) for example in steps[n]]
+    (tokens, scored), peak = map(sum, zip(*planned)), sum(memory.values())
+    modules = [*modules.items(), ("all", map(sum, zip(*modules.values())))]
+    print(columns(("parameters", "train", "all"), *((name, *map("{:,}".format, counts)) for name, counts in modules)))
+    print(f"\n{len(steps)} steps of {steps.batch_size} examples: {tokens:,} tokens, {round(scored):,} of them scored\n")
+    print(columns(("peak memory", "GB"), *((part, f"{size:.3f}") for part, size in [*memory.items(), ("all", peak)])))
+    free = free_memory(device) + memory.get("process", 0)
+    if peak > free:
+        print(f"\n{free:.2f} GB are free: it does not fit and is not tried. What needs less, each with those before:")
+        for key, value in (("gradient_checkpointing", True), ("micro_batch_tokens", max(planned)[0]),
+                           ("load_in_4bit", True) if config.lora_r else ("optim", "adamw_8bit")):
+            config = replace(config, **{key: value})
+            peak = sum(foresee(config, source, steps, loss_fn, device, dtype)[1].values())
+            print(f"  --{key} {str(value).lower()}: {peak:.2f} GB")
+            if peak <= free:
+                return
+        print("  a smaller --max_length or --model")
+        return
+    model = load_4bit(source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation)
+    equip(model, config)
+    model.train()
+    with kept_pages():
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            accumulate(model, largest, 1, loss_fn, sys.maxsize)
+    rate = sum(map(count_tokens, largest)) / (time.perf_counter() - began)
+    print(f"\nthe largest micro-batch runs, forward and backward, at {rate:,.0f} tokens/s: "
+          f"{tokens / rate / len(steps):.2f} s a step, {tokens / rate / 60:,.1f} min without evaluation and answers")
+
+
+def conclude(clock, forecast, model):
+    """Prints a run's time and memory by part, its speed beside that of plain products (T, C) x (C, I) of its shapes,
+    the predicted beside the measured peak. Returns them for the last line of the log."""
+    clock.turn("log")
+    rows = ((part, f"{took:.1f}", f"{peak:.2f}") for part, (took, peak) in clock.parts.items())
+    print(f"\n{columns(('', 'seconds', 'peak GB'), *rows)}")
+    found = {"seconds": {part: round(took, 1) for part, (took, _) in clock.parts.items()}}
+    _, memory, flops, largest = forecast
+    if clock.tokens and memory:
+        (took, measured), predicted, c = clock.steps(), sum(memory.values()), model.config
+        rate, sizes = clock.tokens / took, (sum(map(count_tokens, largest)), c.intermediate_size)
+        x, w = (torch.randn(n, c.hidden_size, dtype=model.dtype, device=model.device) for n in sizes)
+        timer = Timer("x @ w.t()", globals={"x": x, "w": w}, num_threads=torch.get_num_threads())
+        share = rate * flops / (2 * len(x) * w.numel() / min(timer.blocked_autorange(min_run_time=0.3).times))
+        found |= {"share_of_roof": round(share, 3), "predicted_memory_gb": round(predicted, 3)}
+        print(f"{rate:,.1f} tokens/s, {share:.0%} of what plain products of the model's shapes reach\npeak memory of "
+              f"the steps: {predicted:.2f} GB predicted, {measured:.2f} measured ({predicted / measured - 1:+.0%})")
+    return found
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -963,12 +1168,30 @@ def write_card(config, ledger, results, figures):
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def equip(model, config):
+    """Makes a model, which may be on `meta`, the one that trains; returns what the user should be told."""
+    model.gradient_checkpointing, tied = config.gradient_checkpointing, model.config.tie_word_embeddings
+    if not config.adapter:
+        notices = add_lora(model, config, config.seed)
+    else:
+        notices = (open_adapter(model, config.adapter)[2] if model.device.type == "meta" else
+                   load_adapter(model, config.adapter, trainable=True))
+        r, alpha = model.adapter.lora_r, model.adapter.lora_alpha
+        notices = [f"going on from {config.adapter}: r {r}, alpha {alpha:g}", *notices]
+    if tied != model.config.tie_word_embeddings:
+        raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
+                        "python lora.py merge")
+    for layer in lora_layers(model).values() if getattr(config, "disable_dropout", False) else ():
+        layer.dropout = 0.0
+    return notices
+
+
 def run(config, loss_fn, count=count_scored, prepare=None, **options):
     """A run from its settings to its folder; what SFT and DPO share. loss_fn and count: as for train and Plan; options:
     more of load_examples's; prepare(model, steps, held examples) is called once, with the model that training starts
     from."""
     folder = Path(config.output_dir)
-    began, finished = open_run(config)
+    began, finished = (datetime.now(), False) if config.dry_run else open_run(config)
     if finished:
         print(f"{folder} holds this run, finished; --overwrite_output_dir trains anew")
         return push(folder, config) if config.push_to_hub else None
@@ -976,6 +1199,7 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
     if config.push_to_hub:
         ask_hub("push_to_hub", partial(open_repositories, config, folder))
     device = pick_device(config.device)
+    clock = Clock(device)
     source = resolve(config.model, config.revision)
     tokenizer = Tokenizer(source, began)
     wants = {"max_length": config.max_length, "completion_only_loss": config.completion_only_loss,
@@ -995,42 +1219,44 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
         report["held_out"] = len(held)
         print(f"held out: {len(held)} of these examples")
 
-    model = load_4bit(source, config, dtype=pick_dtype(config, source, device), device=device,
-                      attn_implementation=config.attn_implementation)
-    model.gradient_checkpointing = config.gradient_checkpointing
-    if config.adapter:
-        tied = model.config.tie_word_embeddings
-        notices = load_adapter(model, config.adapter, trainable=True)
-        print(f"going on from {config.adapter}: r {model.adapter.lora_r}, alpha {model.adapter.lora_alpha:g}")
-        if tied != model.config.tie_word_embeddings:
-            raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
-                            "python lora.py merge")
-    else:
-        notices = add_lora(model, config, config.seed)
-    print(*notices, sep="\n", end="\n" * bool(notices))
-    trained, total = count_parameters(model)
     first = examples.epoch(0)
     if prepare:
         examples, held = [*first], [*held]  # what it finds is kept with them
-    steps = Plan(examples, config, count, first.row)
+    steps, dtype = Plan(examples, config, count, first.row), pick_dtype(config, source, device)
+    clock.turn("forecast")
+    forecast = foresee(config, source, steps, loss_fn, device, dtype)
+    if config.dry_run:
+        rehearse(config, source, steps, loss_fn, device, dtype, forecast)
+        return
+    clock.turn("loading")
+    model = load_4bit(source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation)
+    notices = equip(model, config)
+    print(*notices, sep="\n", end="\n" * bool(notices))
+    trained, total = count_parameters(model)
     print(f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of {steps.batch_size} examples "
           f"on {device} ({model.attention} attention, {model.dtype})")
 
     if prepare:
+        clock.turn("reference")
         prepare(model, steps, held)
     describe_run(config, began, report)
     questions, choices = held[: config.eval_answers], [row.get("choices") for row in held_rows[: config.eval_answers]]
+    clock.turn("answers")
     before = ask(model, tokenizer, questions, choices, config)
     forced = list(filter(None, (ask_choice(tokenizer, *at) for at in zip(held, (r.get("choices") for r in held_rows)))))
     evaluate = (lambda: evaluate_loss(model, held, loss_fn, config, count) | choice_metrics(model, forced))
-    summary = train(model, steps, loss_fn, config, evaluate if held else None, trackers := {})
+    trackers = {}
+    summary = train(model, steps, loss_fn, config, evaluate if held else None, trackers, clock)
+    clock.turn("answers")
     after = ask(model, tokenizer, questions, choices, config)
+    clock.turn("saving and merging")
     figures = finish(model, config, held or examples)
     if figures:
         print(f"\n{show_merge(figures)}")
     show_answers(before, after, config)
     log = Log(folder, (folder / "log.jsonl").stat().st_size, trackers)
     answers = {"eval_answers_before": accuracy(before)[0], "eval_answers": accuracy(after)[0]}
+    summary |= conclude(clock, forecast, model)
     results = {"step": len(steps), **summary, **{k: v for k, v in answers.items() if v is not None}}
     log.draw()
     write_card(config, trained_on, results, figures)

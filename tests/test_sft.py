@@ -373,7 +373,7 @@ def test_memory_that_suffices_for_no_example_ends_the_run_and_keeps_it(base, row
     steps, loaded = [], sft.sft_loss
 
     def poor(model, batch):
-        steps.append(len(batch.tokens))
+        steps.extend([len(batch.tokens)] * (type(batch.tokens) is torch.Tensor))  # the planner's are fake
         if len(steps) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loaded(model, batch)
@@ -398,7 +398,7 @@ def test_a_lowered_budget_outlives_a_resume(base, rows, tmp_path, monkeypatch):
         sizes, loaded = [], sft.sft_loss
 
         def poor(model, batch, sizes=sizes, loaded=loaded):
-            sizes.append(len(batch.tokens))
+            sizes.extend([len(batch.tokens)] * (type(batch.tokens) is torch.Tensor))  # the planner's are fake
             if len(sizes) > 4 and len(batch.tokens) > 260:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return loaded(model, batch)
@@ -449,7 +449,7 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_one_kept(bas
     loaded, steps = sft.sft_loss, []
 
     def spoil(model, batch):
-        steps.append(len(batch.tokens))
+        steps.extend([len(batch.tokens)] * (type(batch.tokens) is torch.Tensor))  # the planner's are fake
         loss, metrics = loaded(model, batch)
         return loss * (math.inf if len(steps) > 4 else 1), metrics
 
@@ -561,6 +561,123 @@ def test_base_weights_stay_as_they_were(base, rows, tmp_path):
     after = load_file(tmp_path / "run" / "merged" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) == ("q_proj" not in k) for k in before)
+
+
+# --- the planner ------------------------------------------------------------------------------------------------------
+
+
+def plan_of(base, rows, **settings):
+    """(config, examples, Plan, Forecast) of a run on a CPU."""
+    settings = sft.SFTConfig(model=str(base), data=[str(rows)], **{"lora_r": 4, "micro_batch_tokens": 400, **settings})
+    examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    steps = sft.Plan(examples, settings)
+    return settings, examples, steps, sft.foresee(settings, base, steps, sft.sft_loss, torch.device("cpu"), "auto")
+
+
+KINDS = {
+    "lora": dict(), "checkpointing": dict(gradient_checkpointing=True), "full": dict(lora_r=0),
+    "dora": dict(use_dora=True), "dropout": dict(lora_dropout=0.1), "pissa": dict(init_lora_weights="pissa"),
+    "whole modules": dict(modules_to_save=["embed_tokens", "norm"]), "4 bit": dict(load_in_4bit=True),
+    "4 bit, single scales": dict(load_in_4bit=True, bnb_4bit_use_double_quant=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
+    """The same micro-batch on the loaded model, what lives counted by the same meter and what stays by hand: equal to
+    the byte (but for the description of 4-bit weights, which is no tensor before they are quantised)."""
+    settings, _, steps, (modules, memory, flops, largest) = plan_of(base, rows, **KINDS[case])
+    model = sft.load_4bit(base, settings)
+    sft.equip(model, settings)
+    model.train()
+    fixed = [t for name, t in model.state_dict().items() if "quant_state" not in name]
+    layers = sft.lora_layers(model).values()
+    kept = [*fixed, *(t for layer in layers for t in layer.start or ()),
+            *(layer.squares for layer in layers if hasattr(layer, "squares"))]  # fmt: skip
+    with sft.Meter(model.config.vocab_size) as meter:
+        for tensor in kept:
+            meter.note(tensor, "weights")
+        for p in model.parameters():
+            if p.requires_grad and len(list(sft.cut(steps[0], 400))) > 1:
+                p.grad = torch.zeros_like(p)
+        sft.sft_loss(model, sft.Batch.pack(largest))[0].backward()
+    apart = "optimizer", "process", "kernels and holes"
+    held = {part: round(n * 1e9) for part, n in memory.items() if part not in apart}
+    if held["activations"]:  # else the optimizer's moment is the largest
+        assert sum(held.values()) == meter.peak.total()
+    assert held["weights"] + held.get("adapter", 0) == sum(t.nbytes for t in fixed)
+    assert meter.flops == pytest.approx(flops * sum(map(sft.count_tokens, largest)))
+    assert tuple(map(sum, zip(*modules.values()))) == sft.count_parameters(model)
+
+
+def test_the_meter_counts_what_is_saved_for_backward():
+    """By hand: exp keeps its 4 MB and nothing else, x is not counted, the product of 10 columns is that of a vocabulary
+    of 10; 2mnk FLOPs; what nobody needs any more is gone."""
+    x, w = torch.ones(1000, 1000, requires_grad=True), torch.ones(1000, 10)
+    with sft.Meter(vocab_size=10) as meter:
+        y = x.exp()
+        assert meter.live == {"activations": 4_000_000}
+        z = y @ w
+        assert meter.live == {"activations": 4_000_000, "logits": 40_000} and meter.flops == 2 * 1000 * 1000 * 10
+        more = (x * 2).exp()  # twice x dies with the line
+        assert meter.live["activations"] == 8_000_000 and meter.peak.total() == 12_040_000
+        del y, z, more
+        assert meter.live.total() == 0
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_optimizer_bytes_are_those_of_its_state(optim):
+    shapes = [(5,), (63, 64), (64, 64), (65, 66), (300, 1000)]
+    parameters = {f"p{n}": torch.nn.Parameter(torch.randn(shape)) for n, shape in enumerate(shapes)}
+    settings = config(optim=optim)
+    optimizer = sft.make_optimizer(parameters, settings)
+    sum(p.square().sum() for p in parameters.values()).backward()
+    optimizer.step()
+    for p in parameters.values():
+        state = [v for k, v in optimizer.state[p].items() if torch.is_tensor(v) and not k.startswith(("qmap", "step"))]
+        assert sft.optimizer_bytes(p, settings) == sum(v.nbytes for v in state), p.shape
+
+
+def test_checkpointing_and_smaller_micro_batches_are_foreseen_to_need_less(base, rows):
+    need = [plan_of(base, rows, **settings)[3][1] for settings in (
+        dict(), dict(gradient_checkpointing=True), dict(micro_batch_tokens=100), dict(lora_r=0))]  # fmt: skip
+    busy = [memory["activations"] for memory in need]
+    assert busy[1] < 0.8 * busy[0] and busy[2] < 0.5 * busy[0]
+    assert need[3]["optimizer"] == 2 * need[3]["weights"] > 5 * need[0]["optimizer"]
+
+
+def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, tmp_path, capsys):
+    """Steps and scored tokens are those of the log; no folder is made; the run's last line has predicted beside
+    measured memory, and its parts' seconds add up."""
+    argv = flags(base, rows, tmp_path / "run", logging_steps=1)
+    sft.main([*argv, "--dry_run"])
+    told = capsys.readouterr().out
+    assert not list(tmp_path.iterdir()) and "tokens/s" in told
+    sft.main(argv)
+    lines = sft.read_log(tmp_path / "run" / "log.jsonl")
+    scored = sum(line["scored_tokens"] for line in lines if "scored_tokens" in line)
+    assert f"{lines[-1]['step']} steps of 8 examples" in told and f"{scored:,} of them scored" in told
+    assert 0 < lines[-1]["share_of_roof"] and lines[-1]["predicted_memory_gb"] > 0
+    told = capsys.readouterr().out
+    assert "predicted" in told and {"data", "loading", "answers"} <= lines[-1]["seconds"].keys()
+    steps = ("forward and backward", "optimizer", "evaluation", "log", "checkpoints")
+    assert sum(lines[-1]["seconds"][part] for part in steps) == pytest.approx(lines[-1]["train_runtime"], abs=1)
+
+
+def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sft, "free_memory", lambda device: -1.0)
+    sft.main([*flags(base, rows, tmp_path / "run", micro_batch_tokens=400), "--dry_run"])
+    told = capsys.readouterr().out
+    assert "does not fit and is not tried" in told and "--gradient_checkpointing true" in told and "--max_length" in told
+    assert "tokens/s" not in told and not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_foreseen_does_not_stop_a_run(base, rows, tmp_path, capsys):
+    """Eager attention's mask has a shape that hangs on values."""
+    sft.main(flags(base, rows, tmp_path / "run", num_train_epochs=1, attn_implementation="eager"))
+    told = capsys.readouterr().out
+    assert told.count("can't be foreseen here") == 1 and (tmp_path / "run" / "adapter").exists()
+    assert "predicted_memory_gb" not in sft.read_log(tmp_path / "run" / "log.jsonl")[-1]
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
