@@ -668,6 +668,18 @@ def test_a_notebook_has_one_figure_redrawn_in_place(base, rows, tmp_path, monkey
     assert len(shown) == 5
 
 
+def test_the_notebook_in_examples_is_clean_and_its_flags_are_real(monkeypatch):
+    cells = json.loads((ROOT / "examples" / "train.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells if "outputs" in cell)
+    calls = []
+    monkeypatch.chdir(ROOT / "examples")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sft, "main", lambda argv: calls.append(sft.read_config(sft.SFTConfig, argv, "sft")))
+    exec(code[0], {})
+    assert calls[0].max_steps > 0 and f'"{calls[0].output_dir}/merged"' in code[1] and compile(code[1], "cell", "exec")
+
+
 # --- the card and the hub ---------------------------------------------------------------------------------------------
 
 
