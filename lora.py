@@ -655,8 +655,8 @@ def push(run, given=HubConfig()):
 
     run, api, advice = Path(run), HfApi(), f"\nnothing is lost: `python lora.py push {run}` goes on from here"
     config = vars(HubConfig()) | read_json(run / "config.json")
-    if not (run / "README.md").exists():  # the last that a run writes
-        raise UserError(f"{run}: this run is not finished; the command that began it goes on, then push")
+    if not {"lora_r", "merge"} <= config.keys() or not (run / "README.md").exists():  # the last that a run writes
+        raise UserError(f"{run}: no run's folder, or not finished; then the command that began it goes on, and pushes")
     config |= {f.name: getattr(given, f.name) for f in fields(HubConfig) if getattr(given, f.name) != f.default}
     names = ask_hub("push", lambda: open_repositories(SimpleNamespace(**config), run), WAITS, advice)
     pushed = read_json(run / "pushed.json") if (run / "pushed.json").exists() else {}
@@ -694,7 +694,7 @@ class PushConfig(HubConfig):
 def main():
     command, *argv = sys.argv[1:] or [""]
     if command == "push":
-        argv = ["--run"] * (argv[:1] != [] and argv[0][0] != "-") + argv
+        argv = ["--run"] * (argv[:1] != [] and argv[0][:1] != "-") + argv
         config = parse_config(PushConfig, argv, "Brings to the hub what it lacks of a finished run.")
         return push(config.run, config)
     if command != "merge":

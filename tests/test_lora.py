@@ -713,10 +713,12 @@ def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
     assert "no token; set HF_TOKEN" in refused() and not hub.asked
 
 
-@pytest.mark.parametrize("missing, message", [
-    ("config.json", "config.json: no such file"), ("README.md", "not finished; the command that began it goes on")])
-def test_what_is_no_finished_run_is_not_pushed(missing, message, finished, hub, capsys):
-    (finished / missing).unlink()
-    with pytest.raises(SystemExit):
-        pushed(finished)
-    assert message in capsys.readouterr().err and not hub.asked
+@pytest.mark.parametrize("part, missing, message", [
+    ("", "config.json", "config.json: no such file"), ("", "README.md", "run: no run's folder, or not finished"),
+    ("merged", "", "merged: no run's folder")])  # it has a config.json and a card too
+def test_what_is_no_finished_run_is_not_pushed(part, missing, message, finished, hub, capsys):
+    if missing:
+        (finished / missing).unlink()
+    with pytest.raises(SystemExit) as left:
+        pushed(finished / part)
+    assert left.value.code == 2 and message in capsys.readouterr().err and not hub.asked

@@ -81,6 +81,7 @@ def flags(base, rows, out, **settings):
         "logging_steps": 2,
         "eval_answers": 0,
         "merge": False,
+        "report_to": "none",
         **settings,
     }
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
@@ -478,7 +479,8 @@ def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
 
     sft.main(
         flags(
-            base, rows, tmp_path / "run", val_size=6, eval_answers=4, max_new_tokens=8, merge=True, save_total_limit=2
+            base, rows, tmp_path / "run", val_size=6, eval_answers=4, max_new_tokens=8, merge=True, save_total_limit=2,
+            report_to="tensorboard",
         )
     )
     run = tmp_path / "run"
@@ -888,6 +890,7 @@ def test_tensorboard_has_each_step_of_the_log_once(base, rows, tmp_path):
     """Also after a kill: what was told of the steps done again counts no more."""
     run = tmp_path / "run"
     argv = flags(base, rows, run, eval_data=rows, logging_steps=1, eval_strategy="steps", eval_steps=2)
+    argv = argv[: argv.index("--report_to")] + argv[argv.index("--report_to") + 2 :]  # it is the default
     halved(argv, run)
     assert len(list((run / "runs").iterdir())) == 1
     sft.main(argv)
@@ -984,7 +987,7 @@ def test_the_log_file_has_what_the_terminal_had(base, rows, tmp_path, monkeypatc
         raise ZeroDivisionError
 
     run, streams = tmp_path / "run", (sys.stdout, sys.stderr)
-    argv = flags(base, rows, run, logging_steps=4, report_to="none")
+    argv = flags(base, rows, run, logging_steps=4)
     with monkeypatch.context() as patch:
         patch.setattr(sft, "finish", breaking)
         with pytest.raises(ZeroDivisionError):
@@ -1009,7 +1012,7 @@ def test_the_log_file_has_what_the_terminal_had(base, rows, tmp_path, monkeypatc
 
 def test_a_figure_that_can_not_be_drawn_costs_a_line(base, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    sft.main(flags(base, rows, tmp_path / "run", report_to="none"))
+    sft.main(flags(base, rows, tmp_path / "run"))
     assert "training_loss.png is not drawn" in capsys.readouterr().err and (tmp_path / "run" / "README.md").exists()
 
 
@@ -1028,12 +1031,24 @@ def test_a_notebook_has_one_figure_redrawn_in_place(base, rows, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(
         display=display, Image=lambda filename: Path(filename).read_bytes()[:4]))
-    sft.main(flags(base, rows, tmp_path / "run", report_to="none"))
+    sft.main(flags(base, rows, tmp_path / "run"))
     assert [how for how, _ in shown] == ["display"] + ["update"] * 4  # four lines of the log, and the closing one
     assert {image for _, image in shown} == {b"\x89PNG"}
     del shell.kernel
-    sft.main(flags(base, rows, tmp_path / "terminal", report_to="none"))
+    sft.main(flags(base, rows, tmp_path / "terminal"))
     assert len(shown) == 5
+
+
+def test_the_notebook_in_examples_is_clean_and_its_flags_are_real(monkeypatch):
+    cells = json.loads((ROOT / "examples" / "train.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells if "outputs" in cell)
+    calls = []
+    monkeypatch.chdir(ROOT / "examples")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sft, "main", lambda argv: calls.append(sft.read_config(sft.SFTConfig, argv, "sft")))
+    exec(code[0], {})
+    assert calls[0].max_steps > 0 and f'"{calls[0].output_dir}/merged"' in code[1] and compile(code[1], "cell", "exec")
 
 
 # --- the card and the hub ---------------------------------------------------------------------------------------------
