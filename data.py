@@ -330,7 +330,7 @@ def read_parquet(path):
     import pyarrow.parquet
 
     with blamed(f"{path}: not a parquet file", pyarrow.ArrowException, OSError, ValueError):
-        file = pyarrow.parquet.ParquetFile(regular(path))
+        file = pyarrow.parquet.ParquetFile(path)
         unique([(name, None) for name in file.schema_arrow.names])
         rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
         yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
@@ -409,7 +409,7 @@ def find_sources(sources):
             hub = kind_of(path) not in READERS and re.fullmatch(r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}", name)
             paths = hub_files(name) if hub and not path.exists() else [path]
         for path in paths:
-            if not path.exists():
+            if not regular(path).exists():
                 raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
             if kind_of(path) not in READERS:
                 raise UserError(f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz")

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import (DTYPES, FLOATS, Linear, UserError, blamed, bounded, check_names, cli, open_model, parse_config, place,
+from model import (DTYPES, FLOATS, Linear, UserError, bounded, brief, check_names, cli, open_model, parse_config, place,
                    read_header, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
 
 
@@ -323,7 +323,7 @@ def config_faults(config, patterns):
         try:
             re.compile(name)
         except (re.error, RecursionError, OverflowError) as error:
-            faults.append(f"{key}: {name!r} is no regex: {error}")
+            faults.append(f"{key}: {brief(name)} is no regex: {error}")
     if len(config.target_modules) > 1 and (odd := [t for t in config.target_modules if is_regex([t])]):
         faults.append(f"target_modules: {odd[0]!r} among other names; a regex stands alone")
     if is_regex(config.target_modules) and config.layers_to_transform:
@@ -338,8 +338,8 @@ def config_faults(config, patterns):
     if not 0 <= config.lora_dropout < 1:
         faults.append(f"lora_dropout: {config.lora_dropout} is not in [0, 1)")
     numbers = [("lora_r", "", config.lora_r), ("lora_alpha", "", config.lora_alpha), *patterns]
-    return faults + [f"{key}: {value} is not {'below 65536' if value > 0 else 'above 0'}" + f", for {name!r}" * bool(name)
-                     for key, name, value in numbers if not 0 < value < 2**16]
+    return faults + [f"{key}: {value} is not {'below 65536' if value > 0 else 'above 0'}"
+                     + f", for {name!r}" * bool(name) for key, name, value in numbers if not 0 < value < 2**16]
 
 
 # --- PEFT's files -----------------------------------------------------------------------------------------------------

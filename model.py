@@ -938,9 +938,11 @@ def open_model(name, revision=None, prepare=None):
     config = ModelConfig.read(folder)
     if config.quantized and prepare is None:
         raise UserError(f"{folder}: holds 4-bit weights, which have no place here; name the 16-bit model")
+    found = checkpoint_tensors(folder)
+    if config.num_hidden_layers > len(found):
+        raise UserError(f"{folder}: num_hidden_layers is {config.num_hidden_layers}, of {len(found)} tensors in all")
     with torch.device("meta"):
         model = Transformer(config)
-    found = checkpoint_tensors(folder)
     found = {n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")}  # old Llama files carry it
     if config.tie_word_embeddings and "lm_head.weight" in found and "model.embed_tokens.weight" in found:
         head = found.pop("lm_head.weight")  # some tied checkpoints store the one tensor twice
