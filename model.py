@@ -1150,7 +1150,7 @@ class Overrun(BaseException):
 
 
 @contextmanager
-def bounded(where, seconds=10, more=2**30):
+def bounded(where, seconds=5, more=2**30):
     """Untrusted code runs in this block: UserError after so many seconds (in the main thread), MemoryError where it
     wants so many bytes more than there are (on Linux). A block within another one is a part of it."""
     def stop(*_):
