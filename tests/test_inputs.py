@@ -417,7 +417,8 @@ class Echo(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        status, sent = int(re.search(r"answers-(\d+)", self.path)[1]), self.headers.get("Authorization", "nothing")
+        asked, sent = re.search(r"answers-(\d+)", self.path), self.headers.get("Authorization", "nothing")
+        status = int(asked[1]) if asked else 404
         self.server.seen.append(sent)
         self.send_response(status)
         self.send_header("X-Error-Message", f"I was sent {sent}")
