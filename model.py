@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import types
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
@@ -810,7 +811,7 @@ def regular(path, most=math.inf):
 def unique(pairs):
     """A JSON object's pairs as a dict. ValueError: a key is given twice, of which some readers take the other one."""
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(f"{brief(next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n])))} twice")
+        raise ValueError(f"{brief(Counter(key for key, _ in pairs).most_common(1)[0][0])} twice")
     return found
 
 
