@@ -265,12 +265,13 @@ class Tokenizer:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def pieces_of(path, most=2**26):
-    """Yields a file's lines as bytes, unzipped if its name ends in .gz; one of more than `most` bytes in pieces."""
+def pieces_of(path, lines=True):
+    """Yields a file's bytes, unzipped if its name ends in .gz: its lines, one of more than 2^26 bytes in pieces, or
+    just pieces."""
     with blamed(f"{path}: cannot be read", OSError, EOFError, zlib.error):
         total, size = 0, regular(path).stat().st_size
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            while piece := file.readline(most):
+            while piece := (file.readline if lines else file.read)(2**26):
                 if (total := total + len(piece)) > max(100 * size, 2**25):
                     raise UserError(f"{path}: unzips to more than a hundred times its size; if you trust it, unzip it")
                 yield piece
@@ -296,7 +297,7 @@ def read_jsonl(path):
 
 def read_text(path):
     with blamed(f"{path}: not UTF-8", UnicodeDecodeError):
-        return b"".join(pieces_of(path)).decode("utf-8-sig")
+        return b"".join(pieces_of(path, lines=False)).decode("utf-8-sig")
 
 
 def read_list(path):
@@ -874,7 +875,7 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
     folder.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
-        while chunk := list(itertools.islice(rows, 1024)):
+        while chunk := list(itertools.islice(rows, 256)):
             data, index = [], []
             for (where, row, source), (found, weight, *counts) in zip(chunk, render_rows(chunk, tokenizer, **options)):
                 ledger.add(where, found, *counts, ends)

@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import types
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
@@ -811,7 +812,7 @@ def regular(path, most=math.inf):
 def unique(pairs):
     """A JSON object's pairs as a dict. ValueError: a key is given twice, of which some readers take the other one."""
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(f"{brief(next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n])))} twice")
+        raise ValueError(f"{brief(Counter(key for key, _ in pairs).most_common(1)[0][0])} twice")
     return found
 
 
@@ -1198,7 +1199,7 @@ class Overrun(BaseException):
 
 
 @contextmanager
-def bounded(where, seconds=10, more=2**30):
+def bounded(where, seconds=5, more=2**30):
     """Untrusted code runs in this block: UserError after so many seconds (in the main thread), MemoryError where it
     wants so many bytes more than there are (on Linux). A block within another one is a part of it."""
     def stop(*_):

@@ -179,9 +179,9 @@ CASES = {
     "config in UTF-16": (TRAIN, {"m/config.json": json.dumps(CONFIG).encode("utf-16")}, "config.json: not valid JSON"),
     "config with escapes": (TRAIN, config(model_type="\x1b[31m\n"), r"model_type '\x1b[31m"),
     "config with a long name": (TRAIN, config(torch_dtype="x" * 10**6), "config.json: dtype 'xxx", "bfloat16"),
-    "config of 4096 layers": (TRAIN, config(num_hidden_layers=4096, hidden_size=2**20), "num_hidden_layers is 4096, of 46"),
+    "config of 4096 layers": (TRAIN, config(num_hidden_layers=4096), "num_hidden_layers is 4096, of 46 tensors"),
     "config eps is NaN": (TRAIN, config(rms_norm_eps=math.nan), "rms_norm_eps is 'nan'"),
-    "config yarn of nothing": (TRAIN, config(rope_scaling={"type": "yarn", "factor": 4, "rope_theta": 1}), "rope can't"),
+    "config yarn of 1": (TRAIN, config(rope_scaling={"type": "yarn", "factor": 4, "rope_theta": 1}), "rope can't"),
     "weights are a pipe": (TRAIN, {"m/model.safetensors": pipe}, "model.safetensors: not a regular file"),
     "weights are a folder": (TRAIN, {"m/model.safetensors": folder}, "model.safetensors: not a regular file"),
     "weights are NaN": (TRAIN, {"m/model.safetensors": tensors(lambda t: t[NORM].fill_(math.nan))}, NORM, "NaN"),
@@ -232,7 +232,7 @@ CASES = {
     "rows with NULs in UTF-16": (SHOW, row('{"text": "a"}'.encode("utf-16")), "rows.jsonl:1: not UTF-8"),
     "gzip that expands": ("data show --model m --data x.jsonl.gz", {"x.jsonl.gz": bomb}, "more than a hundred times"),
     "gzip of a list that expands": ("data show --model m --data x.json.gz", {"x.json.gz": bomb}, "a hundred times"),
-    "gzip cut short": ("data show --model m --data x.jsonl.gz", {"x.jsonl.gz": cut_short}, "x.jsonl.gz: cannot be read"),
+    "gzip cut short": ("data show --model m --data x.jsonl.gz", {"x.jsonl.gz": cut_short}, "gz: cannot be read"),
     "CSV with a column twice": ("data show --model m --data x.csv", {"x.csv": "text,text\na,b\n"}, "'text' twice"),
     "parquet with a column twice": ("data show --model m --data x.parquet", {
         "x.parquet": parquet(text=["a"], text_=["b"])}, "x.parquet: not a parquet file: 'text' twice"),
@@ -246,13 +246,13 @@ CASES = {
     "recipe of nested choices": (SHOW + "--recipe mcqa", row(
         {"question": "q", "choices": [["a"], "b"], "answer": "b"}), "rows.jsonl:1: does not fit recipe mcqa"),
     # settings
-    "YAML of a billion": (TRAIN + "--config c.yaml", {"c.yaml": "recipe_args:\n  a: &a [x, x, x]\n  b: &b [*a, *a, *a]\n"
-                          }, "c.yaml: has aliases"),
+    "YAML of a billion": (TRAIN + "--config c.yaml", {"c.yaml": "recipe_args:\n  a: &a [x, x]\n  b: &b [*a, *a]\n"},
+                          "c.yaml: has aliases"),
     "YAML that runs": (TRAIN + "--config c.yaml", {"c.yaml": "recipe_args: {a: !!python/name:os.system }"}, "c.yaml"),
     "YAML of a long number": (TRAIN + "--config c.yaml", {"c.yaml": "seed: " + "9" * 5000}, "c.yaml: not YAML"),
     "YAML from a pipe": ("sft --config c.yaml", {"c.yaml": pipe}, "c.yaml: not a regular file"),
     "config of nothing": (TRAIN + "--config", {}, "--config: its value is missing"),
-    "rank that is no number": (TRAIN + "--rank_pattern {\"q_proj\":2.5}", {}, "--rank_pattern: expected dict[str, int]"),
+    "rank that is no number": (TRAIN + '--rank_pattern {"q_proj":2.5}', {}, "--rank_pattern: expected dict[str, int]"),
     "rank beyond everything": (TRAIN + "--lora_r 1000000000", {}, "lora_r: 1000000000 is not below"),
     "rank of a deep flag": (TRAIN + "--rank_pattern " + "[" * 10**5, {}, "--rank_pattern: expected dict"),
     "regex that never ends": (TRAIN + f"--target_modules {BOMB}", {}, "matching target_modules"),
@@ -268,7 +268,7 @@ CASES = {
     "preference without pairs": (PAIRS, {}, "rows.jsonl:1: fits no schema"),
     # adapters and 4 bits
     "adapter of a bomb": (MERGE, adapter_config(target_modules=BOMB), "a: not an adapter", "not done after"),
-    "adapter of a bomb in ranks": (MERGE, adapter_config(rank_pattern={BOMB: 2}), "a: not an adapter", "not done after"),
+    "adapter of a bomb in ranks": (MERGE, adapter_config(rank_pattern={BOMB: 2}), "a: not an adapter", "not done"),
     "adapter of a nested regex": (MERGE, adapter_config(target_modules="(" * 5000), "is no regex"),
     "adapter alpha NaN": (MERGE, adapter_config(lora_alpha=math.nan), "lora_alpha: nan"),
     "adapter rank 10^9": (MERGE, adapter_config(r=10**9), "lora_r: 1000000000 is not below 65536"),
@@ -417,7 +417,8 @@ class Echo(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        status, sent = int(re.search(r"answers-(\d+)", self.path)[1]), self.headers.get("Authorization", "nothing")
+        asked, sent = re.search(r"answers-(\d+)", self.path), self.headers.get("Authorization", "nothing")
+        status = int(asked[1]) if asked else 404
         self.server.seen.append(sent)
         self.send_response(status)
         self.send_header("X-Error-Message", f"I was sent {sent}")
@@ -525,7 +526,8 @@ def test_any_setting_is_taken_or_refused(tmp_path_factory, data_of):
                                         "peft_type", "layers_to_transform", "lora_dropout", "use_dora", "x"]), VALUES))
 def test_any_adapter_config_is_read_or_refused(tmp_path_factory, changes):
     folder = tmp_path_factory.getbasetemp()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]} | changes))
+    raw = {"peft_type": "LORA", "target_modules": ["q_proj"]} | changes
+    (folder / "adapter_config.json").write_text(json.dumps(raw))
     if found := attempt(lora.read_adapter_config, folder):
         with torch.device("meta"):
             network = M.Transformer(ModelConfig.read(TINY))
