@@ -32,7 +32,6 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -514,10 +513,9 @@ class Clock:
 
     STEP = "forward and backward", "optimizer"  # evaluation, logging and saving are not counted
 
-    def __init__(self, device, part="data"):
-        self.device, self.part, self.last, self.parts = device, part, time.perf_counter(), {}
-        self.tokens = self.examples = 0
-        self.before = 0, 0, 0.0
+    def __init__(self, device):
+        self.device, self.part, self.last, self.parts = device, "data", time.perf_counter(), {}
+        self.tokens, self.examples, self.before = 0, 0, (0, 0, 0.0)
         peak_memory_gb(device)
 
     def turn(self, part):
@@ -939,10 +937,11 @@ def foresee(config, source, steps, loss_fn, device, dtype):
         if gradients > busy + memory.get("gradients", 0):  # then the optimizer's moment is the largest
             memory |= {"gradients": gradients, "activations": 0, "logits": 0}
         memory["optimizer"] = sum(optimizer_bytes(p, config) for p in trained)
-        if device.type != "cuda":  # there the peak is the process's; the rest as measured at the Qwen3-0.6B shape:
-            cuts = min(64, len(steps) * sum(map(len, groups)) / len(groups))  # each with 16-bit kernels of its own
-            kernels = 0.05e9 if model.dtype == torch.float32 else 0.2e9 + 0.1e9 * math.log2(cuts)
-            holes = busy / 3 + 2 * memory["logits"] * model.head_weight().requires_grad  # in glibc's heap
+        if device.type != "cuda":  # there the peak is the process's. Fitted to runs at the Qwen3-0.6B shape: micro-batches
+            # of other lengths have 16-bit kernels of their own, and leave holes in glibc's heap, most of all a head's
+            more = math.log2(min(64, len(steps) * sum(map(len, groups)) / len(groups)))
+            kernels = 0.05e9 if model.dtype == torch.float32 else 0.2e9 + 0.1e9 * more
+            holes = busy / 8 * more + 2 * memory["logits"] * model.head_weight().requires_grad
             peak_memory_gb(device)
             memory |= {"process": peak_memory_gb(device) * 1e9, "kernels and holes": kernels + holes}
     except Exception as error:  # a kernel that has no form without content, say; the run itself may still do
@@ -982,13 +981,13 @@ def columns(*rows):
 
 
 def rehearse(config, source, steps, loss_fn, device, dtype, forecast):
-    """--dry_run: prints what `foresee` found; where it fits, the time that one micro-batch foretells, else what needs
-    less."""
+    """--dry_run: prints what `foresee` found and the time that one micro-batch foretells; where it does not fit, what
+    needs less."""
     modules, memory, _, largest = forecast
     planned = [(count_tokens(example), count_scored(example)) for n in range(len(steps)) for example in steps[n]]
     (tokens, scored), peak = map(sum, zip(*planned)), sum(memory.values())
     modules = [*modules.items(), ("all", map(sum, zip(*modules.values())))]
-    print(columns(("parameters", "train", "all"), *((name, *map("{:,}".format, counts)) for name, counts in modules)))
+    print("\n" + columns(("parameters", "train", "all"), *((name, *map("{:,}".format, n)) for name, n in modules)))
     print(f"\n{len(steps)} steps of {steps.batch_size} examples: {tokens:,} tokens, {round(scored):,} of them scored\n")
     print(columns(("peak memory", "GB"), *((part, f"{size:.3f}") for part, size in [*memory.items(), ("all", peak)])))
     free = free_memory(device) + memory.get("process", 0)
