@@ -262,7 +262,7 @@ CASES = {
     "warmup of five runs": (TRAIN + "--warmup_ratio 5", {}, "--warmup_ratio: 5.0 is not from 0 to 1"),
     "samples below none": (TRAIN + "--max_samples -1", {}, "--max_samples: -1 is below 1"),
     "a device that computes nothing": (TRAIN + "--device meta", {}, "device: meta can't be used here"),
-    "a run in a model's folder": (TRAIN.replace("out ", "m ") + "--overwrite_output_dir", {}, "m: holds a config.json"),
+    "a run in a model's folder": (TRAIN.replace("out ", "m ") + "--overwrite_output_dir", {}, "m: holds files"),
     "preference of no weight": (PAIRS + "--loss_weights 0", {}, "loss_weights: [0.0]"),
     "preference to infinity": (PAIRS + "--simpo_gamma inf", {}, "--simpo_gamma: expected float"),
     "preference without pairs": (PAIRS, {}, "rows.jsonl:1: fits no schema"),
