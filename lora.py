@@ -653,7 +653,7 @@ def push(run, given=HubConfig()):
     or fails for good, which takes nothing from the run."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    run, api, advice = Path(run), HfApi(), f"\nnothing is lost: `python lora.py push {run}` goes on from here"
+    run, api, advice = Path(run), HfApi(), f"; nothing is lost: `python lora.py push {run}` goes on from here"
     config = vars(HubConfig()) | read_json(run / "config.json")
     if not {"lora_r", "merge"} <= config.keys() or not (run / "README.md").exists():  # the last that a run writes
         raise UserError(f"{run}: no run's folder, or not finished; then the command that began it goes on, and pushes")
