@@ -1002,18 +1002,24 @@ def glibc():
     return libc if hasattr(libc, "mallopt") else None
 
 
+def keep_freed(size):
+    """From here on glibc keeps freed blocks of up to `size` bytes for itself."""
+    if libc := glibc():
+        libc.mallopt(-3, size), libc.mallopt(-1, min(16 * size, 2**31 - 1))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+keep_freed(2**22)  # left alone it goes up to 32 MB: a model read tensor by tensor then lay among up to 2 GB of holes
+
+
 @contextmanager
 def kept_pages():
-    """While the block runs, glibc keeps freed memory. It gives blocks from 32 MB on back to the system and gets them
-    again page by page: 4 % of a training step on a CPU. Loading and merging would hold on to what they let go."""
-    keep, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    if libc := glibc():
-        libc.mallopt(keep, 2**30), libc.mallopt(trim, 2**31 - 1)
+    """While the block runs, glibc keeps freed memory of any size. To get it again from the system page by page takes
+    4 % of a training step on a CPU."""
+    keep_freed(2**30)
     try:
         yield
     finally:
-        if libc:
-            libc.mallopt(keep, 2**25), libc.mallopt(trim, 2**26)
+        keep_freed(2**22)
         give_back()
 
 
