@@ -310,7 +310,7 @@ def find_gradient(model, examples, count, loss_fn, config, seed, scale):
         try:
             torch.manual_seed(seed)
             return accumulate(model, examples, count, loss_fn, budget, scale)
-        except (RuntimeError, MemoryError) as error:  # what a CPU's allocator, oneDNN and MPS raise has no class of its own
+        except (RuntimeError, MemoryError) as error:  # a CPU's allocator, oneDNN and MPS have no class of their own
             words = str(error).partition("\n")[0].lower()
             if not isinstance(error, MemoryError) and "memory" not in words and "create a primitive" not in words:
                 raise
@@ -319,8 +319,9 @@ def find_gradient(model, examples, count, loss_fn, config, seed, scale):
         tokens = sum(map(count_tokens, examples))
         if budget == sys.maxsize or len([*micro_batches(examples, budget, "cpu")]) == len(examples):
             config.micro_batch_tokens = before  # smaller ones were no help
-            raise UserError(f"out of memory at {max(map(count_tokens, examples)):,} tokens that can't be split ({words}); "
-                            "run again with --gradient_checkpointing, else with --load_in_4bit or a smaller max_length")
+            longest = max(map(count_tokens, examples))
+            raise UserError(f"out of memory at {longest:,} tokens that can't be split ({words}); run again with "
+                            "--gradient_checkpointing, else with --load_in_4bit or a smaller max_length")
         config.micro_batch_tokens = min(budget, tokens) // 2
         tqdm.write(f"out of memory at {min(budget, tokens):,} tokens in a micro-batch; {config.micro_batch_tokens:,} "
                    "from here on, with the same gradient")
@@ -403,8 +404,8 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None, clock=Non
         config.micro_batch_tokens = min(state["lowered"], token_budget(config, device))
     if trackers is not None:
         trackers |= start_trackers(config, state["step"] and state["step"] + 1)
-    log, window, best, skipped = Log(folder, state["log_bytes"], trackers), state["window"], state["best"], state["skipped"]
-    began = time.perf_counter()
+    log, began = Log(folder, state["log_bytes"], trackers), time.perf_counter()
+    window, best, skipped = state["window"], state["best"], state["skipped"]
 
     def save(step):  # what stands after `step`, unless that is kept already
         nonlocal state
@@ -452,8 +453,8 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None, clock=Non
                 skipped += 1
                 log.write({**place, "skipped": f"loss {loss}, gradient norm {norm}", "rows": steps.rows(step - 1)})
                 if skipped >= config.max_skipped_steps:
-                    raise UserError(f"{skipped} steps in a row, up to {step}, had no finite loss and gradient; the last "
-                                    f"good step is kept. Their rows are in {log.path}; a lower learning_rate, or fp32?")
+                    raise UserError(f"{skipped} steps in a row, up to {step}, had no finite loss and gradient; their "
+                                    f"rows are in {log.path}. The last good step is kept; try a lower learning_rate")
             scaler.update()
             optimizer.zero_grad()
             clock.add(sum(map(count_tokens, examples)), len(examples))
@@ -656,7 +657,7 @@ def tensorboard(folder, step):
     from torch.utils.tensorboard import SummaryWriter
 
     writer, hook = SummaryWriter(folder, purge_step=step), threading.excepthook
-    threading.excepthook = lambda at: issubclass(at.exc_type, OSError) or hook(at)  # its thread; `log` tells it in a line
+    threading.excepthook = lambda at: issubclass(at.exc_type, OSError) or hook(at)  # its thread's; `log` tells it
 
     def log(numbers, step):
         for name, value in numbers.items():
@@ -691,8 +692,8 @@ def notebook(file):
 
 @contextmanager
 def kept_output(folder):
-    """While the block runs, what is printed goes to folder/run.log too, each line with its time. It is held back until this
-    command has written config.json: one that is refused leaves no trace."""
+    """While the block runs, what is printed goes to folder/run.log too, each line with its time. It is held back until
+    this command has written config.json: one that is refused leaves no trace."""
     file, held, streams = folder / "config.json", [], {sys.stdout, sys.stderr}
     written = lambda: file.stat().st_mtime_ns if file.exists() else None
     before = written()
@@ -721,8 +722,8 @@ def kept_output(folder):
 
 
 def save_checkpoint(folder, model, parameters, optimizer, state, config):
-    """checkpoint-000500/: the trained tensors in fp32 (as an adapter, or as a whole model), the optimizer's, state.json,
-    and manifest.json, which has every file's size and hash."""
+    """checkpoint-000500/: the trained tensors in fp32 (as an adapter, or as a whole model), the optimizer's,
+    state.json, and manifest.json, which has every file's size and hash."""
     names = {p: name for name, p in parameters.items()}
     tensors = {f"{names[p]}:{key}": torch.as_tensor(value) for p, values in optimizer.state.items()
                for key, value in values.items() if not key.startswith("qmap")}  # bitsandbytes' tables, always the same
@@ -928,8 +929,8 @@ def foresee(config, source, steps, loss_fn, device, dtype):
         if gradients > busy + memory.get("gradients", 0):  # then the optimizer's moment is the largest
             memory |= {"gradients": gradients, "activations": 0, "logits": 0}
         memory["optimizer"] = sum(optimizer_bytes(p, config) for p in trained)
-        if device.type != "cuda":  # there the peak is the process's. Fitted to runs at the Qwen3-0.6B shape: micro-batches
-            # of other lengths have 16-bit kernels of their own, and leave holes in glibc's heap, most of all a head's
+        if device.type != "cuda":  # there the peak is the process's. Fitted to runs at the Qwen3-0.6B shape:
+            # micro-batches of other lengths have 16-bit kernels of their own, and leave holes in glibc's heap
             more = math.log2(min(64, len(steps) * sum(map(len, groups)) / len(groups)))
             kernels = 0.05e9 if model.dtype == torch.float32 else 0.2e9 + 0.1e9 * more
             holes = busy / 8 * more + 2 * memory["logits"] * model.head_weight().requires_grad
@@ -1129,10 +1130,12 @@ def write_card(config, ledger, results, figures):
     before = next((line for line in log if "eval_loss" in line), {})
     before = before | {"eval_answers": results.get("eval_answers_before", "")}
     after = {k: v for line in log if line["step"] <= taken for k, v in line.items() if k == "loss" or k[:5] == "eval_"}
-    after = [[k, before.get(k, ""), v] for k, v in (after | results).items() if k != "eval_answers_before"]
-    plain, hidden = type(config)(), FREE | {"model", "data", "eval_data"}
+    after = [[k, before.get(k, ""), v] for k, v in (after | results).items()
+             if k not in ("eval_answers_before", "seconds")]
+    default, hidden = type(config)(), FREE | {"model", "data", "eval_data"}
     hidden |= vars(LoRAConfig()).keys() if config.adapter else set()  # the adapter has its own
-    settings = [[k, v] for k, v in asdict(config).items() if k not in hidden and (k in SHOWN or v != getattr(plain, k))]
+    settings = [[k, v] for k, v in asdict(config).items() if k not in hidden
+                and (k in SHOWN or v != getattr(default, k))]
     sources = [*config.data, *config.eval_data]
     hub = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:@].*)?", source) for source in sources]
     parts = [f"## Results\n\n{table(['', 'before', 'after'], *after)}", "![the loss by step](training_loss.png)",
