@@ -154,8 +154,6 @@ def test_recipes_run_for_two_steps(name, base, tmp_path):
         "1",
         "--max_length",
         "512",
-        "--report_to",  # two recipes name wandb, which is not among the tests' requirements
-        "tensorboard",
     ]
     module.main(words + ["--adapter", ""] * name.endswith("dpo"))
     lines = sft.read_log(tmp_path / "run" / "log.jsonl")
