@@ -86,35 +86,27 @@ class Batch:
 
     @classmethod
     def pack(cls, examples, device="cpu"):
-        """examples: a list of lists of Segment. The first token of a segment without a prefix has no predictor: never
-        scored."""
-        ids, positions, segments, scored, targets, sequence, weights, reference = ([] for _ in range(8))
-        start = num_sequences = 0
+        """examples: a list of lists of Segment. A segment's first token is scored only where its prefix predicts it."""
+        segments, rows, start, num_sequences = [], [], 0, 0
         for example in examples:
             first = len(segments)
             for segment in example:
-                has_prefix = segment.prefix >= 0
-                _, before, _ = segments[first + segment.prefix] if has_prefix else (0, 0, -1)
-                offset = positions[first + segment.prefix][-1] + 1 if has_prefix else 0
-                stop = start + len(segment.ids)
-                at = np.flatnonzero(np.asarray(segment.labels) != IGNORE)
-                at = at if has_prefix else at[at > 0]
-                ids.append(segment.ids)
-                positions.append(np.arange(offset, offset + stop - start))
-                segments.append((start, stop, first + segment.prefix if has_prefix else -1))
-                scored.append(np.where(at > 0, start + at - 1, before - 1))
-                targets.append(np.asarray(segment.labels)[at])
-                sequence.append(np.full(len(at), num_sequences + segment.sequence))
-                weights.append(np.full(len(at), segment.weight, dtype=np.float32))
-                reference.append(np.full(len(at), segment.reference, dtype=np.float32))
+                labels, stop = np.asarray(segment.labels), start + len(segment.ids)
+                prefix = first + segment.prefix if segment.prefix >= 0 else -1
+                before, offset = (segments[prefix][1], rows[prefix][1][-1] + 1) if prefix >= 0 else (0, 0)
+                at = np.flatnonzero(labels != IGNORE)
+                at = at if prefix >= 0 else at[at > 0]
+                segments.append((start, stop, prefix))
+                rows.append((segment.ids, np.arange(offset, offset + stop - start),
+                             np.where(at > 0, start + at - 1, before - 1), labels[at],
+                             *(np.full(len(at), value) for value in (
+                                 num_sequences + segment.sequence, segment.weight, segment.reference))))
                 start = stop
             num_sequences += 1 + max(segment.sequence for segment in example)
-
-        def join(parts, dtype=np.int64):
-            return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(device)
-
-        return cls(join(ids), join(positions), segments, join(scored), join(targets), join(sequence),
-                   join(weights, np.float32), join(reference, np.float32), num_sequences, int(max(map(np.max, ids))))
+        kinds = [np.int64] * 5 + [np.float32] * 2
+        tokens, positions, *scored = (torch.from_numpy(np.concatenate(parts).astype(kind)).to(device)
+                                      for parts, kind in zip(zip(*rows), kinds))
+        return cls(tokens, positions, segments, *scored, num_sequences, int(max(np.max(row[0]) for row in rows)))
 
     def lineage(self, index):
         """The segments that segment `index` sees, oldest first, itself last."""
@@ -125,8 +117,7 @@ class Batch:
 
     @cached_property
     def keys(self):
-        """Per segment the positions it sees, ancestors first: a slice where they are adjacent in the stream, else
-        (n,)."""
+        """Per segment the positions it sees, ancestors first: a slice where they are adjacent, else (n,)."""
         found = []
         for index in range(len(self.segments)):
             spans = [self.segments[i][:2] for i in self.lineage(index)]
@@ -155,8 +146,7 @@ class Batch:
 
     @cached_property
     def varlen(self):
-        """varlen_attn's description of the batch: key positions (or None: the stream itself), cu_q, cu_k, max_q,
-        max_k."""
+        """What varlen_attn is told: key positions (None: the stream itself), cu_q, cu_k, max_q, max_k."""
         queries = [stop - start for start, stop, _ in self.segments]
         spans = [[self.segments[i][:2] for i in self.lineage(index)] for index in range(len(self.segments))]
         lengths = [sum(stop - start for start, stop in line) for line in spans]
@@ -182,8 +172,7 @@ def eager_attention(q, k, v, batch):
 
 
 def sdpa_attention(q, k, v, batch):
-    """One segment at a time over what it sees; never a (T, T) mask. Short ones on a CPU go through
-    product_attention."""
+    """One segment at a time over what it sees; never a (T, T) mask. Short ones on a CPU: product_attention."""
     outputs = []
     for (start, stop, _), keys in zip(batch.segments, batch.keys):
         one = q[start:stop], k[keys], v[keys]
@@ -212,8 +201,7 @@ def product_attention(q, k, v, bias):
 
 
 def varlen_attention(q, k, v, batch):
-    """PyTorch's own variable-length flash attention (CUDA, 16 bit): bottom-right causal, so prefixes are just more
-    keys."""
+    """PyTorch's variable-length flash attention (CUDA, 16 bit): bottom-right causal, so prefixes are just more keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     gather, cu_q, cu_k, max_q, max_k = batch.varlen
@@ -226,8 +214,7 @@ ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "varlen": varlen_
 
 
 def choose_attention(wanted, config, dtype, device):
-    """(name, notice): 'auto' is varlen where it runs (tried on two tokens), else sdpa; notice is '' or one line to
-    print."""
+    """(name, notice): 'auto' is varlen where it runs (tried on two tokens), else sdpa; notice is '' or a line."""
     if wanted not in ("auto", "flash", *ATTENTION):
         raise UserError(f"attn_implementation: {wanted!r} is not one of auto, flash, {', '.join(ATTENTION)}"
                         + nearest(wanted, ATTENTION))
@@ -281,26 +268,18 @@ class ModelConfig:
         if kind not in ("llama", "qwen2", "qwen3"):
             raise UserError(f"{where}: model_type {brief(kind)} is not supported; llama, qwen2 and qwen3 are")
 
-        def number(key, default=None, least=1, most=2**31):
-            value = raw.get(key)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                faults.append(f"{key} is {str(value)[:40]!r}, not a whole number from {least} to {most}")
-                return least
-            return value
-
-        def real(key, default):
+        def take(key, default, fine, wanted):
             value = default if raw.get(key) is None else raw[key]
-            if not positive(value):
-                faults.append(f"{key} is {str(value)[:40]!r}, not a positive number")
-                return 1.0
-            return float(value)
+            if fine(value):
+                return value
+            faults.append(f"{key} is {str(value)[:40]!r}, not {wanted}")
+            return 1
+
+        def number(key, default=None, most=2**31):
+            return take(key, default, lambda n: type(n) is int and 1 <= n <= most, f"a whole number from 1 to {most}")
 
         def flag(key):
-            value = False if raw.get(key) is None else raw[key]
-            if not isinstance(value, bool):
-                faults.append(f"{key} is {str(value)[:40]!r}, not true or false")
-            return value
+            return take(key, False, lambda value: isinstance(value, bool), "true or false")
 
         hidden, heads = number("hidden_size", most=2**20), number("num_attention_heads", most=2**16)
         kv_heads = number("num_key_value_heads", heads, most=2**16)
@@ -321,13 +300,14 @@ class ModelConfig:
             faults.append("quantization_config: only bitsandbytes' 4-bit weights are read; take those, or 16-bit ones")
         bias, eos = flag("attention_bias"), raw.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in eos):
+        if any(type(token) is not int for token in eos):
             faults.append(f"eos_token_id is {str(eos)[:40]}, not a token id or a list of them")
         config = cls(
             model_type=kind, vocab_size=number("vocab_size", most=2**24), hidden_size=hidden,
             intermediate_size=number("intermediate_size", most=2**22),
             num_hidden_layers=number("num_hidden_layers", most=2**12), num_attention_heads=heads,
-            num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=real("rms_norm_eps", 1e-6), rope=rope,
+            num_key_value_heads=kv_heads, head_dim=head_dim, rope=rope,
+            rms_norm_eps=float(take("rms_norm_eps", 1e-6, positive, "a positive number")),
             max_position_embeddings=number("max_position_embeddings", 2048),
             tie_word_embeddings=flag("tie_word_embeddings"), qkv_bias=kind == "qwen2" or bias,
             o_bias=kind != "qwen2" and bias, mlp_bias=kind == "llama" and flag("mlp_bias"),
@@ -357,7 +337,7 @@ ROPE_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention
 
 
 def positive(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def rope_parameters(raw, faults):
@@ -426,8 +406,7 @@ def rope_frequencies(config):
 
 
 class Linear(nn.Linear):
-    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here, a frozen one is as it
-    was."""
+    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -546,8 +525,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The causal language model. Its state_dict is the checkpoint; with tied embeddings there is no lm_head, as in the
-    file."""
+    """The causal language model. Its state_dict is the checkpoint: with tied embeddings there is no lm_head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -620,8 +598,7 @@ def log_softmax_(logits, targets, keep_grad):
 
 
 def head_matmul(hidden, weight):
-    """hidden (n, C) times weight.T (C, V); CUDA keeps the fp32 accumulator, elsewhere the result is rounded to the
-    dtype."""
+    """hidden (n, C) times weight.T (C, V); CUDA keeps the fp32 accumulator, elsewhere the result is rounded."""
     weight = weight.to(hidden.dtype)
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
@@ -830,8 +807,7 @@ def read_json(path):
 
 
 def resolve(name, revision=None, kind="model"):
-    """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text files
-    alone)."""
+    """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text alone)."""
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -868,8 +844,7 @@ def pick_device(name):
 
 
 def checkpoint_tensors(folder):
-    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded; no data is
-    read."""
+    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded."""
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists():
@@ -1027,8 +1002,7 @@ def give_back():
 
 @contextmanager
 def written_aside(target):
-    """A folder to write into. It is synced and takes target's place when the block ends well, and is removed when
-    not."""
+    """A folder to write into. It is synced and takes target's place when the block ends well, else it is removed."""
     target = Path(target)
     aside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
 
@@ -1149,8 +1123,7 @@ def nearest(name, options) -> str:
 
 
 def cli(main):
-    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, without a
-    traceback."""
+    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, no traceback."""
     try:
         for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is escaped
             stream.reconfigure(errors="backslashreplace")
