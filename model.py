@@ -28,12 +28,12 @@ import threading
 import types
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property, partial
 from inspect import getsource
 from pathlib import Path
 from traceback import walk_tb
-from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -846,24 +846,21 @@ def pick_device(name):
 def checkpoint_tensors(folder):
     """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded."""
     folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single, found = folder / "model.safetensors.index.json", folder / "model.safetensors", {}
     if single.exists():
-        weight_map, files = {}, [single.name]
-    elif index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: no weight_map in it")
-        files = sorted(set(map(str, weight_map.values())))
-        for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise UserError(f"{index}: names {file!r}; a shard is a .safetensors file of the same folder")
-            if not (folder / file).exists():
-                raise UserError(f"{index}: names {file}, which is not there")
-    else:
+        return read_header(single)
+    if not index.exists():
         pickled = " (pickle files are never read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
         raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{pickled}")
-    found = {name: at for file in files for name, at in read_header(folder / file).items()
-             if not weight_map or weight_map.get(name) == file}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: no weight_map in it")
+    for file in sorted(set(map(str, weight_map.values()))):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{index}: names {file!r}; a shard is a .safetensors file of the same folder")
+        if not (folder / file).exists():
+            raise UserError(f"{index}: names {file}, which is not there")
+        found |= {name: at for name, at in read_header(folder / file).items() if weight_map.get(name) == file}
     if lost := sorted(set(weight_map) - set(found)):
         raise UserError(f"{index}: {len(lost)} tensors are not in the files it names, {lost[0]} first")
     return found
@@ -1075,7 +1072,7 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
     """
     dtype = DTYPES[ModelConfig.read(source).dtype]
     with written_aside(folder) as aside:
-        shard, size, total, shards = {}, 0, 0, []
+        shard, total, shards = {}, 0, []
 
         def flush():
             shards.append(list(shard))
@@ -1087,10 +1084,9 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
             tensor = tensor.detach().to(device="cpu", dtype=dtype if whole else tensor.dtype)
             if not finite(tensor):
                 raise UserError(f"{folder}: is not written, {name} would hold NaN or infinity (in {tensor.dtype})")
-            if shard and size + tensor.nbytes > max_shard_bytes:
+            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_bytes:
                 flush()
-                size = 0
-            shard[name], size, total = tensor, size + tensor.nbytes, total + tensor.nbytes
+            shard[name], total = tensor, total + tensor.nbytes
         flush()
         files = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -1129,7 +1125,7 @@ def cli(main):
             stream.reconfigure(errors="backslashreplace")
         if not sys.stderr.isatty():
             disable_progress_bars()
-        main()
+        return main()
     except UserError as error:
         message = str(error)
     except BrokenPipeError:  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
@@ -1141,8 +1137,6 @@ def cli(main):
         message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    else:
-        return
     sys.stdout.flush()
     message = plain(message).replace("\n", " ")
     print(f"error: {message[:1000]}{'…' * (len(message) > 1000)}", file=sys.stderr)
@@ -1233,19 +1227,18 @@ BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 
 
 def types_of(kind):
-    """The types that a union or Optional allows, without their arguments; or the one type."""
-    return [get_origin(k) or k for k in (get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind])]
+    """The types that a union allows, without their arguments; or the one type."""
+    return [get_origin(k) or k for k in (get_args(kind) if isinstance(kind, types.UnionType) else [kind])]
 
 
 def convert(value, kind):
     """`value`, a flag's text or what YAML made of it, as the type `kind`; ValueError or TypeError if it is none."""
     origin, args = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, types.UnionType):
+    if isinstance(kind, types.UnionType):
         if types.NoneType in args and str(value).lower() in ("none", "null"):
             return None
         order = [bool, int, float, dict, str, list] if isinstance(value, str) and "," not in value else [list]
-        rank = {option: order.index(o) if (o := get_origin(option) or option) in order else 9 for option in args}
-        for option in sorted(args, key=rank.get):
+        for option in sorted(args, key=lambda option: [*order, kind := get_origin(option) or option].index(kind)):
             with suppress(ValueError, TypeError):
                 return convert(value, option)
     elif origin is Literal and str(value) in map(str, args):
@@ -1319,11 +1312,10 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
     `--lora.r`) over all; the comment at the end of a field's line is its help. UserError: an unknown flag or key, with
     the nearest; a value of another type, with the expected; a field left open.
     """
-    hints = get_type_hints(cls)
-    kinds = {f.name: hints[f.name] for f in fields(cls)}
-    names = {name: str(k) if get_args(k) else getattr(k, "__name__", str(k)) for name, k in kinds.items()}
+    kinds = get_type_hints(cls)
+    names = {name: str(kind) if get_args(kind) else kind.__name__ for name, kind in kinds.items()}
     aliases = {alias: name for alias, name in aliases.items() if name in kinds and alias not in kinds}
-    lines = [line for base in cls.__mro__[::-1] if is_dataclass(base) for line in getsource(base).splitlines()]
+    lines = [line for base in cls.__mro__[-2::-1] for line in getsource(base).splitlines()]
     notes = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+):.*?  # (.*)", line))}
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
     given, values, name, see = {}, {}, None, "; --help explains every flag"
