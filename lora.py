@@ -14,7 +14,6 @@ LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.0
     python lora.py push runs/sft --hub_model_id me/mine      # what of a finished run is not on the hub yet
 """
 
-import difflib
 import json
 import math
 import re
@@ -30,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import (DTYPES, FLOATS, Linear, UserError, bounded, brief, check_names, cli, open_model, parse_config, place,
-                   read_header, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
+from model import (DTYPES, FLOATS, Linear, UserError, bounded, brief, check_names, cli, nearest, open_model,
+                   parse_config, place, read_header, read_json, read_tensor, resolve, save_model, write_tensors,
+                   written_aside)
 
 
 @dataclass
@@ -248,17 +248,10 @@ def within(path, modules):
 
 
 def resembling(name, options):
-    """' (nearest: ...)', where what contains the name is near too: layer_norm1 is in input_layernorm."""
-    def bare(text):
-        return re.sub("[^a-z]", "", text.rpartition(".")[2].lower())
-
-    def score(option):
-        match = difflib.SequenceMatcher(None, bare(name), bare(option), autojunk=False)
-        return max(match.ratio(), match.find_longest_match().size / max(len(bare(name)), 1))
-
-    least = max(0.5, 0.9 * max(map(score, options)))
-    near = [option for option in sorted(options, key=score, reverse=True) if score(option) >= least][:3]
-    return f" (nearest: {', '.join(near)})" if near else f" (there are: {', '.join(options)})"
+    """`nearest`, among what contains the name's letters if something does: layer_norm1 is in input_layernorm."""
+    letters, *others = (re.sub("[^a-z]", "", text.rpartition(".")[2].lower()) for text in (name, *options))
+    close = [option for option, other in zip(options, others) if letters in other]
+    return nearest(name.rpartition(".")[2], close or options) or f" (there are: {', '.join(options)})"
 
 
 def resolve_targets(model, config, strict=True):
