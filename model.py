@@ -1147,7 +1147,7 @@ def plain(text):
     """`text` without the hub's token, and with what a terminal would obey (control characters, changes of direction)
     and halves of characters written as escapes."""
     if token := get_token():
-        text = text.replace(token, "<HF_TOKEN>")
+        text = text.replace(token, "***")
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
                   lambda found: ascii(found[0])[1:-1], text)
 
