@@ -691,35 +691,26 @@ def notebook(file):
 
 @contextmanager
 def kept_output(folder):
-    """While the block runs, what is printed goes to folder/run.log too, each line with its time and as a terminal shows
-    it: what a progress bar wrote over is gone. Lines are held back until this command has written config.json: one that
-    is refused leaves no trace."""
-    def written():
-        return (folder / "config.json").stat().st_mtime_ns if (folder / "config.json").exists() else None
+    """While the block runs, what is printed goes to folder/run.log too, each line with its time. It is held back until this
+    command has written config.json: one that is refused leaves no trace."""
+    file, held, streams = folder / "config.json", [], {sys.stdout, sys.stderr}
+    written = lambda: file.stat().st_mtime_ns if file.exists() else None
+    before = written()
 
-    def keep(line):
-        held.append(f"{datetime.now():%F %T} {plain(line)}\n")
-        if written() != before:
+    def keep(write, text):
+        held.extend([text] * ("\r" not in text))  # a progress bar has it
+        if text.endswith("\n") and written() != before:
             with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8") as log:
-                log.writelines(held)
+                log.writelines(f"{datetime.now():%F %T} {line}\n" for line in plain("".join(held)).splitlines())
             held.clear()
+        return write(text)
 
-    def told(write, line=""):
-        def tell(text):
-            nonlocal line
-            *lines, line = (part.rpartition("\r")[2] for part in (line + text).split("\n"))
-            for whole in lines:
-                keep(whole)
-            return write(text)
-        return tell
-
-    before, held, streams = written(), [], {sys.stdout, sys.stderr}
     for stream in streams:
-        stream.write = told(stream.write)
+        stream.write = partial(keep, stream.write)
     try:
         yield
     except Exception as error:
-        keep(f"error: {error}" if isinstance(error, (UserError, OSError)) else traceback.format_exc())
+        keep(len, f"error: {error}\n" if isinstance(error, (UserError, OSError)) else traceback.format_exc())
         raise
     finally:
         for stream in streams:
@@ -1195,7 +1186,7 @@ def run(config, loss_fn, count=count_scored, prepare=None, **options):
         print(f"{folder} holds this run, finished; --overwrite_output_dir trains anew")
         return push(folder, config) if config.push_to_hub else None
     find_trackers(config)  # what is missing outside is told before anything is loaded
-    if config.push_to_hub:
+    if config.push_to_hub and not config.dry_run:
         ask_hub("push_to_hub", partial(open_repositories, config, folder))
     device = pick_device(config.device)
     clock = Clock(device)

@@ -52,7 +52,7 @@ def command(case, out):
     kind = "_pairs" * (script == "dpo")
     given = {"model": ROOT / "examples" / "tiny-qwen3", "data": DATA / f"train{kind}.jsonl", "output_dir": out}
     if "--recipe" in settings:  # rows of two sources at two weights, drawn anew in every epoch
-        rows = [{"question": f"What is {n} plus 3?", "choices": [n + 1, n + 3, n + 4], "answer": "B",
+        rows = [{"question": f"What is {n} plus 3?", "choices": [f"{n + 1}", f"{n + 3}", f"{n + 4}"], "answer": "B",
                  "rationale": f"3 and {n} make {n + 3}."} for n in range(40)]
         for name, part in (("few", rows[:10]), ("many", rows[10:])):
             (out.parent / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))

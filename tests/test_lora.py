@@ -683,7 +683,7 @@ def test_a_push_that_fails_for_good_is_taken_up_again(finished, hub, capsys):
     with pytest.raises(SystemExit) as left:
         pushed(finished)
     error = capsys.readouterr().err
-    assert left.value.code == 2 and error.startswith("error: push to me/mine-merged: ") and error.count("\n") == 2
+    assert left.value.code == 2 and error.startswith("error: push to me/mine-merged: ") and error.count("\n") == 1
     assert f"`python lora.py push {finished}` goes on from here" in error
     assert all(path.read_bytes() == data for path, data in before.items())
     assert hub.commits == [("me/mine", "of the run")]
