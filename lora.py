@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from torch import nn
 
-from model import (DTYPES, FLOATS, Linear, UserError, bounded, brief, check_names, cli, nearest, open_model,
+from model import (DTYPES, FLOATS, Linear, RMSNorm, UserError, bounded, brief, check_names, cli, nearest, open_model,
                    parse_config, place, plain, read_header, read_json, read_tensor, resolve, save_model, write_tensors,
                    written_aside)
 
@@ -263,8 +263,7 @@ def resolve_targets(model, config, strict=True):
     config.init_lora_weights = config.init_lora_weights.lower()
     paths, modules, depth = module_paths(model), dict(model.named_modules()), len(model.model.layers)
     linear = [path for path in paths if hasattr(modules.get(path), "in_features")]
-    norms = [path for path in paths if path in modules and path not in linear
-             and [p.dim() for p in modules[path].parameters()] == [1]]
+    norms = [path for path in paths if isinstance(modules.get(path), RMSNorm)]
     leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in linear + norms))
     config.target_modules = [t] if isinstance(t := config.target_modules, str) else t
     if [t.lower() for t in config.target_modules] == ["all-linear"]:
@@ -546,16 +545,16 @@ def merge(adapter, output_dir, base=None, prepare=None):
     if not base:
         raise UserError(f"{adapter}: its config names no base model; give it with --model")
     model, found = open_model(base, prepare=prepare)
-    was, dtype = model.config, DTYPES[model.config.dtype]
+    was = model.config
     names, file, notices = open_adapter(model, adapter)
     trained = {name: key for key, name in names.items()}
 
-    def source(name):
+    def fill(name):
         if name in trained:
-            return read_tensor(file, trained[name]), torch.float32
-        name = name.replace(".base_layer.", ".")
-        name = name if name in found else f"{EMBEDDING}.weight"  # a head that was tied to it
-        return read_tensor(found[name][0], name), dtype
+            return place(model, name, read_tensor(file, trained[name]), "cpu", torch.float32)
+        stored = name.replace(".base_layer.", ".")
+        stored = stored if stored in found else f"{EMBEDDING}.weight"  # a head that was tied to it
+        place(model, name, read_tensor(found[stored][0], stored), "cpu", DTYPES[was.dtype])
 
     @torch.no_grad()
     def merged():
@@ -563,8 +562,7 @@ def merge(adapter, output_dir, base=None, prepare=None):
             if path.endswith(".base_layer") or not (hasattr(layer, "merge") or hasattr(layer, "weight")):
                 continue
             for leaf in list(layer.state_dict()):
-                tensor, kind = source(f"{path}.{leaf}")
-                place(model, f"{path}.{leaf}", tensor, "cpu", kind)
+                fill(f"{path}.{leaf}")
             plain = layer.merge() if hasattr(layer, "merge") else layer
             yield from ((f"{path}.{leaf}", tensor) for leaf, tensor in plain.state_dict().items())
             layer.to("meta")  # this one has been told: it need not be held any longer
