@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from torch import nn
 
-from model import (DTYPES, FLOATS, Linear, RMSNorm, UserError, bounded, brief, check_names, cli, nearest, open_model,
-                   parse_config, place, plain, read_header, read_json, read_tensor, resolve, save_model, write_tensors,
-                   written_aside)
+from model import (DTYPES, FLOATS, Linear, RMSNorm, UserError, blamed, bounded, brief, check_names, cli, nearest,
+                   open_model, parse_config, place, plain, read_header, read_json, read_tensor, resolve, save_model,
+                   write_tensors, written_aside)
 
 
 @dataclass
@@ -483,10 +483,8 @@ def open_adapter(model, folder):
     ends = {EMBEDDING, HEAD} & set(whole_modules(module_paths(model), config.modules_to_save))
     if model.lm_head is None and ends and not raw.get("ensure_weight_tying"):
         untie(model)
-    try:
+    with blamed(f"{folder}: not an adapter of this model", UserError):
         notices = add_lora(model, config, strict=False)
-    except UserError as error:
-        raise UserError(f"{folder}: not an adapter of this model: {error}") from None
     names, file = adapter_names(model), folder / "adapter_model.safetensors"
     found = {key: shape for key, (_, shape, kind) in read_header(file).items() if kind in FLOATS}
     if (key := f"{PREFIX}{HEAD}.base_layer.weight") in found and HEAD in lora_layers(model):

@@ -130,12 +130,10 @@ class Batch:
     @cached_property
     def mask(self):
         """(T, T) bool: who sees whom, spelled out. A token sees the tokens of its lineage that do not come after it."""
-        device = self.tokens.device
-        owner = torch.repeat_interleave(torch.tensor([stop - start for start, stop, _ in self.segments], device=device))
-        sees = torch.zeros(len(self.segments), len(self.segments), dtype=torch.bool, device=device)
-        for index in range(len(self.segments)):
-            sees[index, self.lineage(index)] = True
-        return sees[owner][:, owner] & (self.positions[None, :] <= self.positions[:, None])
+        sees = torch.zeros(2 * [len(self.tokens)], dtype=torch.bool, device=self.tokens.device)
+        for (start, stop, _), keys in zip(self.segments, self.keys):
+            sees[start:stop, keys] = True
+        return sees & (self.positions <= self.positions[:, None])
 
     def bias(self, own, seen, dtype):
         """(own, seen): -inf where one of a segment's `own` tokens would see what comes after it, 0 elsewhere."""
@@ -192,8 +190,7 @@ def sdpa_attention(q, k, v, batch):
 
 def product_attention(q, k, v, bias):
     """One segment as plain matrix products, a group's query heads stacked on their key head. On a CPU with 16-bit
-    products this is up to 2.8 times as fast, forward and backward, as the flash kernel, whose tiles are made for long
-    sequences."""
+    products up to 2.8 times as fast, forward and backward, as the flash kernel, made for long sequences."""
     (own, H, D), K = q.shape, k.shape[1]
     rows = q.view(own, K, H // K, D).permute(1, 2, 0, 3).reshape(K, -1, D)  # (K, H/K · own, D)
     scores = torch.baddbmm(bias.repeat(H // K, 1), rows, k.permute(1, 2, 0), alpha=D**-0.5)
@@ -382,14 +379,12 @@ def rope_frequencies(config):
         return torch.where((wavelength >= old / high) & (wavelength <= old / low), blended, stretched), 1.0
     if kind == "yarn":
 
-        def dimension(rotations):  # the dimension that turns this often over the original context
-            waves = rope["original_max_position_embeddings"] / (rotations * 2 * math.pi)
-            return dim * math.log(waves) / (2 * math.log(theta))
-
         def magnitude(m=1.0):
             return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-        low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+        turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1  # over the original context
+        waves = [rope["original_max_position_embeddings"] / (n * 2 * math.pi) for n in turns]
+        low, high = (dim * math.log(wave) / (2 * math.log(theta)) for wave in waves)  # the dimensions that turn so
         if rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
@@ -580,12 +575,8 @@ CHUNK = 256  # scored positions whose logits exist at a time: (256, V) in the st
 
 def log_softmax_(logits, targets, keep_grad):
     """Log-probabilities (n,) fp32 of targets under logits (n, V). keep_grad: logits become d logp / d logits, in place.
-
-    On a CPU a few rows at a time, so that the fp32 rows stay in cache: half the time of the head would go there
-    otherwise.
-    """
-    rows = len(logits) if logits.device.type != "cpu" else max(1, 2**21 // logits.shape[1])
-    found = []
+    On a CPU a few rows at a time, whose fp32 copy stays in cache: half the time of the head would go there else."""
+    rows, found = len(logits) if logits.device.type != "cpu" else max(1, 2**21 // logits.shape[1]), []
     for part, target in zip(logits.split(rows), targets.split(rows)):
         logps = F.log_softmax(part, -1, dtype=torch.float32)
         found.append(logps.gather(1, target[:, None])[:, 0])
@@ -597,28 +588,20 @@ def log_softmax_(logits, targets, keep_grad):
     return found
 
 
-def head_matmul(hidden, weight):
-    """hidden (n, C) times weight.T (C, V); CUDA keeps the fp32 accumulator, elsewhere the result is rounded."""
-    weight = weight.to(hidden.dtype)
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return F.linear(hidden, weight)
-
-
 class FrozenHead(torch.autograd.Function):
     """token_logps of a head that does not train. d logp_s / d hidden_s = W[target] - softmax W is known in the forward
     pass, a row per position, so backward is one multiplication by the upstream gradient and saves (S, C) alone."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        keep = ctx.needs_input_grad[0]
+        keep, weight, found = ctx.needs_input_grad[0], weight.to(hidden.dtype), []
         rows = torch.empty_like(hidden) if keep else None
-        found = []
+        wide = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
         for at in range(0, len(hidden), CHUNK):
-            logits = head_matmul(hidden[at : at + CHUNK], weight)
+            logits = torch.mm(hidden[at : at + CHUNK], weight.T, **wide)  # CUDA keeps the fp32 accumulator
             found.append(log_softmax_(logits, targets[at : at + CHUNK], keep))
             if keep:
-                rows[at : at + CHUNK] = logits.to(hidden.dtype) @ weight.to(hidden.dtype)
+                rows[at : at + CHUNK] = logits.to(hidden.dtype) @ weight
         ctx.save_for_backward(rows)
         return torch.cat(found)
 
@@ -717,8 +700,7 @@ def sample(logits, uniform, temperature, top_k, top_p):
 
 
 def generate(model, prompts, max_new_tokens=128, *args, **options):
-    """Continues prompts, a list of B id lists of any lengths -> B lists of new ids, each ending before its first end
-    token. Options as in `generate_each`."""
+    """Continues prompts, B id lists of any lengths -> B lists of new ids. Options and ends as in `generate_each`."""
     found = dict(generate_each(model, prompts, max_new_tokens, *args, **options))
     return [found[row] for row in range(len(prompts))]
 
@@ -836,11 +818,9 @@ def pick_device(name):
     """torch.device of 'auto' (CUDA, then MPS, then the CPU) or of a device's name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with blamed(f"device: {name} can't be used here", RuntimeError, AssertionError):
         torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name} can't be used here ({str(error).splitlines()[0][:80]})") from None
+    return torch.device(name)
 
 
 def checkpoint_tensors(folder):
@@ -917,12 +897,12 @@ def open_model(name, revision=None, prepare=None):
     with torch.device("meta"):
         model = Transformer(config)
     found = {n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")}  # old Llama files carry it
-    if config.tie_word_embeddings and "lm_head.weight" in found and "model.embed_tokens.weight" in found:
-        head = found.pop("lm_head.weight")  # some tied checkpoints store the one tensor twice
-        if not torch.equal(read_tensor(head[0], "lm_head.weight"), read_tensor(found["model.embed_tokens.weight"][0],
-                                                                                "model.embed_tokens.weight")):
-            raise UserError(f"{head[0]}: lm_head.weight differs from model.embed_tokens.weight, yet config.json ties "
-                            "them; set tie_word_embeddings to false there")
+    ends = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and found.keys() >= {*ends}:  # some tied checkpoints store the one tensor twice
+        if not torch.equal(*(read_tensor(found[end][0], end) for end in ends)):
+            raise UserError(f"{found[ends[0]][0]}: {ends[0]} differs from {ends[1]}, yet config.json ties them; "
+                            "set tie_word_embeddings to false there")
+        del found["lm_head.weight"]
     if prepare:
         prepare(model, found)
     wanted = model.state_dict()
@@ -1056,11 +1036,9 @@ def locked(folder):
 
 
 def write_tensors(tensors, file):
-    """save_file, with a refused write told as the OSError it is."""
-    try:
+    """save_file; UserError where the write is refused."""
+    with blamed(f"{file}: could not be written", SafetensorError):
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UserError(f"{file}: could not be written ({error})") from None
 
 
 def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
@@ -1265,8 +1243,8 @@ def check_least(config, least, *keys, most=2**53):
     """UserError where one of these settings, if it is given, is not from `least` to `most`."""
     for key in keys:
         if (value := getattr(config, key)) is not None and not least <= value <= most:
-            raise UserError(f"--{key}: {value} is below {least}" if value < least else
-                            f"--{key}: {value} is not from {least} to {most}")
+            told = f"below {least}" if value < least else f"not from {least} to {most}"
+            raise UserError(f"--{key}: {value} is {told}")
 
 
 def find_name(where, kinds, aliases):

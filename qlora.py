@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALinear, merge, new_folder, plain_linear
-from model import (CHUNK, DTYPES, Linear, UserError, cli, load_model, nearest, parse_config, read_tensor, save_model,
-                   unique)
+from model import (CHUNK, DTYPES, Linear, UserError, blamed, cli, load_model, nearest, parse_config, read_tensor,
+                   save_model, unique)
 
 
 @dataclass
@@ -40,15 +40,12 @@ class QuantConfig:
 
 @cache
 def bitsandbytes():
-    """The library, imported when it is needed; UserError where it is absent."""
+    """The library, imported when it is needed; UserError where it can't be."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel it does without
-    try:
+    need = "4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"
+    with blamed(f"bitsandbytes can't be imported; {need}", ImportError):
         import bitsandbytes
-
-        return bitsandbytes
-    except ImportError as error:
-        raise UserError(f"bitsandbytes can't be imported ({error}); 4-bit weights and 8-bit optimizers need it: "
-                        "pip install bitsandbytes") from None
+    return bitsandbytes
 
 
 class Matmul4bit(torch.autograd.Function):
