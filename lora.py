@@ -461,10 +461,8 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
 
 def load_adapter(model, folder, trainable=False) -> list[str]:
     """Puts the adapter of a PEFT folder on a plain model, in place; frozen and in eval mode, unless it is to train on.
-
     Every key and shape is checked before a value is read, all faults at once. Values become fp32. Returns add_lora's
-    notices. PEFT may have trained a tied model's two ends apart (no ensure_weight_tying): then the model is untied.
-    """
+    notices. PEFT may have trained a tied model's two ends apart (no ensure_weight_tying): then the model is untied."""
     names, file, notices = open_adapter(model, folder)
     with torch.no_grad():
         for key, name in names.items():

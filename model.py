@@ -612,11 +612,9 @@ class FrozenHead(torch.autograd.Function):
 
 
 def token_logps(hidden, weight, targets):
-    """Log-probabilities (S,) fp32 of targets (S,) given hidden (S, C) and the head's weight (V, C).
-
-    Never holds (S, V): chunks of CHUNK positions. A head that trains is recomputed chunk by chunk in backward.
-    Reference: cross entropy over the whole logits, torch.nn.functional.cross_entropy(reduction='none'), negated.
-    """
+    """Log-probabilities (S,) fp32 of targets (S,) given hidden (S, C) and the head's weight (V, C). Never holds (S, V):
+    chunks of CHUNK positions; a head that trains is recomputed chunk by chunk in backward. Reference: cross entropy
+    over the whole logits, torch.nn.functional.cross_entropy(reduction='none'), negated."""
     if len(targets) == 0:
         return hidden.sum(-1).float()
     if not weight.requires_grad:
@@ -681,11 +679,9 @@ class KVCache:
 
 
 def sample(logits, uniform, temperature, top_k, top_p):
-    """One token per row of logits (B, V) by inverse transform of uniform (B,) in [0, 1). temperature 0 is greedy.
-
-    Order as in transformers: temperature, then the top_k likeliest, then the smallest set of them whose mass reaches
-    top_p (Holtzman et al. 2020, arXiv:1904.09751).
-    """
+    """One token per row of logits (B, V) by inverse transform of uniform (B,) in [0, 1). temperature 0 is greedy. Order
+    as in transformers: temperature, the top_k likeliest, the smallest set of them whose mass reaches top_p (Holtzman et
+    al. 2020, arXiv:1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
@@ -883,10 +879,8 @@ def check_names(wanted, found, where):
 
 def open_model(name, revision=None, prepare=None):
     """(a Transformer on `meta`, where its tensors are: {name: (file, shape, dtype name)}) of folder or hub id `name`.
-
     Every name, shape and kind is checked against the model, all faults in one UserError; no weight is read.
-    prepare(model, found) may put other layers in place first, those of 4-bit weights say.
-    """
+    prepare(model, found) may put other layers in place first, those of 4-bit weights say."""
     folder = resolve(name, revision)
     config = ModelConfig.read(folder)
     if config.quantized and prepare is None:
@@ -926,11 +920,8 @@ def place(model, name, tensor, device, dtype):
 
 
 def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", revision=None, prepare=None):
-    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own).
-
-    Built on `meta` and filled a tensor at a time: peak memory is the model and one tensor. Names and shapes are checked
-    before the first byte is read, all faults at once; prepare as in `open_model`.
-    """
+    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own). Made
+    by `open_model`, which see, and filled a tensor at a time: peak memory is the model and one tensor."""
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}" + nearest(dtype, DTYPES))
     model, found = open_model(name, revision, prepare)

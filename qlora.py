@@ -202,8 +202,7 @@ def as_merged(model, base):
         W = inner.dequantize() if base == "dequantized" else inner.original()
         if wrapped and layer.start and base == "original":
             W = torch.addmm(W.float(), *layer.start[::-1], alpha=-layer.scaling).to(W.dtype)
-        W = layer.merged(W) if wrapped else W
-        return F.linear(x, W.to(x.dtype), None if inner.bias is None else inner.bias.to(x.dtype))
+        return plain_linear(inner, layer.merged(W) if wrapped else W)(x)
 
     layers = [layer for layer in model.modules() if isinstance(getattr(layer, "base_layer", layer), Linear4bit)]
     for layer in layers:
