@@ -13,7 +13,6 @@ QLoRA: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantisation: sect
 
 import json
 import logging
-import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -165,9 +164,8 @@ def read_state(found, name, shape):
         state = json.loads(bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique)
         double = name.partition(".quant_state.")[0] + ".nested_absmax" in found
         fine = (state["quant_type"] == name.rpartition("__")[2] and state["blocksize"] in [2**n for n in range(5, 13)]
-                and tuple(state["shape"]) == shape and state["dtype"] in DTYPES
-                and double == ("nested_offset" in state) and (not double or state["nested_blocksize"] == 256
-                     and isinstance(state["nested_offset"], float) and math.isfinite(state["nested_offset"])))
+                and tuple(state["shape"]) == shape and state["dtype"] in DTYPES and double == ("nested_offset" in state)
+                and state.get("nested_blocksize", 256) == 256 and abs(state.get("nested_offset", 0.0)) < 1e30)
     except (ValueError, KeyError, TypeError, RecursionError):
         fine = False
     if not fine:
