@@ -148,10 +148,8 @@ class Batch:
         queries = [stop - start for start, stop, _ in self.segments]
         spans = [[self.segments[i][:2] for i in self.lineage(index)] for index in range(len(self.segments))]
         lengths = [sum(stop - start for start, stop in line) for line in spans]
-        gather = None
-        if lengths != queries:
-            gather = torch.from_numpy(np.concatenate([np.arange(*span) for line in spans for span in line]))
-            gather = gather.to(self.tokens.device)
+        gather = None if lengths == queries else torch.from_numpy(np.concatenate(
+            [np.arange(*span) for line in spans for span in line])).to(self.tokens.device)
         cu = [torch.tensor(np.concatenate([[0], np.cumsum(n)]), dtype=torch.int32, device=self.tokens.device)
               for n in (queries, lengths)]
         return gather, *cu, max(queries), max(lengths)
@@ -368,8 +366,6 @@ def rope_frequencies(config):
     rope, dim = config.rope, config.head_dim
     kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor") or 1.0
     plain = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    if kind == "linear":
-        return plain / factor, 1.0
     if kind == "llama3":  # long wavelengths are stretched by factor, short ones kept, those between blended
         old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
         wavelength = 2 * math.pi / plain
@@ -394,7 +390,7 @@ def rope_frequencies(config):
             both = rope.get("mscale") and rope.get("mscale_all_dim")
             scale = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"]) if both else magnitude()
         return plain / factor * ramp + plain * (1 - ramp), scale
-    return plain, 1.0
+    return plain / (factor if kind == "linear" else 1.0), 1.0
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -1146,8 +1142,7 @@ def bounded(where, seconds=5, more=2**30):
         return
     before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_DATA)
     if sys.platform == "linux":
-        with open("/proc/self/statm", "rb") as file:
-            held = int(file.read().split()[5]) * resource.getpagesize()
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         most = min(limit for limit in (held + more, *limits) if limit >= 0)
         resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -1206,8 +1201,7 @@ def convert(value, kind):
     if isinstance(kind, types.UnionType):
         if types.NoneType in args and str(value).lower() in ("none", "null"):
             return None
-        order = [bool, int, float, dict, str, list] if isinstance(value, str) and "," not in value else [list]
-        for option in sorted(args, key=lambda option: [*order, kind := get_origin(option) or option].index(kind)):
+        for option in sorted(args, key=lambda option: (get_origin(option) is list) != ("," in str(value))):
             with suppress(ValueError, TypeError):
                 return convert(value, option)
     elif origin is Literal and str(value) in map(str, args):
@@ -1222,11 +1216,11 @@ def convert(value, kind):
         return str(value)
     elif origin is dict and isinstance(value := json.loads(value) if isinstance(value, str) else value, dict):
         return {convert(key, str): convert(item, args[1]) for key, item in value.items()} if args else value
-    elif origin in (list, tuple) and not isinstance(value, dict):
+    elif origin is list and not isinstance(value, dict):
         if isinstance(value, str):  # names may come as one word, a,b; a path keeps its comma
             value = re.split(r"\s*,\s*", value) if re.fullmatch(r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+", value) else [value]
         items = [value] if isinstance(value, (int, float)) else value
-        return origin(convert(item, args[0] if args else str) for item in items)
+        return [convert(item, args[0] if args else str) for item in items]
     raise ValueError(value)
 
 
@@ -1300,8 +1294,8 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
             name = find_name(found[1].replace("-", "_").split("."), {**kinds, "config": list}, aliases)
             if name is None:
                 raise UserError(f"unknown flag --{found[1]}{nearest(found[1], kinds)}{see}")
-            more = {*types_of(kinds.get(name, list))} & {list, tuple}  # one that is given twice goes on
-            given[name] = (given.get(name, []) if more else []) + ([word[found.end() :]] if found[2] else [])
+            before = given.get(name, []) if list in types_of(kinds.get(name, list)) else []  # a list goes on
+            given[name] = before + ([word[found.end() :]] if found[2] else [])
         elif name is None:
             raise UserError(f"unrecognized arguments: {word}{see}")
         else:
