@@ -14,7 +14,6 @@ LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.0
     python lora.py push runs/sft --hub_model_id me/mine      # what of a finished run is not on the hub yet
 """
 
-import difflib
 import json
 import math
 import re
@@ -22,16 +21,19 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_origin
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from torch import nn
 
-from model import (DTYPES, FLOATS, Linear, UserError, bounded, brief, check_names, cli, open_model, parse_config, place,
-                   read_header, read_json, read_tensor, resolve, save_model, write_tensors, written_aside)
+from model import (DTYPES, FLOATS, Linear, RMSNorm, UserError, blamed, bounded, brief, check_names, cli, nearest,
+                   open_model, parse_config, place, plain, read_header, read_json, read_tensor, resolve, save_model,
+                   write_tensors, written_aside)
 
 
 @dataclass
@@ -248,17 +250,10 @@ def within(path, modules):
 
 
 def resembling(name, options):
-    """' (nearest: ...)', where what contains the name is near too: layer_norm1 is in input_layernorm."""
-    def bare(text):
-        return re.sub("[^a-z]", "", text.rpartition(".")[2].lower())
-
-    def score(option):
-        match = difflib.SequenceMatcher(None, bare(name), bare(option), autojunk=False)
-        return max(match.ratio(), match.find_longest_match().size / max(len(bare(name)), 1))
-
-    least = max(0.5, 0.9 * max(map(score, options)))
-    near = [option for option in sorted(options, key=score, reverse=True) if score(option) >= least][:3]
-    return f" (nearest: {', '.join(near)})" if near else f" (there are: {', '.join(options)})"
+    """`nearest`, among what contains the name's letters if something does: layer_norm1 is in input_layernorm."""
+    letters, *others = (re.sub("[^a-z]", "", text.rpartition(".")[2].lower()) for text in (name, *options))
+    close = [option for option, other in zip(options, others) if letters in other]
+    return nearest(name.rpartition(".")[2], close or options) or f" (there are: {', '.join(options)})"
 
 
 def resolve_targets(model, config, strict=True):
@@ -268,8 +263,7 @@ def resolve_targets(model, config, strict=True):
     config.init_lora_weights = config.init_lora_weights.lower()
     paths, modules, depth = module_paths(model), dict(model.named_modules()), len(model.model.layers)
     linear = [path for path in paths if hasattr(modules.get(path), "in_features")]
-    norms = [path for path in paths if path in modules and path not in linear
-             and [p.dim() for p in modules[path].parameters()] == [1]]
+    norms = [path for path in paths if isinstance(modules.get(path), RMSNorm)]
     leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in linear + norms))
     config.target_modules = [t] if isinstance(t := config.target_modules, str) else t
     if [t.lower() for t in config.target_modules] == ["all-linear"]:
@@ -432,35 +426,30 @@ def find_adapter(name) -> Path:
 
 def fits(value, kind):
     """Whether a JSON value is of a dataclass field's type; a whole number is a float too."""
-    if kind is float:
-        return type(value) in (int, float)
-    if (container := get_origin(kind)) is None:
-        return type(value) is kind
-    items = value.values() if type(value) is dict else value
-    return type(value) is container and all(fits(item, get_args(kind)[-1]) for item in items)
+    if container := get_origin(kind):
+        items = value.values() if type(value) is dict else value
+        return type(value) is container and all(fits(item, get_args(kind)[-1]) for item in items)
+    return type(value) is kind or kind is float and type(value) is int
 
 
 def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     """(its LoRAConfig, all of adapter_config.json). One UserError for everything in it that is not computed here."""
     file = Path(folder) / "adapter_config.json"
     raw, faults, config = read_json(file), [], LoRAConfig(lora_r=8, lora_alpha=8, target_modules=[])  # PEFT's defaults
-    known = HARMLESS | set(COMPUTED)
-    for f in fields(LoRAConfig):
-        key = "r" if f.name == "lora_r" else f.name
-        if key in COMPUTED:
-            continue
-        known.add(key)
-        if (value := raw.get(key)) is not None:
-            value = [value] if get_origin(f.type) is list and type(value) in (int, str) else value
-            if fits(value, f.type):
-                setattr(config, f.name, value)
-            else:
-                faults.append(f"{key} is {json.dumps(value)[:60]}")
+    ours = {"r" if f.name == "lora_r" else f.name: f for f in fields(LoRAConfig) if f.name not in COMPUTED}
+    for key, f in ours.items():
+        value = raw.get(key)
+        value = [value] if get_origin(f.type) is list and type(value) in (int, str) else value
+        if fits(value, f.type):
+            setattr(config, f.name, value)
+        elif value is not None:
+            faults.append(f"{key} is {json.dumps(value)[:60]}")
     faults += [f"{key} is {json.dumps(raw.get(key))[:60]}; {json.dumps(values[0])} is supported"
                for key, values in COMPUTED.items() if raw.get(key) not in values]
     if str(raw.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         faults.append("its base was changed too: save it as plain LoRA (path_initial_model_for_weight_conversion)")
-    faults += [f"{k} = {json.dumps(v)[:60]} is not supported" for k, v in raw.items() if v and k not in known]
+    faults += [f"{k} = {json.dumps(v)[:60]} is not supported" for k, v in raw.items()
+               if v and k not in HARMLESS | COMPUTED.keys() | ours.keys()]
     if not isinstance(raw.get("base_model_name_or_path"), (str, type(None))):
         faults.append("base_model_name_or_path is no name")
     if config.lora_r < 1 or not config.target_modules:
@@ -472,10 +461,8 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
 
 def load_adapter(model, folder, trainable=False) -> list[str]:
     """Puts the adapter of a PEFT folder on a plain model, in place; frozen and in eval mode, unless it is to train on.
-
     Every key and shape is checked before a value is read, all faults at once. Values become fp32. Returns add_lora's
-    notices. PEFT may have trained a tied model's two ends apart (no ensure_weight_tying): then the model is untied.
-    """
+    notices. PEFT may have trained a tied model's two ends apart (no ensure_weight_tying): then the model is untied."""
     names, file, notices = open_adapter(model, folder)
     with torch.no_grad():
         for key, name in names.items():
@@ -494,10 +481,8 @@ def open_adapter(model, folder):
     ends = {EMBEDDING, HEAD} & set(whole_modules(module_paths(model), config.modules_to_save))
     if model.lm_head is None and ends and not raw.get("ensure_weight_tying"):
         untie(model)
-    try:
+    with blamed(f"{folder}: not an adapter of this model", UserError):
         notices = add_lora(model, config, strict=False)
-    except UserError as error:
-        raise UserError(f"{folder}: not an adapter of this model: {error}") from None
     names, file = adapter_names(model), folder / "adapter_model.safetensors"
     found = {key: shape for key, (_, shape, kind) in read_header(file).items() if kind in FLOATS}
     if (key := f"{PREFIX}{HEAD}.base_layer.weight") in found and HEAD in lora_layers(model):
@@ -521,8 +506,7 @@ def untie(model):
 
 @contextmanager
 def disable_lora(model):
-    """The base model, while the block runs. UserError where a norm, a bias or the like is trained: in place, so what it
-    was is gone."""
+    """The base model, while the block runs. UserError where a norm, a bias or the like is trained: that is in place."""
     layers = lora_layers(model).values()
     if whole := [key for key in (adapter_parameters(model) if layers else ()) if ".lora_" not in key]:
         raise UserError(f"disable_lora: {whole[0].removeprefix(PREFIX)} is trained in place; load the base instead")
@@ -557,16 +541,16 @@ def merge(adapter, output_dir, base=None, prepare=None):
     if not base:
         raise UserError(f"{adapter}: its config names no base model; give it with --model")
     model, found = open_model(base, prepare=prepare)
-    was, dtype = model.config, DTYPES[model.config.dtype]
+    was = model.config
     names, file, notices = open_adapter(model, adapter)
     trained = {name: key for key, name in names.items()}
 
-    def source(name):
+    def fill(name):
         if name in trained:
-            return read_tensor(file, trained[name]), torch.float32
-        name = name.replace(".base_layer.", ".")
-        name = name if name in found else f"{EMBEDDING}.weight"  # a head that was tied to it
-        return read_tensor(found[name][0], name), dtype
+            return place(model, name, read_tensor(file, trained[name]), "cpu", torch.float32)
+        stored = name.replace(".base_layer.", ".")
+        stored = stored if stored in found else f"{EMBEDDING}.weight"  # a head that was tied to it
+        place(model, name, read_tensor(found[stored][0], stored), "cpu", DTYPES[was.dtype])
 
     @torch.no_grad()
     def merged():
@@ -574,8 +558,7 @@ def merge(adapter, output_dir, base=None, prepare=None):
             if path.endswith(".base_layer") or not (hasattr(layer, "merge") or hasattr(layer, "weight")):
                 continue
             for leaf in list(layer.state_dict()):
-                tensor, kind = source(f"{path}.{leaf}")
-                place(model, f"{path}.{leaf}", tensor, "cpu", kind)
+                fill(f"{path}.{leaf}")
             plain = layer.merge() if hasattr(layer, "merge") else layer
             yield from ((f"{path}.{leaf}", tensor) for leaf, tensor in plain.state_dict().items())
             layer.to("meta")  # this one has been told: it need not be held any longer
@@ -613,16 +596,14 @@ WAITS = (1, 2, 4, 8, 16)  # seconds before a push is tried again
 
 def ask_hub(what, ask, waits=(), advice=""):
     """ask()'s answer, asked again after each of `waits` seconds while the hub is out of reach or at fault (5xx, 429).
-    Else UserError: `what`, the hub's words in a line, without the token that they may hold, and the advice."""
-    from huggingface_hub import get_token
-
-    if not (token := get_token()):
+    Else UserError: `what`, the hub's words in a line, and the advice."""
+    if not get_token():
         raise UserError(f"{what}: no token; set HF_TOKEN to one that may write, or log in (hf auth login){advice}")
     for wait in (*waits, None):
         try:
             return ask()
         except Exception as error:  # the client's own errors and those of whichever http library it stands on
-            words = " ".join(str(error).replace(token, "***").split()).partition(" For more information")[0]
+            words = " ".join(plain(str(error)).split()).partition(" For more information")[0]
             reason = words[:200] or type(error).__name__
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if wait is None or isinstance(error, ValueError) or 400 <= status < 500 and status != 429:
@@ -634,8 +615,6 @@ def ask_hub(what, ask, waits=(), advice=""):
 def open_repositories(config, run):
     """{folder of the run: repository that has it as its root, so that PEFT, transformers and vLLM open it by its id}.
     They are made where they are not there, and asked for what a commit begins with, which takes the right to write."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     api, name = HfApi(), config.hub_model_id or Path(run).resolve().name
     user = api.whoami()["name"]
     name = name if "/" in name else f"{user}/{name}"
@@ -651,25 +630,25 @@ def push(run, given=HubConfig()):
     """Brings to the hub what it lacks of a finished run's adapter/ and merged/; what is `given` wins over the run's
     config.json. pushed.json keeps {repository: commit and files}. UserError: an unfinished run, or a hub that refuses
     or fails for good, which takes nothing from the run."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    run, api, advice = Path(run), HfApi(), f"; nothing is lost: `python lora.py push {run}` goes on from here"
+    run, api = Path(run), HfApi()
+    ask = partial(ask_hub, waits=WAITS, advice=f"; nothing is lost: `python lora.py push {run}` goes on from here")
     config = vars(HubConfig()) | read_json(run / "config.json")
     if not {"lora_r", "merge"} <= config.keys() or not (run / "README.md").exists():  # the last that a run writes
         raise UserError(f"{run}: no run's folder, or not finished; then the command that began it goes on, and pushes")
     config |= {f.name: getattr(given, f.name) for f in fields(HubConfig) if getattr(given, f.name) != f.default}
-    names = ask_hub("push", lambda: open_repositories(SimpleNamespace(**config), run), WAITS, advice)
+    names = ask("push", lambda: open_repositories(SimpleNamespace(**config), run))
     pushed = read_json(run / "pushed.json") if (run / "pushed.json").exists() else {}
     for part, name in names.items():
         files = {file.name: file.stat().st_mtime_ns for file in sorted((run / part).iterdir())}
-        there = ask_hub(f"push to {name}", lambda: api.list_repo_files(name), WAITS, advice)
+        there = ask(f"push to {name}", lambda: api.list_repo_files(name))
         if pushed.get(name, {}).get("files") == files and files.keys() <= set(there):
             print(f"{name} holds {part}/ already")
             continue
         others = [file for file in {*there} - {*files} if re.fullmatch(r"[^/]*\.safetensors(\.index\.json)?", file)]
-        commit = ask_hub(f"push to {name}", lambda: api.create_commit(name, [
-            *(CommitOperationAdd(file, run / part / file) for file in files),
-            *map(CommitOperationDelete, others)], commit_message=config["hub_commit_message"]), WAITS, advice)
+        changes = [CommitOperationAdd(file, run / part / file) for file in files]
+        changes += map(CommitOperationDelete, others)
+        commit = ask(f"push to {name}", lambda: api.create_commit(
+            name, changes, commit_message=config["hub_commit_message"]))
         pushed[name] = {"commit": commit.oid, "files": files}
         (run / ".pushed.json").write_text(json.dumps(pushed, indent=2))
         (run / ".pushed.json").replace(run / "pushed.json")

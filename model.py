@@ -28,12 +28,12 @@ import threading
 import types
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property, partial
 from inspect import getsource
 from pathlib import Path
 from traceback import walk_tb
-from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -86,35 +86,27 @@ class Batch:
 
     @classmethod
     def pack(cls, examples, device="cpu"):
-        """examples: a list of lists of Segment. The first token of a segment without a prefix has no predictor: never
-        scored."""
-        ids, positions, segments, scored, targets, sequence, weights, reference = ([] for _ in range(8))
-        start = num_sequences = 0
+        """examples: a list of lists of Segment. A segment's first token is scored only where its prefix predicts it."""
+        segments, rows, start, num_sequences = [], [], 0, 0
         for example in examples:
             first = len(segments)
             for segment in example:
-                has_prefix = segment.prefix >= 0
-                _, before, _ = segments[first + segment.prefix] if has_prefix else (0, 0, -1)
-                offset = positions[first + segment.prefix][-1] + 1 if has_prefix else 0
-                stop = start + len(segment.ids)
-                at = np.flatnonzero(np.asarray(segment.labels) != IGNORE)
-                at = at if has_prefix else at[at > 0]
-                ids.append(segment.ids)
-                positions.append(np.arange(offset, offset + stop - start))
-                segments.append((start, stop, first + segment.prefix if has_prefix else -1))
-                scored.append(np.where(at > 0, start + at - 1, before - 1))
-                targets.append(np.asarray(segment.labels)[at])
-                sequence.append(np.full(len(at), num_sequences + segment.sequence))
-                weights.append(np.full(len(at), segment.weight, dtype=np.float32))
-                reference.append(np.full(len(at), segment.reference, dtype=np.float32))
+                labels, stop = np.asarray(segment.labels), start + len(segment.ids)
+                prefix = first + segment.prefix if segment.prefix >= 0 else -1
+                before, offset = (segments[prefix][1], rows[prefix][1][-1] + 1) if prefix >= 0 else (0, 0)
+                at = np.flatnonzero(labels != IGNORE)
+                at = at if prefix >= 0 else at[at > 0]
+                segments.append((start, stop, prefix))
+                rows.append((segment.ids, np.arange(offset, offset + stop - start),
+                             np.where(at > 0, start + at - 1, before - 1), labels[at],
+                             *(np.full(len(at), value) for value in (
+                                 num_sequences + segment.sequence, segment.weight, segment.reference))))
                 start = stop
             num_sequences += 1 + max(segment.sequence for segment in example)
-
-        def join(parts, dtype=np.int64):
-            return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(device)
-
-        return cls(join(ids), join(positions), segments, join(scored), join(targets), join(sequence),
-                   join(weights, np.float32), join(reference, np.float32), num_sequences, int(max(map(np.max, ids))))
+        kinds = [np.int64] * 5 + [np.float32] * 2
+        tokens, positions, *scored = (torch.from_numpy(np.concatenate(parts).astype(kind)).to(device)
+                                      for parts, kind in zip(zip(*rows), kinds))
+        return cls(tokens, positions, segments, *scored, num_sequences, int(max(np.max(row[0]) for row in rows)))
 
     def lineage(self, index):
         """The segments that segment `index` sees, oldest first, itself last."""
@@ -125,8 +117,7 @@ class Batch:
 
     @cached_property
     def keys(self):
-        """Per segment the positions it sees, ancestors first: a slice where they are adjacent in the stream, else
-        (n,)."""
+        """Per segment the positions it sees, ancestors first: a slice where they are adjacent, else (n,)."""
         found = []
         for index in range(len(self.segments)):
             spans = [self.segments[i][:2] for i in self.lineage(index)]
@@ -139,12 +130,10 @@ class Batch:
     @cached_property
     def mask(self):
         """(T, T) bool: who sees whom, spelled out. A token sees the tokens of its lineage that do not come after it."""
-        device = self.tokens.device
-        owner = torch.repeat_interleave(torch.tensor([stop - start for start, stop, _ in self.segments], device=device))
-        sees = torch.zeros(len(self.segments), len(self.segments), dtype=torch.bool, device=device)
-        for index in range(len(self.segments)):
-            sees[index, self.lineage(index)] = True
-        return sees[owner][:, owner] & (self.positions[None, :] <= self.positions[:, None])
+        sees = torch.zeros(2 * [len(self.tokens)], dtype=torch.bool, device=self.tokens.device)
+        for (start, stop, _), keys in zip(self.segments, self.keys):
+            sees[start:stop, keys] = True
+        return sees & (self.positions <= self.positions[:, None])
 
     def bias(self, own, seen, dtype):
         """(own, seen): -inf where one of a segment's `own` tokens would see what comes after it, 0 elsewhere."""
@@ -155,15 +144,12 @@ class Batch:
 
     @cached_property
     def varlen(self):
-        """varlen_attn's description of the batch: key positions (or None: the stream itself), cu_q, cu_k, max_q,
-        max_k."""
+        """What varlen_attn is told: key positions (None: the stream itself), cu_q, cu_k, max_q, max_k."""
         queries = [stop - start for start, stop, _ in self.segments]
         spans = [[self.segments[i][:2] for i in self.lineage(index)] for index in range(len(self.segments))]
         lengths = [sum(stop - start for start, stop in line) for line in spans]
-        gather = None
-        if lengths != queries:
-            gather = torch.from_numpy(np.concatenate([np.arange(*span) for line in spans for span in line]))
-            gather = gather.to(self.tokens.device)
+        gather = None if lengths == queries else torch.from_numpy(np.concatenate(
+            [np.arange(*span) for line in spans for span in line])).to(self.tokens.device)
         cu = [torch.tensor(np.concatenate([[0], np.cumsum(n)]), dtype=torch.int32, device=self.tokens.device)
               for n in (queries, lengths)]
         return gather, *cu, max(queries), max(lengths)
@@ -182,8 +168,7 @@ def eager_attention(q, k, v, batch):
 
 
 def sdpa_attention(q, k, v, batch):
-    """One segment at a time over what it sees; never a (T, T) mask. Short ones on a CPU go through
-    product_attention."""
+    """One segment at a time over what it sees; never a (T, T) mask. Short ones on a CPU: product_attention."""
     outputs = []
     for (start, stop, _), keys in zip(batch.segments, batch.keys):
         one = q[start:stop], k[keys], v[keys]
@@ -203,8 +188,7 @@ def sdpa_attention(q, k, v, batch):
 
 def product_attention(q, k, v, bias):
     """One segment as plain matrix products, a group's query heads stacked on their key head. On a CPU with 16-bit
-    products this is up to 2.8 times as fast, forward and backward, as the flash kernel, whose tiles are made for long
-    sequences."""
+    products up to 2.8 times as fast, forward and backward, as the flash kernel, made for long sequences."""
     (own, H, D), K = q.shape, k.shape[1]
     rows = q.view(own, K, H // K, D).permute(1, 2, 0, 3).reshape(K, -1, D)  # (K, H/K · own, D)
     scores = torch.baddbmm(bias.repeat(H // K, 1), rows, k.permute(1, 2, 0), alpha=D**-0.5)
@@ -212,8 +196,7 @@ def product_attention(q, k, v, bias):
 
 
 def varlen_attention(q, k, v, batch):
-    """PyTorch's own variable-length flash attention (CUDA, 16 bit): bottom-right causal, so prefixes are just more
-    keys."""
+    """PyTorch's variable-length flash attention (CUDA, 16 bit): bottom-right causal, so prefixes are just more keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     gather, cu_q, cu_k, max_q, max_k = batch.varlen
@@ -226,8 +209,7 @@ ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "varlen": varlen_
 
 
 def choose_attention(wanted, config, dtype, device):
-    """(name, notice): 'auto' is varlen where it runs (tried on two tokens), else sdpa; notice is '' or one line to
-    print."""
+    """(name, notice): 'auto' is varlen where it runs (tried on two tokens), else sdpa; notice is '' or a line."""
     if wanted not in ("auto", "flash", *ATTENTION):
         raise UserError(f"attn_implementation: {wanted!r} is not one of auto, flash, {', '.join(ATTENTION)}"
                         + nearest(wanted, ATTENTION))
@@ -281,26 +263,18 @@ class ModelConfig:
         if kind not in ("llama", "qwen2", "qwen3"):
             raise UserError(f"{where}: model_type {brief(kind)} is not supported; llama, qwen2 and qwen3 are")
 
-        def number(key, default=None, least=1, most=2**31):
-            value = raw.get(key)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                faults.append(f"{key} is {str(value)[:40]!r}, not a whole number from {least} to {most}")
-                return least
-            return value
-
-        def real(key, default):
+        def take(key, default, fine, wanted):
             value = default if raw.get(key) is None else raw[key]
-            if not positive(value):
-                faults.append(f"{key} is {str(value)[:40]!r}, not a positive number")
-                return 1.0
-            return float(value)
+            if fine(value):
+                return value
+            faults.append(f"{key} is {str(value)[:40]!r}, not {wanted}")
+            return 1
+
+        def number(key, default=None, most=2**31):
+            return take(key, default, lambda n: type(n) is int and 1 <= n <= most, f"a whole number from 1 to {most}")
 
         def flag(key):
-            value = False if raw.get(key) is None else raw[key]
-            if not isinstance(value, bool):
-                faults.append(f"{key} is {str(value)[:40]!r}, not true or false")
-            return value
+            return take(key, False, lambda value: isinstance(value, bool), "true or false")
 
         hidden, heads = number("hidden_size", most=2**20), number("num_attention_heads", most=2**16)
         kv_heads = number("num_key_value_heads", heads, most=2**16)
@@ -321,13 +295,14 @@ class ModelConfig:
             faults.append("quantization_config: only bitsandbytes' 4-bit weights are read; take those, or 16-bit ones")
         bias, eos = flag("attention_bias"), raw.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in eos):
+        if any(type(token) is not int for token in eos):
             faults.append(f"eos_token_id is {str(eos)[:40]}, not a token id or a list of them")
         config = cls(
             model_type=kind, vocab_size=number("vocab_size", most=2**24), hidden_size=hidden,
             intermediate_size=number("intermediate_size", most=2**22),
             num_hidden_layers=number("num_hidden_layers", most=2**12), num_attention_heads=heads,
-            num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=real("rms_norm_eps", 1e-6), rope=rope,
+            num_key_value_heads=kv_heads, head_dim=head_dim, rope=rope,
+            rms_norm_eps=float(take("rms_norm_eps", 1e-6, positive, "a positive number")),
             max_position_embeddings=number("max_position_embeddings", 2048),
             tie_word_embeddings=flag("tie_word_embeddings"), qkv_bias=kind == "qwen2" or bias,
             o_bias=kind != "qwen2" and bias, mlp_bias=kind == "llama" and flag("mlp_bias"),
@@ -357,7 +332,7 @@ ROPE_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention
 
 
 def positive(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def rope_parameters(raw, faults):
@@ -391,8 +366,6 @@ def rope_frequencies(config):
     rope, dim = config.rope, config.head_dim
     kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor") or 1.0
     plain = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    if kind == "linear":
-        return plain / factor, 1.0
     if kind == "llama3":  # long wavelengths are stretched by factor, short ones kept, those between blended
         old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
         wavelength = 2 * math.pi / plain
@@ -402,14 +375,12 @@ def rope_frequencies(config):
         return torch.where((wavelength >= old / high) & (wavelength <= old / low), blended, stretched), 1.0
     if kind == "yarn":
 
-        def dimension(rotations):  # the dimension that turns this often over the original context
-            waves = rope["original_max_position_embeddings"] / (rotations * 2 * math.pi)
-            return dim * math.log(waves) / (2 * math.log(theta))
-
         def magnitude(m=1.0):
             return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-        low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+        turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1  # over the original context
+        waves = [rope["original_max_position_embeddings"] / (n * 2 * math.pi) for n in turns]
+        low, high = (dim * math.log(wave) / (2 * math.log(theta)) for wave in waves)  # the dimensions that turn so
         if rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
@@ -419,15 +390,14 @@ def rope_frequencies(config):
             both = rope.get("mscale") and rope.get("mscale_all_dim")
             scale = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"]) if both else magnitude()
         return plain / factor * ramp + plain * (1 - ramp), scale
-    return plain, 1.0
+    return plain / (factor if kind == "linear" else 1.0), 1.0
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
-    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here, a frozen one is as it
-    was."""
+    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -546,8 +516,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The causal language model. Its state_dict is the checkpoint; with tied embeddings there is no lm_head, as in the
-    file."""
+    """The causal language model. Its state_dict is the checkpoint: with tied embeddings there is no lm_head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -602,12 +571,8 @@ CHUNK = 256  # scored positions whose logits exist at a time: (256, V) in the st
 
 def log_softmax_(logits, targets, keep_grad):
     """Log-probabilities (n,) fp32 of targets under logits (n, V). keep_grad: logits become d logp / d logits, in place.
-
-    On a CPU a few rows at a time, so that the fp32 rows stay in cache: half the time of the head would go there
-    otherwise.
-    """
-    rows = len(logits) if logits.device.type != "cpu" else max(1, 2**21 // logits.shape[1])
-    found = []
+    On a CPU a few rows at a time, whose fp32 copy stays in cache: half the time of the head would go there else."""
+    rows, found = len(logits) if logits.device.type != "cpu" else max(1, 2**21 // logits.shape[1]), []
     for part, target in zip(logits.split(rows), targets.split(rows)):
         logps = F.log_softmax(part, -1, dtype=torch.float32)
         found.append(logps.gather(1, target[:, None])[:, 0])
@@ -619,29 +584,20 @@ def log_softmax_(logits, targets, keep_grad):
     return found
 
 
-def head_matmul(hidden, weight):
-    """hidden (n, C) times weight.T (C, V); CUDA keeps the fp32 accumulator, elsewhere the result is rounded to the
-    dtype."""
-    weight = weight.to(hidden.dtype)
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return F.linear(hidden, weight)
-
-
 class FrozenHead(torch.autograd.Function):
     """token_logps of a head that does not train. d logp_s / d hidden_s = W[target] - softmax W is known in the forward
     pass, a row per position, so backward is one multiplication by the upstream gradient and saves (S, C) alone."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        keep = ctx.needs_input_grad[0]
+        keep, weight, found = ctx.needs_input_grad[0], weight.to(hidden.dtype), []
         rows = torch.empty_like(hidden) if keep else None
-        found = []
+        wide = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
         for at in range(0, len(hidden), CHUNK):
-            logits = head_matmul(hidden[at : at + CHUNK], weight)
+            logits = torch.mm(hidden[at : at + CHUNK], weight.T, **wide)  # CUDA keeps the fp32 accumulator
             found.append(log_softmax_(logits, targets[at : at + CHUNK], keep))
             if keep:
-                rows[at : at + CHUNK] = logits.to(hidden.dtype) @ weight.to(hidden.dtype)
+                rows[at : at + CHUNK] = logits.to(hidden.dtype) @ weight
         ctx.save_for_backward(rows)
         return torch.cat(found)
 
@@ -652,11 +608,9 @@ class FrozenHead(torch.autograd.Function):
 
 
 def token_logps(hidden, weight, targets):
-    """Log-probabilities (S,) fp32 of targets (S,) given hidden (S, C) and the head's weight (V, C).
-
-    Never holds (S, V): chunks of CHUNK positions. A head that trains is recomputed chunk by chunk in backward.
-    Reference: cross entropy over the whole logits, torch.nn.functional.cross_entropy(reduction='none'), negated.
-    """
+    """Log-probabilities (S,) fp32 of targets (S,) given hidden (S, C) and the head's weight (V, C). Never holds (S, V):
+    chunks of CHUNK positions; a head that trains is recomputed chunk by chunk in backward. Reference: cross entropy
+    over the whole logits, torch.nn.functional.cross_entropy(reduction='none'), negated."""
     if len(targets) == 0:
         return hidden.sum(-1).float()
     if not weight.requires_grad:
@@ -721,11 +675,9 @@ class KVCache:
 
 
 def sample(logits, uniform, temperature, top_k, top_p):
-    """One token per row of logits (B, V) by inverse transform of uniform (B,) in [0, 1). temperature 0 is greedy.
-
-    Order as in transformers: temperature, then the top_k likeliest, then the smallest set of them whose mass reaches
-    top_p (Holtzman et al. 2020, arXiv:1904.09751).
-    """
+    """One token per row of logits (B, V) by inverse transform of uniform (B,) in [0, 1). temperature 0 is greedy. Order
+    as in transformers: temperature, the top_k likeliest, the smallest set of them whose mass reaches top_p (Holtzman et
+    al. 2020, arXiv:1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
@@ -740,8 +692,7 @@ def sample(logits, uniform, temperature, top_k, top_p):
 
 
 def generate(model, prompts, max_new_tokens=128, *args, **options):
-    """Continues prompts, a list of B id lists of any lengths -> B lists of new ids, each ending before its first end
-    token. Options as in `generate_each`."""
+    """Continues prompts, B id lists of any lengths -> B lists of new ids. Options and ends as in `generate_each`."""
     found = dict(generate_each(model, prompts, max_new_tokens, *args, **options))
     return [found[row] for row in range(len(prompts))]
 
@@ -830,8 +781,7 @@ def read_json(path):
 
 
 def resolve(name, revision=None, kind="model"):
-    """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text files
-    alone)."""
+    """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text alone)."""
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -860,35 +810,29 @@ def pick_device(name):
     """torch.device of 'auto' (CUDA, then MPS, then the CPU) or of a device's name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with blamed(f"device: {name} can't be used here", RuntimeError, AssertionError):
         torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name} can't be used here ({str(error).splitlines()[0][:80]})") from None
+    return torch.device(name)
 
 
 def checkpoint_tensors(folder):
-    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded; no data is
-    read."""
+    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded."""
     folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single, found = folder / "model.safetensors.index.json", folder / "model.safetensors", {}
     if single.exists():
-        weight_map, files = {}, [single.name]
-    elif index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: no weight_map in it")
-        files = sorted(set(map(str, weight_map.values())))
-        for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise UserError(f"{index}: names {file!r}; a shard is a .safetensors file of the same folder")
-            if not (folder / file).exists():
-                raise UserError(f"{index}: names {file}, which is not there")
-    else:
+        return read_header(single)
+    if not index.exists():
         pickled = " (pickle files are never read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
         raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{pickled}")
-    found = {name: at for file in files for name, at in read_header(folder / file).items()
-             if not weight_map or weight_map.get(name) == file}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: no weight_map in it")
+    for file in sorted(set(map(str, weight_map.values()))):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{index}: names {file!r}; a shard is a .safetensors file of the same folder")
+        if not (folder / file).exists():
+            raise UserError(f"{index}: names {file}, which is not there")
+        found |= {name: at for name, at in read_header(folder / file).items() if weight_map.get(name) == file}
     if lost := sorted(set(weight_map) - set(found)):
         raise UserError(f"{index}: {len(lost)} tensors are not in the files it names, {lost[0]} first")
     return found
@@ -931,10 +875,8 @@ def check_names(wanted, found, where):
 
 def open_model(name, revision=None, prepare=None):
     """(a Transformer on `meta`, where its tensors are: {name: (file, shape, dtype name)}) of folder or hub id `name`.
-
     Every name, shape and kind is checked against the model, all faults in one UserError; no weight is read.
-    prepare(model, found) may put other layers in place first, those of 4-bit weights say.
-    """
+    prepare(model, found) may put other layers in place first, those of 4-bit weights say."""
     folder = resolve(name, revision)
     config = ModelConfig.read(folder)
     if config.quantized and prepare is None:
@@ -945,12 +887,12 @@ def open_model(name, revision=None, prepare=None):
     with torch.device("meta"):
         model = Transformer(config)
     found = {n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")}  # old Llama files carry it
-    if config.tie_word_embeddings and "lm_head.weight" in found and "model.embed_tokens.weight" in found:
-        head = found.pop("lm_head.weight")  # some tied checkpoints store the one tensor twice
-        if not torch.equal(read_tensor(head[0], "lm_head.weight"), read_tensor(found["model.embed_tokens.weight"][0],
-                                                                                "model.embed_tokens.weight")):
-            raise UserError(f"{head[0]}: lm_head.weight differs from model.embed_tokens.weight, yet config.json ties "
-                            "them; set tie_word_embeddings to false there")
+    ends = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and found.keys() >= {*ends}:  # some tied checkpoints store the one tensor twice
+        if not torch.equal(*(read_tensor(found[end][0], end) for end in ends)):
+            raise UserError(f"{found[ends[0]][0]}: {ends[0]} differs from {ends[1]}, yet config.json ties them; "
+                            "set tie_word_embeddings to false there")
+        del found["lm_head.weight"]
     if prepare:
         prepare(model, found)
     wanted = model.state_dict()
@@ -974,11 +916,8 @@ def place(model, name, tensor, device, dtype):
 
 
 def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", revision=None, prepare=None):
-    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own).
-
-    Built on `meta` and filled a tensor at a time: peak memory is the model and one tensor. Names and shapes are checked
-    before the first byte is read, all faults at once; prepare as in `open_model`.
-    """
+    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own). Made
+    by `open_model`, which see, and filled a tensor at a time: peak memory is the model and one tensor."""
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}" + nearest(dtype, DTYPES))
     model, found = open_model(name, revision, prepare)
@@ -1033,8 +972,7 @@ def give_back():
 
 @contextmanager
 def written_aside(target):
-    """A folder to write into. It is synced and takes target's place when the block ends well, and is removed when
-    not."""
+    """A folder to write into. It is synced and takes target's place when the block ends well, else it is removed."""
     target = Path(target)
     aside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
 
@@ -1091,11 +1029,9 @@ def locked(folder):
 
 
 def write_tensors(tensors, file):
-    """save_file, with a refused write told as the OSError it is."""
-    try:
+    """save_file; UserError where the write is refused."""
+    with blamed(f"{file}: could not be written", SafetensorError):
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UserError(f"{file}: could not be written ({error})") from None
 
 
 def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
@@ -1107,7 +1043,7 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
     """
     dtype = DTYPES[ModelConfig.read(source).dtype]
     with written_aside(folder) as aside:
-        shard, size, total, shards = {}, 0, 0, []
+        shard, total, shards = {}, 0, []
 
         def flush():
             shards.append(list(shard))
@@ -1119,10 +1055,9 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
             tensor = tensor.detach().to(device="cpu", dtype=dtype if whole else tensor.dtype)
             if not finite(tensor):
                 raise UserError(f"{folder}: is not written, {name} would hold NaN or infinity (in {tensor.dtype})")
-            if shard and size + tensor.nbytes > max_shard_bytes:
+            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_bytes:
                 flush()
-                size = 0
-            shard[name], size, total = tensor, size + tensor.nbytes, total + tensor.nbytes
+            shard[name], total = tensor, total + tensor.nbytes
         flush()
         files = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -1155,14 +1090,13 @@ def nearest(name, options) -> str:
 
 
 def cli(main):
-    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, without a
-    traceback."""
+    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, no traceback."""
     try:
         for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is escaped
             stream.reconfigure(errors="backslashreplace")
         if not sys.stderr.isatty():
             disable_progress_bars()
-        main()
+        return main()
     except UserError as error:
         message = str(error)
     except BrokenPipeError:  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
@@ -1174,8 +1108,6 @@ def cli(main):
         message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    else:
-        return
     sys.stdout.flush()
     message = plain(message).replace("\n", " ")
     print(f"error: {message[:1000]}{'…' * (len(message) > 1000)}", file=sys.stderr)
@@ -1186,7 +1118,7 @@ def plain(text):
     """`text` without the hub's token, and with what a terminal would obey (control characters, changes of direction)
     and halves of characters written as escapes."""
     if token := get_token():
-        text = text.replace(token, "<HF_TOKEN>")
+        text = text.replace(token, "***")
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
                   lambda found: ascii(found[0])[1:-1], text)
 
@@ -1216,8 +1148,7 @@ def bounded(where, seconds=5, more=2**30):
         return
     before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_DATA)
     if sys.platform == "linux":
-        with open("/proc/self/statm", "rb") as file:
-            held = int(file.read().split()[5]) * resource.getpagesize()
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         most = min(limit for limit in (held + more, *limits) if limit >= 0)
         resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -1266,19 +1197,17 @@ BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 
 
 def types_of(kind):
-    """The types that a union or Optional allows, without their arguments; or the one type."""
-    return [get_origin(k) or k for k in (get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind])]
+    """The types that a union allows, without their arguments; or the one type."""
+    return [get_origin(k) or k for k in (get_args(kind) if isinstance(kind, types.UnionType) else [kind])]
 
 
 def convert(value, kind):
     """`value`, a flag's text or what YAML made of it, as the type `kind`; ValueError or TypeError if it is none."""
     origin, args = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, types.UnionType):
+    if isinstance(kind, types.UnionType):
         if types.NoneType in args and str(value).lower() in ("none", "null"):
             return None
-        order = [bool, int, float, dict, str, list] if isinstance(value, str) and "," not in value else [list]
-        rank = {option: order.index(o) if (o := get_origin(option) or option) in order else 9 for option in args}
-        for option in sorted(args, key=rank.get):
+        for option in sorted(args, key=lambda option: (get_origin(option) is list) != ("," in str(value))):
             with suppress(ValueError, TypeError):
                 return convert(value, option)
     elif origin is Literal and str(value) in map(str, args):
@@ -1293,11 +1222,11 @@ def convert(value, kind):
         return str(value)
     elif origin is dict and isinstance(value := json.loads(value) if isinstance(value, str) else value, dict):
         return {convert(key, str): convert(item, args[1]) for key, item in value.items()} if args else value
-    elif origin in (list, tuple) and not isinstance(value, dict):
+    elif origin is list and not isinstance(value, dict):
         if isinstance(value, str):  # names may come as one word, a,b; a path keeps its comma
             value = re.split(r"\s*,\s*", value) if re.fullmatch(r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+", value) else [value]
         items = [value] if isinstance(value, (int, float)) else value
-        return origin(convert(item, args[0] if args else str) for item in items)
+        return [convert(item, args[0] if args else str) for item in items]
     raise ValueError(value)
 
 
@@ -1305,8 +1234,8 @@ def check_least(config, least, *keys, most=2**53):
     """UserError where one of these settings, if it is given, is not from `least` to `most`."""
     for key in keys:
         if (value := getattr(config, key)) is not None and not least <= value <= most:
-            raise UserError(f"--{key}: {value} is below {least}" if value < least else
-                            f"--{key}: {value} is not from {least} to {most}")
+            told = f"below {least}" if value < least else f"not from {least} to {most}"
+            raise UserError(f"--{key}: {value} is {told}")
 
 
 def find_name(where, kinds, aliases):
@@ -1352,11 +1281,10 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
     `--lora.r`) over all; the comment at the end of a field's line is its help. UserError: an unknown flag or key, with
     the nearest; a value of another type, with the expected; a field left open.
     """
-    hints = get_type_hints(cls)
-    kinds = {f.name: hints[f.name] for f in fields(cls)}
-    names = {name: str(k) if get_args(k) else getattr(k, "__name__", str(k)) for name, k in kinds.items()}
+    kinds = get_type_hints(cls)
+    names = {name: str(kind) if get_args(kind) else kind.__name__ for name, kind in kinds.items()}
     aliases = {alias: name for alias, name in aliases.items() if name in kinds and alias not in kinds}
-    lines = [line for base in cls.__mro__[::-1] if is_dataclass(base) for line in getsource(base).splitlines()]
+    lines = [line for base in cls.__mro__[-2::-1] for line in getsource(base).splitlines()]
     notes = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+):.*?  # (.*)", line))}
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
     given, values, name, see = {}, {}, None, "; --help explains every flag"
@@ -1372,8 +1300,8 @@ def parse_config(cls, argv=None, description="", aliases=ALIASES):
             name = find_name(found[1].replace("-", "_").split("."), {**kinds, "config": list}, aliases)
             if name is None:
                 raise UserError(f"unknown flag --{found[1]}{nearest(found[1], kinds)}{see}")
-            more = {*types_of(kinds.get(name, list))} & {list, tuple}  # one that is given twice goes on
-            given[name] = (given.get(name, []) if more else []) + ([word[found.end() :]] if found[2] else [])
+            before = given.get(name, []) if list in types_of(kinds.get(name, list)) else []  # a list goes on
+            given[name] = before + ([word[found.end() :]] if found[2] else [])
         elif name is None:
             raise UserError(f"unrecognized arguments: {word}{see}")
         else:

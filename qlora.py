@@ -13,7 +13,6 @@ QLoRA: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantisation: sect
 
 import json
 import logging
-import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALinear, merge, new_folder, plain_linear
-from model import (CHUNK, DTYPES, Linear, UserError, cli, load_model, nearest, parse_config, read_tensor, save_model,
-                   unique)
+from model import (CHUNK, DTYPES, Linear, UserError, blamed, cli, load_model, nearest, parse_config, read_tensor,
+                   save_model, unique)
 
 
 @dataclass
@@ -40,15 +39,12 @@ class QuantConfig:
 
 @cache
 def bitsandbytes():
-    """The library, imported when it is needed; UserError where it is absent."""
+    """The library, imported when it is needed; UserError where it can't be."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel it does without
-    try:
+    need = "4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"
+    with blamed(f"bitsandbytes can't be imported; {need}", ImportError):
         import bitsandbytes
-
-        return bitsandbytes
-    except ImportError as error:
-        raise UserError(f"bitsandbytes can't be imported ({error}); 4-bit weights and 8-bit optimizers need it: "
-                        "pip install bitsandbytes") from None
+    return bitsandbytes
 
 
 class Matmul4bit(torch.autograd.Function):
@@ -77,27 +73,23 @@ class Linear4bit(nn.Module):
         self.in_features, self.out_features, self.bias = plain.in_features, plain.out_features, plain.bias
         self.quant, self.file, self.name = quant, file, name
         self.compute_dtype = DTYPES.get(quant.bnb_4bit_compute_dtype)
-        self.state, self.dtype = None, None
         self.register_buffer("weight", plain.weight.data)
 
-    def expect(self, state, double):
+    def expect(self, state):
         """Makes room, on meta, for a stored weight that `state` describes."""
         n, meta = self.in_features * self.out_features, partial(torch.empty, device="meta")
-        blocks = -(-n // state["blocksize"])
-        parts = {"weight": meta((n + 1) // 2, 1, dtype=torch.uint8), "weight.quant_map": meta(16),
-                 "weight.absmax": meta(blocks, dtype=torch.uint8 if double else torch.float32)}
+        blocks, double = -(-n // state["blocksize"]), "nested_offset" in state
+        self._buffers |= {"weight": meta((n + 1) // 2, 1, dtype=torch.uint8), "weight.quant_map": meta(16),
+                          "weight.absmax": meta(blocks, dtype=torch.uint8 if double else torch.float32)}
         if double:
-            parts["weight.nested_absmax"] = meta(-(-blocks // state["nested_blocksize"]))
-            parts["weight.nested_quant_map"] = meta(256)
-        self._buffers |= parts
+            self._buffers |= {"weight.nested_absmax": meta(-(-blocks // 256)), "weight.nested_quant_map": meta(256)}
         self.state = state
 
     def expect_own(self, dtype):
         """Makes room, on meta, for the weight as `quantize_` will hold it."""
-        state = {"blocksize": 64, "nested_blocksize": 256, "quant_type": self.quant.bnb_4bit_quant_type,
-                 "dtype": str(dtype).removeprefix("torch."), "shape": [self.out_features, self.in_features]}
-        double = self.quant.bnb_4bit_use_double_quant
-        self.expect(state | ({"nested_offset": 0.0} if double else {}), double)
+        self.expect({"blocksize": 64, "quant_type": self.quant.bnb_4bit_quant_type,
+                     "dtype": str(dtype).removeprefix("torch."), "shape": [self.out_features, self.in_features]}
+                    | ({"nested_offset": 0.0} if self.quant.bnb_4bit_use_double_quant else {}))
 
     def place(self, leaf, tensor, device, dtype):
         """See model.place. A float weight is quantised from `dtype`, as bitsandbytes would find it."""
@@ -156,16 +148,13 @@ def hold_4bit(quant, model, found):
         stored = next((name for name in found if name.startswith(f"{weight}.quant_state.bitsandbytes__")), None)
         if stored:
             layer = Linear4bit(plain, quant, name=weight)
-            layer.expect(read_state(found, stored, (plain.out_features, plain.in_features)),
-                         f"{weight}.nested_absmax" in found)
+            layer.expect(read_state(found, stored, (plain.out_features, plain.in_features)))
             layer._buffers[stored.removeprefix(f"{path}.")] = torch.empty(
                 found[stored][1], dtype=torch.uint8, device="meta")
+            model.set_submodule(path, layer)
         elif quant.load_in_4bit and path != "lm_head":
             bitsandbytes()
-            layer = Linear4bit(plain, quant, found[weight][0] if weight in found else None, weight)
-        else:
-            continue
-        model.set_submodule(path, layer)
+            model.set_submodule(path, Linear4bit(plain, quant, found.get(weight, [None])[0], weight))
 
 
 def read_state(found, name, shape):
@@ -175,9 +164,8 @@ def read_state(found, name, shape):
         state = json.loads(bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique)
         double = name.partition(".quant_state.")[0] + ".nested_absmax" in found
         fine = (state["quant_type"] == name.rpartition("__")[2] and state["blocksize"] in [2**n for n in range(5, 13)]
-                and tuple(state["shape"]) == shape and state["dtype"] in DTYPES
-                and double == ("nested_offset" in state) and (not double or state["nested_blocksize"] == 256
-                     and isinstance(state["nested_offset"], float) and math.isfinite(state["nested_offset"])))
+                and tuple(state["shape"]) == shape and state["dtype"] in DTYPES and double == ("nested_offset" in state)
+                and state.get("nested_blocksize", 256) == 256 and abs(state.get("nested_offset", 0.0)) < 1e30)
     except (ValueError, KeyError, TypeError, RecursionError):
         fine = False
     if not fine:
@@ -204,16 +192,15 @@ def save_4bit(model, folder, quant):
 
 @contextmanager
 def as_merged(model, base):
-    """While the block runs, the model computes what its merge would: into 'original', the 16-bit weights, read from the
-    checkpoint, or 'dequantized'. A merged weight is there for its product alone."""
+    """While the block runs, the model computes what its merge would: into 'original', the checkpoint's 16-bit weights,
+    or 'dequantized'. A merged weight is there for its product alone."""
     def forward(layer, x):
         wrapped = isinstance(layer, LoRALinear)
         inner = layer.base_layer if wrapped else layer
         W = inner.dequantize() if base == "dequantized" else inner.original()
         if wrapped and layer.start and base == "original":
             W = torch.addmm(W.float(), *layer.start[::-1], alpha=-layer.scaling).to(W.dtype)
-        W = layer.merged(W) if wrapped else W
-        return F.linear(x, W.to(x.dtype), None if inner.bias is None else inner.bias.to(x.dtype))
+        return plain_linear(inner, layer.merged(W) if wrapped else W)(x)
 
     layers = [layer for layer in model.modules() if isinstance(getattr(layer, "base_layer", layer), Linear4bit)]
     for layer in layers:
