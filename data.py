@@ -184,26 +184,22 @@ class Tokenizer:
         spans: (start, end) of each rendered assistant message whose index is in `wanted` (default: all), from the end
         of the generation prompt (so with a <think> that it does not open) through the token that ends the turn; as
         `{% generation %}` marks them, where each turn has one. open: the text ends in an answer without that token."""
-        speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        speaks, spans, is_open = [i for i, m in enumerate(messages) if m["role"] == "assistant"], [], False
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
-            return self.find_turns(messages, speaks, wanted, **kwargs)
-
-    def find_turns(self, messages, speaks, wanted, /, **kwargs):
-        pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
-        text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
-        marked = dict(zip(speaks, zip(at[::2], at[1::2]))) if len(pieces) == 2 * len(speaks) + 1 else {}
-        spans, is_open = [], False
-        for i in speaks if wanted is None else [i for i in speaks if i in wanted]:
-            span = marked.get(i) or self.find_turn(messages, i, text, spans[-1][1] if spans else 0, **kwargs)
-            if span is None:
-                continue
-            start, end = span
-            if not re.compile(self.turn_end + r"\s*\Z").search(text, start, end):
-                if after := re.compile(self.turn_end).match(text, end):
-                    end = after.end()
-                elif i == len(messages) - 1:
-                    text, is_open = text[:end], True
-            spans.append((start, end))
+            pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
+            text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
+            marked = dict(zip(speaks, zip(at[::2], at[1::2]))) if len(pieces) == 2 * len(speaks) + 1 else {}
+            for i in speaks if wanted is None else [i for i in speaks if i in wanted]:
+                span = marked.get(i) or self.find_turn(messages, i, text, spans[-1][1] if spans else 0, **kwargs)
+                if span is None:
+                    continue
+                start, end = span
+                if not re.compile(self.turn_end + r"\s*\Z").search(text, start, end):
+                    if after := re.compile(self.turn_end).match(text, end):
+                        end = after.end()
+                    elif i == len(messages) - 1:
+                        text, is_open = text[:end], True
+                spans.append((start, end))
         return text, spans, is_open
 
     def find_turn(self, messages, i, text, floor, /, **kwargs):
