@@ -596,15 +596,12 @@ def report(results, pairs, samples):
 
 def draw(results, pairs, file):
     """A figure: each set's metric as bars grouped by set, and the paired differences with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     mains = {task: name for task, r in next(iter(results.values())).items() if (name := main_metric(r))}
     pairs = [p for p in pairs if p["main"]][::-1]
-    size, ratios = (max(7, 3 + 1.3 * len(mains)), 4 + 0.25 * len(pairs)), (4, 1 + 0.25 * len(pairs))
-    figure, (top, low) = pyplot.subplots(2, figsize=size, layout="constrained", height_ratios=ratios)
+    figure = Figure(figsize=(max(7, 3 + 1.3 * len(mains)), 4 + 0.25 * len(pairs)), layout="constrained")
+    top, low = figure.subplots(2, height_ratios=(4, 1 + 0.25 * len(pairs)))
     for n, (name, found) in enumerate(results.items()):
         at = np.arange(len(mains)) + (n - (len(results) - 1) / 2) * 0.8 / len(results)
         top.bar(at, [found[t][m] for t, m in mains.items()], 0.8 / len(results), label=name, capsize=2,
@@ -620,7 +617,6 @@ def draw(results, pairs, file):
     low.axvline(0, color="black", linewidth=0.8)
     low.set_visible(bool(pairs))
     figure.savefig(file, dpi=130)
-    pyplot.close(figure)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
