@@ -804,7 +804,7 @@ class Ledger(types.SimpleNamespace):
         return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
 
 
-# an example in data.bin: its parts as of `assemble`, then its place and row in JSON; `at`: where each begins, and the end
+# an example in data.bin: its parts as of `assemble`, its place and row in JSON; `at`: where each begins, the last ends
 LAYOUT = np.dtype([("at", np.int64, 5), ("weight", float), ("source", np.int64)])
 
 
