@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, text_of
+from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, say, text_of
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
 from model import (IGNORE, Batch, Segment, UserError, blamed, check_least, cli, convert, generate, generate_each,
                    kept_pages, nearest, pick_device, read_json, regular, resolve)
@@ -255,8 +255,8 @@ def contexts(item, shots, tokenizer, chat):
     if not chat:
         header = "".join(f"{prompt} {answer}\n\n" for prompt, answer in shots)
         return [(header + prompt, f" {answer}") for prompt, answer in item.each()]
-    said = [{"role": role, "content": text} for shot in shots for role, text in zip(("user", "assistant"), shot)]
-    asked = [tokenizer.render([*said, {"role": "user", "content": text}], True) for text in item.prompts]
+    said = [turn for asked, answer in shots for turn in say("user", asked) + say("assistant", answer)]
+    asked = [tokenizer.render(said + say("user", text), True) for text in item.prompts]
     return [(asked[n % len(asked)], answer) for n, (_, answer) in enumerate(item.each())]
 
 
@@ -325,15 +325,15 @@ def split_prompt(example):
 
 
 def read_answer(model, tokenizer, prompt, wanted, options, ids):
-    """A written answer (ids) to a prompt (ids) beside the reference `wanted`. gold is the answer of the reference, None
-    where it has none; answer is the text's or, `forced`, the likeliest of the options."""
+    """A written answer (ids) to a prompt (ids). gold is the answer of the reference `wanted`, None where it has none;
+    answer is the text's or, `forced`, the likeliest of the options."""
     text, gold = tokenizer.decode(ids).strip(), find_answer(wanted)
     answer, forced = find_answer(text), bool(gold and not find_answer(text))
     if forced:
         after = prompt + ids + tokenizer.encode("\nAnswer:")
         answer = options[likeliest(model, after, [tokenizer.encode(f" {option}") for option in options])]
-    return {"prompt": tokenizer.decode(prompt).strip(), "reference": wanted, "output": text, "gold": gold,
-            "answer": answer, "forced": forced, "choices": options, "metrics": {"accuracy": float(answer == gold)}}
+    return {"output": text, "gold": gold, "answer": answer, "forced": forced, "choices": options,
+            "metrics": {"accuracy": float(answer == gold)}}
 
 
 def texts_of(choices):
@@ -348,7 +348,8 @@ def ask_answers(model, tokenizer, examples, choices):
     wanted = [tokenizer.decode(reference).strip() for _, reference in split]
     golds = sorted({find_answer(text) for text in wanted} - {None})  # letters stand for choices otherwise
     options = [own if find_answer(text) in texts_of(own) else golds for text, own in zip(wanted, choices)]
-    return [Question({}, [], prompt, partial(read_answer, model, tokenizer, prompt, text, own))
+    return [Question({"prompt": tokenizer.decode(prompt).strip(), "reference": text}, [], prompt,
+                     partial(read_answer, model, tokenizer, prompt, text, own))
             for (prompt, _), text, own in zip(split, wanted, options)]
 
 
@@ -356,7 +357,7 @@ def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, ba
     """Greedy answers to SFT examples, as `read_answer` reads them; examples and choices as in `ask_answers`."""
     asked, ends = ask_answers(model, tokenizer, examples, choices), tokenizer.end_ids
     outputs = generate(model, [q.prompt for q in asked], max_new_tokens, eos_ids=ends, batch_size=batch_size)
-    return [question.grade(ids) for question, ids in zip(asked, outputs)]
+    return [question.shown | question.grade(ids) for question, ids in zip(asked, outputs)]
 
 
 def accuracy(answers):
@@ -407,7 +408,7 @@ def ask_text(text, tokenizer, longest):
         "logp": sum(sums), "metrics": {"bits_per_byte": -sum(sums) / math.log(2) / counts["bytes"]}})
 
 
-def grade_text(tokenizer, prompt, wanted, ids):
+def grade_text(tokenizer, wanted, ids):
     """A written text beside its reference, if there is one: exact match, and ROUGE F-measures by rouge_score."""
     text, metrics = tokenizer.decode(ids).strip(), {}
     if wanted is not None:
@@ -417,7 +418,7 @@ def grade_text(tokenizer, prompt, wanted, ids):
             raise UserError("answers are compared with references by ROUGE: pip install rouge_score") from None
         found = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(wanted, text)
         metrics = {"exact_match": float(text == wanted), **{name: score.fmeasure for name, score in found.items()}}
-    return {"prompt": tokenizer.decode(prompt).strip(), "reference": wanted, "output": text, "metrics": metrics}
+    return {"output": text, "metrics": metrics}
 
 
 def read_own(source):
@@ -438,18 +439,17 @@ def ask_own(rows, model, tokenizer, config):
     for where, row in rows:
         alone.append("question" in row or "prompt" in row and not {"completion", "chosen"} & set(row))
         if alone[-1]:  # the renderer wants an answer
-            turns = [{"role": "user", "content": row.get("question")}, {"role": "assistant", "content": "?"}]
-            row = ({"messages": turns} if "question" in row and tokenizer.has_template else
-                   {"prompt": row.get("question", row.get("prompt")), "completion": "?"})
+            asked = row.get("question", row.get("prompt"))
+            asked = say("user", asked) if "question" in row and tokenizer.has_template else asked
+            row = {"prompt": asked, "completion": "?"}
         examples.append(render_row(row, tokenizer, where=where))
         if isinstance(examples[-1], str):
             raise UserError(f"{where}: {examples[-1]}")
     questions = ask_answers(model, tokenizer, examples, [row.get("choices") for _, row in rows])
     for n, (example, (_, row)) in enumerate(zip(examples, rows)):
-        prompt, reference = split_prompt(example)
-        wanted = None if alone[n] else tokenizer.decode(reference).strip()
-        if alone[n] or not find_answer(wanted):
-            written = Question({}, [], prompt, partial(grade_text, tokenizer, prompt, wanted))
+        shown = questions[n].shown | ({"reference": None} if alone[n] else {})
+        if not find_answer(shown["reference"] or ""):
+            written = Question(shown, [], questions[n].prompt, partial(grade_text, tokenizer, shown["reference"]))
             questions[n] = not alone[n] and ask_choice(tokenizer, example, row.get("choices")) or written
     return questions
 
