@@ -127,8 +127,7 @@ class Tokenizer:
         return next(self.encode_all([text], special))
 
     def encode_all(self, texts, special=False):
-        """Yields the list of ids of each text. Encoded together, which uses every core, but not above 2^22 characters
-        at a time: one takes 170 bytes of memory."""
+        """Yields the ids of each text; 2^22 characters are encoded together, on every core, at 170 bytes for each."""
         ends = itertools.accumulate(map(len, texts))
         for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 22):
             group = [text for text, _ in group]
@@ -146,8 +145,7 @@ class Tokenizer:
         return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
 
     def render(self, messages, /, add_generation_prompt=False, tools=None, keep_marks=False, **kwargs):
-        """Messages -> text by the checkpoint's template, which also gets `kwargs` (`enable_thinking`, ...). UserError
-        names the template's file where there is none, or it raises or fails."""
+        """Messages -> text by the checkpoint's template, which also gets `kwargs`. UserError: none, or it fails."""
         if not self.templates:
             raise UserError(f"{self.folder}: no chat template; use prompt/completion or text rows, or a chat model")
         template = self.templates.get("tool_use" if tools and "tool_use" in self.templates else "default")
@@ -235,19 +233,15 @@ class Tokenizer:
         return next((start for start in [*starts, len(before)] if start <= same), sys.maxsize)
 
     def encode_sides(self, rows):
-        """[[side, ...], ...] with a side a list of (str or ids, scored) -> yields each with a side as ids int32 (T,)
-        and scored bool (T,)."""
-        texts, inside = [], []
+        """[[side, ...], ...], a side [(str or ids, scored), ...] -> yields each, a side (ids, scored), both (T,)."""
+        texts, inside, added = [], [], tuple(self.added)
         for sides in rows:
             for side in sides:
                 before = "" if side is sides[0] else "".join(piece for piece, _ in sides[0] if isinstance(piece, str))
-                for piece, _ in side:
-                    if isinstance(piece, str):
-                        # inside a text no space is to be prepended: after a newline, which is then taken off again
-                        cut = self.prepends and piece and before and not before.endswith(tuple(self.added))
-                        texts.append("\n" + piece if cut else piece)
-                        inside.append(cut)
-                        before = piece or before
+                for piece in (piece for piece, _ in side if isinstance(piece, str)):
+                    inside.append(self.prepends and piece and before and not before.endswith(added))
+                    texts.append("\n" + piece if inside[-1] else piece)  # no space is prepended after it; it comes off
+                    before = piece or before
         batch = (ids[len(self.newline) :] if cut else ids for ids, cut in zip(self.encode_all(texts), inside))
 
         def join(side):
@@ -262,8 +256,7 @@ class Tokenizer:
 
 
 def pieces_of(path, lines=True):
-    """Yields a file's bytes, unzipped if its name ends in .gz: its lines, one of more than 2^26 bytes in pieces, or
-    just pieces."""
+    """Yields a file's bytes, unzipped if its name ends in .gz: lines, those above 2^26 bytes in pieces, or pieces."""
     with blamed(f"{path}: cannot be read", OSError, EOFError, zlib.error):
         total, size = 0, regular(path).stat().st_size
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -416,8 +409,7 @@ def find_sources(sources):
 
 
 def stream_rows(sources):
-    """Yields (where, row, number of its source) of what `find_sources` returns. `where` is 'file:line' of lines and
-    'file[index]' of anything else; a UserError begins with it and says what is there."""
+    """Yields (where: 'file:line' or 'file[index]', row, number of its source) of what `find_sources` returns."""
     for number, (name, _, paths) in enumerate(sources):
         where = None
         for where, row in (found for path in paths for found in READERS[kind_of(path)](path)):
@@ -618,8 +610,7 @@ def movielens(row, liked=4):
 
 
 def ultrafeedback(row, rng):
-    """prompt, chosen, rejected, or instruction, completions with scores -> a conversation with two ends; of completions
-    the best and one of those below it, drawn."""
+    """prompt, chosen, rejected, or instruction, completions with scores -> a conversation's best end, and a worse."""
     if "completions" in row:
         *others, best = sorted(row["completions"], key=lambda one: float(one["overall_score"]))
         if not (others := [one for one in others if float(one["overall_score"]) < float(best["overall_score"])]):
@@ -696,8 +687,7 @@ def share_prompt(sides):
 
 
 def assemble(sides, tokenizer, max_length=None):
-    """Encoded sides -> an example's parts, int32 (T,) with ~id where a token is not scored, at most `max_length` tokens
-    a sequence; or why there are none (str)."""
+    """Encoded sides -> an example's parts, int32 (T,) with ~id where a token is not scored; or why there are none."""
     (ids, scored), *answers = sides
     if any(set(side[flags].tolist()) <= set(tokenizer.end_ids) for side, flags in answers or sides):
         return "nothing scored"
@@ -848,8 +838,7 @@ class Examples(Sequence):
         return json.loads(data[slice(*index["at"][self.at[i], -2:])].tobytes())
 
     def epoch(self, number):
-        """As many of these as epoch `number` sees: with weights each source's share, all of it as often as that fits
-        and the rest drawn anew."""
+        """As many as epoch `number` sees: of a source with a weight all as often as fits its share, the rest drawn."""
         at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
         if self.shares:
             groups = [at[self.files[0]["source"][at] == n] for n in range(len(self.shares))]
