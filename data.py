@@ -502,14 +502,12 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     (`assistant_only_loss`, here the default) or its last alone (`completion_only_loss` true), a completion without its
     prompt (unless `completion_only_loss` is false), all of a text; after each answer the token that ends the turn."""
     prompt, answers = split_row(row, tokenizer.has_template, preference)
-    answers = answers if preference else answers[:1]
-    if preference and answers[0] == answers[1]:
-        return "chosen and rejected are the same"
-    if preference and not prompt:
-        return "chosen and rejected share no prompt"
-    eos = (tokenizer.eos_ids[:1], True)
+    if preference and (answers[0] == answers[1] or not prompt):
+        return f"chosen and rejected {'are the same' if answers[0] == answers[1] else 'share no prompt'}"
+    answers, eos = answers if preference else answers[:1], (tokenizer.eos_ids[:1], True)
+    whole = completion_only_loss is False and not preference  # the prompt is scored too
     if isinstance(prompt, str):
-        ask = [(tokenizer.head, False), (prompt, completion_only_loss is False and not preference)]
+        ask = [(tokenizer.head, False), (prompt, whole)]
         said = tokenizer.special.get("eos_token")  # some sets end their answers themselves
         sides = [[(side, True)] + [eos] * (not said or not side.endswith(said)) for side in answers]
         return [ask, *sides] if preference else [ask + sides[0]]
@@ -521,7 +519,7 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
             kwargs = kwargs | {"tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]}
     sides = []
     for answer in answers:
-        messages, first = prompt + answer, 0 if completion_only_loss is False and not preference else len(prompt)
+        messages, first = prompt + answer, 0 if whole else len(prompt)
         wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
         wanted = wanted[-1:] if completion_only_loss and not prompt else wanted
         text, spans, is_open = tokenizer.turns(messages, wanted, **kwargs)
@@ -712,12 +710,11 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     for where, row, *_ in rows:
         with blamed(where, UserError):
             row = make(row) if make else row
-            sides, weight = row, 1.0
-            if not isinstance(row, str):
-                weight = 1.0 if row.get("weight") is None else row["weight"]
-                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e30:
-                    raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-                sides = lay_out(row, tokenizer, **options)
+            dropped = isinstance(row, str)
+            weight = 1.0 if dropped or row.get("weight") is None else row["weight"]
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e30:
+                raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
+            sides = row if dropped else lay_out(row, tokenizer, **options)
             pieces = [] if isinstance(sides, str) else [piece for side in sides for piece, _ in side]
             with blamed("half a surrogate pair in its text, which was cut inside a character", UnicodeEncodeError):
                 "".join(piece for piece in pieces if isinstance(piece, str)).encode()

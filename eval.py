@@ -106,8 +106,7 @@ def sum_logps(model, sequences):
 
 
 def score(model, items, budget=None):
-    """Items, each a list of sequences, -> yields (its number, the sums of its sequences) in batches of about `budget`
-    tokens; what has most in common comes together."""
+    """Yields (number of an item, the sums of its sequences) in batches of about `budget` tokens, the alike together."""
     part, size, last, budget = [], 0, [], budget or (2048 if model.device.type == "cpu" else 16384)
     for n in [*sorted(range(len(items)), key=lambda n: items[n][0][0]), None]:
         lists = [last, *(ids for ids, _ in items[n])] if n is not None else [[], []]
@@ -315,8 +314,7 @@ def find_answer(text):
 
 
 def split_prompt(example):
-    """(prompt ids, reference ids): the reference is the last run of scored tokens of an SFT example, or of a preference
-    pair's prompt with its chosen answer."""
+    """(prompt ids, reference ids); the reference is the last run of scored tokens, of a pair its chosen answer."""
     ids, labels = (np.concatenate(parts) for parts in zip(*((s.ids, s.labels) for s in example[:2])))
     masked = labels == IGNORE
     stop = int(np.flatnonzero(~masked)[-1]) + 1
@@ -325,8 +323,7 @@ def split_prompt(example):
 
 
 def read_answer(model, tokenizer, prompt, wanted, options, ids):
-    """A written answer (ids) to a prompt (ids). gold is the answer of the reference `wanted`, None where it has none;
-    answer is the text's or, `forced`, the likeliest of the options."""
+    """A written answer (ids): `gold` is the reference's (`wanted`) answer, `answer` its own or, `forced`, an option."""
     text, gold = tokenizer.decode(ids).strip(), find_answer(wanted)
     answer, forced = find_answer(text), bool(gold and not find_answer(text))
     if forced:
@@ -342,8 +339,7 @@ def texts_of(choices):
 
 
 def ask_answers(model, tokenizer, examples, choices):
-    """SFT examples, and for each the answers it may have, or None (all that are right for some), -> Questions that are
-    answered in writing."""
+    """SFT examples, each with the answers it may have (None: all that are right for some), -> Questions to write on."""
     split = [split_prompt(example) for example in examples]
     wanted = [tokenizer.decode(reference).strip() for _, reference in split]
     golds = sorted({find_answer(text) for text in wanted} - {None})  # letters stand for choices otherwise
@@ -473,8 +469,8 @@ def run(model, tokenizer, questions, file, identity, config):
         aside.replace(file)
 
     write()
-    scored, written = ([n for n, q in enumerate(questions) if n not in done and bool(q.prompt) == kind] for kind in
-                       (False, True))
+    scored, written = ([n for n, q in enumerate(questions) if n not in done and bool(q.prompt) == kind]
+                       for kind in (False, True))
     stops = questions[written[0]].stops if written else ()
     reach = max((len(tokenizer.encode(stop)) + 2 for stop in stops), default=0)  # tokens looked back, as lm_eval does
     texts = generate_each(model, [questions[n].prompt for n in written], config.max_new_tokens,
@@ -623,8 +619,7 @@ def draw(results, pairs, file):
 
 
 def find_model(path):
-    """(base: folder or hub id, adapter folder or None, the QuantConfig of its run) of a model, an adapter, or a run
-    folder."""
+    """(base: folder or hub id, adapter folder or None, QuantConfig of its run) of a model, adapter or run folder."""
     folder = Path(path).expanduser() if Path(path).expanduser().is_dir() else resolve(path)
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").exists():
@@ -680,10 +675,10 @@ def main(argv=None):
         if models:
             raise UserError(f"nothing to ask: give --data FILE, or --tasks of {', '.join(TASKS)}")
         own = {"mcqa": str(EXAMPLES / "mcqa" / "validation.jsonl")}
-    for task in [*config.tasks, *(name for name in own if name in TASKS)]:
-        if task not in TASKS or task in own:
-            raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}"
-                            if task not in own else f"--data: {task} is a benchmark's name; give NAME={own[task]}")
+    for task in (task for task in config.tasks if task not in TASKS):
+        raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+    for name in (name for name in own if name in TASKS):
+        raise UserError(f"--data: {name} is a benchmark's name; give NAME={own[name]}")
     check_least(config, 1, "limit", "batch_size")
     check_least(config, 0, "num_fewshot")
     check_least(config, 1, "max_new_tokens", most=2**20)
