@@ -523,7 +523,7 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
         wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
         wanted = wanted[-1:] if completion_only_loss and not prompt else wanted
         text, spans, is_open = tokenizer.turns(messages, wanted, **kwargs)
-        rest = not assistant_only_loss and not first and not preference  # whether what nobody answered is scored too
+        rest = not assistant_only_loss and not first  # whether what nobody answered is scored too
         cuts = [0, *(at for span in spans for at in span), len(text)]
         side = [(text[start:end], rest or n % 2 == 1) for n, (start, end) in enumerate(zip(cuts, cuts[1:]))]
         sides.append(side + [eos] * is_open)

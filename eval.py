@@ -159,8 +159,7 @@ class Item(NamedTuple):
 
     def each(self):
         """(prompt, answer) of every choice."""
-        count = max(len(self.prompts), len(self.answers))
-        return [(self.prompts[n % len(self.prompts)], self.answers[n % len(self.answers)]) for n in range(count)]
+        return list(zip(self.prompts * len(self.answers), self.answers * len(self.prompts)))
 
 
 def arc(row):
@@ -255,8 +254,7 @@ def contexts(item, shots, tokenizer, chat):
         header = "".join(f"{prompt} {answer}\n\n" for prompt, answer in shots)
         return [(header + prompt, f" {answer}") for prompt, answer in item.each()]
     said = [turn for asked, answer in shots for turn in say("user", asked) + say("assistant", answer)]
-    asked = [tokenizer.render(said + say("user", text), True) for text in item.prompts]
-    return [(asked[n % len(asked)], answer) for n, (_, answer) in enumerate(item.each())]
+    return Item([tokenizer.render(said + say("user", text), True) for text in item.prompts], item.answers).each()
 
 
 # --- questions: what is asked of a model, and how what comes of it is graded ------------------------------------------
@@ -408,10 +406,8 @@ def grade_text(tokenizer, wanted, ids):
     """A written text beside its reference, if there is one: exact match, and ROUGE F-measures by rouge_score."""
     text, metrics = tokenizer.decode(ids).strip(), {}
     if wanted is not None:
-        try:
+        with blamed("answers are compared with references by ROUGE; pip install rouge_score", ImportError):
             from rouge_score.rouge_scorer import RougeScorer
-        except ImportError:
-            raise UserError("answers are compared with references by ROUGE: pip install rouge_score") from None
         found = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(wanted, text)
         metrics = {"exact_match": float(text == wanted), **{name: score.fmeasure for name, score in found.items()}}
     return {"output": text, "metrics": metrics}
@@ -606,8 +602,7 @@ def draw(results, pairs, file):
     top.legend()
     for n, p in enumerate(pairs):
         colour = {"rose": "tab:green", "fell": "tab:red", "noise": "tab:gray"}[p["verdict"]]
-        low.plot([p["low"], p["high"]], [n, n], color=colour)
-        low.plot(p["delta"], n, "o", color=colour)
+        low.plot([p["low"], p["delta"], p["high"]], [n] * 3, "-o", markevery=[1], color=colour)
     low.set_yticks(range(len(pairs)), [f"{p['a']} → {p['b']}, {p['task']}" for p in pairs], fontsize=8)
     low.set_xlabel("paired difference, 95 % interval; gray: no more than noise")
     low.axvline(0, color="black", linewidth=0.8)
@@ -675,10 +670,10 @@ def main(argv=None):
         if models:
             raise UserError(f"nothing to ask: give --data FILE, or --tasks of {', '.join(TASKS)}")
         own = {"mcqa": str(EXAMPLES / "mcqa" / "validation.jsonl")}
-    for task in (task for task in config.tasks if task not in TASKS):
-        raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
-    for name in (name for name in own if name in TASKS):
-        raise UserError(f"--data: {name} is a benchmark's name; give NAME={own[name]}")
+    if odd := [task for task in config.tasks if task not in TASKS]:
+        raise UserError(f"--tasks: {odd[0]!r} is not one of {', '.join(TASKS)}{nearest(odd[0], TASKS)}")
+    if odd := [name for name in own if name in TASKS]:
+        raise UserError(f"--data: {odd[0]} is a benchmark's name; give NAME={own[odd[0]]}")
     check_least(config, 1, "limit", "batch_size")
     check_least(config, 0, "num_fewshot")
     check_least(config, 1, "max_new_tokens", most=2**20)
