@@ -202,10 +202,9 @@ class Tokenizer:
 
     def find_turn(self, messages, i, text, floor, /, **kwargs):
         """(start, end) of assistant message `i` in `text`, not before `floor`; None if the template leaves it out."""
-        try:
-            prompt, seen = self.render(messages[:i], True, **kwargs), False
-        except UserError:  # of no messages, say, when the assistant speaks first
-            prompt, seen = SENTINEL, False
+        prompt, seen = SENTINEL, False
+        with suppress(UserError):  # of no messages, say, when the assistant speaks first
+            prompt = self.render(messages[:i], True, **kwargs)
         # without its tool calls, which are the model's words too; or with them, if the template insists
         for stand_in in (*say("assistant", SENTINEL), messages[i] | {"content": SENTINEL}):
             try:
@@ -502,8 +501,10 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     (`assistant_only_loss`, here the default) or its last alone (`completion_only_loss` true), a completion without its
     prompt (unless `completion_only_loss` is false), all of a text; after each answer the token that ends the turn."""
     prompt, answers = split_row(row, tokenizer.has_template, preference)
-    if preference and (answers[0] == answers[1] or not prompt):
-        return f"chosen and rejected {'are the same' if answers[0] == answers[1] else 'share no prompt'}"
+    if preference and answers[0] == answers[1]:
+        return "chosen and rejected are the same"
+    if preference and not prompt:
+        return "chosen and rejected share no prompt"
     answers, eos = answers if preference else answers[:1], (tokenizer.eos_ids[:1], True)
     whole = completion_only_loss is False and not preference  # the prompt is scored too
     if isinstance(prompt, str):
