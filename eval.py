@@ -375,9 +375,9 @@ def ask_choice(tokenizer, example, choices):
 
     def grade(sums):
         answer = options[int(np.argmax(sums))]
-        return {"logps": sums, "gold": gold, "answer": answer, "metrics": {"accuracy": float(answer == gold)}}
+        return {"logps": sums, "answer": answer, "metrics": {"accuracy": float(answer == gold)}}
 
-    return options and Question({"prompt": asked.strip(), "choices": options}, [
+    return options and Question({"prompt": asked.strip(), "choices": options, "gold": gold}, [
         (context + tokenizer.encode(lead + option), len(context)) for option in options], [], grade)
 
 
@@ -385,7 +385,8 @@ def choice_metrics(model, questions):
     """{'eval_accuracy', 'eval_f1', ...} of forced choices while a model trains, without dropout; {} without any."""
     training = model.training
     model.eval()
-    found = summarise([questions[n].grade(sums) for n, sums in score(model, [q.sequences for q in questions])])
+    scored = score(model, [q.sequences for q in questions])
+    found = summarise([questions[n].shown | questions[n].grade(sums) for n, sums in scored])
     model.train(training)
     return {f"eval_{name}": value for name, value in found.items() if name != "n" and not name.endswith("_stderr")}
 
