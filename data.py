@@ -127,8 +127,7 @@ class Tokenizer:
         return next(self.encode_all([text], special))
 
     def encode_all(self, texts, special=False):
-        """Yields the list of ids of each text. Encoded together, which uses every core, but not above 2^22 characters
-        at a time: one takes 170 bytes of memory."""
+        """Yields the ids of each text; 2^22 characters are encoded together, on every core, at 170 bytes for each."""
         ends = itertools.accumulate(map(len, texts))
         for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 22):
             group = [text for text, _ in group]
@@ -146,8 +145,7 @@ class Tokenizer:
         return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
 
     def render(self, messages, /, add_generation_prompt=False, tools=None, keep_marks=False, **kwargs):
-        """Messages -> text by the checkpoint's template, which also gets `kwargs` (`enable_thinking`, ...). UserError
-        names the template's file where there is none, or it raises or fails."""
+        """Messages -> text by the checkpoint's template, which also gets `kwargs`. UserError: none, or it fails."""
         if not self.templates:
             raise UserError(f"{self.folder}: no chat template; use prompt/completion or text rows, or a chat model")
         template = self.templates.get("tool_use" if tools and "tool_use" in self.templates else "default")
@@ -184,34 +182,29 @@ class Tokenizer:
         spans: (start, end) of each rendered assistant message whose index is in `wanted` (default: all), from the end
         of the generation prompt (so with a <think> that it does not open) through the token that ends the turn; as
         `{% generation %}` marks them, where each turn has one. open: the text ends in an answer without that token."""
-        speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        speaks, spans, is_open = [i for i, m in enumerate(messages) if m["role"] == "assistant"], [], False
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
-            return self.find_turns(messages, speaks, wanted, **kwargs)
-
-    def find_turns(self, messages, speaks, wanted, /, **kwargs):
-        pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
-        text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
-        marked = dict(zip(speaks, zip(at[::2], at[1::2]))) if len(pieces) == 2 * len(speaks) + 1 else {}
-        spans, is_open = [], False
-        for i in speaks if wanted is None else [i for i in speaks if i in wanted]:
-            span = marked.get(i) or self.find_turn(messages, i, text, spans[-1][1] if spans else 0, **kwargs)
-            if span is None:
-                continue
-            start, end = span
-            if not re.compile(self.turn_end + r"\s*\Z").search(text, start, end):
-                if after := re.compile(self.turn_end).match(text, end):
-                    end = after.end()
-                elif i == len(messages) - 1:
-                    text, is_open = text[:end], True
-            spans.append((start, end))
+            pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
+            text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
+            marked = dict(zip(speaks, zip(at[::2], at[1::2]))) if len(pieces) == 2 * len(speaks) + 1 else {}
+            for i in speaks if wanted is None else [i for i in speaks if i in wanted]:
+                span = marked.get(i) or self.find_turn(messages, i, text, spans[-1][1] if spans else 0, **kwargs)
+                if span is None:
+                    continue
+                start, end = span
+                if not re.compile(self.turn_end + r"\s*\Z").search(text, start, end):
+                    if after := re.compile(self.turn_end).match(text, end):
+                        end = after.end()
+                    elif i == len(messages) - 1:
+                        text, is_open = text[:end], True
+                spans.append((start, end))
         return text, spans, is_open
 
     def find_turn(self, messages, i, text, floor, /, **kwargs):
         """(start, end) of assistant message `i` in `text`, not before `floor`; None if the template leaves it out."""
-        try:
-            prompt, seen = self.render(messages[:i], True, **kwargs), False
-        except UserError:  # of no messages, say, when the assistant speaks first
-            prompt, seen = SENTINEL, False
+        prompt, seen = SENTINEL, False
+        with suppress(UserError):  # of no messages, say, when the assistant speaks first
+            prompt = self.render(messages[:i], True, **kwargs)
         # without its tool calls, which are the model's words too; or with them, if the template insists
         for stand_in in (*say("assistant", SENTINEL), messages[i] | {"content": SENTINEL}):
             try:
@@ -239,19 +232,15 @@ class Tokenizer:
         return next((start for start in [*starts, len(before)] if start <= same), sys.maxsize)
 
     def encode_sides(self, rows):
-        """[[side, ...], ...] with a side a list of (str or ids, scored) -> yields each with a side as ids int32 (T,)
-        and scored bool (T,)."""
-        texts, inside = [], []
+        """[[side, ...], ...], a side [(str or ids, scored), ...] -> yields each, a side (ids, scored), both (T,)."""
+        texts, inside, added = [], [], tuple(self.added)
         for sides in rows:
             for side in sides:
                 before = "" if side is sides[0] else "".join(piece for piece, _ in sides[0] if isinstance(piece, str))
-                for piece, _ in side:
-                    if isinstance(piece, str):
-                        # inside a text no space is to be prepended: after a newline, which is then taken off again
-                        cut = self.prepends and piece and before and not before.endswith(tuple(self.added))
-                        texts.append("\n" + piece if cut else piece)
-                        inside.append(cut)
-                        before = piece or before
+                for piece in (piece for piece, _ in side if isinstance(piece, str)):
+                    inside.append(self.prepends and piece and before and not before.endswith(added))
+                    texts.append("\n" + piece if inside[-1] else piece)  # no space is prepended after it; it comes off
+                    before = piece or before
         batch = (ids[len(self.newline) :] if cut else ids for ids, cut in zip(self.encode_all(texts), inside))
 
         def join(side):
@@ -266,8 +255,7 @@ class Tokenizer:
 
 
 def pieces_of(path, lines=True):
-    """Yields a file's bytes, unzipped if its name ends in .gz: its lines, one of more than 2^26 bytes in pieces, or
-    just pieces."""
+    """Yields a file's bytes, unzipped if its name ends in .gz: lines, those above 2^26 bytes in pieces, or pieces."""
     with blamed(f"{path}: cannot be read", OSError, EOFError, zlib.error):
         total, size = 0, regular(path).stat().st_size
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -420,8 +408,7 @@ def find_sources(sources):
 
 
 def stream_rows(sources):
-    """Yields (where, row, number of its source) of what `find_sources` returns. `where` is 'file:line' of lines and
-    'file[index]' of anything else; a UserError begins with it and says what is there."""
+    """Yields (where: 'file:line' or 'file[index]', row, number of its source) of what `find_sources` returns."""
     for number, (name, _, paths) in enumerate(sources):
         where = None
         for where, row in (found for path in paths for found in READERS[kind_of(path)](path)):
@@ -514,14 +501,14 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     (`assistant_only_loss`, here the default) or its last alone (`completion_only_loss` true), a completion without its
     prompt (unless `completion_only_loss` is false), all of a text; after each answer the token that ends the turn."""
     prompt, answers = split_row(row, tokenizer.has_template, preference)
-    answers = answers if preference else answers[:1]
     if preference and answers[0] == answers[1]:
         return "chosen and rejected are the same"
     if preference and not prompt:
         return "chosen and rejected share no prompt"
-    eos = (tokenizer.eos_ids[:1], True)
+    answers, eos = answers if preference else answers[:1], (tokenizer.eos_ids[:1], True)
+    whole = completion_only_loss is False and not preference  # the prompt is scored too
     if isinstance(prompt, str):
-        ask = [(tokenizer.head, False), (prompt, completion_only_loss is False and not preference)]
+        ask = [(tokenizer.head, False), (prompt, whole)]
         said = tokenizer.special.get("eos_token")  # some sets end their answers themselves
         sides = [[(side, True)] + [eos] * (not said or not side.endswith(said)) for side in answers]
         return [ask, *sides] if preference else [ask + sides[0]]
@@ -533,11 +520,11 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
             kwargs = kwargs | {"tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]}
     sides = []
     for answer in answers:
-        messages, first = prompt + answer, 0 if completion_only_loss is False and not preference else len(prompt)
+        messages, first = prompt + answer, 0 if whole else len(prompt)
         wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
         wanted = wanted[-1:] if completion_only_loss and not prompt else wanted
         text, spans, is_open = tokenizer.turns(messages, wanted, **kwargs)
-        rest = not assistant_only_loss and not first and not preference  # whether what nobody answered is scored too
+        rest = not assistant_only_loss and not first  # whether what nobody answered is scored too
         cuts = [0, *(at for span in spans for at in span), len(text)]
         side = [(text[start:end], rest or n % 2 == 1) for n, (start, end) in enumerate(zip(cuts, cuts[1:]))]
         sides.append(side + [eos] * is_open)
@@ -622,8 +609,7 @@ def movielens(row, liked=4):
 
 
 def ultrafeedback(row, rng):
-    """prompt, chosen, rejected, or instruction, completions with scores -> a conversation with two ends; of completions
-    the best and one of those below it, drawn."""
+    """prompt, chosen, rejected, or instruction, completions with scores -> a conversation's best end, and a worse."""
     if "completions" in row:
         *others, best = sorted(row["completions"], key=lambda one: float(one["overall_score"]))
         if not (others := [one for one in others if float(one["overall_score"]) < float(best["overall_score"])]):
@@ -700,8 +686,7 @@ def share_prompt(sides):
 
 
 def assemble(sides, tokenizer, max_length=None):
-    """Encoded sides -> an example's parts, int32 (T,) with ~id where a token is not scored, at most `max_length` tokens
-    a sequence; or why there are none (str)."""
+    """Encoded sides -> an example's parts, int32 (T,) with ~id where a token is not scored; or why there are none."""
     (ids, scored), *answers = sides
     if any(set(side[flags].tolist()) <= set(tokenizer.end_ids) for side, flags in answers or sides):
         return "nothing scored"
@@ -726,12 +711,11 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     for where, row, *_ in rows:
         with blamed(where, UserError):
             row = make(row) if make else row
-            sides, weight = row, 1.0
-            if not isinstance(row, str):
-                weight = 1.0 if row.get("weight") is None else row["weight"]
-                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e30:
-                    raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-                sides = lay_out(row, tokenizer, **options)
+            dropped = isinstance(row, str)
+            weight = 1.0 if dropped or row.get("weight") is None else row["weight"]
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e30:
+                raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
+            sides = row if dropped else lay_out(row, tokenizer, **options)
             pieces = [] if isinstance(sides, str) else [piece for side in sides for piece, _ in side]
             with blamed("half a surrogate pair in its text, which was cut inside a character", UnicodeEncodeError):
                 "".join(piece for piece in pieces if isinstance(piece, str)).encode()
@@ -808,7 +792,7 @@ class Ledger(types.SimpleNamespace):
         return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
 
 
-# an example in data.bin: its parts as of `assemble`, then its place and row in JSON; `at`: where each begins and the last ends
+# an example in data.bin: its parts as of `assemble`, its place and row in JSON; `at`: where each begins, the last ends
 LAYOUT = np.dtype([("at", np.int64, 5), ("weight", float), ("source", np.int64)])
 
 
@@ -852,8 +836,7 @@ class Examples(Sequence):
         return json.loads(data[slice(*index["at"][self.at[i], -2:])].tobytes())
 
     def epoch(self, number):
-        """As many of these as epoch `number` sees: with weights each source's share, all of it as often as that fits
-        and the rest drawn anew."""
+        """As many as epoch `number` sees: of a source with a weight all as often as fits its share, the rest drawn."""
         at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
         if self.shares:
             groups = [at[self.files[0]["source"][at] == n] for n in range(len(self.shares))]

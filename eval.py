@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, text_of
+from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, say, text_of
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
 from model import (IGNORE, Batch, Segment, UserError, blamed, check_least, cli, convert, generate, generate_each,
                    kept_pages, nearest, pick_device, read_json, regular, resolve)
@@ -106,8 +106,7 @@ def sum_logps(model, sequences):
 
 
 def score(model, items, budget=None):
-    """Items, each a list of sequences, -> yields (its number, the sums of its sequences) in batches of about `budget`
-    tokens; what has most in common comes together."""
+    """Yields (number of an item, the sums of its sequences) in batches of about `budget` tokens, the alike together."""
     part, size, last, budget = [], 0, [], budget or (2048 if model.device.type == "cpu" else 16384)
     for n in [*sorted(range(len(items)), key=lambda n: items[n][0][0]), None]:
         lists = [last, *(ids for ids, _ in items[n])] if n is not None else [[], []]
@@ -160,8 +159,7 @@ class Item(NamedTuple):
 
     def each(self):
         """(prompt, answer) of every choice."""
-        count = max(len(self.prompts), len(self.answers))
-        return [(self.prompts[n % len(self.prompts)], self.answers[n % len(self.answers)]) for n in range(count)]
+        return list(zip(self.prompts * len(self.answers), self.answers * len(self.prompts)))
 
 
 def arc(row):
@@ -255,9 +253,8 @@ def contexts(item, shots, tokenizer, chat):
     if not chat:
         header = "".join(f"{prompt} {answer}\n\n" for prompt, answer in shots)
         return [(header + prompt, f" {answer}") for prompt, answer in item.each()]
-    said = [{"role": role, "content": text} for shot in shots for role, text in zip(("user", "assistant"), shot)]
-    asked = [tokenizer.render([*said, {"role": "user", "content": text}], True) for text in item.prompts]
-    return [(asked[n % len(asked)], answer) for n, (_, answer) in enumerate(item.each())]
+    said = [turn for asked, answer in shots for turn in say("user", asked) + say("assistant", answer)]
+    return Item([tokenizer.render(said + say("user", text), True) for text in item.prompts], item.answers).each()
 
 
 # --- questions: what is asked of a model, and how what comes of it is graded ------------------------------------------
@@ -315,8 +312,7 @@ def find_answer(text):
 
 
 def split_prompt(example):
-    """(prompt ids, reference ids): the reference is the last run of scored tokens of an SFT example, or of a preference
-    pair's prompt with its chosen answer."""
+    """(prompt ids, reference ids); the reference is the last run of scored tokens, of a pair its chosen answer."""
     ids, labels = (np.concatenate(parts) for parts in zip(*((s.ids, s.labels) for s in example[:2])))
     masked = labels == IGNORE
     stop = int(np.flatnonzero(~masked)[-1]) + 1
@@ -325,15 +321,14 @@ def split_prompt(example):
 
 
 def read_answer(model, tokenizer, prompt, wanted, options, ids):
-    """A written answer (ids) to a prompt (ids) beside the reference `wanted`. gold is the answer of the reference, None
-    where it has none; answer is the text's or, `forced`, the likeliest of the options."""
+    """A written answer (ids): `gold` is the reference's (`wanted`) answer, `answer` its own or, `forced`, an option."""
     text, gold = tokenizer.decode(ids).strip(), find_answer(wanted)
     answer, forced = find_answer(text), bool(gold and not find_answer(text))
     if forced:
         after = prompt + ids + tokenizer.encode("\nAnswer:")
         answer = options[likeliest(model, after, [tokenizer.encode(f" {option}") for option in options])]
-    return {"prompt": tokenizer.decode(prompt).strip(), "reference": wanted, "output": text, "gold": gold,
-            "answer": answer, "forced": forced, "choices": options, "metrics": {"accuracy": float(answer == gold)}}
+    return {"output": text, "gold": gold, "answer": answer, "forced": forced, "choices": options,
+            "metrics": {"accuracy": float(answer == gold)}}
 
 
 def texts_of(choices):
@@ -342,13 +337,13 @@ def texts_of(choices):
 
 
 def ask_answers(model, tokenizer, examples, choices):
-    """SFT examples, and for each the answers it may have, or None (all that are right for some), -> Questions that are
-    answered in writing."""
+    """SFT examples, each with the answers it may have (None: all that are right for some), -> Questions to write on."""
     split = [split_prompt(example) for example in examples]
     wanted = [tokenizer.decode(reference).strip() for _, reference in split]
     golds = sorted({find_answer(text) for text in wanted} - {None})  # letters stand for choices otherwise
     options = [own if find_answer(text) in texts_of(own) else golds for text, own in zip(wanted, choices)]
-    return [Question({}, [], prompt, partial(read_answer, model, tokenizer, prompt, text, own))
+    return [Question({"prompt": tokenizer.decode(prompt).strip(), "reference": text}, [], prompt,
+                     partial(read_answer, model, tokenizer, prompt, text, own))
             for (prompt, _), text, own in zip(split, wanted, options)]
 
 
@@ -356,7 +351,7 @@ def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, ba
     """Greedy answers to SFT examples, as `read_answer` reads them; examples and choices as in `ask_answers`."""
     asked, ends = ask_answers(model, tokenizer, examples, choices), tokenizer.end_ids
     outputs = generate(model, [q.prompt for q in asked], max_new_tokens, eos_ids=ends, batch_size=batch_size)
-    return [question.grade(ids) for question, ids in zip(asked, outputs)]
+    return [question.shown | question.grade(ids) for question, ids in zip(asked, outputs)]
 
 
 def accuracy(answers):
@@ -380,9 +375,9 @@ def ask_choice(tokenizer, example, choices):
 
     def grade(sums):
         answer = options[int(np.argmax(sums))]
-        return {"logps": sums, "gold": gold, "answer": answer, "metrics": {"accuracy": float(answer == gold)}}
+        return {"logps": sums, "answer": answer, "metrics": {"accuracy": float(answer == gold)}}
 
-    return options and Question({"prompt": asked.strip(), "choices": options}, [
+    return options and Question({"prompt": asked.strip(), "choices": options, "gold": gold}, [
         (context + tokenizer.encode(lead + option), len(context)) for option in options], [], grade)
 
 
@@ -390,7 +385,8 @@ def choice_metrics(model, questions):
     """{'eval_accuracy', 'eval_f1', ...} of forced choices while a model trains, without dropout; {} without any."""
     training = model.training
     model.eval()
-    found = summarise([questions[n].grade(sums) for n, sums in score(model, [q.sequences for q in questions])])
+    scored = score(model, [q.sequences for q in questions])
+    found = summarise([questions[n].shown | questions[n].grade(sums) for n, sums in scored])
     model.train(training)
     return {f"eval_{name}": value for name, value in found.items() if name != "n" and not name.endswith("_stderr")}
 
@@ -407,17 +403,15 @@ def ask_text(text, tokenizer, longest):
         "logp": sum(sums), "metrics": {"bits_per_byte": -sum(sums) / math.log(2) / counts["bytes"]}})
 
 
-def grade_text(tokenizer, prompt, wanted, ids):
+def grade_text(tokenizer, wanted, ids):
     """A written text beside its reference, if there is one: exact match, and ROUGE F-measures by rouge_score."""
     text, metrics = tokenizer.decode(ids).strip(), {}
     if wanted is not None:
-        try:
+        with blamed("answers are compared with references by ROUGE; pip install rouge_score", ImportError):
             from rouge_score.rouge_scorer import RougeScorer
-        except ImportError:
-            raise UserError("answers are compared with references by ROUGE: pip install rouge_score") from None
         found = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(wanted, text)
         metrics = {"exact_match": float(text == wanted), **{name: score.fmeasure for name, score in found.items()}}
-    return {"prompt": tokenizer.decode(prompt).strip(), "reference": wanted, "output": text, "metrics": metrics}
+    return {"output": text, "metrics": metrics}
 
 
 def read_own(source):
@@ -438,18 +432,17 @@ def ask_own(rows, model, tokenizer, config):
     for where, row in rows:
         alone.append("question" in row or "prompt" in row and not {"completion", "chosen"} & set(row))
         if alone[-1]:  # the renderer wants an answer
-            turns = [{"role": "user", "content": row.get("question")}, {"role": "assistant", "content": "?"}]
-            row = ({"messages": turns} if "question" in row and tokenizer.has_template else
-                   {"prompt": row.get("question", row.get("prompt")), "completion": "?"})
+            asked = row.get("question", row.get("prompt"))
+            asked = say("user", asked) if "question" in row and tokenizer.has_template else asked
+            row = {"prompt": asked, "completion": "?"}
         examples.append(render_row(row, tokenizer, where=where))
         if isinstance(examples[-1], str):
             raise UserError(f"{where}: {examples[-1]}")
     questions = ask_answers(model, tokenizer, examples, [row.get("choices") for _, row in rows])
     for n, (example, (_, row)) in enumerate(zip(examples, rows)):
-        prompt, reference = split_prompt(example)
-        wanted = None if alone[n] else tokenizer.decode(reference).strip()
-        if alone[n] or not find_answer(wanted):
-            written = Question({}, [], prompt, partial(grade_text, tokenizer, prompt, wanted))
+        shown = questions[n].shown | ({"reference": None} if alone[n] else {})
+        if not find_answer(shown["reference"] or ""):
+            written = Question(shown, [], questions[n].prompt, partial(grade_text, tokenizer, shown["reference"]))
             questions[n] = not alone[n] and ask_choice(tokenizer, example, row.get("choices")) or written
     return questions
 
@@ -473,8 +466,8 @@ def run(model, tokenizer, questions, file, identity, config):
         aside.replace(file)
 
     write()
-    scored, written = ([n for n, q in enumerate(questions) if n not in done and bool(q.prompt) == kind] for kind in
-                       (False, True))
+    scored, written = ([n for n, q in enumerate(questions) if n not in done and bool(q.prompt) == kind]
+                       for kind in (False, True))
     stops = questions[written[0]].stops if written else ()
     reach = max((len(tokenizer.encode(stop)) + 2 for stop in stops), default=0)  # tokens looked back, as lm_eval does
     texts = generate_each(model, [questions[n].prompt for n in written], config.max_new_tokens,
@@ -596,15 +589,12 @@ def report(results, pairs, samples):
 
 def draw(results, pairs, file):
     """A figure: each set's metric as bars grouped by set, and the paired differences with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     mains = {task: name for task, r in next(iter(results.values())).items() if (name := main_metric(r))}
     pairs = [p for p in pairs if p["main"]][::-1]
-    size, ratios = (max(7, 3 + 1.3 * len(mains)), 4 + 0.25 * len(pairs)), (4, 1 + 0.25 * len(pairs))
-    figure, (top, low) = pyplot.subplots(2, figsize=size, layout="constrained", height_ratios=ratios)
+    figure = Figure(figsize=(max(7, 3 + 1.3 * len(mains)), 4 + 0.25 * len(pairs)), layout="constrained")
+    top, low = figure.subplots(2, height_ratios=(4, 1 + 0.25 * len(pairs)))
     for n, (name, found) in enumerate(results.items()):
         at = np.arange(len(mains)) + (n - (len(results) - 1) / 2) * 0.8 / len(results)
         top.bar(at, [found[t][m] for t, m in mains.items()], 0.8 / len(results), label=name, capsize=2,
@@ -613,22 +603,19 @@ def draw(results, pairs, file):
     top.legend()
     for n, p in enumerate(pairs):
         colour = {"rose": "tab:green", "fell": "tab:red", "noise": "tab:gray"}[p["verdict"]]
-        low.plot([p["low"], p["high"]], [n, n], color=colour)
-        low.plot(p["delta"], n, "o", color=colour)
+        low.plot([p["low"], p["delta"], p["high"]], [n] * 3, "-o", markevery=[1], color=colour)
     low.set_yticks(range(len(pairs)), [f"{p['a']} → {p['b']}, {p['task']}" for p in pairs], fontsize=8)
     low.set_xlabel("paired difference, 95 % interval; gray: no more than noise")
     low.axvline(0, color="black", linewidth=0.8)
     low.set_visible(bool(pairs))
     figure.savefig(file, dpi=130)
-    pyplot.close(figure)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def find_model(path):
-    """(base: folder or hub id, adapter folder or None, the QuantConfig of its run) of a model, an adapter, or a run
-    folder."""
+    """(base: folder or hub id, adapter folder or None, QuantConfig of its run) of a model, adapter or run folder."""
     folder = Path(path).expanduser() if Path(path).expanduser().is_dir() else resolve(path)
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").exists():
@@ -684,10 +671,10 @@ def main(argv=None):
         if models:
             raise UserError(f"nothing to ask: give --data FILE, or --tasks of {', '.join(TASKS)}")
         own = {"mcqa": str(EXAMPLES / "mcqa" / "validation.jsonl")}
-    for task in [*config.tasks, *(name for name in own if name in TASKS)]:
-        if task not in TASKS or task in own:
-            raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}"
-                            if task not in own else f"--data: {task} is a benchmark's name; give NAME={own[task]}")
+    if odd := [task for task in config.tasks if task not in TASKS]:
+        raise UserError(f"--tasks: {odd[0]!r} is not one of {', '.join(TASKS)}{nearest(odd[0], TASKS)}")
+    if odd := [name for name in own if name in TASKS]:
+        raise UserError(f"--data: {odd[0]} is a benchmark's name; give NAME={own[odd[0]]}")
     check_least(config, 1, "limit", "batch_size")
     check_least(config, 0, "num_fewshot")
     check_least(config, 1, "max_new_tokens", most=2**20)

@@ -545,6 +545,16 @@ def test_an_interrupted_evaluation_goes_on(base, data_dir, tmp_path, monkeypatch
     assert sum(scored) == 8 and sum(written) == 8 + 14
 
 
+def test_a_reference_that_changes_is_asked_anew(base, tmp_path):
+    """What a stored line says of the gold answer holds for the file as it is now: choices, texts, and reasoning."""
+    for name, old, new in (("yes", "Yes", "No"), ("text", "so", "no, not so"), ("why", "a\nAnswer: x", "a\nAnswer: y")):
+        files = [write_rows(tmp_path / f"{n}.jsonl", [{"prompt": "Is it? ", "completion": answer}])
+                 for n, answer in enumerate((old, new, new))]
+        found = [ask(file, base, tmp_path, name)[0][0] for file in files]
+        told = [sample.get("gold") or sample["reference"] for sample in found]
+        assert told[0] == old.removeprefix("a\nAnswer: ") and told[1] == told[2] == new.removeprefix("a\nAnswer: ")
+
+
 def test_a_model_that_fails_leaves_the_others(base, data_dir, tmp_path):
     broken = write_checkpoint(tmp_path / "broken", vocab_size=259)
     (broken / "model.safetensors").write_bytes(b"no")
