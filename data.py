@@ -552,8 +552,9 @@ def question_of(row):
     known = (labels, choices) if "answerKey" in row else (choices, labels)
     places = (list(names).index(answer) for names in known if answer in names)
     right = answer if type(answer) is int else next(places, -1)
-    if (not isinstance(choices, list) or not all(isinstance(text, str) for text in choices)
-            or not 0 <= right < len(choices) <= len(LETTERS)):
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+        raise ValueError("the choices are not a list of texts")
+    if not 0 <= right < len(choices) <= len(LETTERS):
         raise ValueError(f"{answer} is not one of the choices")
     why = next((row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), "")
     return row["q_text"] if "q_text" in row else row["question"], choices, right, why.strip()

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, say, text_of
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
 from model import (IGNORE, Batch, Segment, UserError, blamed, check_least, cli, convert, generate, generate_each,
-                   kept_pages, nearest, pick_device, read_json, regular, resolve)
+                   kept_pages, locked, nearest, pick_device, read_json, regular, resolve)
 from qlora import QuantConfig, load_4bit
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -684,26 +684,27 @@ def main(argv=None):
         models = {"base": str(EXAMPLES / "tiny-qwen3"), "sft": "output/sft", "dpo": "output/dpo"}
         for name in [name for name, path in models.items() if not Path(path).exists()]:
             print(f"{name}: there is no {models.pop(name)} yet, left out")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, path in models.items():
-        try:
-            model, tokenizer, identity = load(path, held, config)
-            asked = {task: ask_items(found, TASKS[task], model, tokenizer, config) for task, found in items.items()}
-            asked |= {task: ask_own(found, model, tokenizer, config) for task, found in rows.items()}
-            samples[name] = {task: run(model, tokenizer, questions, folder / f"samples_{name}_{task}.jsonl", identity,
-                                       config) for task, questions in asked.items()}
-        except (UserError, RuntimeError) as error:  # the other models' results stand
-            failed[name] = str(error).splitlines()[0]
-            held.clear()
-    results = {name: {task: summarise(rows) for task, rows in found.items()} for name, found in samples.items()}
-    pairs = compare_all(samples)
-    if results:
-        found = json.dumps({"models": results, "pairs": pairs, "failed": failed}, indent=2)
-        for name, text in (("results.json", found), ("report.md", report(results, pairs, samples))):
-            (folder / f".{name}").write_text(text, encoding="utf-8")
-            (folder / f".{name}").replace(folder / name)
-        draw(results, pairs, folder / "results.png")
-        print(table(results), *(headline(*two, pairs) for two in combinations(results, 2)), sep="\n")
+    with locked(folder):
+        for name, path in models.items():
+            try:
+                model, tokenizer, identity = load(path, held, config)
+                asked = {task: ask_items(found, TASKS[task], model, tokenizer, config) for task, found in items.items()}
+                asked |= {task: ask_own(found, model, tokenizer, config) for task, found in rows.items()}
+                samples[name] = {
+                    task: run(model, tokenizer, questions, folder / f"samples_{name}_{task}.jsonl", identity, config)
+                    for task, questions in asked.items()}
+            except (UserError, RuntimeError) as error:  # the other models' results stand
+                failed[name] = str(error).splitlines()[0]
+                held.clear()
+        results = {name: {task: summarise(rows) for task, rows in found.items()} for name, found in samples.items()}
+        pairs = compare_all(samples)
+        if results:
+            found = json.dumps({"models": results, "pairs": pairs, "failed": failed}, indent=2)
+            for name, text in (("results.json", found), ("report.md", report(results, pairs, samples))):
+                (folder / f".{name}").write_text(text, encoding="utf-8")
+                (folder / f".{name}").replace(folder / name)
+            draw(results, pairs, folder / "results.png")
+            print(table(results), *(headline(*two, pairs) for two in combinations(results, 2)), sep="\n")
     if failed:
         raise UserError(f"{len(failed)} of {len(models)} models failed: {'; '.join(map(': '.join, failed.items()))}")
     print(f"saved in {folder}: results.json, report.md, results.png and the samples")

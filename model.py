@@ -1099,6 +1099,8 @@ def cli(main):
         return main()
     except UserError as error:
         message = str(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:  # not in a step, which would be done again in parts
+        message = f"out of memory ({str(error).partition('. ')[0]}): take a smaller model or batch, or --load_in_4bit"
     except BrokenPipeError:  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
