@@ -258,7 +258,8 @@ def main(argv=None):
         sft.main([])  # the embedded example goes on from the other's result
     with locked(config.output_dir), sft.kept_output(Path(config.output_dir)):
         sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare, config=config), preference=True)
-        lines = [line for line in read_log(Path(config.output_dir) / "log.jsonl") if "eval_rewards/margins" in line]
+        lines = [] if config.dry_run else read_log(Path(config.output_dir) / "log.jsonl")
+        lines = [line for line in lines if "eval_rewards/margins" in line]
         for line in lines[:: max(1, len(lines) - 1)]:
             right, margin, likelier = map(line.get, SUMMARY)
             print(f"held-out pairs at step {line['step']}: {right:.1%} ranked right by reward (margin {margin:.3f}), "

@@ -464,6 +464,12 @@ def test_two_halves_are_the_whole_bit_for_bit(settings, base, adapter, many, tmp
     assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(log)
 
 
+def test_a_dry_run_foresees_and_leaves_nothing(base, many, tmp_path, capsys):
+    dpo.main([*flags(base, many, tmp_path / "run"), "--dry_run"])
+    told = capsys.readouterr().out
+    assert "peak memory" in told and "forward and backward, at" in told and not (tmp_path / "run").exists()
+
+
 def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
     """Going on from an adapter with questions to answer: log, curves, adapter and merged model are all there."""
     file = tmp_path / "chats.jsonl"
