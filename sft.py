@@ -900,7 +900,7 @@ def foresee(config, source, steps, loss_fn, device, dtype):
     model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
     model.attention, _ = choose_attention(config.attn_implementation, model.config, model.dtype, device)
     for layer in model.modules():
-        if getattr(layer, "state", layer) is None:  # to be quantised as it is loaded
+        if hasattr(layer, "expect_own") and not hasattr(layer, "state"):  # to be quantised as it is loaded
             layer.expect_own(model.dtype)
     equip(model, config)
     for p in model.parameters():
@@ -924,9 +924,10 @@ def foresee(config, source, steps, loss_fn, device, dtype):
                     p.grad = torch.empty_like(p)
                     meter.note(p.grad, "gradients")
             loss_fn(model, Batch.pack(largest, device))[0].backward()
-        memory, gradients = dict(meter.peak), 4 * sum(p.numel() for p in trained)
+        memory = {kind: meter.peak[kind] for kind in ("weights", "adapter", "gradients", "activations", "logits")}
+        gradients = 4 * sum(p.numel() for p in trained)
         busy = memory["activations"] + memory["logits"]
-        if gradients > busy + memory.get("gradients", 0):  # then the optimizer's moment is the largest
+        if gradients > busy + memory["gradients"]:  # then the optimizer's moment is the largest
             memory |= {"gradients": gradients, "activations": 0, "logits": 0}
         memory["optimizer"] = sum(optimizer_bytes(p, config) for p in trained)
         if device.type != "cuda":  # there the peak is the process's. Fitted to runs at the Qwen3-0.6B shape:
@@ -936,7 +937,8 @@ def foresee(config, source, steps, loss_fn, device, dtype):
             holes = busy / 8 * more + 2 * memory["logits"] * model.head_weight().requires_grad
             peak_memory_gb(device)
             memory |= {"process": peak_memory_gb(device) * 1e9, "kernels and holes": kernels + holes}
-    except Exception as error:  # a kernel that has no form without content, say; the run itself may still do
+    except Exception as error:  # a loss that hangs on values, say; the run itself may still do
+        memory = {}
         print(f"memory: can't be foreseen here ({brief(str(error), 80)})")
     return by_module(model), {part: size / 1e9 for part, size in memory.items()}, meter.flops / tokens, largest
 
