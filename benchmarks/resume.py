@@ -43,8 +43,8 @@ CASES = {
     "dpo-qlora-paged_adamw_8bit": ("dpo", "--load_in_4bit true --optim paged_adamw_8bit --disable_dropout false"),
     "dpo-full-aot": ("dpo", "--lora_r 0 --loss_type aot ipo"),
 }
-TIMED = {"tokens_per_second", "examples_per_second", "peak_memory_gb", "predicted_memory_gb", "train_runtime", "seconds",
-         "share_of_roof"}
+TIMED = {"tokens_per_second", "examples_per_second", "peak_memory_gb", "predicted_memory_gb", "train_runtime",
+         "seconds", "share_of_roof"}
 
 
 def command(case, out):

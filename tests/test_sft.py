@@ -360,7 +360,8 @@ def test_out_of_memory_splits_the_micro_batch_and_the_gradient_stays(base, rows,
     told = capsys.readouterr().out
     assert budget == total // 4 and max(seen) == total and told.count("out of memory at") == 2, (budget, told)
     same_loss, _, same, _ = gradient(model, examples, sft.sft_loss, budget)
-    assert loss == same_loss and all(torch.equal(found[name], same[name]) for name in same) and found.keys() == same.keys()
+    assert loss == same_loss and found.keys() == same.keys()
+    assert all(torch.equal(found[name], same[name]) for name in same)
     model.eval()
     split, unsplit = (gradient(model, examples, f, total)[2] for f in (poor, sft.sft_loss))
     for name, grad in unsplit.items():
@@ -442,7 +443,8 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(base, row
     row = json.loads(rows.read_text().splitlines()[int(place.rpartition(":")[2]) - 1])["messages"][0]["content"]
     assert row in sft.Tokenizer(base).decode(target)
     assert [line["step"] for line in lines if "loss" in line] == [1, 3, 4] and "nan" in line["skipped"]
-    one, two, three = (load_file(tmp_path / "run" / f"checkpoint-00000{n}" / "adapter_model.safetensors") for n in (1, 2, 3))
+    one, two, three = (load_file(tmp_path / "run" / f"checkpoint-00000{n}" / "adapter_model.safetensors")
+                       for n in (1, 2, 3))  # fmt: skip
     assert all(torch.equal(one[k], two[k]) for k in one) and not all(torch.equal(one[k], three[k]) for k in one)
 
 
@@ -670,7 +672,8 @@ def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys,
     monkeypatch.setattr(sft, "free_memory", lambda device: -1.0)
     sft.main([*flags(base, rows, tmp_path / "run", micro_batch_tokens=400), "--dry_run"])
     told = capsys.readouterr().out
-    assert "does not fit and is not tried" in told and "--gradient_checkpointing true" in told and "--max_length" in told
+    assert "does not fit and is not tried" in told
+    assert "--gradient_checkpointing true" in told and "--max_length" in told
     assert "tokens/s" not in told and not list(tmp_path.iterdir())
 
 
