@@ -3,7 +3,7 @@
 Every case trains the embedded model twice by the same command. The first run is left alone. The second is killed over
 and over: once in four at any moment of the process, else at one drawn over the time from its first new log line on, so
 that a kill falls into a step, a checkpoint half written, an evaluation, the merge. Then the command is run to its end,
-and every tensor file of the last checkpoint, of adapter/ and of merged/ has to be equal byte for byte, as have the state
+and every tensor file of the last checkpoint, of adapter/ and of merged/ has to be equal byte for byte, as have state
 and log.jsonl, whose only difference may be what a clock or the memory says. Checkpoints are written every 2 steps, in
 mid-epoch; steps are accumulated from several micro-batches; dropout is on.
 
