@@ -69,7 +69,7 @@ def plaintune_command(model, data, out, steps, pairs, **_):
         model=model, data=data, output_dir=out, ref_cache=out.parent / "reference", max_steps=steps,
         per_device_train_batch_size=BATCH, gradient_accumulation_steps=pairs // BATCH, learning_rate=5e-5,
         lr_scheduler_type="linear", warmup_ratio=0, lora_r=16, lora_alpha=32, max_length=2048, logging_steps=1,
-        save_strategy="no", eval_strategy="no", merge="false",
+        save_strategy="no", eval_strategy="no", merge="false", report_to="none",
     )  # fmt: skip
     return [sys.executable, HERE.parents[1] / "dpo.py", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
 

@@ -74,7 +74,8 @@ def plaintune_command(side, model, data, out, steps, rows):
         model=model, data=data, output_dir=out, max_steps=steps, per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=rows // BATCH, learning_rate=2e-4, lr_scheduler_type="linear", warmup_ratio=0,
         lora_r=16, lora_alpha=32, max_length=1024, logging_steps=1,
-        save_strategy="no", eval_strategy="no", merge="false", load_in_4bit=side.endswith("-4bit"),
+        save_strategy="no", eval_strategy="no", merge="false", report_to="none",
+        load_in_4bit=side.endswith("-4bit"),
     )  # fmt: skip
     return [sys.executable, HERE.parents[1] / "sft.py", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
 
