@@ -760,7 +760,7 @@ def damage(checkpoint):
     except (OSError, UserError) as error:
         return str(error)
     return ", ".join(f"{name} is {'not the file written' if name in found else 'missing'}"
-                     for name in wanted if found.get(name) != wanted[name])
+                     for name in {"state.json": 0, **wanted} if name not in wanted or found.get(name) != wanted[name])
 
 
 def checkpoints(folder):

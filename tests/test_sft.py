@@ -280,6 +280,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
     os.truncate(others[0] / "optimizer.safetensors", 100)
     (others[1] / "state.json").unlink()
     (others[2] / "manifest.json").write_text("{")
+    (others[3] / "manifest.json").write_text("{}")
     os.truncate(run / "log.jsonl", (run / "log.jsonl").read_text().rindex("\n", 0, -1) + 1)  # as if it had not finished
     error = refuse(flags(base, rows, run, save_steps=1, resume=last), capsys)
     assert last.name in error and "damaged (adapter_model.safetensors is not the file written)" in error
@@ -287,7 +288,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
     told = capsys.readouterr().out
     assert f"{last} is damaged and left out: adapter_model.safetensors is not the file written" in told
     assert "state.json is missing" in told and "manifest.json: not valid JSON" in told
-    assert f"going on from {others[3]}" in told
+    assert f"going on from {others[4]}" in told
     assert same_tensors(*(tmp_path / r / last.name / "adapter_model.safetensors" for r in ("whole", "run")))
     assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(run / "log.jsonl")
 
