@@ -20,12 +20,12 @@ import itertools
 import json
 import os
 import re
+import runpy
 import secrets
 import sys
 import tempfile
 import types
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -41,11 +41,22 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
-from model import (COMPANIONS, IGNORE, Overrun, Segment, UserError, blamed, bounded, brief, check_least, cli, generate,
-                   load_model, nearest, parse_config, pick_device, plain, read_json, regular, resolve, unique)
+from model import IGNORE, Segment
+from support.errors import (
+    UserError,
+    as_user_error,
+    brief,
+    nearest,
+    run_command,
+    sanitize,
+)
+from support.files import read_json, regular_file, unique_keys
+from support.hub import COMPANIONS, hub_files, resolve
+from support.sandbox import Overrun, bounded
+from support.settings import check_range, parse_config
 
 
-def say(role, content):
+def as_turn(role, content):
     return [{"role": role, "content": content}]
 
 
@@ -79,8 +90,8 @@ class Tokenizer:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder that has one")
-        with blamed(f"{path}: not a tokenizer", Exception):  # the library raises nothing more special
-            self.backend = tokenizers.Tokenizer.from_file(str(regular(path, 2**28)))
+        with as_user_error(f"{path}: not a tokenizer", Exception):  # the library raises nothing more special
+            self.backend = tokenizers.Tokenizer.from_file(str(regular_file(path, 2**28)))
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
@@ -100,7 +111,7 @@ class Tokenizer:
 
         path, found = self.folder / "chat_template.jinja", config.get("chat_template")
         self.template_file = path if path.exists() else self.folder / "tokenizer_config.json"
-        found = regular(path, 2**20).read_text(encoding="utf-8", errors="replace") if path.exists() else found
+        found = regular_file(path, 2**20).read_text(encoding="utf-8", errors="replace") if path.exists() else found
         found = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
         tags = [Generation, jinja2.ext.loopcontrols]
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
@@ -112,7 +123,7 @@ class Tokenizer:
         env.filters["tojson"] = lambda x, ensure_ascii=False, **more: json.dumps(x, ensure_ascii=ensure_ascii, **more)
         env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: self.now.strftime(form)}
         fault = f"{self.template_file}: not a chat template, nor a list of them by name"
-        with bounded(fault), blamed(fault, Exception):
+        with bounded(fault), as_user_error(fault, Exception):
             self.templates = {t["name"]: env.from_string(t["template"]) for t in found}
         self.has_template, self.tells_date = bool(self.templates), "strftime_now" in str(found)
 
@@ -157,7 +168,7 @@ class Tokenizer:
                 m |= {"thinking": m.get("thinking", thought), "reasoning_content": thought}
         kwargs = self.special | {"tools": tools or None, "documents": None} | kwargs
         fault = f"{self.template_file}: the chat template failed"
-        with bounded(fault), blamed(fault, Exception):  # untrusted code, untrusted rows
+        with bounded(fault), as_user_error(fault, Exception):  # untrusted code, untrusted rows
             text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **kwargs)
         return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
@@ -166,7 +177,7 @@ class Tokenizer:
         """Ids that end a turn: the end tokens, and what the template writes after an answer (in Qwen3-Base not eos)."""
         tail = ""
         with suppress(UserError):  # no template, or one that insists on a system turn, say
-            tail = self.render(say("user", "a") + say("assistant", SENTINEL)).partition(SENTINEL)[2].lstrip()
+            tail = self.render(as_turn("user", "a") + as_turn("assistant", SENTINEL)).partition(SENTINEL)[2].lstrip()
         after = [self.added[token] for token in sorted(self.added, key=len)[::-1] if tail.startswith(token)]
         return list(dict.fromkeys([*self.eos_ids, *after[:1]]))
 
@@ -206,7 +217,7 @@ class Tokenizer:
         with suppress(UserError):  # of no messages, say, when the assistant speaks first
             prompt = self.render(messages[:i], True, **kwargs)
         # without its tool calls, which are the model's words too; or with them, if the template insists
-        for stand_in in (*say("assistant", SENTINEL), messages[i] | {"content": SENTINEL}):
+        for stand_in in (*as_turn("assistant", SENTINEL), messages[i] | {"content": SENTINEL}):
             try:
                 other = self.render([*messages[:i], stand_in, *messages[i + 1 :]], **kwargs)
             except UserError:
@@ -225,7 +236,7 @@ class Tokenizer:
     def find_start(self, text, before, floor, /, **kwargs):
         """Where a turn that `before` leads up to begins: after the template's header, or as much of it as is there (an
         earlier turn may lack the <think> that the generation prompt opens); beyond the text where nothing fits."""
-        ask, same = say("user", "a"), len(os.path.commonprefix([text, before]))
+        ask, same = as_turn("user", "a"), len(os.path.commonprefix([text, before]))
         header = self.render(ask, True, **kwargs).removeprefix(self.render(ask, **kwargs))
         heads = [header[:n] for n in range(len(header), 0, -1) if header[:n] in before[floor:]]
         starts = [before.rfind(head, floor) + len(head) for head in heads]
@@ -256,8 +267,8 @@ class Tokenizer:
 
 def pieces_of(path, lines=True):
     """Yields a file's bytes, unzipped if its name ends in .gz: lines, those above 2^26 bytes in pieces, or pieces."""
-    with blamed(f"{path}: cannot be read", OSError, EOFError, zlib.error):
-        total, size = 0, regular(path).stat().st_size
+    with as_user_error(f"{path}: cannot be read", OSError, EOFError, zlib.error):
+        total, size = 0, regular_file(path).stat().st_size
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             while piece := (file.readline if lines else file.read)(2**26):
                 if (total := total + len(piece)) > max(100 * size, 2**25):
@@ -270,7 +281,7 @@ def lines_of(path, encoding="utf-8-sig"):
     for number, line in enumerate(pieces_of(path), 1):
         if len(line) == 2**26:
             raise UserError(f"{path}:{number}: a line of more than {2**26:,} bytes; a row is a line of its own")
-        with blamed(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
+        with as_user_error(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
             line = line.decode(encoding)
         yield number, line
 
@@ -278,20 +289,20 @@ def lines_of(path, encoding="utf-8-sig"):
 def read_jsonl(path):
     for number, line in lines_of(path):
         if line.strip():
-            with blamed(f"{path}:{number}: not JSON", ValueError, RecursionError, on=line):
-                row = json.loads(line, object_pairs_hook=unique)
+            with as_user_error(f"{path}:{number}: not JSON", ValueError, RecursionError, on=line):
+                row = json.loads(line, object_pairs_hook=unique_keys)
             yield f"{path}:{number}", row
 
 
 def read_text(path):
-    with blamed(f"{path}: not UTF-8", UnicodeDecodeError):
+    with as_user_error(f"{path}: not UTF-8", UnicodeDecodeError):
         return b"".join(pieces_of(path, lines=False)).decode("utf-8-sig")
 
 
 def read_list(path):
     text = read_text(path)
     try:
-        rows = json.loads(text, object_pairs_hook=unique)
+        rows = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         why, line = getattr(error, "msg", str(error)), getattr(error, "lineno", 1)
         if why == "Extra data" and text.lstrip().startswith("{"):  # lines under another name
@@ -306,9 +317,9 @@ def read_list(path):
 
 def read_csv(path):
     csv.field_size_limit(2**31 - 1)
-    with blamed(f"{path}: not CSV", csv.Error, ValueError):
+    with as_user_error(f"{path}: not CSV", csv.Error, ValueError):
         rows = csv.DictReader(line for _, line in lines_of(path))
-        unique([(name, None) for name in rows.fieldnames or ()])
+        unique_keys([(name, None) for name in rows.fieldnames or ()])
         for number, row in enumerate(rows):
             if None in row:
                 raise UserError(f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}")
@@ -318,9 +329,9 @@ def read_csv(path):
 def read_parquet(path):
     import pyarrow.parquet
 
-    with blamed(f"{path}: not a parquet file", pyarrow.ArrowException, OSError, ValueError):
+    with as_user_error(f"{path}: not a parquet file", pyarrow.ArrowException, OSError, ValueError):
         file = pyarrow.parquet.ParquetFile(path)
-        unique([(name, None) for name in file.schema_arrow.names])
+        unique_keys([(name, None) for name in file.schema_arrow.names])
         rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
         yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
 
@@ -330,7 +341,7 @@ def read_movielens(path, seen=10):
     {"history": [[title, rating], ...], the `seen` before it; "title", "rating"}."""
     split = lambda path, mark: ((n, line.rstrip("\r\n").split(mark)) for n, line in lines_of(path, "latin-1"))
     users = {}
-    with blamed(f"{path}: not tables of MovieLens", ValueError, LookupError):
+    with as_user_error(f"{path}: not tables of MovieLens", ValueError, LookupError):
         titles = {cells[0]: cells[1] for _, cells in split(path.with_name("u.item"), "|")}
         for number, (user, item, rating, when) in split(path, "\t"):
             users.setdefault(user, []).append((int(when), number, [titles[item], int(rating)]))
@@ -348,35 +359,6 @@ def kind_of(path):
     return Path(str(path).removesuffix(".gz")).suffix
 
 
-def hub_files(source):
-    """`org/name[#revision][:config][:split]` -> local paths of its files, downloaded into the hub's cache. The split
-    defaults to train, the configuration to `default` or the only one."""
-    import huggingface_hub
-
-    name, *wanted = source.split(":")
-    repo, _, revision = name.partition("#")
-    where = {"repo_type": "dataset", "revision": revision or None}
-    lost = f"{source}: no file here, and the hub does not give it (a private one needs HF_TOKEN)"
-    with blamed(lost, Exception):  # the client's errors and those of whichever http library it stands on
-        info = huggingface_hub.HfApi().dataset_info(repo, revision=where["revision"])
-        files = sorted(file.rfilename for file in info.siblings)
-    found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
-    for file in (file for file in files if kind_of(file) in READERS):
-        *folders, name = file.split("/")
-        split = re.split(r"-\d{5}-of-|\.", name)[0]
-        split = folders.pop() if split.isdigit() and folders else split
-        config = folders[-1] if folders not in ([], ["data"]) else "default"
-        found.setdefault((config, split), []).append(file)
-    keys = [key for key in found if set(wanted) <= set(key)]
-    for default in ("train", "default"):
-        keys = [key for key in keys if default in key] or keys if len(keys) > 1 else keys
-    if len(keys) != 1:
-        what = "has several parts" if keys else "has no such part"
-        there = ", ".join(f"{repo}:{config}:{split}" for config, split in keys or found) or "no data file"
-        raise UserError(f"{source} {what}; name one of: {there}")
-    with blamed(lost, Exception):
-        folder = huggingface_hub.snapshot_download(repo, allow_patterns=found[keys[0]], **where)
-    return [Path(folder) / file for file in found[keys[0]]]
 
 
 def find_sources(sources):
@@ -386,7 +368,7 @@ def find_sources(sources):
     for source in map(str, [sources] if isinstance(sources, (str, Path)) else sources):
         name, mark, weight = source.rpartition("@")
         name, weight = (name, weight) if mark and not Path(source).exists() else (source, None)
-        with blamed(f"{source}: the weight after @ must be a number above 0", ValueError):
+        with as_user_error(f"{source}: the weight after @ must be a number above 0", ValueError):
             if weight is not None and not 0 < (weight := float(weight)) < 1e30:
                 raise ValueError(weight)
         if not name.strip():
@@ -396,9 +378,9 @@ def find_sources(sources):
             paths = sorted(file for file in path.iterdir() if kind_of(file) in READERS)
         elif path.exists() or not (paths := sorted(map(Path, glob.glob(name, recursive=True)))):
             hub = kind_of(path) not in READERS and re.fullmatch(r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}", name)
-            paths = hub_files(name) if hub and not path.exists() else [path]
+            paths = hub_files(name, lambda file: kind_of(file) in READERS) if hub and not path.exists() else [path]
         for path in paths:
-            if not regular(path).exists():
+            if not regular_file(path).exists():
                 raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
             if kind_of(path) not in READERS:
                 raise UserError(f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz")
@@ -471,17 +453,17 @@ def split_row(row, chat, preference=False):
         raise UserError(f"fits no schema: {there}; wanted is one of {wanted}")
     if keys == ["text"]:
         return "", [text_of(row, "text")]
-    system = say("system", text_of(row, "system")) if row.get("system") else []
+    system = as_turn("system", text_of(row, "system")) if row.get("system") else []
     if len(keys) == 1:
         return [], [(system if keys == ["conversations"] else []) + messages_of(row, keys[0])]
     if keys[0] == "instruction":
         instruction, output, given = (text_of(row, key) if row.get(key) else "" for key in (*keys, "input"))
         if chat:
-            return system + say("user", f"{instruction}\n{given}" if given else instruction), [say("assistant", output)]
+            return system + as_turn("user", f"{instruction}\n{given}" if given else instruction), [as_turn("assistant", output)]
         return alpaca(row)["prompt"], [output]
     if any(isinstance(row[key], list) for key in keys):
         roles = ["user" if key == "prompt" else "assistant" for key in keys]
-        sides = [say(r, row[k]) if isinstance(row[k], str) else messages_of(row, k) for r, k in zip(roles, keys)]
+        sides = [as_turn(r, row[k]) if isinstance(row[k], str) else messages_of(row, k) for r, k in zip(roles, keys)]
     else:
         sides = [text_of(row, key) for key in keys]
     if keys[0] == "prompt":
@@ -495,7 +477,7 @@ def split_row(row, chat, preference=False):
     return prompt, [side[len(prompt) :] for side in sides]
 
 
-def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True, preference=False):
+def to_pieces(row, tokenizer, completion_only_loss=None, assistant_only_loss=True, preference=False):
     """A row -> its sides, each a list of (text or ids, scored): one side, or prompt, chosen, rejected if `preference`;
     or why it is of no use (str). Scored are, in TRL's names, every assistant turn of a conversation
     (`assistant_only_loss`, here the default) or its last alone (`completion_only_loss` true), a completion without its
@@ -516,7 +498,7 @@ def lay_out(row, tokenizer, completion_only_loss=None, assistant_only_loss=True,
     if not isinstance(kwargs, dict) or kwargs.keys() & {"messages", "add_generation_prompt", "keep_marks"}:
         raise UserError(f"'chat_template_kwargs' must be an object of the template's variables, found {brief(kwargs)}")
     if row.get("tools"):
-        with blamed("'tools' must be a list or one in JSON", ValueError, RecursionError, on=row["tools"]):
+        with as_user_error("'tools' must be a list or one in JSON", ValueError, RecursionError, on=row["tools"]):
             kwargs = kwargs | {"tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]}
     sides = []
     for answer in answers:
@@ -576,8 +558,8 @@ def ecqa(row):
     """question, choices, answer, explanation -> the explanation, then `Answer: X`."""
     question, choices, right, why = question_of(row)
     lines = [question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))]
-    ask = say("user", "\n".join([*lines, "Explain, then end with `Answer:` and the letter of your choice."]))
-    return {"prompt": ask, "completion": say("assistant", f"{why}\nAnswer: {LETTERS[right]}".strip()),
+    ask = as_turn("user", "\n".join([*lines, "Explain, then end with `Answer:` and the letter of your choice."]))
+    return {"prompt": ask, "completion": as_turn("assistant", f"{why}\nAnswer: {LETTERS[right]}".strip()),
             "choices": [*LETTERS[: len(choices)]], "answer": LETTERS[right]}  # fmt: skip
 
 
@@ -595,7 +577,7 @@ def chatml(row):
     if "messages" in row or "text" not in row:
         return row
     found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", row["text"], re.S)
-    return {"messages": [message for turn in found for message in say(*turn)]}
+    return {"messages": [message for turn in found for message in as_turn(*turn)]}
 
 
 def movielens(row, liked=4):
@@ -605,8 +587,8 @@ def movielens(row, liked=4):
     sides = [[title for title, rating in row["history"] if (rating >= liked) == side] for side in (True, False)]
     ask, answer = "Liked films: {}\nDisliked films: {}\n", "Yes" if row["rating"] >= liked else "No"
     ask = ask.format(*("; ".join(side) or "none" for side in sides))
-    return {"prompt": say("user", f"{ask}Will this viewer like {row['title']}? Answer Yes or No."),
-            "completion": say("assistant", answer), "choices": ["Yes", "No"], "answer": answer}  # fmt: skip
+    return {"prompt": as_turn("user", f"{ask}Will this viewer like {row['title']}? Answer Yes or No."),
+            "completion": as_turn("assistant", answer), "choices": ["Yes", "No"], "answer": answer}  # fmt: skip
 
 
 def ultrafeedback(row, rng):
@@ -618,14 +600,14 @@ def ultrafeedback(row, rng):
         worse = others[rng.integers(len(others))]
         row = {"prompt": row["instruction"], "chosen": best["response"], "rejected": worse["response"]}
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return {key: row[key] if isinstance(row[key], list) else say(role, row[key]) for key, role in roles.items()}
+    return {key: row[key] if isinstance(row[key], list) else as_turn(role, row[key]) for key, role in roles.items()}
 
 
 def gsm8k(row, mark="Answer:"):
     """question, answer -> the reasoning without its calculator notes, then `mark` and the number."""
     why, answer = re.sub(r"<<.*?>>", "", row["answer"]).split("####")
-    ask, answer = say("user", row["question"]), answer.strip()
-    return {"prompt": ask, "completion": say("assistant", f"{why.strip()}\n{mark} {answer}"), "answer": answer}
+    ask, answer = as_turn("user", row["question"]), answer.strip()
+    return {"prompt": ask, "completion": as_turn("assistant", f"{why.strip()}\n{mark} {answer}"), "answer": answer}
 
 
 RECIPES = {recipe.__name__: recipe for recipe in (mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k)}
@@ -647,7 +629,7 @@ def use_recipe(name, args, seed):
 
     def make(row, epoch=0):
         key = draws and zlib.crc32(json.dumps(row, default=str).encode())
-        with blamed(f"does not fit recipe {name} ({wanted})", *faults, on=row):
+        with as_user_error(f"does not fit recipe {name} ({wanted})", *faults, on=row):
             made = recipe(row, *[np.random.default_rng([seed, epoch, key])] * draws, **args)
         return made if isinstance(made, str) else {"weight": row.get("weight")} | made
 
@@ -707,18 +689,18 @@ def to_segments(parts, weight):
 
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     """[(where, row), ...] -> per row (parts as of `assemble` or why it is dropped, weight, tokens before truncation,
-    scored ones). `make` is a recipe's, `options` as in `lay_out`. UserError: `where` a row is malformed, and how."""
+    scored ones). `make` is a recipe's, `options` as in `to_pieces`. UserError: `where` a row is malformed, and how."""
     laid = []
     for where, row, *_ in rows:
-        with blamed(where, UserError):
+        with as_user_error(where, UserError):
             row = make(row) if make else row
             dropped = isinstance(row, str)
             weight = 1.0 if dropped or row.get("weight") is None else row["weight"]
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e30:
                 raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-            sides = row if dropped else lay_out(row, tokenizer, **options)
+            sides = row if dropped else to_pieces(row, tokenizer, **options)
             pieces = [] if isinstance(sides, str) else [piece for side in sides for piece, _ in side]
-            with blamed("half a surrogate pair in its text, which was cut inside a character", UnicodeEncodeError):
+            with as_user_error("half a surrogate pair in its text, which was cut inside a character", UnicodeEncodeError):
                 "".join(piece for piece in pieces if isinstance(piece, str)).encode()
         laid.append((sides, float(weight)))
     encoded = tokenizer.encode_sides([sides for sides, _ in laid if not isinstance(sides, str)])
@@ -732,7 +714,7 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
 
 
 def render_row(row, tokenizer, max_length=None, where="row", **options):
-    """One row -> list[Segment], or why it is dropped (str). Options as in `lay_out`, truncation as in `fit`."""
+    """One row -> list[Segment], or why it is dropped (str). Options as in `to_pieces`, truncation as in `fit`."""
     found, weight, *_ = next(render_rows([(where, row)], tokenizer, max_length, **options))
     return found if isinstance(found, str) else to_segments(found, weight)
 
@@ -920,6 +902,31 @@ def split_holdout(examples, rows, size, seed=0):
     return [tuple(replace(part, at=part.at[where]) for part in (examples, rows)) for where in (~out, out)]
 
 
+# --- answers in what was rendered --------------------------------------------------------------------------------------
+
+
+def find_answer(text):
+    """What stands behind the last 'Answer:', or None: a letter ('B', '(B)', 'B. dog'), else the rest of the line."""
+    if not (found := re.findall(r"[Aa]nswer:[ \t]*(\S.*)", text)):
+        return None
+    letter = re.match(r"\(?([A-Z])(?![\w'])", found[-1])
+    return letter[1] if letter else found[-1].strip().rstrip(".")
+
+
+def split_prompt(example):
+    """(prompt ids, reference ids); the reference is the last run of scored tokens, of a pair its chosen answer."""
+    ids, labels = (np.concatenate(parts) for parts in zip(*((s.ids, s.labels) for s in example[:2])))
+    masked = labels == IGNORE
+    stop = int(np.flatnonzero(~masked)[-1]) + 1
+    start = int((np.flatnonzero(masked[:stop])[-1:] + 1).sum())
+    return ids[:start].tolist(), ids[start:stop].tolist()
+
+
+def texts_of(choices):
+    """A row's choices, if they are a list of texts; else none."""
+    return choices if isinstance(choices, list) and all(isinstance(text, str) for text in choices) else []
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -941,12 +948,12 @@ class DataConfig:
     temperature: float = 0.8  # pairs: at which they are drawn
 
     def __post_init__(self):
-        check_least(self, 1, "max_length", "max_samples")
-        check_least(self, 0, "n", "seed", "temperature")
-        check_least(self, 1, "max_new_tokens", most=2**20)
+        check_range(self, 1, "max_length", "max_samples")
+        check_range(self, 0, "n", "seed", "temperature")
+        check_range(self, 1, "max_new_tokens", most=2**20)
 
 
-def load(config, **options):
+def load_rows(config, **options):
     """(tokenizer, examples, rows, ledger) of a command's settings."""
     plain = (Path(config.model) / "tokenizer.json").is_file()  # a tokenizer's folder will do
     tokenizer = Tokenizer(config.model if plain else resolve(config.model))
@@ -956,13 +963,13 @@ def load(config, **options):
 
 def show(config):
     """Rows as the model sees them, what is scored in green, or between ⟦ ⟧ where there is no terminal."""
-    tokenizer, examples, _, ledger = load(config)
+    tokenizer, examples, _, ledger = load_rows(config)
     start, stop = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "⟦⟧"
     for example in examples[: config.n]:
         for segment in example:
             scored = segment.labels != IGNORE
             for run in np.split(np.arange(len(scored)), np.flatnonzero(np.diff(scored)) + 1):
-                piece = plain(tokenizer.decode(segment.ids[run], skip_special=False))
+                piece = sanitize(tokenizer.decode(segment.ids[run], skip_special=False))
                 print(start + piece + stop if scored[run].any() else piece, end="")
         print("\n")
     print(ledger)
@@ -974,7 +981,7 @@ def audit(config):
 
     if not (config.output or ".png").endswith(".png"):
         raise UserError(f"--output {config.output}: a histogram is a .png")
-    tokenizer, examples, _, ledger = load(config, max_length=None)
+    tokenizer, examples, _, ledger = load_rows(config, max_length=None)
     count = len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
     sizes, seen = [], set()
     for example in examples:
@@ -990,7 +997,7 @@ def audit(config):
         print(name.ljust(12), *(f"{x:8.1f}".replace(".0", "  ") for x in found))
     fits = int(-(-np.percentile(sizes[:, 2], 99) // 64) * 64)
     print(f"suggested max_length: {fits} tokens, which leaves {(sizes[:, 2] <= fits).mean():.1%} of the examples whole")
-    print(f"with max_length {config.max_length or fits}: {load(config, max_length=config.max_length or fits)[3]}")
+    print(f"with max_length {config.max_length or fits}: {load_rows(config, max_length=config.max_length or fits)[3]}")
     print(f"{len(examples) - len(seen):,} duplicates; {ledger.rows_ended:,} of {len(examples):,} score an end of turn")
     figure = Figure(figsize=(7, 4), layout="constrained")
     figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples").hist(sizes[:, 0], bins=60)
@@ -1000,63 +1007,41 @@ def audit(config):
 
 def mix(config):
     """All sources' rows as the recipe makes them, shuffled in one file, each source's share as its weight says."""
-    *_, rows, ledger = load(config)
+    *_, rows, ledger = load_rows(config)
     rows = rows.epoch(0)
     return (rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))), f"{len(rows):,} rows: {ledger}"
 
 
-def pairs(config):
-    """Preference rows of questions with a known answer. Chosen is the row's own answer; rejected the same with a wrong
-    choice in its place or, with --generate, a wrong answer of the model's."""
-    from eval import find_answer, split_prompt, texts_of
-
-    tokenizer, examples, rows, _ = load(config)
-    given, counts, found, draw = [], Counter(), {}, np.random.default_rng(config.seed)
-    model = load_model(config.model, device=pick_device("auto")) if config.generate else None
-    for at in range(0, len(examples) if model else 0, 32):
-        ids = [split_prompt(example)[0] for example in examples[at : at + 32]]
-        ends = {"eos_ids": tokenizer.end_ids, "seed": config.seed + at}
-        given += map(tokenizer.decode, generate(model, ids, config.max_new_tokens, config.temperature, **ends))
-    for n, row in enumerate(rows):
-        prompt, (answer, *_) = split_row(row, tokenizer.has_template)
-        if chat := isinstance(answer, list):
-            prompt, answer = prompt + answer[:-1], answer[-1]["content"]
-        read = find_answer if find_answer(answer) else str.strip
-        gold = row.get("answer") or read(answer)
-        if not isinstance(gold, str):
-            raise UserError(f"example {n}: 'answer' must be the text of the right choice, found {brief(row)}")
-        others = [choice for choice in texts_of(row.get("choices")) if choice != gold and answer.endswith(gold)]
-        wrong = given[n] if model else answer.removesuffix(gold) + draw.choice(others) if others else ""
-        if not (said := read(wrong)) or said == gold:
-            counts["answered right" if said else "no wrong answer known"] += 1
-            continue
-        chosen, rejected = (say("assistant", side) if chat else side for side in (answer, wrong))
-        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        counts["the same as another"] += json.dumps(pair) in found
-        found[json.dumps(pair)] = pair
-    return found.values(), f"{len(found):,} pairs" + "".join(f"; {why}: {n:,}" for why, n in counts.items() if n)
 
 
-COMMANDS = {command.__name__: command for command in (show, audit, mix, pairs)}
+COMMANDS = {command.__name__: command for command in (show, audit, mix)}
+
+
+def write_rows(config, make):
+    """Writes the rows of make(config) -> (rows, a line that sums them up) to --output, a new file."""
+    if not config.output or Path(config.output).exists():
+        fault = "exists already" if config.output else "is needed"
+        raise UserError(f"--output {config.output}: {fault}; name a new one")
+    rows, summary = make(config)
+    with open(f"{config.output}.partial", "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.rename(file.name, config.output)
+    print(f"{config.output}: {summary}")
 
 
 def main():
     command, *argv = sys.argv[1:] or [""]
+    if command == "pairs":  # a model answers there, so it stands in eval.py
+        return runpy.run_path(str(Path(__file__).with_name("eval.py")), run_name="__main__")
     if command not in COMMANDS:
-        usage = f"python data.py {'|'.join(COMMANDS)} --model MODEL --data SOURCE ... (--help says more)"
-        raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}; usage: {usage}")
+        usage = f"python data.py {'|'.join([*COMMANDS, 'pairs'])} --model MODEL --data SOURCE ... (--help says more)"
+        raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, 'pairs'])}; usage: {usage}")
     config = parse_config(DataConfig, argv, COMMANDS[command].__doc__)
-    if command in ("show", "audit"):
-        return COMMANDS[command](config)
-    if not config.output or Path(config.output).exists():
-        fault = "exists already" if config.output else "is needed"
-        raise UserError(f"--output {config.output}: {fault}; name a new one")
-    rows, told = COMMANDS[command](config)
-    with open(f"{config.output}.partial", "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.rename(file.name, config.output)
-    print(f"{config.output}: {told}")
+    if command == "mix":
+        write_rows(config, mix)
+    else:
+        COMMANDS[command](config)
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -32,10 +32,15 @@ from torch.nn.functional import logsigmoid, relu
 from tqdm import tqdm
 
 import sft
+from eval import EXAMPLES
 from lora import lora_layers
-from model import IGNORE, UserError, check_least, cli, locked, nearest, read_tensor, write_tensors
+from model import IGNORE
 from qlora import load_4bit
-from sft import EXAMPLES, SFTConfig, micro_batches, read_config, read_log, token_budget
+from sft import SFTConfig, micro_batches, read_config, token_budget
+from support.errors import UserError, nearest, run_command
+from support.files import locked_folder, read_tensor, write_tensors
+from support.settings import check_range
+from support.tracking import read_log
 
 
 @dataclass
@@ -73,7 +78,7 @@ class DPOConfig(SFTConfig):
         if not 0 <= self.label_smoothing < 0.5 or "exo_pair" in self.loss_type and not self.label_smoothing:
             raise UserError(f"label_smoothing: {self.label_smoothing} is not from 0 to below 0.5, and for exo_pair "
                             "above 0 (its paper: 0.001)")
-        check_least(self, 0, "rpo_alpha", "cpo_alpha", "simpo_gamma")
+        check_range(self, 0, "rpo_alpha", "cpo_alpha", "simpo_gamma")
         if min(self.loss_weights) < 0 or not sum(self.loss_weights) + self.rpo_alpha > 0:
             raise UserError(f"loss_weights: {self.loss_weights} are not from 0 up, and one of them above it")
         self.reference_free |= set(self.loss_type) <= REFERENCE_FREE
@@ -234,7 +239,7 @@ def add_reference(model, steps, held, config):
             at += scored
 
 
-def prepare(model, steps, held, config):
+def prepare_reference(model, steps, held, config):
     """What DPO does before the first step: the reference."""
     if config.reference_free:
         return
@@ -256,8 +261,8 @@ def main(argv=None):
     embedded = [config.model, config.adapter] == [str(EXAMPLES / "tiny-qwen3"), "output/sft"]
     if embedded and not Path("output/sft/adapter").exists():
         sft.main([])  # the embedded example goes on from the other's result
-    with locked(config.output_dir), sft.kept_output(Path(config.output_dir)):
-        sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare, config=config), preference=True)
+    with locked_folder(config.output_dir), sft.copy_output(Path(config.output_dir)):
+        sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare_reference, config=config), preference=True)
         lines = [] if config.dry_run else read_log(Path(config.output_dir) / "log.jsonl")
         lines = [line for line in lines if "eval_rewards/margins" in line]
         for line in lines[:: max(1, len(lines) - 1)]:
@@ -267,4 +272,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

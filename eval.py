@@ -21,6 +21,7 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, fields, replace
@@ -33,11 +34,37 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, brief, parse_config, read_rows, read_text, render_row, say, text_of
+from data import (
+    DataConfig,
+    Tokenizer,
+    as_turn,
+    find_answer,
+    load_rows,
+    read_rows,
+    read_text,
+    render_row,
+    split_prompt,
+    split_row,
+    text_of,
+    texts_of,
+    write_rows,
+)
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
-from model import (IGNORE, Batch, Segment, UserError, blamed, check_least, cli, convert, generate, generate_each,
-                   kept_pages, locked, nearest, pick_device, read_json, regular, resolve)
+from model import (
+    IGNORE,
+    Batch,
+    Segment,
+    generate,
+    generate_each,
+    load_model,
+    pick_device,
+)
 from qlora import QuantConfig, load_4bit
+from support.errors import UserError, as_user_error, brief, nearest, run_command
+from support.files import locked_folder, read_json, regular_file
+from support.hub import resolve
+from support.memory import keep_freed_memory
+from support.settings import check_range, convert, parse_config
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 
@@ -253,8 +280,8 @@ def contexts(item, shots, tokenizer, chat):
     if not chat:
         header = "".join(f"{prompt} {answer}\n\n" for prompt, answer in shots)
         return [(header + prompt, f" {answer}") for prompt, answer in item.each()]
-    said = [turn for asked, answer in shots for turn in say("user", asked) + say("assistant", answer)]
-    return Item([tokenizer.render(said + say("user", text), True) for text in item.prompts], item.answers).each()
+    said = [turn for asked, answer in shots for turn in as_turn("user", asked) + as_turn("assistant", answer)]
+    return Item([tokenizer.render(said + as_turn("user", text), True) for text in item.prompts], item.answers).each()
 
 
 # --- questions: what is asked of a model, and how what comes of it is graded ------------------------------------------
@@ -303,21 +330,8 @@ def ask_items(found, task, model, tokenizer, config):
             for (item, _), pairs in zip(found, asked)]
 
 
-def find_answer(text):
-    """What stands behind the last 'Answer:', or None: a letter ('B', '(B)', 'B. dog'), else the rest of the line."""
-    if not (found := re.findall(r"[Aa]nswer:[ \t]*(\S.*)", text)):
-        return None
-    letter = re.match(r"\(?([A-Z])(?![\w'])", found[-1])
-    return letter[1] if letter else found[-1].strip().rstrip(".")
 
 
-def split_prompt(example):
-    """(prompt ids, reference ids); the reference is the last run of scored tokens, of a pair its chosen answer."""
-    ids, labels = (np.concatenate(parts) for parts in zip(*((s.ids, s.labels) for s in example[:2])))
-    masked = labels == IGNORE
-    stop = int(np.flatnonzero(~masked)[-1]) + 1
-    start = int((np.flatnonzero(masked[:stop])[-1:] + 1).sum())
-    return ids[:start].tolist(), ids[start:stop].tolist()
 
 
 def read_answer(model, tokenizer, prompt, wanted, options, ids):
@@ -331,9 +345,6 @@ def read_answer(model, tokenizer, prompt, wanted, options, ids):
             "metrics": {"accuracy": float(answer == gold)}}
 
 
-def texts_of(choices):
-    """A row's choices, if they are a list of texts; else none."""
-    return choices if isinstance(choices, list) and all(isinstance(text, str) for text in choices) else []
 
 
 def ask_answers(model, tokenizer, examples, choices):
@@ -407,7 +418,7 @@ def grade_text(tokenizer, wanted, ids):
     """A written text beside its reference, if there is one: exact match, and ROUGE F-measures by rouge_score."""
     text, metrics = tokenizer.decode(ids).strip(), {}
     if wanted is not None:
-        with blamed("answers are compared with references by ROUGE; pip install rouge_score", ImportError):
+        with as_user_error("answers are compared with references by ROUGE; pip install rouge_score", ImportError):
             from rouge_score.rouge_scorer import RougeScorer
         found = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(wanted, text)
         metrics = {"exact_match": float(text == wanted), **{name: score.fmeasure for name, score in found.items()}}
@@ -433,7 +444,7 @@ def ask_own(rows, model, tokenizer, config):
         alone.append("question" in row or "prompt" in row and not {"completion", "chosen"} & set(row))
         if alone[-1]:  # the renderer wants an answer
             asked = row.get("question", row.get("prompt"))
-            asked = say("user", asked) if "question" in row and tokenizer.has_template else asked
+            asked = as_turn("user", asked) if "question" in row and tokenizer.has_template else asked
             row = {"prompt": asked, "completion": "?"}
         examples.append(render_row(row, tokenizer, where=where))
         if isinstance(examples[-1], str):
@@ -456,7 +467,7 @@ def run(model, tokenizer, questions, file, identity, config):
     keys = [hashlib.sha256(repr((identity, q[:3], q.prompt and config.max_new_tokens)).encode()).hexdigest()[:16]
             for q in questions]
     done, aside = {}, file.with_suffix(".partial")
-    for line in regular(file).read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.exists() else []:
+    for line in regular_file(file).read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.exists() else []:
         with suppress(ValueError, KeyError, TypeError, IndexError, RecursionError):  # not one of ours: asked anew
             sample = json.loads(line)
             done |= {sample["id"]: sample} if keys[sample["id"]] == sample["key"] else {}
@@ -474,7 +485,7 @@ def run(model, tokenizer, questions, file, identity, config):
                           eos_ids=tokenizer.eos_ids if stops else tokenizer.end_ids, batch_size=config.batch_size,
                           stop=lambda ids: any(stop in tokenizer.decode(ids[-reach:], False) for stop in stops))
     bar = tqdm(total=len(keys), initial=len(done), desc=file.stem, leave=False, disable=not sys.stderr.isatty())
-    with open(file, "a", encoding="utf-8") as out, bar, kept_pages():
+    with open(file, "a", encoding="utf-8") as out, bar, keep_freed_memory():
         for numbers, answers in ((scored, score(model, [questions[n].sequences for n in scored])), (written, texts)):
             for n, answer in ((numbers[at], answer) for at, answer in answers):
                 done[n] = {"id": n, "key": keys[n], **questions[n].shown, **questions[n].grade(answer)}
@@ -611,6 +622,36 @@ def draw(results, pairs, file):
     figure.savefig(file, dpi=130)
 
 
+def pairs(config):
+    """Preference rows of questions with a known answer. Chosen is the row's own answer; rejected the same with a wrong
+    choice in its place or, with --generate, a wrong answer of the model's."""
+    tokenizer, examples, rows, _ = load_rows(config)
+    given, counts, found, draw = [], Counter(), {}, np.random.default_rng(config.seed)
+    model = load_model(config.model, device=pick_device("auto")) if config.generate else None
+    for at in range(0, len(examples) if model else 0, 32):
+        ids = [split_prompt(example)[0] for example in examples[at : at + 32]]
+        ends = {"eos_ids": tokenizer.end_ids, "seed": config.seed + at}
+        given += map(tokenizer.decode, generate(model, ids, config.max_new_tokens, config.temperature, **ends))
+    for n, row in enumerate(rows):
+        prompt, (answer, *_) = split_row(row, tokenizer.has_template)
+        if chat := isinstance(answer, list):
+            prompt, answer = prompt + answer[:-1], answer[-1]["content"]
+        read = find_answer if find_answer(answer) else str.strip
+        gold = row.get("answer") or read(answer)
+        if not isinstance(gold, str):
+            raise UserError(f"example {n}: 'answer' must be the text of the right choice, found {brief(row)}")
+        others = [choice for choice in texts_of(row.get("choices")) if choice != gold and answer.endswith(gold)]
+        wrong = given[n] if model else answer.removesuffix(gold) + draw.choice(others) if others else ""
+        if not (said := read(wrong)) or said == gold:
+            counts["answered right" if said else "no wrong answer known"] += 1
+            continue
+        chosen, rejected = (as_turn("assistant", side) if chat else side for side in (answer, wrong))
+        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        counts["the same as another"] += json.dumps(pair) in found
+        found[json.dumps(pair)] = pair
+    return found.values(), f"{len(found):,} pairs" + "".join(f"; {why}: {n:,}" for why, n in counts.items() if n)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -622,7 +663,7 @@ def find_model(path):
             if not (base := read_adapter_config(adapter)[1].get("base_model_name_or_path")):
                 raise UserError(f"{adapter}: its config names no base model; merge it and evaluate the merged folder")
             trained = read_json(at) if (at := adapter.parent / "config.json").exists() else {}
-            with blamed(f"{at}: not the settings of a run", ValueError, TypeError):
+            with as_user_error(f"{at}: not the settings of a run", ValueError, TypeError):
                 settings = {f.name: convert(trained.get(f.name, f.default), f.type) for f in fields(QuantConfig)}
             return base, adapter, QuantConfig(**settings)
     return str(folder / "merged" if (folder / "merged").is_dir() else folder), None, QuantConfig()
@@ -665,6 +706,9 @@ def named(sources, kind):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["pairs"]:
+        return write_rows(parse_config(DataConfig, argv[1:], pairs.__doc__), pairs)
     config = parse_config(EvalConfig, argv, __doc__)
     models, own, failed, held, samples = named(config.model, "model"), named(config.data, "data"), {}, {}, {}
     if not config.tasks and not own:
@@ -675,16 +719,16 @@ def main(argv=None):
         raise UserError(f"--tasks: {odd[0]!r} is not one of {', '.join(TASKS)}{nearest(odd[0], TASKS)}")
     if odd := [name for name in own if name in TASKS]:
         raise UserError(f"--data: {odd[0]} is a benchmark's name; give NAME={own[odd[0]]}")
-    check_least(config, 1, "limit", "batch_size")
-    check_least(config, 0, "num_fewshot")
-    check_least(config, 1, "max_new_tokens", most=2**20)
+    check_range(config, 1, "limit", "batch_size")
+    check_range(config, 0, "num_fewshot")
+    check_range(config, 1, "max_new_tokens", most=2**20)
     items, folder = {task: read_task(task, config) for task in config.tasks}, Path(config.output_dir)
     rows = {name: read_own(source) for name, source in own.items()}
     if not models:
         models = {"base": str(EXAMPLES / "tiny-qwen3"), "sft": "output/sft", "dpo": "output/dpo"}
         for name in [name for name, path in models.items() if not Path(path).exists()]:
             print(f"{name}: there is no {models.pop(name)} yet, left out")
-    with locked(folder):
+    with locked_folder(folder):
         for name, path in models.items():
             try:
                 model, tokenizer, identity = load(path, held, config)
@@ -711,4 +755,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -18,22 +18,36 @@ import json
 import math
 import re
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import get_args, get_origin
+from typing import Protocol, get_args, get_origin, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from torch import nn
 
-from model import (DTYPES, FLOATS, Linear, RMSNorm, UserError, blamed, bounded, brief, check_names, cli, nearest,
-                   open_model, parse_config, place, plain, read_header, read_json, read_tensor, resolve, save_model,
-                   write_tensors, written_aside)
+from model import (
+    DTYPES,
+    FLOATS,
+    Linear,
+    RMSNorm,
+    check_names,
+    open_model,
+    save_model,
+    set_tensor,
+)
+from support.errors import UserError, as_user_error, brief, nearest, run_command
+from support.files import (
+    atomic_folder,
+    read_header,
+    read_json,
+    read_tensor,
+    write_tensors,
+)
+from support.hub import HubConfig, push, resolve
+from support.sandbox import bounded
+from support.settings import parse_config
 
 
 @dataclass
@@ -55,11 +69,30 @@ class LoRAConfig:
     init_lora_weights: str = "true"  # true, gaussian, pissa, pissa_niter_N (a faster SVD), loftq (of 4-bit weights)
 
 
+@runtime_checkable
+class AdaptableLinear(Protocol):
+    """A linear layer that can be adapted: model.py's Linear, qlora.py's Linear4bit."""
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+    quantized: bool  # the weight is no parameter, so it can't be trained
+
+    def dense_weight(self):
+        """W (out, in) as the products use it."""
+
+    def original_weight(self):
+        """W (out, in) as the checkpoint has it; UserError where the checkpoint holds 4 bits itself."""
+
+    def replace_weight(self, weight):
+        """Holds `weight` (out, in) from here on, quantised if the layer is."""
+
+
 class LoRALinear(nn.Module):
     """y = base(x) + s·B A dropout(x), over any linear layer, plain or quantised. Source: arXiv:2106.09685 section 4.1.
 
     base: a module with `in_features`, `out_features`, `bias` and base(x), and with `weight` (out, in) or, where it is
-    quantised, `dequantize()` that returns it. A (R, in) ~ U(±1/√in) from `generator`, B (out, R) = 0; both are fp32 and
+    quantised, `dense_weight()` that returns it. A (R, in) ~ U(±1/√in) from `generator`, B (out, R) = 0; both are fp32 and
     multiplied in x's dtype. s = alpha / R, or alpha / √R for rsLoRA. With `use_dora` row i of W + s·B A has the trained
     length m_i (Liu et al. 2024, arXiv:2402.09353, eq. 5; the length it is divided by passes no gradient, section 4.3).
     """
@@ -105,7 +138,7 @@ class LoRALinear(nn.Module):
         return (self.squares + 2 * self.scaling * twice.sum(1)).sqrt()
 
     def base_weight(self):
-        return self.base_layer.dequantize() if hasattr(self.base_layer, "dequantize") else self.base_layer.weight
+        return self.base_layer.dense_weight()
 
     def merged(self, W):
         """(out, in): W (out, in), this layer's or another base's, with the update, summed in fp32, in W's dtype."""
@@ -125,7 +158,7 @@ class LoRALinear(nn.Module):
         return plain_linear(self.base_layer, self.weight)
 
     @torch.no_grad()
-    def begin(self, kind, generator):
+    def init_weights(self, kind, generator):
         """Sets A and B by `init_lora_weights`. gaussian: A ~ N(0, 1/R²), B = 0. pissa: s·B A is the weight's part of
         rank R, by its SVD or `niter` rounds of a randomised one, and is taken out of the base (Meng et al. 2024,
         arXiv:2404.02948, eqs. 2-4). loftq: s·B A is rank R of what 4 bits lost, one round (Li et al. 2023,
@@ -135,9 +168,9 @@ class LoRALinear(nn.Module):
             self.lora_A.copy_(torch.randn(self.lora_A.shape, generator=generator) / r)
         if kind in ("true", "gaussian") or self.lora_A.is_meta:
             return
-        quantised = hasattr(base, "original")
-        W = (base.original() if quantised else base.weight).float()
-        of = W - base.dequantize().float() if kind == "loftq" else W
+        quantised = base.quantized
+        W = base.original_weight().float()
+        of = W - base.dense_weight().float() if kind == "loftq" else W
         if niter := re.fullmatch(r"pissa_niter_(\d+)", kind):
             with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
                 torch.manual_seed(generator.initial_seed())
@@ -151,7 +184,7 @@ class LoRALinear(nn.Module):
         if kind != "loftq":
             self.start = self.lora_A.clone(), self.lora_B.clone()
             rest = torch.addmm(W, *self.start[::-1], alpha=-self.scaling)
-            base.quantize_(rest.to(base.original().dtype)) if quantised else base.weight.copy_(rest)
+            base.replace_weight(rest.to(base.original_weight().dtype))
 
 
 def plain_linear(layer, weight):
@@ -169,7 +202,7 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 def count_parameters(model) -> tuple[int, int]:
     """(trainable, all) parameters. A tied tensor counts once, a weight in 4 bit as what it stands for."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    quantised = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize"))
+    quantised = sum(m.in_features * m.out_features for m in model.modules() if getattr(m, "quantized", False))
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantised
 
 
@@ -203,7 +236,7 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
         most = min(base.in_features, base.out_features)
         if r > most and config.init_lora_weights not in ("true", "gaussian"):
             raise UserError(f"lora_r: {r} singular values are wanted of {name}, which has {most}")
-        layer.begin(config.init_lora_weights, generator)
+        layer.init_weights(config.init_lora_weights, generator)
         model.set_submodule(name, layer)
     model.adapter = config
     model.requires_grad_(False)
@@ -299,8 +332,8 @@ def resolve_targets(model, config, strict=True):
              for i in config.layers_to_transform if i not in range(depth)]
     faults += lost if strict else []
     faults += [f"modules_to_save: {path} is held in 4 bit, which can't be trained; give it as a target"
-               for path in whole_modules(linear, config.modules_to_save) if hasattr(modules[path], "dequantize")][:1]
-    if config.init_lora_weights == "loftq" and not all(hasattr(modules[path], "dequantize") for path in names):
+               for path in whole_modules(linear, config.modules_to_save) if getattr(modules[path], "quantized", False)][:1]
+    if config.init_lora_weights == "loftq" and not all(getattr(modules[path], "quantized", False) for path in names):
         faults.append("init_lora_weights: loftq makes up for what 4 bits lose; give --load_in_4bit too")
     if faults or not names:
         raise UserError("; ".join(faults or ["target_modules: no linear layer is left to adapt"]))
@@ -406,7 +439,7 @@ def write_adapter(model, folder, base_model=None):
 
 def save_adapter(model, folder, base_model=None):
     """`write_adapter` to a folder of its own, written aside and renamed into place."""
-    with written_aside(folder) as aside:
+    with atomic_folder(folder) as aside:
         write_adapter(model, aside, base_model)
 
 
@@ -481,7 +514,7 @@ def open_adapter(model, folder):
     ends = {EMBEDDING, HEAD} & set(whole_modules(module_paths(model), config.modules_to_save))
     if model.lm_head is None and ends and not raw.get("ensure_weight_tying"):
         untie(model)
-    with blamed(f"{folder}: not an adapter of this model", UserError):
+    with as_user_error(f"{folder}: not an adapter of this model", UserError):
         notices = add_lora(model, config, strict=False)
     names, file = adapter_names(model), folder / "adapter_model.safetensors"
     found = {key: shape for key, (_, shape, kind) in read_header(file).items() if kind in FLOATS}
@@ -532,25 +565,25 @@ def merge_lora(model):
     return model.requires_grad_(False)
 
 
-def merge(adapter, output_dir, base=None, prepare=None):
+def merge(adapter, output_dir, base=None, swap_layers=None):
     """Writes the merge of an adapter and its base (default: the one its config names) to a folder, in the base's dtype
-    and the Hugging Face layout. A layer at a time: no more than a shard is held. `prepare` as in `open_model`: layers
+    and the Hugging Face layout. A layer at a time: no more than a shard is held. `swap_layers` as in `open_model`: layers
     in 4 bit are merged as what they stand for. Returns notices."""
     adapter = find_adapter(adapter)
     base = base or read_adapter_config(adapter)[1].get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter}: its config names no base model; give it with --model")
-    model, found = open_model(base, prepare=prepare)
+    model, found = open_model(base, swap_layers=swap_layers)
     was = model.config
     names, file, notices = open_adapter(model, adapter)
     trained = {name: key for key, name in names.items()}
 
     def fill(name):
         if name in trained:
-            return place(model, name, read_tensor(file, trained[name]), "cpu", torch.float32)
+            return set_tensor(model, name, read_tensor(file, trained[name]), "cpu", torch.float32)
         stored = name.replace(".base_layer.", ".")
         stored = stored if stored in found else f"{EMBEDDING}.weight"  # a head that was tied to it
-        place(model, name, read_tensor(found[stored][0], stored), "cpu", DTYPES[was.dtype])
+        set_tensor(model, name, read_tensor(found[stored][0], stored), "cpu", DTYPES[was.dtype])
 
     @torch.no_grad()
     def merged():
@@ -582,77 +615,14 @@ def new_folder(path):
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class HubConfig:
-    """Where a run is pushed to; names are those of transformers' TrainingArguments and push_to_hub."""
-
-    hub_model_id: str = ""  # user/name, where adapter/ goes; merged/ goes to user/name-merged; none: the folder's name
-    hub_commit_message: str = "Trained with plaintune"  # of what is pushed
-    hub_private_repo: bool | None = None  # whether a repository that has to be made is private; none: as the hub has it
 
 
-WAITS = (1, 2, 4, 8, 16)  # seconds before a push is tried again
 
 
-def ask_hub(what, ask, waits=(), advice=""):
-    """ask()'s answer, asked again after each of `waits` seconds while the hub is out of reach or at fault (5xx, 429).
-    Else UserError: `what`, the hub's words in a line, and the advice."""
-    if not get_token():
-        raise UserError(f"{what}: no token; set HF_TOKEN to one that may write, or log in (hf auth login){advice}")
-    for wait in (*waits, None):
-        try:
-            return ask()
-        except Exception as error:  # the client's own errors and those of whichever http library it stands on
-            words = " ".join(plain(str(error)).split()).partition(" For more information")[0]
-            reason = words[:200] or type(error).__name__
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            if wait is None or isinstance(error, ValueError) or 400 <= status < 500 and status != 429:
-                raise UserError(f"{what}: {reason}{advice}") from None
-            print(f"{what}: {reason}; again in {wait} s", flush=True)
-            time.sleep(wait)
 
 
-def open_repositories(config, run):
-    """{folder of the run: repository that has it as its root, so that PEFT, transformers and vLLM open it by its id}.
-    They are made where they are not there, and asked for what a commit begins with, which takes the right to write."""
-    api, name = HfApi(), config.hub_model_id or Path(run).resolve().name
-    user = api.whoami()["name"]
-    name = name if "/" in name else f"{user}/{name}"
-    parts = ["adapter"] * bool(config.lora_r) + ["merged"] * (config.merge or not config.lora_r)
-    names = dict(zip(parts, (name, f"{name}-merged")))
-    for name in names.values():
-        api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
-        api.preupload_lfs_files(name, [CommitOperationAdd("README.md", b"-")])
-    return names
 
 
-def push(run, given=HubConfig()):
-    """Brings to the hub what it lacks of a finished run's adapter/ and merged/; what is `given` wins over the run's
-    config.json. pushed.json keeps {repository: commit and files}. UserError: an unfinished run, or a hub that refuses
-    or fails for good, which takes nothing from the run."""
-    run, api = Path(run), HfApi()
-    ask = partial(ask_hub, waits=WAITS, advice=f"; nothing is lost: `python lora.py push {run}` goes on from here")
-    config = vars(HubConfig()) | read_json(run / "config.json")
-    if not {"lora_r", "merge"} <= config.keys() or not (run / "README.md").exists():  # the last that a run writes
-        raise UserError(f"{run}: no run's folder, or not finished; then the command that began it goes on, and pushes")
-    config |= {f.name: getattr(given, f.name) for f in fields(HubConfig) if getattr(given, f.name) != f.default}
-    names = ask("push", lambda: open_repositories(SimpleNamespace(**config), run))
-    pushed = read_json(run / "pushed.json") if (run / "pushed.json").exists() else {}
-    for part, name in names.items():
-        files = {file.name: file.stat().st_mtime_ns for file in sorted((run / part).iterdir())}
-        there = ask(f"push to {name}", lambda: api.list_repo_files(name))
-        if pushed.get(name, {}).get("files") == files and files.keys() <= set(there):
-            print(f"{name} holds {part}/ already")
-            continue
-        others = [file for file in {*there} - {*files} if re.fullmatch(r"[^/]*\.safetensors(\.index\.json)?", file)]
-        changes = [CommitOperationAdd(file, run / part / file) for file in files]
-        changes += map(CommitOperationDelete, others)
-        commit = ask(f"push to {name}", lambda: api.create_commit(
-            name, changes, commit_message=config["hub_commit_message"]))
-        pushed[name] = {"commit": commit.oid, "files": files}
-        (run / ".pushed.json").write_text(json.dumps(pushed, indent=2))
-        (run / ".pushed.json").replace(run / "pushed.json")
-        print(f"pushed {part}/ to {name}", flush=True)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -685,4 +655,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -13,38 +13,34 @@ K key/value heads, D head dim, V vocabulary, L layers, R LoRA rank.
     generate(model, [prompt_ids], max_new_tokens=32)
 """
 
-import ctypes
-import difflib
-import fcntl
 import json
 import math
 import os
 import re
-import resource
 import shutil
-import signal
 import sys
-import threading
-import types
-from collections import Counter
-from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from inspect import getsource
 from pathlib import Path
-from traceback import walk_tb
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
-from huggingface_hub.utils import disable_progress_bars, get_token
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from support.errors import UserError, as_user_error, brief, nearest
+from support.files import (
+    atomic_folder,
+    finite,
+    read_header,
+    read_json,
+    read_tensor,
+    write_tensors,
+)
+from support.hub import COMPANIONS, resolve
+from support.memory import set_malloc_threshold
 
 # --- the packed batch -------------------------------------------------------------------------------------------------
 
@@ -314,7 +310,7 @@ class ModelConfig:
         if faults:
             raise UserError(f"{where}: " + "; ".join(faults))
         fault = f"{where}: rope can't be computed from these numbers"
-        with torch.device("cpu"), blamed(fault, ArithmeticError, ValueError):
+        with torch.device("cpu"), as_user_error(fault, ArithmeticError, ValueError):
             frequencies, scale = rope_frequencies(config)
             if not math.isfinite(frequencies.sum() * scale):
                 raise ValueError(config.rope)
@@ -397,7 +393,19 @@ def rope_frequencies(config):
 
 
 class Linear(nn.Linear):
-    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here."""
+    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here. The other members are
+    what lora.py asks of a layer that can be adapted, see AdaptableLinear there."""
+
+    quantized = False
+
+    def dense_weight(self):
+        return self.weight
+
+    def original_weight(self):
+        return self.weight
+
+    def replace_weight(self, weight):
+        self.weight.copy_(weight)
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -749,68 +757,21 @@ def generate_each(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, 
 
 # --- checkpoints: read strictly, streamed; written aside and renamed --------------------------------------------------
 
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-              "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
-def regular(path, most=math.inf):
-    """`path`, unless it is there and no file of at most so many bytes: a pipe waits for ever, a device never ends."""
-    if (path := Path(path)).exists() and not (path.is_file() and path.stat().st_size <= most):
-        raise UserError(f"{path}: larger than {most:,} bytes" if path.is_file() else f"{path}: not a regular file")
-    return path
 
 
-def unique(pairs):
-    """A JSON object's pairs as a dict. ValueError: a key is given twice, of which some readers take the other one."""
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(f"{brief(Counter(key for key, _ in pairs).most_common(1)[0][0])} twice")
-    return found
 
 
-def read_json(path):
-    """The object in a JSON file; UserError with the file and line where it is missing, broken or no object."""
-    try:
-        value = json.loads(regular(path, 2**26).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
 
 
-def resolve(name, revision=None, kind="model"):
-    """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text alone)."""
-    folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise UserError(f"{folder}: no config.json in it; a model is a folder in Hugging Face's layout or a hub id")
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise UserError(f"{kind} {name}: neither a folder nor a hub id of the form org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        wanted = ["*.safetensors", "*.json", *COMPANIONS]
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
-    except GatedRepoError:
-        raise UserError(f"{kind} {name}: accept its licence on the hub first, then set HF_TOKEN") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{kind} {name}: no such folder here and no such {kind} on the hub "
-                        "(a private one needs HF_TOKEN)") from None
-    except Exception as error:  # the client's own errors and those of whichever http library it stands on
-        reason = (plain(str(error)).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{kind} {name}: no folder here, and the hub can't be reached or breaks off "
-                        f"({reason})") from None
 
 
 def pick_device(name):
     """torch.device of 'auto' (CUDA, then MPS, then the CPU) or of a device's name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with blamed(f"device: {name} can't be used here", RuntimeError, AssertionError):
+    with as_user_error(f"device: {name} can't be used here", RuntimeError, AssertionError):
         torch.zeros(1, device=name).item()
     return torch.device(name)
 
@@ -838,27 +799,10 @@ def checkpoint_tensors(folder):
     return found
 
 
-def read_header(file):
-    """{tensor name: (file, shape, dtype name)} of a safetensors file."""
-    with blamed(f"{regular(file)}: not a whole safetensors file", SafetensorError, OSError), safe_open(file, "pt") as f:
-        if len(names := f.keys()) > 10**5:
-            raise UserError(f"{file}: holds {len(names):,} tensors, which no model has")
-        parts = ((name, f.get_slice(name)) for name in names)
-        return {name: (file, tuple(part.get_shape()), part.get_dtype()) for name, part in parts}
 
 
-def read_tensor(file, name):
-    """One tensor. The file is opened for it alone: a mapping kept open would count every page read so far as memory."""
-    with safe_open(file, "pt") as f:
-        tensor = f.get_tensor(name)
-    if not finite(tensor):
-        raise UserError(f"{file}: {name} holds NaN or infinity; it is damaged, or what trained it diverged")
-    return tensor
 
 
-def finite(tensor):
-    """False where it holds NaN or positive infinity, in fp32 too. One pass, a tenth of the time that reading takes."""
-    return not tensor.is_floating_point() or tensor.numel() == 0 or math.isfinite(tensor.amax().float())
 
 
 def check_names(wanted, found, where):
@@ -873,13 +817,13 @@ def check_names(wanted, found, where):
         raise UserError(f"{where}: {len(faults)} tensor(s) do not fit: " + "; ".join(faults[:8]) + more)
 
 
-def open_model(name, revision=None, prepare=None):
+def open_model(name, revision=None, swap_layers=None):
     """(a Transformer on `meta`, where its tensors are: {name: (file, shape, dtype name)}) of folder or hub id `name`.
     Every name, shape and kind is checked against the model, all faults in one UserError; no weight is read.
-    prepare(model, found) may put other layers in place first, those of 4-bit weights say."""
+    swap_layers(model, found) may put other layers in place first, those of 4-bit weights say."""
     folder = resolve(name, revision)
     config = ModelConfig.read(folder)
-    if config.quantized and prepare is None:
+    if config.quantized and swap_layers is None:
         raise UserError(f"{folder}: holds 4-bit weights, which have no place here; name the 16-bit model")
     found = checkpoint_tensors(folder)
     if config.num_hidden_layers > len(found):
@@ -893,8 +837,8 @@ def open_model(name, revision=None, prepare=None):
             raise UserError(f"{found[ends[0]][0]}: {ends[0]} differs from {ends[1]}, yet config.json ties them; "
                             "set tie_word_embeddings to false there")
         del found["lm_head.weight"]
-    if prepare:
-        prepare(model, found)
+    if swap_layers:
+        swap_layers(model, found)
     wanted = model.state_dict()
     check_names({n: tuple(t.shape) for n, t in wanted.items()}, {n: at[1] for n, at in found.items()}, folder)
     if odd := [f"{n} ({kind})" for n, (_, _, kind) in found.items()
@@ -905,28 +849,28 @@ def open_model(name, revision=None, prepare=None):
     return model, found
 
 
-def place(model, name, tensor, device, dtype):
+def set_tensor(model, name, tensor, device, dtype):
     """Puts a tensor where its name says: frozen, on the device, in dtype; a layer with a `place` of its own decides."""
     path, leaf = re.fullmatch(r"(.+?)\.(weight.*|bias|lora_\w+)", name).groups()
     module = model.get_submodule(path)
-    if hasattr(module, "place"):
-        module.place(leaf, tensor, device, dtype)
+    if hasattr(module, "set_tensor"):
+        module.set_tensor(leaf, tensor, device, dtype)
     else:
         setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False))
 
 
-def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", revision=None, prepare=None):
+def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", revision=None, swap_layers=None):
     """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own). Made
     by `open_model`, which see, and filled a tensor at a time: peak memory is the model and one tensor."""
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}" + nearest(dtype, DTYPES))
-    model, found = open_model(name, revision, prepare)
+    model, found = open_model(name, revision, swap_layers)
     model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
     model.attention, notice = choose_attention(attn_implementation, model.config, model.dtype, device)
     if notice:
         print(notice, file=sys.stderr)
     for name, (file, _, _) in found.items():
-        place(model, name, read_tensor(file, name), device, model.dtype)
+        set_tensor(model, name, read_tensor(file, name), device, model.dtype)
     return model
 
 
@@ -935,103 +879,23 @@ def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", rev
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
-def glibc():
-    """The C library where it is glibc, else None."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "mallopt") else None
 
 
-def keep_freed(size):
-    """From here on glibc keeps freed blocks of up to `size` bytes for itself."""
-    if libc := glibc():
-        libc.mallopt(-3, size), libc.mallopt(-1, min(16 * size, 2**31 - 1))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
-keep_freed(2**22)  # left alone it goes up to 32 MB: a model read tensor by tensor then lay among up to 2 GB of holes
+set_malloc_threshold(2**22)  # left alone it goes up to 32 MB: a model read tensor by tensor then lay among up to 2 GB of holes
 
 
-@contextmanager
-def kept_pages():
-    """While the block runs, glibc keeps freed memory of any size. To get it again from the system page by page takes
-    4 % of a training step on a CPU."""
-    keep_freed(2**30)
-    try:
-        yield
-    finally:
-        keep_freed(2**22)
-        give_back()
 
 
-def give_back():
-    """Freed memory that CUDA's allocator or glibc still holds goes back to the system."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if libc := glibc():
-        libc.malloc_trim(0)
 
 
-@contextmanager
-def written_aside(target):
-    """A folder to write into. It is synced and takes target's place when the block ends well, else it is removed."""
-    target = Path(target)
-    aside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
-
-    def put_back():  # a stop between the two renames leaves the old folder beside its place
-        shutil.rmtree(aside, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-
-    put_back()
-    shutil.rmtree(old, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in [*aside.iterdir(), aside]:
-            sync(file)
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
-        sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        put_back()
-        raise
 
 
-def sync(path):
-    """Waits until a file, or which names a folder has, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
-@contextmanager
-def locked(folder):
-    """While the block runs `folder`, made if need be, is this process's; UserError where it is another's. The lock goes
-    with the process, however that ends, and a new folder in which nothing was left goes too."""
-    folder = Path(folder)
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks has to do without
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another run is at work there; wait for its end, or choose another "
-                                "--output_dir") from None
-        yield
-    finally:
-        os.close(handle)
-        with suppress(OSError):
-            for path in new:
-                path.rmdir()
 
 
-def write_tensors(tensors, file):
-    """save_file; UserError where the write is refused."""
-    with blamed(f"{file}: could not be written", SafetensorError):
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
@@ -1042,7 +906,7 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
     are, its config with `changes` (None takes a key out).
     """
     dtype = DTYPES[ModelConfig.read(source).dtype]
-    with written_aside(folder) as aside:
+    with atomic_folder(folder) as aside:
         shard, total, shards = {}, 0, []
 
         def flush():
@@ -1079,249 +943,35 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
 # --- what every command shares: mistakes that are the user's ----------------------------------------------------------
 
 
-class UserError(Exception):
-    """A user's mistake. Its text is one or two lines: the file, row, key or flag, and the way out."""
 
 
-def nearest(name, options) -> str:
-    """' (nearest: X, Y)', the up to two options that look most like name; '' where none does."""
-    close = difflib.get_close_matches(str(name), list(map(str, options)), n=2, cutoff=0.5)
-    return f" (nearest: {', '.join(close)})" if close else ""
 
 
-def cli(main):
-    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, no traceback."""
-    try:
-        for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is escaped
-            stream.reconfigure(errors="backslashreplace")
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-        return main()
-    except UserError as error:
-        message = str(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:  # not in a step, which would be done again in parts
-        message = f"out of memory ({str(error).partition('. ')[0]}): take a smaller model or batch, or --load_in_4bit"
-    except BrokenPipeError:  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.stdout.flush()
-    message = plain(message).replace("\n", " ")
-    print(f"error: {message[:1000]}{'…' * (len(message) > 1000)}", file=sys.stderr)
-    sys.exit(2)
 
 
-def plain(text):
-    """`text` without the hub's token, and with what a terminal would obey (control characters, changes of direction)
-    and halves of characters written as escapes."""
-    if token := get_token():
-        text = text.replace(token, "***")
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
-                  lambda found: ascii(found[0])[1:-1], text)
 
 
-def brief(value, width=60):
-    """`value` as one short quoted line, for messages."""
-    text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split())
-    return repr(text[:width] + "…" if len(text) > width else text)
 
 
-TEMPLATES = "<template>", "<unknown>"  # how jinja's frames name their file
 
 
-class Overrun(BaseException):
-    """What stops a block of `bounded`; no Exception, so that nothing inside takes it for its own."""
 
 
-@contextmanager
-def bounded(where, seconds=5, more=2**30):
-    """Untrusted code runs in this block: UserError after so many seconds (in the main thread), MemoryError where it
-    wants so many bytes more than there are (on Linux). A block within another one is a part of it."""
-    def stop(*_):
-        raise Overrun
-
-    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
-        yield
-        return
-    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_DATA)
-    if sys.platform == "linux":
-        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        most = min(limit for limit in (held + more, *limits) if limit >= 0)
-        resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except Overrun:
-        raise UserError(f"{where}: not done after {seconds} s, so it is stopped") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
-@contextmanager
-def blamed(where, *kinds, on=None):
-    """Errors of these kinds become a UserError: `where` is wrong, the error's words, what was found there (`on`)."""
-    try:
-        yield
-    except kinds as error:
-        told = [getattr(error, name, None) for name in ("strerror", "problem", "msg")]
-        words = next(filter(None, [*told, str(error)]), type(error).__name__)
-        words = words if isinstance(error, UserError) else " ".join(plain(words).split())[:160]
-        lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename in TEMPLATES]
-        if line := lines[-1] if lines else getattr(getattr(error, "problem_mark", None), "line", -1) + 1:  # YAML's
-            words = f"line {line}: {words}"
-        raise UserError(f"{where}: {words}" + (f": {brief(on)}" if on is not None else "")) from None
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-# names in TRL, PEFT, LLaMA-Factory, Axolotl and plain scripts; one counts where a dataclass has its target but not it
-ALIASES = {alias: name for name, aliases in {
-    "model": "model_name_or_path model_name model_id base_model", "data": "dataset dataset_name train_file data_path",
-    "eval_data": "eval_dataset eval_file validation_file", "val_size": "val_set_size test_size", "dtype": "torch_dtype",
-    "max_length": "cutoff_len max_seq_length max_seq_len sequence_len", "lora_r": "lora_rank r rank",
-    "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "lora_target_modules lora_target",
-    "modules_to_save": "lora_modules_to_save additional_target", "num_train_epochs": "num_epochs epochs",
-    "per_device_train_batch_size": "micro_batch_size train_batch_size batch_size", "learning_rate": "lr",
-    "lr_scheduler_type": "lr_scheduler scheduler", "optim": "optimizer", "max_grad_norm": "gradient_clipping",
-    "eval_strategy": "evaluation_strategy", "resume": "resume_from_checkpoint", "attn_implementation": "flash_attn",
-    "bnb_4bit_quant_type": "quant_type", "bnb_4bit_use_double_quant": "double_quantization use_double_quant",
-    "bnb_4bit_compute_dtype": "compute_dtype", "beta": "pref_beta", "loss_type": "pref_loss",
-    "adapter": "adapter_name_or_path",
-}.items() for alias in aliases.split()}  # fmt: skip
-BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def types_of(kind):
-    """The types that a union allows, without their arguments; or the one type."""
-    return [get_origin(k) or k for k in (get_args(kind) if isinstance(kind, types.UnionType) else [kind])]
 
 
-def convert(value, kind):
-    """`value`, a flag's text or what YAML made of it, as the type `kind`; ValueError or TypeError if it is none."""
-    origin, args = get_origin(kind) or kind, get_args(kind)
-    if isinstance(kind, types.UnionType):
-        if types.NoneType in args and str(value).lower() in ("none", "null"):
-            return None
-        for option in sorted(args, key=lambda option: (get_origin(option) is list) != ("," in str(value))):
-            with suppress(ValueError, TypeError):
-                return convert(value, option)
-    elif origin is Literal and str(value) in map(str, args):
-        return next(option for option in args if str(option) == str(value))
-    elif origin is bool and str(value).lower() in BOOLS:
-        return BOOLS[str(value).lower()]
-    elif origin in (int, float) and not isinstance(value, bool):
-        number = value if isinstance(value, int) else float(value)  # YAML 1.1 reads 2e-4 as a string
-        if abs(number) < 2**53 and (origin is float or number == int(number)):  # NaN and infinity are none
-            return origin(number)
-    elif origin is str and isinstance(value, (str, int, float)) and "\0" not in str(value).encode().decode():
-        return str(value)
-    elif origin is dict and isinstance(value := json.loads(value) if isinstance(value, str) else value, dict):
-        return {convert(key, str): convert(item, args[1]) for key, item in value.items()} if args else value
-    elif origin is list and not isinstance(value, dict):
-        if isinstance(value, str):  # names may come as one word, a,b; a path keeps its comma
-            value = re.split(r"\s*,\s*", value) if re.fullmatch(r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+", value) else [value]
-        items = [value] if isinstance(value, (int, float)) else value
-        return [convert(item, args[0] if args else str) for item in items]
-    raise ValueError(value)
 
 
-def check_least(config, least, *keys, most=2**53):
-    """UserError where one of these settings, if it is given, is not from `least` to `most`."""
-    for key in keys:
-        if (value := getattr(config, key)) is not None and not least <= value <= most:
-            told = f"below {least}" if value < least else f"not from {least} to {most}"
-            raise UserError(f"--{key}: {value} is {told}")
 
 
-def find_name(where, kinds, aliases):
-    """The field that a key in its sections means: [lora, r] is `lora_r`, else `r`; None where there is none."""
-    names = ["_".join(where[n:]) for n in range(len(where))]
-    return next((aliases.get(name, name) for name in names if aliases.get(name, name) in kinds), None)
 
 
-def read_settings(path, kinds, aliases):
-    """{field: value} of a YAML or JSON file, flat or in sections."""
-    settings = {}
-
-    def enter(node, sections):
-        for key, value in node.value:
-            where = [*sections, str(key.value)]
-            name, line = find_name(where, kinds, aliases), f"{path}:{key.start_mark.line + 1}"
-            if isinstance(value, yaml.MappingNode) and (name is None or dict not in types_of(kinds[name])):
-                enter(value, where)
-            elif name is None:
-                raise UserError(f"{line}: unknown key {'.'.join(where)!r}{nearest('_'.join(where), kinds)}")
-            elif name in settings:
-                raise UserError(f"{line}: {name} is given twice, the second time as {'.'.join(where)!r}")
-            else:
-                settings[name] = loader.construct_object(value, deep=True)
-
-    with blamed(f"--config {path}", OSError, UnicodeDecodeError):
-        text = regular(path, 2**20).read_text(encoding="utf-8")
-        text = text.replace("\t", "  ") if str(path).endswith(".json") else text
-    with blamed(f"{path}: not YAML", yaml.YAMLError, RecursionError, ValueError):
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"{path}: has aliases (*name), which can make a few lines endless; write the values out")
-        loader = yaml.SafeLoader(text)
-        if not isinstance(root := loader.get_single_node(), yaml.MappingNode):
-            raise UserError(f"{path}: expected settings, found {brief(root and loader.construct_object(root, True))}")
-        enter(root, [])
-    return settings
 
 
-def parse_config(cls, argv=None, description="", aliases=ALIASES):
-    """A command line -> an instance of the dataclass `cls`, whose fields are the flags and hold the only defaults.
-
-    `--config FILE ...` (YAML or JSON) comes first, a later file over an earlier, flags (`--lora_r`, `--lora-r`,
-    `--lora.r`) over all; the comment at the end of a field's line is its help. UserError: an unknown flag or key, with
-    the nearest; a value of another type, with the expected; a field left open.
-    """
-    kinds = get_type_hints(cls)
-    names = {name: str(kind) if get_args(kind) else kind.__name__ for name, kind in kinds.items()}
-    aliases = {alias: name for alias, name in aliases.items() if name in kinds and alias not in kinds}
-    lines = [line for base in cls.__mro__[-2::-1] for line in getsource(base).splitlines()]
-    notes = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+):.*?  # (.*)", line))}
-    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
-    given, values, name, see = {}, {}, None, "; --help explains every flag"
-    for word in sys.argv[1:] if argv is None else argv:
-        if word in ("-h", "--help"):
-            print(f"{description}\n\n--config FILE ...\n      settings in YAML or JSON, flat or in sections; flags win")
-            for name, default in defaults.items():
-                default = " ".join(map(str, default)) if isinstance(default, list) else default
-                note = notes.get(name, "") + (f" (default: {default})" if default is not MISSING else "")
-                print(f"--{name} {getattr(types_of(kinds[name])[0], '__name__', 'value').upper()}\n      {note}")
-            sys.exit(0)
-        if found := re.match(r"--([A-Za-z][\w.-]*)(=?)", word):
-            name = find_name(found[1].replace("-", "_").split("."), {**kinds, "config": list}, aliases)
-            if name is None:
-                raise UserError(f"unknown flag --{found[1]}{nearest(found[1], kinds)}{see}")
-            before = given.get(name, []) if list in types_of(kinds.get(name, list)) else []  # a list goes on
-            given[name] = before + ([word[found.end() :]] if found[2] else [])
-        elif name is None:
-            raise UserError(f"unrecognized arguments: {word}{see}")
-        else:
-            given[name].append(word)
-    if given.get("config") == []:
-        raise UserError(f"--config: its value is missing{see}")
-    for file in given.pop("config", []):
-        values |= {name: (value, f"{file}: {name}") for name, value in read_settings(file, kinds, aliases).items()}
-    for name, found in given.items():
-        found = found or ["true"] * (bool in types_of(kinds[name]))
-        if not found and list in types_of(kinds[name]):  # a variable of the shell's that is empty, say
-            raise UserError(f"--{name}: its values are missing{see}")
-        values[name] = found[0] if len(found) == 1 else found, f"--{name}"
-    for name, (value, where) in values.items():
-        try:
-            values[name] = convert(value, kinds[name])
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(f"{where}: expected {names[name]}, found {brief(value)}") from None
-    if left := [name for name, default in defaults.items() if default is MISSING and name not in values]:
-        raise UserError(f"--{left[0]} is needed ({notes.get(left[0], names[left[0]])}){see}")
-    return cls(**values)

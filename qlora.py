@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALinear, merge, new_folder, plain_linear
-from model import (CHUNK, DTYPES, Linear, UserError, blamed, cli, load_model, nearest, parse_config, read_tensor,
-                   save_model, unique)
+from model import CHUNK, DTYPES, Linear, load_model, save_model
+from support.errors import UserError, as_user_error, nearest, run_command
+from support.files import read_tensor, unique_keys
+from support.settings import parse_config
 
 
 @dataclass
@@ -42,7 +44,7 @@ def bitsandbytes():
     """The library, imported when it is needed; UserError where it can't be."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel it does without
     need = "4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"
-    with blamed(f"bitsandbytes can't be imported; {need}", ImportError):
+    with as_user_error(f"bitsandbytes can't be imported; {need}", ImportError):
         import bitsandbytes
     return bitsandbytes
 
@@ -53,11 +55,11 @@ class Matmul4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, layer.dequantize().to(x.dtype))
+        return F.linear(x, layer.dense_weight().to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.dequantize().to(grad.dtype), None
+        return grad @ ctx.layer.dense_weight().to(grad.dtype), None
 
 
 class Linear4bit(nn.Module):
@@ -67,6 +69,8 @@ class Linear4bit(nn.Module):
     the parts of a stored one. Buffers then: weight (out · in / 2, 1) uint8, weight.absmax (blocks,), fp32 or uint8 with
     weight.nested_absmax and weight.nested_quant_map, weight.quant_map (16,), and the description `state` as JSON.
     """
+
+    quantized = True
 
     def __init__(self, plain, quant, file=None, name=None):
         super().__init__()
@@ -91,17 +95,17 @@ class Linear4bit(nn.Module):
                      "dtype": str(dtype).removeprefix("torch."), "shape": [self.out_features, self.in_features]}
                     | ({"nested_offset": 0.0} if self.quant.bnb_4bit_use_double_quant else {}))
 
-    def place(self, leaf, tensor, device, dtype):
+    def set_tensor(self, leaf, tensor, device, dtype):
         """See model.place. A float weight is quantised from `dtype`, as bitsandbytes would find it."""
         if leaf == "bias":
             self.bias = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False)
         elif tensor.is_floating_point() and leaf == "weight":
             self.dtype = dtype
-            self.quantize_(tensor.to(device=device, dtype=dtype))
+            self.replace_weight(tensor.to(device=device, dtype=dtype))
         else:
             self._buffers[leaf] = tensor.to(device, copy=True)
 
-    def quantize_(self, weight):
+    def replace_weight(self, weight):
         """Holds `weight` (out, in), 16- or 32-bit, from here on."""
         packed, state = bitsandbytes().functional.quantize_4bit(
             weight.contiguous(), blocksize=64, compress_statistics=self.quant.bnb_4bit_use_double_quant,
@@ -110,7 +114,7 @@ class Linear4bit(nn.Module):
         self._buffers |= {"weight": packed, **{f"weight.{leaf}": tensor for leaf, tensor in parts.items()}}
         self.state = {key: value for key, value in state.as_dict().items() if not isinstance(value, torch.Tensor)}
 
-    def dequantize(self):
+    def dense_weight(self):
         """W (out, in), in the dtype it was quantised from."""
         F4, state, parts = bitsandbytes().functional, self.state, self._buffers
         nested = F4.QuantState(parts["weight.nested_absmax"], code=parts["weight.nested_quant_map"],
@@ -119,7 +123,7 @@ class Linear4bit(nn.Module):
             parts["weight.absmax"], tuple(state["shape"]), None, state["blocksize"], state["quant_type"],
             DTYPES[state["dtype"]], state.get("nested_offset"), nested))
 
-    def original(self):
+    def original_weight(self):
         """W as the checkpoint has it, in the dtype of this model; UserError where that holds 4 bits itself."""
         if self.file is None:
             raise UserError(f"{self.name}: the checkpoint holds 4 bits; name the 16-bit model, with --load_in_4bit")
@@ -131,14 +135,14 @@ class Linear4bit(nn.Module):
 
     def merge(self):
         """The plain layer of the same weights."""
-        return plain_linear(self, self.dequantize())
+        return plain_linear(self, self.dense_weight())
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def hold_4bit(quant, model, found):
-    """`open_model`'s prepare: Linear4bit for every linear layer but the head, where `quant` asks for it, or where the
+def swap_linear4bit(quant, model, found):
+    """`open_model`'s swap_layers: Linear4bit for every linear layer but the head, where `quant` asks for it, or where the
     checkpoint holds 4 bits. UserError for what bitsandbytes does not hold."""
     for key, options in (("bnb_4bit_quant_type", ("nf4", "fp4")), ("bnb_4bit_compute_dtype", (None, *DTYPES))):
         if (value := getattr(quant, key)) not in options:
@@ -161,7 +165,7 @@ def read_state(found, name, shape):
     """The description of a stored 4-bit weight; UserError where it is none, or of another weight."""
     file = found[name][0]
     try:
-        state = json.loads(bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique)
+        state = json.loads(bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique_keys)
         double = name.partition(".quant_state.")[0] + ".nested_absmax" in found
         fine = (state["quant_type"] == name.rpartition("__")[2] and state["blocksize"] in [2**n for n in range(5, 13)]
                 and tuple(state["shape"]) == shape and state["dtype"] in DTYPES and double == ("nested_offset" in state)
@@ -176,7 +180,7 @@ def read_state(found, name, shape):
 def load_4bit(name, quant=QuantConfig(), **options):
     """`load_model`, with linear layers in 4 bit where `quant` asks for it or the checkpoint holds them so. Quantised as
     they arrive: peak memory is the 4-bit model and the largest tensor."""
-    return load_model(name, prepare=partial(hold_4bit, quant), **options)
+    return load_model(name, swap_layers=partial(swap_linear4bit, quant), **options)
 
 
 def save_4bit(model, folder, quant):
@@ -197,7 +201,7 @@ def as_merged(model, base):
     def forward(layer, x):
         wrapped = isinstance(layer, LoRALinear)
         inner = layer.base_layer if wrapped else layer
-        W = inner.dequantize() if base == "dequantized" else inner.original()
+        W = inner.dense_weight() if base == "dequantized" else inner.original_weight()
         if wrapped and layer.start and base == "original":
             W = torch.addmm(W.float(), *layer.start[::-1], alpha=-layer.scaling).to(W.dtype)
         return plain_linear(inner, layer.merged(W) if wrapped else W)(x)
@@ -258,9 +262,9 @@ def main():
     if command == "quantize":
         save_4bit(load_4bit(config.model, config), folder, config)
     else:
-        print(*merge(config.adapter, folder, config.model, partial(hold_4bit, config)), sep="\n")
+        print(*merge(config.adapter, folder, config.model, partial(swap_linear4bit, config)), sep="\n")
     print(f"{command}: {folder} holds {config.model or config.adapter}")
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -34,7 +34,9 @@ from pathlib import Path
 from statistics import median
 
 from sft import child_command as sft_child
-from sft import watch  # the benchmark beside this one: a script's own folder comes first
+from sft import (
+    watch,  # the benchmark beside this one: a script's own folder comes first
+)
 
 HERE = Path(__file__).resolve()
 BATCH = 8  # per_device_train_batch_size: TRL's default

@@ -104,11 +104,11 @@ def prompts(model, shots, limit, data):
 
 
 def ours_generating(model, shots, limit, data, batch_size, new, **_):
-    from model import generate, kept_pages, load_model
+    from model import generate, keep_freed_memory, load_model
 
     asked, loaded = prompts(model, shots, limit, data), load_model(model, "bfloat16")
     began = time.perf_counter()
-    with kept_pages():  # as eval.py has it
+    with keep_freed_memory():  # as eval.py has it
         found = generate(loaded, asked, new, eos_ids=[], batch_size=batch_size)
     return {"seconds": time.perf_counter() - began, "tokens": sum(map(len, found))}
 

@@ -8,14 +8,17 @@ from dataclasses import fields
 import pytest
 import torch
 import yaml
+from conftest import ROOT, write_checkpoint
 from safetensors.torch import load_file
+from test_sft import write_tokenizer
 
 import dpo
 import sft
-from conftest import ROOT, write_checkpoint
 from lora import add_lora
-from model import ALIASES, ModelConfig, Transformer, parse_config, read_json
-from test_sft import write_tokenizer
+from model import ModelConfig, Transformer
+from support import tracking
+from support.files import read_json
+from support.settings import parse_config
 
 CHAT = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
 QUESTION = {
@@ -156,7 +159,7 @@ def test_recipes_run_for_two_steps(name, base, tmp_path):
         "512",
     ]
     module.main(words + ["--adapter", ""] * name.endswith("dpo"))
-    lines = sft.read_log(tmp_path / "run" / "log.jsonl")
+    lines = tracking.read_log(tmp_path / "run" / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2] and all(
         line.get("loss", 0) >= 0 for line in lines
     )
@@ -207,7 +210,7 @@ def test_a_recipe_that_draws_and_weights_resume_bit_for_bit(base, tmp_path):
     )
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
     losses = [
-        [line["loss"] for line in sft.read_log(tmp_path / run / "log.jsonl") if "loss" in line]
+        [line["loss"] for line in tracking.read_log(tmp_path / run / "log.jsonl") if "loss" in line]
         for run in ("whole", "halves")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 15

@@ -18,11 +18,20 @@ from typing import Literal
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 import data
-from data import Tokenizer, fit, load_examples, parse_config, read_rows, render_row, split_holdout
-from model import IGNORE, UserError
+from data import Tokenizer, fit, load_examples, read_rows, render_row, split_holdout
+from model import IGNORE
+from support.errors import UserError
+from support.settings import parse_config
 
 SHARED = Path(__file__).parents[2] / "shared"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared folder beside the repository")
@@ -114,7 +123,7 @@ def reference(folder, template=None):
     return found
 
 
-def say(*contents, system=None):
+def as_turn(*contents, system=None):
     turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
     return ([{"role": "system", "content": system}] if system else []) + turns
 
@@ -130,12 +139,12 @@ def masked_text(tokenizer, segment):
 # --- tokenizer and template -------------------------------------------------------------------------------------------
 
 CHATS = {
-    "single": say("Hi there", "Hello  you"),
-    "multi": say("a", "bbb", "c", "ddd"),
-    "system": say("a", "b", "c", "d", system="Be brief. é 猫 😀"),
-    "think": say("a", "<think>\none\n</think>\n\nbbb", "c", "<think>\ntwo\n</think>\n\nddd"),
-    "field": say("a", "b")[:1] + [{"role": "assistant", "content": "b", "reasoning_content": "because"}],
-    "reasoning": say("a", "b")[:1] + [{"role": "assistant", "content": "b", "thinking": "because", "tool_calls": None}],
+    "single": as_turn("Hi there", "Hello  you"),
+    "multi": as_turn("a", "bbb", "c", "ddd"),
+    "system": as_turn("a", "b", "c", "d", system="Be brief. é 猫 😀"),
+    "think": as_turn("a", "<think>\none\n</think>\n\nbbb", "c", "<think>\ntwo\n</think>\n\nddd"),
+    "field": as_turn("a", "b")[:1] + [{"role": "assistant", "content": "b", "reasoning_content": "because"}],
+    "reasoning": as_turn("a", "b")[:1] + [{"role": "assistant", "content": "b", "thinking": "because", "tool_calls": None}],
 }
 TOOLS = [
     {
@@ -150,9 +159,9 @@ TOOLS = [
 def test_real_templates_render_as_transformers_does(family):
     folder = SHARED / "tokenizers" / family
     ours, theirs = Tokenizer(folder), reference(folder)
-    cases = [(chat, {}) for chat in CHATS.values()] + [(say("q"), {"add_generation_prompt": True})]
+    cases = [(chat, {}) for chat in CHATS.values()] + [(as_turn("q"), {"add_generation_prompt": True})]
     cases += [
-        (say("q", "a", "r"), {"add_generation_prompt": True, "enable_thinking": False}),
+        (as_turn("q", "a", "r"), {"add_generation_prompt": True, "enable_thinking": False}),
         (CHATS["multi"], {"tools": TOOLS}),
     ]
     cases += [(CHATS["single"], {"date_string": "1 Jan 2030"})]
@@ -178,9 +187,9 @@ def test_template_functions_are_those_of_transformers(tmp_path):
     folder = write_tokenizer(tmp_path, template)
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<|bos|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    theirs = reference(folder).apply_chat_template(say("a", "b"), tools=TOOLS, tokenize=False)
-    assert Tokenizer(folder).render(say("a", "b"), tools=TOOLS) == theirs
-    assert "17 May 1999" in Tokenizer(folder, now=datetime(1999, 5, 17)).render(say("a"))
+    theirs = reference(folder).apply_chat_template(as_turn("a", "b"), tools=TOOLS, tokenize=False)
+    assert Tokenizer(folder).render(as_turn("a", "b"), tools=TOOLS) == theirs
+    assert "17 May 1999" in Tokenizer(folder, now=datetime(1999, 5, 17)).render(as_turn("a"))
 
 
 def test_where_templates_and_end_tokens_come_from(tmp_path):
@@ -188,14 +197,14 @@ def test_where_templates_and_end_tokens_come_from(tmp_path):
         tmp_path / "named", chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     )
     tokenizer = Tokenizer(folder)
-    assert tokenizer.render(say("a")) == "D" and tokenizer.render(say("a"), tools=TOOLS) == "T"
-    assert Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(say("a")) == "S"
+    assert tokenizer.render(as_turn("a")) == "D" and tokenizer.render(as_turn("a"), tools=TOOLS) == "T"
+    assert Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(as_turn("a")) == "S"
     (folder / "chat_template.jinja").write_text("F")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 1, 6]}')
     (folder / "config.json").write_text('{"eos_token_id": 7}')
     tokenizer = Tokenizer(folder)
     assert (
-        tokenizer.render(say("a")) == "F"
+        tokenizer.render(as_turn("a")) == "F"
         and tokenizer.eos_ids == [1, 5, 6, 7]
         and tokenizer.bos_id == 0
         and tokenizer.pad_id is None
@@ -203,7 +212,7 @@ def test_where_templates_and_end_tokens_come_from(tmp_path):
     bare = Tokenizer(write_tokenizer(tmp_path / "bare"))
     assert not bare.has_template and bare.encode("a cat", special=True)[0] == bare.bos_id
     with pytest.raises(UserError, match="no chat template.*prompt/completion"):
-        bare.render(say("a"))
+        bare.render(as_turn("a"))
 
 
 @pytest.mark.parametrize("files, message", [
@@ -218,7 +227,7 @@ def test_tokenizers_that_are_broken_are_named(tmp_path, files, message):
     for name, text in files.items():
         (folder / name).unlink() if text is None else (folder / name).write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        Tokenizer(folder).render(say("a"))
+        Tokenizer(folder).render(as_turn("a"))
     assert len(str(caught.value).splitlines()) <= 2
 
 
@@ -232,7 +241,7 @@ def test_tokenizers_that_are_broken_are_named(tmp_path, files, message):
 ])  # fmt: skip
 def test_templates_that_fail_are_named(tmp_path, template, message):
     with pytest.raises(UserError, match=message) as caught:
-        Tokenizer(write_tokenizer(tmp_path, template)).render(say("a"))
+        Tokenizer(write_tokenizer(tmp_path, template)).render(as_turn("a"))
     assert len(str(caught.value).splitlines()) <= 2
 
 
@@ -245,7 +254,7 @@ def random_chat(rng):
         " ".join(rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))).strip() or "x"
     )
     pool = [pick() for _ in range(2)]
-    return say(*(rng.choice(pool) if rng.random() < 0.5 else pick() for _ in range(2 * rng.randint(1, 4))))
+    return as_turn(*(rng.choice(pool) if rng.random() < 0.5 else pick() for _ in range(2 * rng.randint(1, 4))))
 
 
 def test_masks_hold_every_answer_and_its_end(styled):
@@ -287,7 +296,7 @@ def test_masks_hold_every_answer_and_its_end(styled):
 
 def test_thoughts_that_a_later_turn_strips(tmp_path):
     tokenizer = Tokenizer(write_tokenizer(tmp_path, THINK))
-    chat = say("q", "<think>\nx\n</think>\n\na", "<think> r", "<think>\ny\n</think>\n\nb")
+    chat = as_turn("q", "<think>\nx\n</think>\n\na", "<think> r", "<think>\ny\n</think>\n\nb")
     segment = render_row({"messages": chat}, tokenizer)[0]
     assert scored_text(tokenizer, segment) == "a<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
     given = render_row({"messages": chat, "chat_template_kwargs": {"no_think": True}}, tokenizer)[0]
@@ -341,15 +350,15 @@ def test_generation_tags_give_transformers_masks(tmp_path):
     (folder / "chat_template.jinja").write_text(
         MARKED.replace("+ '<|im_end|>\\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}")
     )
-    segment = render_row({"messages": say("q", "a", "r", "b")}, Tokenizer(folder))[0]
+    segment = render_row({"messages": as_turn("q", "a", "r", "b")}, Tokenizer(folder))[0]
     assert scored_text(Tokenizer(folder), segment) == "a<|im_end|>b<|im_end|>"  # the tags leave the end out: never here
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3", "gemma", "phi3", "deepseekv3", "qwen3_5_think"])
 def test_turns_are_found_in_templates_of_the_wild(tmp_path, name):
     tokenizer = Tokenizer(write_wild(tmp_path, name)[0])
-    text, spans, is_open = tokenizer.turns(say("x", "x", "and", "yes"))
-    assert text == tokenizer.render(say("x", "x", "and", "yes")) and not is_open and len(spans) == 2
+    text, spans, is_open = tokenizer.turns(as_turn("x", "x", "and", "yes"))
+    assert text == tokenizer.render(as_turn("x", "x", "and", "yes")) and not is_open and len(spans) == 2
     for (start, end), answer in zip(spans, ("x", "yes")):
         assert re.fullmatch(r"(<think>)?\s*(</think>\s*)?" + answer + r"(\s*<[^<>]+>)+", text[start:end]), text[
             start:end
@@ -360,10 +369,10 @@ def test_turns_are_found_in_templates_of_the_wild(tmp_path, name):
 def test_tool_calls_are_the_models_words():
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     chat = [
-        *say("q"),
+        *as_turn("q"),
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "7"},
-        *say("", "seven")[1:],
+        *as_turn("", "seven")[1:],
     ]
     row = {"messages": chat, "tools": json.dumps(TOOLS)}
     qwen, llama = (Tokenizer(SHARED / "tokenizers" / name) for name in ("qwen3", "llama3"))
@@ -387,10 +396,10 @@ def test_every_schema(chatml, tmp_path):
     assert scored(row, completion_only_loss=False) == "a cat sat<|eos|>"
     assert scored({**row, "completion": " sat<|eos|>"}) == " sat<|eos|>"
     assert scored({"text": "a cat"}) == "a cat<|eos|>"
-    assert scored({"prompt": "a", "completion": say("", "b")[1:]}) == "b<|im_end|>"
-    assert scored({"prompt": say("u", "v", "a"), "completion": "b"}) == "b<|im_end|>"
+    assert scored({"prompt": "a", "completion": as_turn("", "b")[1:]}) == "b<|im_end|>"
+    assert scored({"prompt": as_turn("u", "v", "a"), "completion": "b"}) == "b<|im_end|>"
     assert (
-        scored({"prompt": say("u", "v", "a"), "completion": "b"}, completion_only_loss=False)
+        scored({"prompt": as_turn("u", "v", "a"), "completion": "b"}, completion_only_loss=False)
         == "v<|im_end|>b<|im_end|>"
     )
     assert scored({"prompt": "p", "chosen": "c", "rejected": "r"}) == "c<|eos|>"
@@ -403,7 +412,7 @@ def test_every_schema(chatml, tmp_path):
     assert render_row(chat, chatml)[0].weight == 0.5 and render_row(row, chatml)[0].weight == 1
     parts = [
         {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]},
-        *say("", "a")[1:],
+        *as_turn("", "a")[1:],
     ]
     assert whole({"messages": parts}).startswith("<|im_start|>user\nqr<|im_end|>")
     alpaca = {"instruction": "do", "input": "it", "output": "done", "text": "not this"}
@@ -418,13 +427,13 @@ def test_every_schema(chatml, tmp_path):
 
 
 def test_preference_rows_share_their_prompt(chatml):
-    pair = [say("", "yes")[1:], say("", "no way")[1:]]
-    rows = [{"prompt": say("q"), "chosen": pair[0], "rejected": pair[1]}, {"chosen": say("q") + pair[0], "rejected": say("q") + pair[1]},
-            {"prompt": "q", "chosen": say("q") + pair[0], "rejected": say("q") + pair[1]}]  # fmt: skip
+    pair = [as_turn("", "yes")[1:], as_turn("", "no way")[1:]]
+    rows = [{"prompt": as_turn("q"), "chosen": pair[0], "rejected": pair[1]}, {"chosen": as_turn("q") + pair[0], "rejected": as_turn("q") + pair[1]},
+            {"prompt": "q", "chosen": as_turn("q") + pair[0], "rejected": as_turn("q") + pair[1]}]  # fmt: skip
     for row in rows:
         prompt, chosen, rejected = render_row(row, chatml, preference=True)
         assert [(s.prefix, s.sequence) for s in (prompt, chosen, rejected)] == [(-1, 0), (0, 0), (0, 1)]
-        assert prompt.ids.tolist() == chatml.encode(chatml.render(say("q"), True)) and (prompt.labels == IGNORE).all()
+        assert prompt.ids.tolist() == chatml.encode(chatml.render(as_turn("q"), True)) and (prompt.labels == IGNORE).all()
         assert scored_text(chatml, chosen) == "yes<|im_end|>" and scored_text(chatml, rejected) == "no way<|im_end|>"
     prompt, chosen, rejected = render_row(
         {"chosen": "Q: a\nA: yes", "rejected": "Q: a\nA: no"}, chatml, preference=True
@@ -461,16 +470,16 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
     ({"messages": ["hi"]}, r"messages\[0\] must be a message"),
     ({"messages": [{"content": "x"}]}, r"messages\[0\] has no role"),
     ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) must have text as its content, found 'null'"),
-    ({"messages": say("a") + [{"role": "assistant", "content": [{"type": "image"}]}]}, r"messages\[1\] \(assistant\) must have text"),
+    ({"messages": as_turn("a") + [{"role": "assistant", "content": [{"type": "image"}]}]}, r"messages\[1\] \(assistant\) must have text"),
     ({"conversations": [{"from": 3, "value": "x"}]}, r"conversations\[0\] has no role"),
     ({"conversations": [{"from": [], "value": "x"}]}, r"conversations\[0\] has no role"),
-    ({"messages": say("a", "b"), "chat_template_kwargs": {"messages": 1}}, "'chat_template_kwargs' must be an object"),
+    ({"messages": as_turn("a", "b"), "chat_template_kwargs": {"messages": 1}}, "'chat_template_kwargs' must be an object"),
     ({"instruction": "i", "output": 5}, "'output' must be a string"),
     ({"text": "a", "weight": "much"}, "'weight' must be a number"),
     ({"text": "a", "weight": -1}, "'weight' must be a number of at least 0"),
     ({"text": "cut \ud83d"}, "half a surrogate pair"),
-    ({"messages": say("a", "b"), "tools": "[broken"}, "'tools' must be"),
-    ({"messages": say("a", "b"), "chat_template_kwargs": 3}, "'chat_template_kwargs' must be an object"),
+    ({"messages": as_turn("a", "b"), "tools": "[broken"}, "'tools' must be"),
+    ({"messages": as_turn("a", "b"), "chat_template_kwargs": 3}, "'chat_template_kwargs' must be an object"),
 ])  # fmt: skip
 def test_rows_that_are_wrong_are_named(chatml, tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
@@ -556,7 +565,7 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
             "chosen": chat[1]["content"],
             "rejected": rng.choice(["no", chat[1]["content"]]),
         }
-        rows.append(pair if preference else rng.choice([{"messages": chat}, pair, {"text": chat[0]["content"]}, {"messages": say("only asked")},
+        rows.append(pair if preference else rng.choice([{"messages": chat}, pair, {"text": chat[0]["content"]}, {"messages": as_turn("only asked")},
                                                          {"prompt": "p", "completion": ""}]))  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)))
     examples, kept, ledger = load_examples(
@@ -590,7 +599,7 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
 
 def test_what_could_teach_nothing_stops_the_run(chatml, tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"messages": say("only asked")}))
+    path.write_text(json.dumps({"messages": as_turn("only asked")}))
     with pytest.raises(UserError, match=r"nothing to train on: .*nothing scored: 1, as .*rows.jsonl:1"):
         load_examples(path, chatml)
     path.write_text(json.dumps({"text": "a cat sat on the mat and said"}))
@@ -764,7 +773,7 @@ def test_a_second_start_renders_nothing(chatml, tmp_path, monkeypatch):
     """The cache is keyed by content, tokenizer, template, settings and this code; nothing half-made stays behind."""
     monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
     path, calls = tmp_path / "rows.jsonl", []
-    path.write_text("\n".join(json.dumps({"messages": say("a cat", f"sat {n}"), "choices": [n]}) for n in range(3000)))
+    path.write_text("\n".join(json.dumps({"messages": as_turn("a cat", f"sat {n}"), "choices": [n]}) for n in range(3000)))
     first, rows, ledger = load_examples(path, chatml)
     monkeypatch.setattr(data, "render_rows", lambda *_, **__: calls.append(1) or iter(()))
     second, again, same = load_examples(path, chatml)
@@ -790,7 +799,7 @@ def test_a_second_start_renders_nothing(chatml, tmp_path, monkeypatch):
 
 
 def test_a_date_in_the_template_is_part_of_the_key(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": say("a", "b")}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": as_turn("a", "b")}))
     dated = write_tokenizer(tmp_path / "dated", "{{ strftime_now('%d') }}" + CHATML)
     plain = write_tokenizer(tmp_path / "plain", CHATML)
     for folder, same in ((dated, False), (plain, True)):
@@ -825,18 +834,18 @@ def test_recipes_by_hand():
     text = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq\nr<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     assert (
         chatml({"text": text})["messages"]
-        == say("q\nr", "a", system="s")
-        == chatml({"messages": say("q\nr", "a", system="s")})["messages"]
+        == as_turn("q\nr", "a", system="s")
+        == chatml({"messages": as_turn("q\nr", "a", system="s")})["messages"]
     )
     whole = {"conversations": [{"from": "human", "value": "q"}], "system": "s", "tools": TOOLS, "weight": None}
     assert chatml(whole) == whole
     pick, draws = data.use_recipe("ultrafeedback", {}, 0)
-    made = pick({"prompt": "p", "chosen": say("p", "c"), "rejected": "r"})
+    made = pick({"prompt": "p", "chosen": as_turn("p", "c"), "rejected": "r"})
     assert (
         draws
-        and made["prompt"] == say("p")
-        and made["chosen"] == say("p", "c")
-        and made["rejected"] == say("", "r")[1:]
+        and made["prompt"] == as_turn("p")
+        and made["chosen"] == as_turn("p", "c")
+        and made["rejected"] == as_turn("", "r")[1:]
     )
     rated = {
         "instruction": "p",
@@ -1132,7 +1141,7 @@ def run(chatml, tmp_path, monkeypatch, capsys):
 
 
 def test_show_prints_rows_and_ledger(tmp_path, chatml, run, monkeypatch):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": say("a cat", "sat")}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": as_turn("a cat", "sat")}))
     output = run("show")
     assert "<|im_start|>assistant\n⟦sat<|im_end|>⟧\n" in output and "1 rows: 1 examples" in output
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
@@ -1205,11 +1214,11 @@ def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
             and pair["rejected"].strip() in pair["prompt"]
         )
     (tmp_path / "rows.jsonl").write_text(
-        json.dumps({"messages": say("q", "r", "s", "so\nAnswer: owl"), "choices": ["owl", "cat"]})
+        json.dumps({"messages": as_turn("q", "r", "s", "so\nAnswer: owl"), "choices": ["owl", "cat"]})
     )
     run("pairs", "--output", str(tmp_path / "r.jsonl"))
     ((_, pair),) = read_rows(tmp_path / "r.jsonl")
-    assert pair["prompt"] == say("q", "r", "s") and pair["rejected"][0]["content"] == "so\nAnswer: cat"
+    assert pair["prompt"] == as_turn("q", "r", "s") and pair["rejected"][0]["content"] == "so\nAnswer: cat"
 
 
 def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):

@@ -4,20 +4,21 @@ import json
 import math
 import shutil
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_checkpoint
 from safetensors.torch import load_file
+from test_sft import base, same_tensors, without_times, write_tokenizer  # noqa: F401  base is a fixture
 
 import dpo
 import sft
-from conftest import write_checkpoint
 from data import render_row
 from lora import adapter_parameters, add_lora, load_adapter, lora_layers, write_adapter
-from model import Segment, UserError, cli, load_model
-from test_sft import base, same_tensors, without_times, write_tokenizer  # noqa: F401  base is a fixture
+from model import Segment, load_model
+from support import tracking
+from support.errors import UserError, run_command
 
 COUNT = 8
 
@@ -238,7 +239,7 @@ def test_twenty_steps_are_trls(base, rows, tmp_path):
     trainer = trl_trainer(DPOTrainer, DPOConfig, base, rows, peft_twin(base, model), tmp_path / "trl", **settings)
     trainer.train()
     dpo.main(flags(base, rows, tmp_path / "run", **settings))
-    lines = [line for line in sft.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
+    lines = [line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
     theirs = [line for line in trainer.state.log_history if "loss" in line]
     assert len(lines) == len(theirs) == 20 and lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     for ours, their in zip(lines, theirs):
@@ -293,7 +294,7 @@ def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, 
     argv = flags(model, many, tmp_path / "run", max_steps=1, micro_batch_tokens=150, dtype=dtype, eval_data=many,
                  save_strategy="no", warmup_ratio=0, **settings)  # fmt: skip
     dpo.main(argv)
-    held, first, moved, _ = sft.read_log(tmp_path / "run" / "log.jsonl")
+    held, first, moved, _ = tracking.read_log(tmp_path / "run" / "log.jsonl")
     for prefix, line in (("eval_", held), ("", first)):
         assert line[prefix + "rewards/margins"] == line[prefix + "rewards/chosen"] == line[prefix + "kl"] == 0.0
         assert line[prefix + "loss"] == pytest.approx(math.log(2), abs=1e-7)
@@ -309,7 +310,7 @@ def test_dropout_is_off_unless_it_is_wanted(base, many, tmp_path):
     for wanted in ("false", "true"):
         dpo.main(flags(base, many, tmp_path / wanted, max_steps=1, adapter=folder, eval_data=many,
                        disable_dropout=wanted))  # fmt: skip
-        held, first = sft.read_log(tmp_path / wanted / "log.jsonl")[:2]
+        held, first = tracking.read_log(tmp_path / wanted / "log.jsonl")[:2]
         assert held["eval_rewards/chosen"] == 0.0 and (first["rewards/chosen"] == 0.0) == (wanted == "true")
 
 
@@ -323,7 +324,7 @@ def test_another_reference(base, biased, rows, tmp_path):
     """--ref_model: margins are those to that model; its size may be another, its vocabulary may not be smaller."""
     other = write_checkpoint(tmp_path / "other", seed=5, vocab_size=259, num_hidden_layers=1)
     dpo.main(flags(base, rows, tmp_path / "run", max_steps=1, ref_model=other))
-    line = sft.read_log(tmp_path / "run" / "log.jsonl")[0]
+    line = tracking.read_log(tmp_path / "run" / "log.jsonl")[0]
     examples = load_pairs(base, rows)
     policy, reference = scored_under(base, examples), scored_under(other, examples)
     margins = [(p - r).split([len(e[1].ids), len(e[2].ids)]) for p, r, e in zip(policy, reference, examples)]
@@ -339,7 +340,7 @@ def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path
 
     def reads(name, model=base, data=many, **settings):
         dpo.main(flags(model, data, tmp_path / name, **{"max_steps": 1, **settings}))
-        assert sft.read_log(tmp_path / name / "log.jsonl")[0]["rewards/margins"] == 0.0
+        assert tracking.read_log(tmp_path / name / "log.jsonl")[0]["rewards/margins"] == 0.0
         return "reference: read" in capsys.readouterr().out
 
     assert not reads("first")
@@ -356,7 +357,7 @@ def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path
     for file in broken:
         file.write_bytes(b"half a file")
     assert not reads("broken")
-    first, last = (sft.read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("first", "broken"))
+    first, last = (tracking.read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("first", "broken"))
     assert first == last
 
 
@@ -364,7 +365,7 @@ def test_no_reference_where_none_is_needed(base, rows, tmp_path):
     dpo.main(flags(base, rows, tmp_path / "run", loss_type="simpo", max_steps=1))
     dpo.main(flags(base, rows, tmp_path / "flag", reference_free="true", max_steps=1))
     assert not (tmp_path / "reference").exists()
-    free, flag = (sft.read_log(tmp_path / name / "log.jsonl")[0] for name in ("run", "flag"))
+    free, flag = (tracking.read_log(tmp_path / name / "log.jsonl")[0] for name in ("run", "flag"))
     assert "kl" not in free and flag["rewards/chosen"] == pytest.approx(0.1 * flag["logps/chosen"])
 
 
@@ -433,7 +434,7 @@ def test_label_smoothing_is_the_mean_over_flipped_labels(trained):
 @pytest.mark.parametrize("kind", ["sigmoid", "orpo"])
 def test_training_prefers_what_is_chosen(kind, base, many, tmp_path):
     dpo.main(flags(base, many, tmp_path / "run", loss_type=kind, num_train_epochs=8, beta=0.5, eval_data=many))
-    lines = [line for line in sft.read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in line]
+    lines = [line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in line]
     assert lines[-1]["eval_rewards/accuracies"] > 0.7 and lines[-1]["eval_loss"] < 0.8 * lines[0]["eval_loss"]
     assert lines[-1]["eval_rewards/margins"] > lines[0]["eval_rewards/margins"] + 0.3
 
@@ -488,7 +489,7 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
     run, output = tmp_path / "run", capsys.readouterr().out
     names = {"adapter", "merged", "config.json", "data_report.json", "log.jsonl", "training_loss.png"}
     assert names <= {p.name for p in run.iterdir()}
-    lines = sft.read_log(run / "log.jsonl")
+    lines = tracking.read_log(run / "log.jsonl")
     wanted = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
               "logps/rejected", "loss", "kl"}  # fmt: skip
     assert wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
@@ -510,9 +511,9 @@ def test_the_plot_has_a_panel_for_each_thing_logged(tmp_path, monkeypatch):
         [axes.get_ylabel() for axes in figure.axes]))
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 0, "eval_loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
-    sft.plot_losses(log)
+    tracking.plot_losses(log)
     log.write_text('{"step": 1, "loss": 1.0, "rewards/margins": 0.1, "rewards/accuracies": 0.5}\n')
-    sft.plot_losses(log)
+    tracking.plot_losses(log)
     assert [len(labels) for labels in seen] == [1, 3] and "margin" in seen[1][1]
 
 
@@ -575,9 +576,9 @@ def test_a_prompt_longer_than_max_length_gives_way(base, tmp_path):
 def test_sides_share_tokens_not_characters(base):
     """What both sides begin with, unscored, is the prompt, however it was said; every side reads as it would alone."""
     tokenizer = sft.Tokenizer(base)
-    say = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    row = {"prompt": say("hello", "hi"), "chosen": say("once more", "yes"),
-           "rejected": say("once again", "no", "why", "so")}  # fmt: skip
+    as_turn = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    row = {"prompt": as_turn("hello", "hi"), "chosen": as_turn("once more", "yes"),
+           "rejected": as_turn("once again", "no", "why", "so")}  # fmt: skip
     prompt, *sides = render_row(row, tokenizer, preference=True)
     for side, answer in zip(sides, (row["chosen"], row["rejected"])):
         text = tokenizer.render(row["prompt"] + answer).removesuffix("\n")
@@ -602,7 +603,7 @@ def test_an_adapter_that_unties_the_model_is_to_be_merged_first(base, rows, tmp_
 
 def refuse(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli(lambda: dpo.main(argv))
+        run_command(lambda: dpo.main(argv))
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) <= 2
     return error

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, write_checkpoint
+from test_sft import write_tokenizer
 
 import eval as evaluation
-from conftest import ROOT, write_checkpoint
 from data import Tokenizer
+from model import IGNORE, Batch, Segment, generate, generate_each, load_model
 from qlora import load_4bit
-from model import IGNORE, Batch, Segment, UserError, generate, generate_each, load_model
-from test_sft import write_tokenizer
+from support import tracking
+from support.errors import UserError
 
 
 @pytest.mark.parametrize("text, letter", [
@@ -638,7 +639,7 @@ def train(base, tmp_path, name, **changes):
                    eval_steps=1, save_strategy="steps", save_steps=1, output_dir=tmp_path / name, merge="false",
                    eval_answers=0, device="cpu", lr_scheduler_type="constant") | changes
     sft.main([str(x) for key, value in options.items() if value is not None for x in (f"--{key}", value)])
-    log = [line for line in sft.read_log(tmp_path / name / "log.jsonl") if "eval_loss" in line]
+    log = [line for line in tracking.read_log(tmp_path / name / "log.jsonl") if "eval_loss" in line]
     return tmp_path / name, log
 
 
@@ -670,7 +671,12 @@ def test_a_best_step_between_checkpoints_is_saved(base, tmp_path):
 ])
 def test_stopping_early_as_transformers_does(base, tmp_path, metric, options):
     """The step at which transformers' own EarlyStoppingCallback and best-metric rule would stop on the same figures."""
-    from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        EarlyStoppingCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 
     _, log = train(base, tmp_path, "free", learning_rate=0.1, max_steps=10)
     folder, stopped = train(base, tmp_path, "stopped", learning_rate=0.1, max_steps=10, metric_for_best_model=metric,

@@ -15,10 +15,10 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
@@ -30,8 +30,10 @@ import lora
 import model as M
 import qlora
 import sft
-from conftest import ROOT
-from model import ModelConfig, UserError, load_model, parse_config, plain
+from model import ModelConfig, load_model
+from support import errors, sandbox
+from support.errors import UserError, sanitize
+from support.settings import parse_config
 
 TINY = ROOT / "examples" / "tiny-qwen3"
 CONFIG = json.loads((TINY / "config.json").read_text())
@@ -58,7 +60,7 @@ def home(tmp_path, monkeypatch, adapter):
     (tmp_path / "rows.jsonl").write_text(4 * (json.dumps(TALK) + "\n"))
     (tmp_path / "precious.txt").write_text("years of work")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(M.bounded.__wrapped__, "__defaults__", (1, 2**28))  # seconds, bytes: the same, sooner
+    monkeypatch.setattr(sandbox.bounded.__wrapped__, "__defaults__", (1, 2**28))  # seconds, bytes: the same, sooner
     return tmp_path
 
 
@@ -324,13 +326,13 @@ def test_it_is_told_and_nothing_is_lost(case, home, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{command}.py", *argv])
     began = time.perf_counter()
     with pytest.raises(SystemExit) as ended:
-        M.cli(COMMANDS[command].main)
+        errors.run_command(COMMANDS[command].main)
     seconds, told = time.perf_counter() - began, capsys.readouterr().err
     print(f"{case} -> {told.strip()} ({seconds:.1f} s)")
     told = [text for text in told.splitlines() if not text.startswith(("thread '<unnamed>'", "note: run with"))]
     assert ended.value.code == 2 and len(told) == 1 and told[0].startswith("error: ") and len(told[0]) < 1010
     assert all(part in told[0] for part in parts), told
-    assert plain(told[0]) == told[0] and seconds < 8
+    assert sanitize(told[0]) == told[0] and seconds < 8
     after = contents(home)
     assert {path: after.get(path) for path in before} == before
     assert {path.relative_to(home).parts[0] for path in after.keys() - before.keys()} <= {"out"}
@@ -342,15 +344,15 @@ def test_a_name_may_hold_control_characters_only_as_escapes(home, monkeypatch, c
     rows = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": content}]}
     (home / "rows.jsonl").write_text(json.dumps(rows))
     monkeypatch.setattr(sys, "argv", ["data.py", *SHOW.split()[1:]])
-    M.cli(data.main)
+    errors.run_command(data.main)
     shown = capsys.readouterr().out
-    assert shown.count(r"a\x1b]0;pwned\x07\x1b[2J\u202eb\x00c" + "\ttab") == 2 and plain(shown) == shown
+    assert shown.count(r"a\x1b]0;pwned\x07\x1b[2J\u202eb\x00c" + "\ttab") == 2 and sanitize(shown) == shown
 
 
 def test_mixed_rows_keep_half_a_character_as_it_was(home, monkeypatch):
     (home / "rows.jsonl").write_text('{"text": "a", "x": "\\ud800"}\n')
     monkeypatch.setattr(sys, "argv", "data.py mix --model m --data rows.jsonl --output o.jsonl".split())
-    M.cli(data.main)
+    errors.run_command(data.main)
     assert json.loads((home / "o.jsonl").read_text()) == {"text": "a", "x": "\ud800"}
 
 
@@ -381,14 +383,14 @@ def test_the_limits_leave_no_trace():
 
     before = state()
     with pytest.raises(UserError, match="^x: not done after 0.2 s"):
-        with M.bounded("x", 0.2):
+        with sandbox.bounded("x", 0.2):
             try:
-                with M.bounded("y", 99):
+                with sandbox.bounded("y", 99):
                     while True:
                         pass
             except Exception:
                 pytest.fail("what is inside takes the end for its own")
-    with M.bounded("x"):
+    with sandbox.bounded("x"):
         pass
     assert state() == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
@@ -404,7 +406,7 @@ import model, data, lora
 for ask in (model.resolve, data.read_rows, lora.find_adapter):
     for status in ("401", "403", "404", "500", "200", "302"):
         try:
-            model.cli(lambda: ask(f"org/answers-{status}"))
+            model.run_command(lambda: ask(f"org/answers-{status}"))
         except SystemExit as ended:
             assert ended.code == 2
 """

@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora
-from lora import (LoRAConfig, LoRALinear, add_lora, count_parameters, disable_lora, load_adapter, lora_layers, merge,
-                  merge_lora, read_adapter_config, save_adapter)
-from model import Batch, Linear, ModelConfig, Segment, Transformer, UserError, cli, load_model
+from lora import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    count_parameters,
+    disable_lora,
+    load_adapter,
+    lora_layers,
+    merge,
+    merge_lora,
+    save_adapter,
+)
+from model import Batch, Linear, ModelConfig, Segment, Transformer, load_model
+from support.errors import UserError, run_command
 
 SHARED = Path(__file__).parents[2] / "shared" / "models" / "configs"
 SHAPE = dict(vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -353,11 +363,11 @@ def test_any_linear_can_be_the_base():
             super().__init__()
             self.register_buffer("packed", torch.randint(-8, 8, (4, 6), dtype=torch.int8))
 
-        def dequantize(self):
+        def dense_weight(self):
             return self.packed.bfloat16() / 2
 
         def forward(self, x):
-            return nn.functional.linear(x, self.dequantize().to(x.dtype))
+            return nn.functional.linear(x, self.dense_weight().to(x.dtype))
 
     layer = LoRALinear(Halves(), 2, 4)
     with torch.no_grad():
@@ -367,7 +377,7 @@ def test_any_linear_can_be_the_base():
     assert layer.lora_A.grad is not None
     merged = layer.merge()
     assert type(merged) is Linear and merged.weight.dtype == torch.bfloat16
-    wanted = (layer.base_layer.dequantize().float() + 2 * layer.lora_B @ layer.lora_A).bfloat16()
+    wanted = (layer.base_layer.dense_weight().float() + 2 * layer.lora_B @ layer.lora_A).bfloat16()
     assert torch.equal(merged.weight, wanted)
 
 
@@ -569,7 +579,7 @@ def test_a_failed_write_leaves_the_old_adapter(bases, adapter, monkeypatch):
 def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["lora.py", "merge", *map(str, arguments)])
-        cli(lora.main)
+        run_command(lora.main)
 
     command("--adapter", adapter, "--output-dir", tmp_path / "merged", "--model", bases["qwen3"])
     assert "merged" in capsys.readouterr().out
@@ -600,7 +610,7 @@ def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A run folder as far as push looks at it, with a model in two shards; no wait lasts."""
-    monkeypatch.setattr(lora, "WAITS", (0, 0, 0, 0))
+    monkeypatch.setattr("support.hub.WAITS", (0, 0, 0, 0))
     run = tmp_path / "run"
     config = {"lora_r": 4, "merge": True, "hub_model_id": "me/mine", "hub_commit_message": "of the run"}
     for name, text in {
@@ -617,7 +627,7 @@ def pushed(run, *flags):
     """Runs `python lora.py push RUN ...` here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lora.py", "push", *map(str, [run, *flags])])
-        cli(lora.main)
+        run_command(lora.main)
 
 
 def contents(folder):

@@ -24,7 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
-from model import IGNORE, Batch, Segment, UserError, generate, load_model, sample, save_model, token_logps
+from model import (
+    IGNORE,
+    Batch,
+    Segment,
+    generate,
+    load_model,
+    sample,
+    save_model,
+    token_logps,
+)
+from support import errors
+from support.errors import UserError
 
 # --- helpers --------------------------------------------------------------------------------------------------------
 
@@ -784,7 +795,7 @@ def test_disk_that_fills_up_ends_in_one_line(tiny_checkpoint, tmp_path, capsys):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(SystemExit) as ended:
-            M.cli(lambda: save_model(model.named_parameters(), out, source))
+            errors.run_command(lambda: save_model(model.named_parameters(), out, source))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     told = capsys.readouterr().err
@@ -963,15 +974,15 @@ def fails(error):
 ])
 def test_cli_ends_in_one_line(capsys, error, status, told):
     with pytest.raises(SystemExit) as ended:
-        M.cli(fails(error))
+        errors.run_command(fails(error))
     assert ended.value.code == status and capsys.readouterr().err == told
 
 
 def test_cli_hides_no_bug():
-    assert M.cli(lambda: None) is None
+    assert errors.run_command(lambda: None) is None
     for bug in (ValueError("x"), KeyError("x"), OSError("without a number")):
         with pytest.raises(type(bug)):
-            M.cli(fails(bug))
+            errors.run_command(fails(bug))
 
 
 # --- real ones ------------------------------------------------------------------------------------------------------

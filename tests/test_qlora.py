@@ -18,8 +18,17 @@ from torch import nn
 import qlora
 import sft
 from lora import LoRAConfig, add_lora, load_adapter, lora_layers, merge, save_adapter
-from model import Batch, Linear, Segment, UserError, cli, load_model
-from qlora import Linear4bit, QuantConfig, as_merged, hold_4bit, load_4bit, measure_merge, save_4bit
+from model import Batch, Linear, Segment, load_model
+from qlora import (
+    Linear4bit,
+    QuantConfig,
+    as_merged,
+    load_4bit,
+    measure_merge,
+    save_4bit,
+    swap_linear4bit,
+)
+from support.errors import UserError, run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHAPES = {  # head_dim != C/H, K < H, an odd vocabulary (conftest), and rows that are no multiple of a block
@@ -80,9 +89,9 @@ def a_layer(out, inside, kind="nf4", double=True, dtype=torch.float32, bias=Fals
     plain = Linear(inside, out, bias=bias)
     with torch.device("meta"):
         layer = Linear4bit(Linear(inside, out, bias=bias), QuantConfig(True, kind, double))
-    layer.place("weight", plain.weight.data, "cpu", dtype)
+    layer.set_tensor("weight", plain.weight.data, "cpu", dtype)
     if bias:
-        layer.place("bias", plain.bias.data, "cpu", dtype)
+        layer.set_tensor("bias", plain.bias.data, "cpu", dtype)
     return layer, plain
 
 
@@ -99,15 +108,15 @@ def test_bits_and_values_are_those_of_bitsandbytes_modules(shape, kind, double, 
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, stored[name]) and tensor.dtype == stored[name].dtype, name
     wanted = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-    assert torch.equal(layer.dequantize(), wanted) and layer.dequantize().dtype == dtype
+    assert torch.equal(layer.dense_weight(), wanted) and layer.dense_weight().dtype == dtype
 
 
 def test_the_known_error_of_nf4():
     """Mean absolute error of N(0, 1) at block 64; the figure is that of bitsandbytes' own test."""
     layer, plain = a_layer(8, 8, double=False)
     W = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    layer.quantize_(W)
-    assert abs((layer.dequantize() - W).abs().mean() - 0.0728) < 0.0002
+    layer.replace_weight(W)
+    assert abs((layer.dense_weight() - W).abs().mean() - 0.0728) < 0.0002
 
 
 @pytest.mark.parametrize("compute", [None, "bfloat16"])
@@ -115,7 +124,7 @@ def test_forward_and_gradients_are_those_of_the_dequantised_layer_and_no_weight_
     layer, _ = a_layer(40, 72, bias=True)
     layer.compute_dtype = compute and torch.bfloat16
     layer.bias.requires_grad_(True)
-    W, bias = layer.dequantize(), layer.bias.detach().clone().requires_grad_(True)
+    W, bias = layer.dense_weight(), layer.bias.detach().clone().requires_grad_(True)
     x = torch.randn(11, 72, requires_grad=True)
     same = x.detach().clone().requires_grad_(True)
     kept = []
@@ -132,8 +141,8 @@ def test_forward_and_gradients_are_those_of_the_dequantised_layer_and_no_weight_
 def test_it_copies_and_goes_to_meta_as_any_module():
     layer, _ = a_layer(16, 64)
     other = copy.deepcopy(layer)
-    other.quantize_(torch.zeros(16, 64))
-    assert not other.dequantize().any() and layer.dequantize().any()
+    other.replace_weight(torch.zeros(16, 64))
+    assert not other.dense_weight().any() and layer.dense_weight().any()
     assert {b.device.type for b in layer.to("meta").buffers()} == {"meta"}
     assert set(layer.state_dict()) == set(other.state_dict())
 
@@ -258,7 +267,7 @@ def test_a_merge_is_measured_as_it_comes_out(base, settings, bases, tmp_path):
     for name in figures:
         prepare = None
         if name == "dequantized":
-            prepare = lambda model, found: hold_4bit(quant, model, found)
+            prepare = lambda model, found: swap_linear4bit(quant, model, found)
         merge(tmp_path / "adapter", tmp_path / name, prepare=prepare)
         merged = theirs(tmp_path / name).eval()
         assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
@@ -335,7 +344,7 @@ def test_loftq_makes_up_for_what_4_bits_lose(bases, tmp_path):
     other = load_4bit(bases["qwen3"], QuantConfig(True), dtype="float32")
     add_lora(other, LoRAConfig(lora_r=8, lora_alpha=20, init_lora_weights="loftq"), seed=1)
     for path, layer in lora_layers(model).items():
-        W, held = layer.base_layer.original(), layer.base_layer.dequantize()
+        W, held = layer.base_layer.original_weight(), layer.base_layer.dense_weight()
         found = _low_rank_decomposition(W - held, reduced_rank=8)
         assert_close(layer.lora_B @ layer.lora_A, found["L"] @ found["R"])
         assert (W - layer.weight).norm() < 0.9 * (W - held).norm()
@@ -350,8 +359,8 @@ def test_pissa_on_4_bits_quantises_the_rest(bases):
     add_lora(model, LoRAConfig(lora_r=8, lora_alpha=4, init_lora_weights="pissa"), seed=1)
     for layer in lora_layers(model).values():
         held = layer.base_layer.weight.clone()
-        rest = layer.base_layer.original() - 0.5 * layer.lora_B @ layer.lora_A
-        layer.base_layer.quantize_(rest.detach())
+        rest = layer.base_layer.original_weight() - 0.5 * layer.lora_B @ layer.lora_A
+        layer.base_layer.replace_weight(rest.detach())
         assert (layer.base_layer.weight == held).float().mean() > 0.999  # a value between two may fall either way
 
 
@@ -580,7 +589,7 @@ def test_what_does_not_go_together_is_said(bases, tmp_path, monkeypatch, capsys)
 def test_the_commands(bases, tmp_path, monkeypatch, capsys):
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["qlora.py", *map(str, argv)])
-        cli(qlora.main)
+        run_command(qlora.main)
         return capsys.readouterr().out
 
     run("quantize", "--model", bases["qwen3"], "--output_dir", tmp_path / "stored")

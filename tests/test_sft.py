@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT, write_checkpoint
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sft
-from conftest import ROOT, write_checkpoint
 from lora import add_lora
-from model import Segment, UserError, cli, load_model
+from model import Segment, load_model
+from support import checkpoints, planner, tracking
+from support.card import write_card
+from support.errors import UserError, run_command
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -91,7 +94,7 @@ def without_times(path):
     """log.jsonl's lines less what a clock or the process's memory says, and less the closing line."""
     timed = {"tokens_per_second", "examples_per_second", "peak_memory_gb", "train_runtime"}
     return [
-        {k: v for k, v in line.items() if k not in timed} for line in sft.read_log(path) if "train_runtime" not in line
+        {k: v for k, v in line.items() if k not in timed} for line in tracking.read_log(path) if "train_runtime" not in line
     ]
 
 
@@ -194,7 +197,7 @@ def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
         labels = torch.tensor(segment.labels[1:], dtype=torch.long)
         total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
         count += int((labels != -100).sum())
-    line = sft.read_log(tmp_path / "run" / "log.jsonl")[0]
+    line = tracking.read_log(tmp_path / "run" / "log.jsonl")[0]
     assert line["scored_tokens"] == count and line["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
@@ -219,7 +222,7 @@ def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
     for path in (tmp_path / "halves").iterdir():
         if path.name in ("checkpoint-000006", "checkpoint-000008", "adapter", "merged"):
             subprocess.run(["rm", "-r", path], check=True)
-    assert [p.name for p in sft.checkpoints(tmp_path / "halves")] == ["checkpoint-000003"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "halves")] == ["checkpoint-000003"]
     log = (tmp_path / "halves" / "log.jsonl").read_text().splitlines()
     (tmp_path / "halves" / "log.jsonl").write_text(
         "\n".join(log[:3]) + '\n{"step": 6, "half a li'
@@ -250,7 +253,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, rows, tmp_path):
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGTERM, output
     assert "Traceback" not in output and "stopped after step" in output
-    (stopped,) = sft.checkpoints(tmp_path / "stopped")
+    (stopped,) = checkpoints.checkpoints(tmp_path / "stopped")
     assert 0 < int(stopped.name[-6:]) < 80
     sft.main(argv)
     sft.main(flags(base, rows, tmp_path / "whole", num_train_epochs=20, save_steps=1000))
@@ -273,7 +276,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
     sft.main(flags(base, rows, tmp_path / "whole", save_steps=1))
     run = tmp_path / "run"
     sft.main(flags(base, rows, run, save_steps=1))
-    last, *others = sft.checkpoints(run)[::-1]
+    last, *others = checkpoints.checkpoints(run)[::-1]
     flipped = bytearray((last / "adapter_model.safetensors").read_bytes())
     flipped[-1] ^= 1
     (last / "adapter_model.safetensors").write_bytes(flipped)
@@ -295,7 +298,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
 
 def test_two_runs_do_not_work_in_one_folder(base, rows, tmp_path, capsys):
     """The second says so and leaves all as it is; the lock goes with the process that had it, even one killed."""
-    holder = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from model import locked\nwith locked(sys.argv[1]):"
+    holder = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from model import locked\nwith locked_folder(sys.argv[1]):"
     held = subprocess.Popen([sys.executable, "-c", f"{holder} print('held', flush=True); time.sleep(60)",
                              str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert held.stdout.readline() == "held\n"
@@ -326,7 +329,7 @@ class GivesOut(torch.autograd.Function):
 def gradient(model, examples, loss_fn, micro_batch_tokens, dropout_seed=3):
     settings = config(micro_batch_tokens=micro_batch_tokens)
     model.zero_grad()
-    found = sft.find_gradient(model, examples, 100, loss_fn, settings, dropout_seed, lambda loss: loss)
+    found = sft.compute_gradient(model, examples, 100, loss_fn, settings, dropout_seed, lambda loss: loss)
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return *found, grads, settings.micro_batch_tokens
 
@@ -385,7 +388,7 @@ def test_memory_that_suffices_for_no_example_ends_the_run_and_keeps_it(base, row
     monkeypatch.setattr(sft, "sft_loss", poor)
     error = refuse(argv, capsys)
     assert "out of memory" in error and "--gradient_checkpointing" in error
-    assert [p.name for p in sft.checkpoints(tmp_path / "run")] == ["checkpoint-000005"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-000005"]
     monkeypatch.setattr(sft, "sft_loss", loaded)
     sft.main([*argv, "--gradient_checkpointing"])
     assert same_tensors(*(tmp_path / r / "checkpoint-000008" / "adapter_model.safetensors" for r in ("whole", "run")))
@@ -437,7 +440,7 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(base, row
     monkeypatch.setattr(sft, "sft_loss", spoil)
     argv = flags(base, rows, tmp_path / "run", num_train_epochs=1, save_steps=1, logging_steps=1)
     sft.main(argv)
-    lines = sft.read_log(tmp_path / "run" / "log.jsonl")
+    lines = tracking.read_log(tmp_path / "run" / "log.jsonl")
     (line,) = [line for line in lines if "skipped" in line]
     place = bad.rows(1)[3]
     assert line["step"] == 2 and place in line["rows"] and len(line["rows"]) == 8 and place.startswith(str(rows))
@@ -461,7 +464,7 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_one_kept(bas
     argv = flags(base, rows, tmp_path / "run", save_steps=100, micro_batch_tokens=4096, max_skipped_steps=2)
     error = refuse(argv, capsys)
     assert "2 steps in a row, up to 6, had no finite loss" in error and "log.jsonl" in error
-    assert [p.name for p in sft.checkpoints(tmp_path / "run")] == ["checkpoint-000004"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-000004"]
     monkeypatch.setattr(sft, "sft_loss", loaded)
     sft.main(argv)
     sft.main(flags(base, rows, tmp_path / "whole", save_steps=100, micro_batch_tokens=4096, max_skipped_steps=2))
@@ -502,7 +505,7 @@ def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
     ]
     assert (run / "adapter" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert json.loads((run / "config.json").read_text())["lora_r"] == 4
-    lines = sft.read_log(run / "log.jsonl")
+    lines = tracking.read_log(run / "log.jsonl")
     assert (
         lines[0]["step"] == 0
         and lines[0]["eval_loss"] > 0
@@ -551,7 +554,7 @@ def test_a_run_goes_on_from_the_adapter_of_another(base, rows, tmp_path, capsys)
     sft.main(flags(base, rows, tmp_path / "first", **held))
     sft.main(flags(base, rows, tmp_path / "second", **{**held, "lora_r": 2}, adapter=tmp_path / "first"))
     first, second = (
-        [line["eval_loss"] for line in sft.read_log(tmp_path / run / "log.jsonl") if "eval_loss" in line]
+        [line["eval_loss"] for line in tracking.read_log(tmp_path / run / "log.jsonl") if "eval_loss" in line]
         for run in ("first", "second")
     )
     assert second[0] == first[-1] and second[-1] < 0.9 * second[0] and "r 4, alpha 32" in capsys.readouterr().out
@@ -576,7 +579,7 @@ def plan_of(base, rows, **settings):
     settings = sft.SFTConfig(model=str(base), data=[str(rows)], **{"lora_r": 4, "micro_batch_tokens": 400, **settings})
     examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
     steps = sft.Plan(examples, settings)
-    return settings, examples, steps, sft.foresee(settings, base, steps, sft.sft_loss, torch.device("cpu"), "auto")
+    return settings, examples, steps, sft.plan_memory(settings, base, steps, sft.sft_loss, torch.device("cpu"), "auto")
 
 
 KINDS = {
@@ -593,17 +596,17 @@ def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
     the byte (but for the description of 4-bit weights, which is no tensor before they are quantised)."""
     settings, _, steps, (modules, memory, flops, largest) = plan_of(base, rows, **KINDS[case])
     model = sft.load_4bit(base, settings)
-    sft.equip(model, settings)
+    sft.attach_adapter(model, settings)
     model.train()
     fixed = [t for name, t in model.state_dict().items() if "quant_state" not in name]
     layers = sft.lora_layers(model).values()
     kept = [*fixed, *(t for layer in layers for t in layer.start or ()),
             *(layer.squares for layer in layers if hasattr(layer, "squares"))]  # fmt: skip
-    with sft.Meter(model.config.vocab_size) as meter:
+    with planner.Meter(model.config.vocab_size) as meter:
         for tensor in kept:
             meter.note(tensor, "weights")
         for p in model.parameters():
-            if p.requires_grad and len(list(sft.cut(steps[0], 400))) > 1:
+            if p.requires_grad and len(list(sft.split_by_tokens(steps[0], 400))) > 1:
                 p.grad = torch.zeros_like(p)
         sft.sft_loss(model, sft.Batch.pack(largest))[0].backward()
     apart = "optimizer", "process", "kernels and holes"
@@ -611,7 +614,7 @@ def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
     if held["activations"]:  # else the optimizer's moment is the largest
         assert sum(held.values()) == meter.peak.total()
     assert held["weights"] + held.get("adapter", 0) == sum(t.nbytes for t in fixed)
-    assert meter.flops == pytest.approx(flops * sum(map(sft.count_tokens, largest)))
+    assert meter.flops == pytest.approx(flops)
     assert tuple(map(sum, zip(*modules.values()))) == sft.count_parameters(model)
 
 
@@ -619,7 +622,7 @@ def test_the_meter_counts_what_is_saved_for_backward():
     """By hand: exp keeps its 4 MB and nothing else, x is not counted, the product of 10 columns is that of a vocabulary
     of 10; 2mnk FLOPs; what nobody needs any more is gone."""
     x, w = torch.ones(1000, 1000, requires_grad=True), torch.ones(1000, 10)
-    with sft.Meter(vocab_size=10) as meter:
+    with planner.Meter(vocab_size=10) as meter:
         y = x.exp()
         assert meter.live == {"activations": 4_000_000}
         z = y @ w
@@ -640,7 +643,7 @@ def test_optimizer_bytes_are_those_of_its_state(optim):
     optimizer.step()
     for p in parameters.values():
         state = [v for k, v in optimizer.state[p].items() if torch.is_tensor(v) and not k.startswith(("qmap", "step"))]
-        assert sft.optimizer_bytes(p, settings) == sum(v.nbytes for v in state), p.shape
+        assert planner.optimizer_bytes(p, settings) == sum(v.nbytes for v in state), p.shape
 
 
 def test_checkpointing_and_smaller_micro_batches_are_foreseen_to_need_less(base, rows):
@@ -652,25 +655,25 @@ def test_checkpointing_and_smaller_micro_batches_are_foreseen_to_need_less(base,
 
 
 def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, tmp_path, capsys):
-    """Steps and scored tokens are those of the log; no folder is made; the run's last line has predicted beside
-    measured memory, and its parts' seconds add up."""
+    """Steps and scored tokens are those of the log; no folder is made; the run ends with its measured peak, and its
+    parts' seconds add up."""
     argv = flags(base, rows, tmp_path / "run", logging_steps=1)
     sft.main([*argv, "--dry_run"])
     told = capsys.readouterr().out
-    assert not list(tmp_path.iterdir()) and "tokens/s" in told
+    assert not list(tmp_path.iterdir()) and "tokens/s" in told and "of what plain products" in told
     sft.main(argv)
-    lines = sft.read_log(tmp_path / "run" / "log.jsonl")
+    lines = tracking.read_log(tmp_path / "run" / "log.jsonl")
     scored = sum(line["scored_tokens"] for line in lines if "scored_tokens" in line)
     assert f"{lines[-1]['step']} steps of 8 examples" in told and f"{scored:,} of them scored" in told
-    assert 0 < lines[-1]["share_of_roof"] and lines[-1]["predicted_memory_gb"] > 0
-    told = capsys.readouterr().out
-    assert "predicted" in told and {"data", "loading", "answers"} <= lines[-1]["seconds"].keys()
+    told, peak = capsys.readouterr().out, lines[-1]["peak_memory_gb"]
+    assert peak > 0 and f"peak memory of the steps: {peak:.2f} GB" in told
+    assert {"data", "loading", "answers"} <= lines[-1]["seconds"].keys()
     steps = ("forward and backward", "optimizer", "evaluation", "log", "checkpoints")
     assert sum(lines[-1]["seconds"][part] for part in steps) == pytest.approx(lines[-1]["train_runtime"], abs=1)
 
 
 def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sft, "free_memory", lambda device: -1.0)
+    monkeypatch.setattr(sft, "free_memory_gb", lambda device: -1.0)
     sft.main([*flags(base, rows, tmp_path / "run", micro_batch_tokens=400), "--dry_run"])
     told = capsys.readouterr().out
     assert "does not fit and is not tried" in told
@@ -678,14 +681,13 @@ def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys,
     assert "tokens/s" not in told and not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_foreseen_does_not_stop_a_run(base, rows, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_estimated_does_not_stop_a_dry_run(base, rows, tmp_path, capsys, monkeypatch):
     """A loss that looks at a value, which tensors without content have not."""
     loaded = sft.sft_loss
     monkeypatch.setattr(sft, "sft_loss", lambda model, batch: (found := loaded(model, batch), float(found[0]))[0])
-    sft.main(flags(base, rows, tmp_path / "run", num_train_epochs=1))
+    sft.main([*flags(base, rows, tmp_path / "run", num_train_epochs=1), "--dry_run"])
     told = capsys.readouterr().out
-    assert told.count("can't be foreseen here") == 1 and (tmp_path / "run" / "adapter").exists()
-    assert "predicted_memory_gb" not in sft.read_log(tmp_path / "run" / "log.jsonl")[-1]
+    assert told.count("can't be estimated here") == 1 and "tokens/s" in told
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -695,7 +697,7 @@ def refuse(argv, capsys):
     """Runs the command as a user does; returns what stands on stderr after checking exit 2, at most two lines, no
     traceback."""
     with pytest.raises(SystemExit) as stopped:
-        cli(lambda: sft.main(argv))
+        run_command(lambda: sft.main(argv))
     error = capsys.readouterr().err.strip()
     assert (
         stopped.value.code == 2
@@ -782,7 +784,7 @@ def test_what_a_kill_leaves_is_no_obstacle(base, rows, tmp_path):
     (run / "log.jsonl").write_text("\n".join(log[:-1]) + "\n")
     (run / ".checkpoint-000002.partial").mkdir()
     sft.main(flags(base, rows, run, num_train_epochs=1, merge=False))
-    assert not list(run.glob(".*.partial")) and "train_runtime" in sft.read_log(run / "log.jsonl")[-1]
+    assert not list(run.glob(".*.partial")) and "train_runtime" in tracking.read_log(run / "log.jsonl")[-1]
 
 
 def test_output_that_cannot_be_written(base, rows, tmp_path, capsys):
@@ -822,7 +824,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp
         error = run.stderr.strip().splitlines()
         assert run.returncode == 2 and error[-1].startswith("error: ") and "Traceback" not in run.stderr, run.stderr
         assert "space" in error[-1]
-        kept = sft.checkpoints(tmp_path / "run")
+        kept = checkpoints.checkpoints(tmp_path / "run")
         assert kept and all(
             load_file(p / "adapter_model.safetensors") and load_file(p / "optimizer.safetensors") for p in kept
         )
@@ -839,7 +841,7 @@ def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(base
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here
     process = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *argv], env=one_thread, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    while not sft.checkpoints(run) and process.poll() is None:
+    while not checkpoints.checkpoints(run) and process.poll() is None:
         time.sleep(0.01)
     if any(subprocess.run(["mount", *words.split(), run], capture_output=True).returncode
            for words in (f"--bind {run}", "-o remount,ro,bind")):  # fmt: skip
@@ -851,8 +853,8 @@ def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(base
         subprocess.run(["umount", run])
     last = output.strip().splitlines()[-1]
     assert process.returncode == 2 and last.startswith("error: ") and "Read-only" in last and str(run) in last, output
-    assert "Traceback" not in output and 0 < len(sft.checkpoints(run)) < 80
-    assert not any(map(sft.damage, sft.checkpoints(run)))
+    assert "Traceback" not in output and 0 < len(checkpoints.checkpoints(run)) < 80
+    assert not any(map(checkpoints.damage, checkpoints.checkpoints(run)))
     sft.main(argv)
     sft.main(flags(base, rows, tmp_path / "whole", num_train_epochs=20, save_steps=1000))
     assert same_tensors(*(tmp_path / r / "checkpoint-000080" / "optimizer.safetensors" for r in ("run", "whole")))
@@ -900,7 +902,7 @@ def test_tensorboard_has_each_step_of_the_log_once(base, rows, tmp_path):
     halved(argv, run)
     assert len(list((run / "runs").iterdir())) == 1
     sft.main(argv)
-    log, told = sft.read_log(run / "log.jsonl"), scalars(run / "runs")
+    log, told = tracking.read_log(run / "log.jsonl"), scalars(run / "runs")
     for tag, key in (("train/loss", "loss"), ("train/learning_rate", "learning_rate"), ("eval/loss", "eval_loss")):
         assert told[tag] == [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in log if key in line], tag
     assert len(told["train/loss"]) == 8 and [step for step, _ in told["eval/loss"]] == [0, 2, 4, 6, 8]
@@ -947,7 +949,7 @@ def test_a_dashboard_has_one_run_through_a_resume(name, base, rows, tmp_path, mo
     steps = [step for step, numbers in lines if "train/loss" in numbers]
     assert (steps if name == "trackio" else steps[:8]) == [*range(1, 9)]  # wandb's server passes over doubles
     losses = dict((step, numbers["train/loss"]) for step, numbers in lines if "train/loss" in numbers)
-    assert list(losses.values()) == [line["loss"] for line in sft.read_log(run / "log.jsonl") if "loss" in line]
+    assert list(losses.values()) == [line["loss"] for line in tracking.read_log(run / "log.jsonl") if "loss" in line]
 
 
 def test_a_tracker_that_breaks_costs_a_line(base, rows, tmp_path, monkeypatch, capsys):
@@ -964,7 +966,7 @@ def test_a_tracker_that_breaks_costs_a_line(base, rows, tmp_path, monkeypatch, c
 def test_what_report_to_means(wanted, there, found, monkeypatch):
     for name in ("wandb", "trackio"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name) if name in there else None)
-    assert sft.find_trackers(config(report_to=wanted)) == found
+    assert tracking.find_trackers(config(report_to=wanted)) == found
 
 
 def test_trackers_that_can_not_be_had_are_told_first(base, rows, tmp_path, monkeypatch, capsys):
@@ -995,7 +997,7 @@ def test_the_log_file_has_what_the_terminal_had(base, rows, tmp_path, monkeypatc
     run, streams = tmp_path / "run", (sys.stdout, sys.stderr)
     argv = flags(base, rows, run, logging_steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "finish", breaking)
+        patch.setattr(sft, "export", breaking)
         with pytest.raises(ZeroDivisionError):
             sft.main(argv)
     shown = capsys.readouterr()
@@ -1073,7 +1075,7 @@ def test_cards_say_what_a_model_is_and_name_no_place(base, rows, tmp_path):
                          "pipeline_tag": "text-generation", "tags": ["plaintune", "sft"]}
         assert f'from_pretrained("{name}")' in card and (run / part / "training_loss.png").exists()
         assert str(tmp_path) not in card and str(base.parent) not in card and "`rows.jsonl`" in card
-        log = sft.read_log(run / "log.jsonl")
+        log = tracking.read_log(run / "log.jsonl")
         best = min((line for line in log[1:] if "eval_loss" in line), key=lambda line: line["eval_loss"])
         assert f"| eval_loss | {log[0]['eval_loss']:.4g} | {best['eval_loss']:.4g} |" in card
         assert "31 rows: 31 examples" in card and "| lora_r | 4 |" in card and "| seed | 42 |" in card
@@ -1090,13 +1092,13 @@ def test_cards_of_hub_names(base, rows, tmp_path, monkeypatch):
     monkeypatch.chdir(rows.parent.parent)
     data = ["org/rows#v1:train@2", str(rows), f"{rows.parent.name}/rows.jsonl@2"]
     full = sft.SFTConfig(model="org/base", data=data, output_dir=str(folder), lora_r=0)
-    sft.write_card(full, f"3 rows, as {rows}:1; /a", {"step": 4, "best_step": 3}, {})
+    write_card(full, f"3 rows, as {rows}:1; /a", {"step": 4, "best_step": 3}, {})
     card = (folder / "merged" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "org/base" and front["datasets"] == ["org/rows"] and "# run\n" in card
     assert front["base_model_relation"] == "finetune" and "3 rows, as rows.jsonl:1; /a" in card
     assert card == (folder / "README.md").read_text() and "| loss |  | 0.5 |" in card
-    sft.write_card(sft.SFTConfig(model="org/base", data=["org/rows"], output_dir=str(folder), adapter="output/a"),
+    write_card(sft.SFTConfig(model="org/base", data=["org/rows"], output_dir=str(folder), adapter="output/a"),
                    "", {"step": 3}, {})
     card = (folder / "README.md").read_text()
     assert "| adapter | output/a |" in card and "lora_r" not in card
@@ -1109,13 +1111,13 @@ def files_of(folder):
 def test_a_run_is_pushed_and_its_push_taken_up_again(base, rows, tmp_path, hub, monkeypatch, capsys):
     """A hub that fails after training costs nothing of the run: exit 2 and what to do; the same command then pushes.
     The token is in no file and was not printed."""
-    monkeypatch.setattr("lora.WAITS", (0,))
+    monkeypatch.setattr("support.hub.WAITS", (0,))
     run, argv = tmp_path / "run", flags(base, rows, tmp_path / "run", merge=True, num_train_epochs=1)
     argv += ["--push_to_hub", "--hub_model_id", "me/mine", "--hub_commit_message", "first words"]
     hub.faults += [503] * 4
     error = refuse(argv, capsys)
     assert f"`python lora.py push {run}` goes on from here" in error and not hub.commits
-    assert (run / "README.md").exists() and "train_runtime" in sft.read_log(run / "log.jsonl")[-1]
+    assert (run / "README.md").exists() and "train_runtime" in tracking.read_log(run / "log.jsonl")[-1]
     assert "push to me/mine" in (run / "run.log").read_text()
     hub.faults.clear()
     sft.main(argv)
