@@ -89,29 +89,52 @@ class Tokenizer:
         self.folder, self.now = Path(folder), now or datetime.now()
         path = self.folder / "tokenizer.json"
         if not path.is_file():
-            raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder that has one")
-        with as_user_error(f"{path}: not a tokenizer", Exception):  # the library raises nothing more special
+            raise UserError(
+                f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder that has one"
+            )
+        with as_user_error(
+            f"{path}: not a tokenizer", Exception
+        ):  # the library raises nothing more special
             self.backend = tokenizers.Tokenizer.from_file(str(regular_file(path, 2**28)))
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
         names = [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
-        tokens = {name: t.get("content") if isinstance(t := config.get(name), dict) else t for name in names}
+        tokens = {
+            name: t.get("content") if isinstance(t := config.get(name), dict) else t
+            for name in names
+        }
         self.special = {name: token for name, token in tokens.items() if isinstance(token, str)}
-        self.bos_id, eos, self.pad_id = (self.backend.token_to_id(self.special.get(name, "")) for name in names[:3])
+        self.bos_id, eos, self.pad_id = (
+            self.backend.token_to_id(self.special.get(name, "")) for name in names[:3]
+        )
         added = self.backend.get_added_tokens_decoder()
         self.added = {token.content: id for id, token in added.items()}
         self.special_ids = {id for id, token in added.items() if token.special}
-        ends = [self.read(name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-        ends = [eos, *(id for found in ends for id in (found if isinstance(found, list) else [found]))]
-        self.eos_ids = list(dict.fromkeys(id for id in ends if isinstance(id, int) and 0 <= id < 2**24))
+        ends = [
+            self.read(name).get("eos_token_id")
+            for name in ("generation_config.json", "config.json")
+        ]
+        ends = [
+            eos,
+            *(id for found in ends for id in (found if isinstance(found, list) else [found])),
+        ]
+        self.eos_ids = list(
+            dict.fromkeys(id for id in ends if isinstance(id, int) and 0 <= id < 2**24)
+        )
         self.head = self.encode("", special=True)[:1]  # BOS, where texts begin with one
         self.newline = self.encode("\n")
-        self.prepends = self.encode("\na") != self.newline + self.encode("a")  # SentencePiece: a space before all
+        self.prepends = self.encode("\na") != self.newline + self.encode(
+            "a"
+        )  # SentencePiece: a space before all
 
         path, found = self.folder / "chat_template.jinja", config.get("chat_template")
         self.template_file = path if path.exists() else self.folder / "tokenizer_config.json"
-        found = regular_file(path, 2**20).read_text(encoding="utf-8", errors="replace") if path.exists() else found
+        found = (
+            regular_file(path, 2**20).read_text(encoding="utf-8", errors="replace")
+            if path.exists()
+            else found
+        )
         found = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
         tags = [Generation, jinja2.ext.loopcontrols]
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
@@ -120,8 +143,13 @@ class Tokenizer:
             raise jinja2.TemplateError(message)
 
         # as transformers has it; jinja's own escapes HTML and sorts keys
-        env.filters["tojson"] = lambda x, ensure_ascii=False, **more: json.dumps(x, ensure_ascii=ensure_ascii, **more)
-        env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: self.now.strftime(form)}
+        env.filters["tojson"] = lambda x, ensure_ascii=False, **more: json.dumps(
+            x, ensure_ascii=ensure_ascii, **more
+        )
+        env.globals |= {
+            "raise_exception": raise_exception,
+            "strftime_now": lambda form: self.now.strftime(form),
+        }
         fault = f"{self.template_file}: not a chat template, nor a list of them by name"
         with bounded(fault), as_user_error(fault, Exception):
             self.templates = {t["name"]: env.from_string(t["template"]) for t in found}
@@ -155,21 +183,33 @@ class Tokenizer:
         """Ids -> str, without special tokens unless they are asked for."""
         return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
 
-    def render(self, messages, /, add_generation_prompt=False, tools=None, keep_marks=False, **kwargs):
+    def render(
+        self, messages, /, add_generation_prompt=False, tools=None, keep_marks=False, **kwargs
+    ):
         """Messages -> text by the checkpoint's template, which also gets `kwargs`. UserError: none, or it fails."""
         if not self.templates:
-            raise UserError(f"{self.folder}: no chat template; use prompt/completion or text rows, or a chat model")
-        template = self.templates.get("tool_use" if tools and "tool_use" in self.templates else "default")
+            raise UserError(
+                f"{self.folder}: no chat template; use prompt/completion or text rows, or a chat model"
+            )
+        template = self.templates.get(
+            "tool_use" if tools and "tool_use" in self.templates else "default"
+        )
         if template is None:
-            raise UserError(f"{self.template_file}: no template is named 'default': {', '.join(self.templates)}")
+            raise UserError(
+                f"{self.template_file}: no template is named 'default': {', '.join(self.templates)}"
+            )
         messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
         for m in messages:  # reasoning has had three names
-            if thought := next((m[key] for key in ("reasoning_content", "thinking", "reasoning") if key in m), None):
+            if thought := next(
+                (m[key] for key in ("reasoning_content", "thinking", "reasoning") if key in m), None
+            ):
                 m |= {"thinking": m.get("thinking", thought), "reasoning_content": thought}
         kwargs = self.special | {"tools": tools or None, "documents": None} | kwargs
         fault = f"{self.template_file}: the chat template failed"
         with bounded(fault), as_user_error(fault, Exception):  # untrusted code, untrusted rows
-            text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **kwargs)
+            text = template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **kwargs
+            )
         return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
     @cached_property
@@ -177,8 +217,16 @@ class Tokenizer:
         """Ids that end a turn: the end tokens, and what the template writes after an answer (in Qwen3-Base not eos)."""
         tail = ""
         with suppress(UserError):  # no template, or one that insists on a system turn, say
-            tail = self.render(as_turn("user", "a") + as_turn("assistant", SENTINEL)).partition(SENTINEL)[2].lstrip()
-        after = [self.added[token] for token in sorted(self.added, key=len)[::-1] if tail.startswith(token)]
+            tail = (
+                self.render(as_turn("user", "a") + as_turn("assistant", SENTINEL))
+                .partition(SENTINEL)[2]
+                .lstrip()
+            )
+        after = [
+            self.added[token]
+            for token in sorted(self.added, key=len)[::-1]
+            if tail.startswith(token)
+        ]
         return list(dict.fromkeys([*self.eos_ids, *after[:1]]))
 
     @cached_property
@@ -193,13 +241,23 @@ class Tokenizer:
         spans: (start, end) of each rendered assistant message whose index is in `wanted` (default: all), from the end
         of the generation prompt (so with a <think> that it does not open) through the token that ends the turn; as
         `{% generation %}` marks them, where each turn has one. open: the text ends in an answer without that token."""
-        speaks, spans, is_open = [i for i, m in enumerate(messages) if m["role"] == "assistant"], [], False
+        speaks, spans, is_open = (
+            [i for i, m in enumerate(messages) if m["role"] == "assistant"],
+            [],
+            False,
+        )
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
             pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
             text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
-            marked = dict(zip(speaks, zip(at[::2], at[1::2]))) if len(pieces) == 2 * len(speaks) + 1 else {}
+            marked = (
+                dict(zip(speaks, zip(at[::2], at[1::2])))
+                if len(pieces) == 2 * len(speaks) + 1
+                else {}
+            )
             for i in speaks if wanted is None else [i for i in speaks if i in wanted]:
-                span = marked.get(i) or self.find_turn(messages, i, text, spans[-1][1] if spans else 0, **kwargs)
+                span = marked.get(i) or self.find_turn(
+                    messages, i, text, spans[-1][1] if spans else 0, **kwargs
+                )
                 if span is None:
                     continue
                 start, end = span
@@ -224,13 +282,20 @@ class Tokenizer:
                 continue
             before, mark, after = other.partition(SENTINEL)
             end, seen = len(text) - len(after), seen or bool(mark)
-            start = len(prompt) if text.startswith(prompt) else self.find_start(text, before, floor, **kwargs)
+            start = (
+                len(prompt)
+                if text.startswith(prompt)
+                else self.find_start(text, before, floor, **kwargs)
+            )
             if mark and start <= end and text.endswith(after):
                 calls = "tool_calls" in stand_in and re.compile(self.turn_end).search(text, end)
                 return start, calls.end() if calls else end
         if seen:
             fault = f"{self.template_file}: cannot tell where message {i} is in the rendering"
-            raise UserError(fault + "; mark it with {% generation %} in the template, or use prompt/completion rows")
+            raise UserError(
+                fault
+                + "; mark it with {% generation %} in the template, or use prompt/completion rows"
+            )
         return None
 
     def find_start(self, text, before, floor, /, **kwargs):
@@ -247,16 +312,27 @@ class Tokenizer:
         texts, inside, added = [], [], tuple(self.added)
         for sides in rows:
             for side in sides:
-                before = "" if side is sides[0] else "".join(piece for piece, _ in sides[0] if isinstance(piece, str))
+                before = (
+                    ""
+                    if side is sides[0]
+                    else "".join(piece for piece, _ in sides[0] if isinstance(piece, str))
+                )
                 for piece in (piece for piece, _ in side if isinstance(piece, str)):
                     inside.append(self.prepends and piece and before and not before.endswith(added))
-                    texts.append("\n" + piece if inside[-1] else piece)  # no space is prepended after it; it comes off
+                    texts.append(
+                        "\n" + piece if inside[-1] else piece
+                    )  # no space is prepended after it; it comes off
                     before = piece or before
-        batch = (ids[len(self.newline) :] if cut else ids for ids, cut in zip(self.encode_all(texts), inside))
+        batch = (
+            ids[len(self.newline) :] if cut else ids
+            for ids, cut in zip(self.encode_all(texts), inside)
+        )
 
         def join(side):
             ids = [next(batch) if isinstance(piece, str) else piece for piece, _ in side]
-            scored = np.repeat(np.array([flag for _, flag in side], bool), [len(piece) for piece in ids])
+            scored = np.repeat(
+                np.array([flag for _, flag in side], bool), [len(piece) for piece in ids]
+            )
             return np.array([id for piece in ids for id in piece], np.int32), scored
 
         yield from ([join(side) for side in sides] for sides in rows)
@@ -272,7 +348,9 @@ def pieces_of(path, lines=True):
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             while piece := (file.readline if lines else file.read)(2**26):
                 if (total := total + len(piece)) > max(100 * size, 2**25):
-                    raise UserError(f"{path}: unzips to more than a hundred times its size; if you trust it, unzip it")
+                    raise UserError(
+                        f"{path}: unzips to more than a hundred times its size; if you trust it, unzip it"
+                    )
                 yield piece
 
 
@@ -280,7 +358,9 @@ def lines_of(path, encoding="utf-8-sig"):
     """Yields (number, line) of a text file as it reads."""
     for number, line in enumerate(pieces_of(path), 1):
         if len(line) == 2**26:
-            raise UserError(f"{path}:{number}: a line of more than {2**26:,} bytes; a row is a line of its own")
+            raise UserError(
+                f"{path}:{number}: a line of more than {2**26:,} bytes; a row is a line of its own"
+            )
         with as_user_error(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
             line = line.decode(encoding)
         yield number, line
@@ -311,7 +391,9 @@ def read_list(path):
         raise UserError(f"{path}:{line}: not JSON: {why}: {found}") from None
     rows = rows.get("data", rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
-        raise UserError(f'{path}: expected a list of rows or {{"data": [...]}}, found {brief(rows)}')
+        raise UserError(
+            f'{path}: expected a list of rows or {{"data": [...]}}, found {brief(rows)}'
+        )
     return ((f"{path}[{number}]", row) for number, row in enumerate(rows))
 
 
@@ -322,7 +404,9 @@ def read_csv(path):
         unique_keys([(name, None) for name in rows.fieldnames or ()])
         for number, row in enumerate(rows):
             if None in row:
-                raise UserError(f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}")
+                raise UserError(
+                    f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}"
+                )
             yield f"{path}[{number}]", row
 
 
@@ -339,7 +423,9 @@ def read_parquet(path):
 def read_movielens(path, seen=10):
     """MovieLens 100K's u.data with u.item beside it -> a row for each rating that a user gave after the first `seen`:
     {"history": [[title, rating], ...], the `seen` before it; "title", "rating"}."""
-    split = lambda path, mark: ((n, line.rstrip("\r\n").split(mark)) for n, line in lines_of(path, "latin-1"))
+    split = lambda path, mark: (
+        (n, line.rstrip("\r\n").split(mark)) for n, line in lines_of(path, "latin-1")
+    )
     users = {}
     with as_user_error(f"{path}: not tables of MovieLens", ValueError, LookupError):
         titles = {cells[0]: cells[1] for _, cells in split(path.with_name("u.item"), "|")}
@@ -359,8 +445,6 @@ def kind_of(path):
     return Path(str(path).removesuffix(".gz")).suffix
 
 
-
-
 def find_sources(sources):
     """Sources -> [(name, weight, files), ...], the weight None where no source has one. A source is a file that READERS
     know, .gz too, a folder of them, a glob, or a hub's data set as in `hub_files`; each perhaps with @weight."""
@@ -377,13 +461,21 @@ def find_sources(sources):
         if path.is_dir():
             paths = sorted(file for file in path.iterdir() if kind_of(file) in READERS)
         elif path.exists() or not (paths := sorted(map(Path, glob.glob(name, recursive=True)))):
-            hub = kind_of(path) not in READERS and re.fullmatch(r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}", name)
-            paths = hub_files(name, lambda file: kind_of(file) in READERS) if hub and not path.exists() else [path]
+            hub = kind_of(path) not in READERS and re.fullmatch(
+                r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}", name
+            )
+            paths = (
+                hub_files(name, lambda file: kind_of(file) in READERS)
+                if hub and not path.exists()
+                else [path]
+            )
         for path in paths:
             if not regular_file(path).exists():
                 raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
             if kind_of(path) not in READERS:
-                raise UserError(f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz")
+                raise UserError(
+                    f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz"
+                )
         found.append((name, weight, paths))
     weighted = any(weight for _, weight, _ in found)
     return [(name, weight or 1.0 if weighted else None, paths) for name, weight, paths in found]
@@ -410,7 +502,12 @@ def read_rows(source):
 
 SCHEMAS = ["messages", "conversations", "prompt completion", "prompt chosen rejected", "chosen rejected",
            "instruction output", "text"]  # fmt: skip
-SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+}
 
 
 def text_of(row, key):
@@ -426,17 +523,27 @@ def messages_of(row, key):
     messages = []
     for i, given in enumerate(row[key]):
         if not isinstance(given, dict):
-            raise UserError(f"{key}[{i}] must be a message with role and content, found {brief(given)}")
+            raise UserError(
+                f"{key}[{i}] must be a message with role and content, found {brief(given)}"
+            )
         m = {name: value for name, value in given.items() if value is not None}
         if "from" in m:
             m = {"role": SHAREGPT.get(str(m["from"]), m["from"]), "content": m.get("value")}
         content = m.get("content")
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        if isinstance(content, list) and all(
+            isinstance(p, dict) and isinstance(p.get("text"), str) for p in content
+        ):
             m["content"] = content = "".join(part["text"] for part in content)
         if not isinstance(m.get("role"), str):
             raise UserError(f"{key}[{i}] has no role: {brief(given)}")
-        if not isinstance(content, str) and not m.get("tool_calls") and (content is None or m["role"] == "assistant"):
-            raise UserError(f"{key}[{i}] ({m['role']}) must have text as its content, found {brief(content)}")
+        if (
+            not isinstance(content, str)
+            and not m.get("tool_calls")
+            and (content is None or m["role"] == "assistant")
+        ):
+            raise UserError(
+                f"{key}[{i}] ({m['role']}) must have text as its content, found {brief(content)}"
+            )
         messages.append(m)
     return messages
 
@@ -457,27 +564,40 @@ def split_row(row, chat, preference=False):
     if len(keys) == 1:
         return [], [(system if keys == ["conversations"] else []) + messages_of(row, keys[0])]
     if keys[0] == "instruction":
-        instruction, output, given = (text_of(row, key) if row.get(key) else "" for key in (*keys, "input"))
+        instruction, output, given = (
+            text_of(row, key) if row.get(key) else "" for key in (*keys, "input")
+        )
         if chat:
-            return system + as_turn("user", f"{instruction}\n{given}" if given else instruction), [as_turn("assistant", output)]
+            return system + as_turn("user", f"{instruction}\n{given}" if given else instruction), [
+                as_turn("assistant", output)
+            ]
         return alpaca(row)["prompt"], [output]
     if any(isinstance(row[key], list) for key in keys):
         roles = ["user" if key == "prompt" else "assistant" for key in keys]
-        sides = [as_turn(r, row[k]) if isinstance(row[k], str) else messages_of(row, k) for r, k in zip(roles, keys)]
+        sides = [
+            as_turn(r, row[k]) if isinstance(row[k], str) else messages_of(row, k)
+            for r, k in zip(roles, keys)
+        ]
     else:
         sides = [text_of(row, key) for key in keys]
     if keys[0] == "prompt":
         prompt, *answers = sides
         if isinstance(prompt, list):  # some sets say the prompt again in the answers
-            answers = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in answers]
+            answers = [
+                side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in answers
+            ]
         return prompt, answers
     same = next((n for n, (a, b) in enumerate(zip(*sides)) if a != b), min(map(len, sides)))
-    prompt = sides[0][:same]  # what both sides begin with; in a text the last space belongs to the answer
+    prompt = sides[0][
+        :same
+    ]  # what both sides begin with; in a text the last space belongs to the answer
     prompt = prompt[: max(prompt.rfind(" "), 0)] if isinstance(prompt, str) else prompt
     return prompt, [side[len(prompt) :] for side in sides]
 
 
-def to_pieces(row, tokenizer, completion_only_loss=None, assistant_only_loss=True, preference=False):
+def to_pieces(
+    row, tokenizer, completion_only_loss=None, assistant_only_loss=True, preference=False
+):
     """A row -> its sides, each a list of (text or ids, scored): one side, or prompt, chosen, rejected if `preference`;
     or why it is of no use (str). Scored are, in TRL's names, every assistant turn of a conversation
     (`assistant_only_loss`, here the default) or its last alone (`completion_only_loss` true), a completion without its
@@ -495,11 +615,21 @@ def to_pieces(row, tokenizer, completion_only_loss=None, assistant_only_loss=Tru
         sides = [[(side, True)] + [eos] * (not said or not side.endswith(said)) for side in answers]
         return [ask, *sides] if preference else [ask + sides[0]]
     kwargs = row.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict) or kwargs.keys() & {"messages", "add_generation_prompt", "keep_marks"}:
-        raise UserError(f"'chat_template_kwargs' must be an object of the template's variables, found {brief(kwargs)}")
+    if not isinstance(kwargs, dict) or kwargs.keys() & {
+        "messages",
+        "add_generation_prompt",
+        "keep_marks",
+    }:
+        raise UserError(
+            f"'chat_template_kwargs' must be an object of the template's variables, found {brief(kwargs)}"
+        )
     if row.get("tools"):
-        with as_user_error("'tools' must be a list or one in JSON", ValueError, RecursionError, on=row["tools"]):
-            kwargs = kwargs | {"tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]}
+        with as_user_error(
+            "'tools' must be a list or one in JSON", ValueError, RecursionError, on=row["tools"]
+        ):
+            kwargs = kwargs | {
+                "tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
+            }
     sides = []
     for answer in answers:
         messages, first = prompt + answer, 0 if whole else len(prompt)
@@ -508,7 +638,10 @@ def to_pieces(row, tokenizer, completion_only_loss=None, assistant_only_loss=Tru
         text, spans, is_open = tokenizer.turns(messages, wanted, **kwargs)
         rest = not assistant_only_loss and not first  # whether what nobody answered is scored too
         cuts = [0, *(at for span in spans for at in span), len(text)]
-        side = [(text[start:end], rest or n % 2 == 1) for n, (start, end) in enumerate(zip(cuts, cuts[1:]))]
+        side = [
+            (text[start:end], rest or n % 2 == 1)
+            for n, (start, end) in enumerate(zip(cuts, cuts[1:]))
+        ]
         sides.append(side + [eos] * is_open)
     return [[], *sides] if preference else sides
 
@@ -529,8 +662,13 @@ def question_of(row):
     """(question, choices, index of the right one, rationale or "") of a multiple-choice row: ECQA's columns, the hub's
     (ARC, CommonsenseQA), or {"question", "choices": [...], "answer": its text, letter or index}."""
     choices = [row[f"q_op{n}"] for n in range(1, 6)] if "q_text" in row else row["choices"]
-    labels, choices = (choices["label"], choices["text"]) if isinstance(choices, dict) else (LETTERS, choices)
-    answer = next((row[key] for key in ("answerKey", "q_ans", "answer") if row.get(key) is not None), "no answer")
+    labels, choices = (
+        (choices["label"], choices["text"]) if isinstance(choices, dict) else (LETTERS, choices)
+    )
+    answer = next(
+        (row[key] for key in ("answerKey", "q_ans", "answer") if row.get(key) is not None),
+        "no answer",
+    )
     known = (labels, choices) if "answerKey" in row else (choices, labels)
     places = (list(names).index(answer) for names in known if answer in names)
     right = answer if type(answer) is int else next(places, -1)
@@ -538,7 +676,9 @@ def question_of(row):
         raise ValueError("the choices are not a list of texts")
     if not 0 <= right < len(choices) <= len(LETTERS):
         raise ValueError(f"{answer} is not one of the choices")
-    why = next((row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), "")
+    why = next(
+        (row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), ""
+    )
     return row["q_text"] if "q_text" in row else row["question"], choices, right, why.strip()
 
 
@@ -547,18 +687,32 @@ def mcqa(row, rng, cot=1.0, topic=""):
     rationale as a thought in it at probability `cot`; the answer alone is scored."""
     question, choices, right, why = question_of(row)
     topic, style = topic or row.get("dataset") or "any topic", rng.choice(STYLES)
-    lines = [f"{style.format(A=A, a=A.lower(), n=n)} {text}" for n, (A, text) in enumerate(zip(LETTERS, choices), 1)]
+    lines = [
+        f"{style.format(A=A, a=A.lower(), n=n)} {text}"
+        for n, (A, text) in enumerate(zip(LETTERS, choices), 1)
+    ]
     answers = choices if style == STYLES[-1] else lines
     thought = f"\nSolve step-by-step.\n<think> {why} </think>" if why and rng.random() < cot else ""
-    prompt = "\n".join([rng.choice(INTRODUCTIONS).format(topic=topic), question, *lines]) + f"{thought}\n Answer:"
-    return {"prompt": prompt, "completion": f" {answers[right]}", "choices": answers, "answer": answers[right]}
+    prompt = (
+        "\n".join([rng.choice(INTRODUCTIONS).format(topic=topic), question, *lines])
+        + f"{thought}\n Answer:"
+    )
+    return {
+        "prompt": prompt,
+        "completion": f" {answers[right]}",
+        "choices": answers,
+        "answer": answers[right],
+    }
 
 
 def ecqa(row):
     """question, choices, answer, explanation -> the explanation, then `Answer: X`."""
     question, choices, right, why = question_of(row)
     lines = [question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))]
-    ask = as_turn("user", "\n".join([*lines, "Explain, then end with `Answer:` and the letter of your choice."]))
+    ask = as_turn(
+        "user",
+        "\n".join([*lines, "Explain, then end with `Answer:` and the letter of your choice."]),
+    )
     return {"prompt": ask, "completion": as_turn("assistant", f"{why}\nAnswer: {LETTERS[right]}".strip()),
             "choices": [*LETTERS[: len(choices)]], "answer": LETTERS[right]}  # fmt: skip
 
@@ -583,8 +737,15 @@ def chatml(row):
 def movielens(row, liked=4):
     """history, title, rating (as of `read_movielens`), or instruction, output -> Yes or No: is it `liked` or better?"""
     if "instruction" in row:
-        return row | {"output": (said := row["output"].strip(" .")), "choices": ["Yes", "No"], "answer": said}
-    sides = [[title for title, rating in row["history"] if (rating >= liked) == side] for side in (True, False)]
+        return row | {
+            "output": (said := row["output"].strip(" .")),
+            "choices": ["Yes", "No"],
+            "answer": said,
+        }
+    sides = [
+        [title for title, rating in row["history"] if (rating >= liked) == side]
+        for side in (True, False)
+    ]
     ask, answer = "Liked films: {}\nDisliked films: {}\n", "Yes" if row["rating"] >= liked else "No"
     ask = ask.format(*("; ".join(side) or "none" for side in sides))
     return {"prompt": as_turn("user", f"{ask}Will this viewer like {row['title']}? Answer Yes or No."),
@@ -595,22 +756,40 @@ def ultrafeedback(row, rng):
     """prompt, chosen, rejected, or instruction, completions with scores -> a conversation's best end, and a worse."""
     if "completions" in row:
         *others, best = sorted(row["completions"], key=lambda one: float(one["overall_score"]))
-        if not (others := [one for one in others if float(one["overall_score"]) < float(best["overall_score"])]):
+        if not (
+            others := [
+                one for one in others if float(one["overall_score"]) < float(best["overall_score"])
+            ]
+        ):
             return "all completions are rated alike"
         worse = others[rng.integers(len(others))]
-        row = {"prompt": row["instruction"], "chosen": best["response"], "rejected": worse["response"]}
+        row = {
+            "prompt": row["instruction"],
+            "chosen": best["response"],
+            "rejected": worse["response"],
+        }
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return {key: row[key] if isinstance(row[key], list) else as_turn(role, row[key]) for key, role in roles.items()}
+    return {
+        key: row[key] if isinstance(row[key], list) else as_turn(role, row[key])
+        for key, role in roles.items()
+    }
 
 
 def gsm8k(row, mark="Answer:"):
     """question, answer -> the reasoning without its calculator notes, then `mark` and the number."""
     why, answer = re.sub(r"<<.*?>>", "", row["answer"]).split("####")
     ask, answer = as_turn("user", row["question"]), answer.strip()
-    return {"prompt": ask, "completion": as_turn("assistant", f"{why.strip()}\n{mark} {answer}"), "answer": answer}
+    return {
+        "prompt": ask,
+        "completion": as_turn("assistant", f"{why.strip()}\n{mark} {answer}"),
+        "answer": answer,
+    }
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k)}
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k)
+}
 
 
 def use_recipe(name, args, seed):
@@ -619,7 +798,9 @@ def use_recipe(name, args, seed):
     if not name:
         return (lambda row, epoch=0: row), False
     if name not in RECIPES:
-        raise UserError(f"recipe: {name!r} is not one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
+        raise UserError(
+            f"recipe: {name!r} is not one of {', '.join(RECIPES)}{nearest(name, RECIPES)}"
+        )
     recipe, args, (_, *takes) = RECIPES[name], args or {}, signature(RECIPES[name]).parameters
     draws, takes = "rng" in takes, [key for key in takes if key != "rng"]
     if odd := [key for key in args if key not in takes]:
@@ -646,7 +827,9 @@ def fit(ids, scored, room, special):
     if len(ids) <= room:
         return ids, scored
     keep = int(int(ids[0]) in special)
-    last = int(np.flatnonzero(scored)[-1]) + 1 if scored.any() else len(ids)  # nothing is learnt from what follows
+    last = (
+        int(np.flatnonzero(scored)[-1]) + 1 if scored.any() else len(ids)
+    )  # nothing is learnt from what follows
     gaps = np.flatnonzero(~scored[:last])
     if not len(gaps) or gaps[-1] < keep:
         return ids[:room], scored[:room]
@@ -655,7 +838,9 @@ def fit(ids, scored, room, special):
     start = max(last - room + keep, keep)
     if keep < start < gaps[-1] and scored[start]:
         scored = scored & (np.arange(len(ids)) >= start + int(np.argmin(scored[start:])))
-    return np.concatenate([ids[:keep], ids[start:last]]), np.concatenate([scored[:keep], scored[start:last]])
+    return np.concatenate([ids[:keep], ids[start:last]]), np.concatenate(
+        [scored[:keep], scored[start:last]]
+    )
 
 
 def share_prompt(sides):
@@ -683,7 +868,9 @@ def assemble(sides, tokenizer, max_length=None):
 
 def to_segments(parts, weight):
     """An example's parts -> its Segments: one, or a prompt and what continues it."""
-    parts = [(np.where(ids < 0, ~ids, ids), np.where(ids < 0, np.int32(IGNORE), ids)) for ids in parts]
+    parts = [
+        (np.where(ids < 0, ~ids, ids), np.where(ids < 0, np.int32(IGNORE), ids)) for ids in parts
+    ]
     return [Segment(*part, 0 if n else -1, max(n - 1, 0), weight) for n, part in enumerate(parts)]
 
 
@@ -696,11 +883,20 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
             row = make(row) if make else row
             dropped = isinstance(row, str)
             weight = 1.0 if dropped or row.get("weight") is None else row["weight"]
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e30:
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, (int, float))
+                or not 0 <= weight < 1e30
+            ):
                 raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
             sides = row if dropped else to_pieces(row, tokenizer, **options)
-            pieces = [] if isinstance(sides, str) else [piece for side in sides for piece, _ in side]
-            with as_user_error("half a surrogate pair in its text, which was cut inside a character", UnicodeEncodeError):
+            pieces = (
+                [] if isinstance(sides, str) else [piece for side in sides for piece, _ in side]
+            )
+            with as_user_error(
+                "half a surrogate pair in its text, which was cut inside a character",
+                UnicodeEncodeError,
+            ):
                 "".join(piece for piece in pieces if isinstance(piece, str)).encode()
         laid.append((sides, float(weight)))
     encoded = tokenizer.encode_sides([sides for sides, _ in laid if not isinstance(sides, str)])
@@ -709,8 +905,16 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
             yield sides, weight, 0, 0
             continue
         sides = share_prompt(next(encoded))
-        tokens, scored = sum(len(ids) for ids, _ in sides), sum(int(flags.sum()) for _, flags in sides)
-        yield assemble(sides, tokenizer, max_length), weight, tokens, scored - int(sides[0][1][:1].sum())
+        tokens, scored = (
+            sum(len(ids) for ids, _ in sides),
+            sum(int(flags.sum()) for _, flags in sides),
+        )
+        yield (
+            assemble(sides, tokenizer, max_length),
+            weight,
+            tokens,
+            scored - int(sides[0][1][:1].sum()),
+        )
 
 
 def render_row(row, tokenizer, max_length=None, where="row", **options):
@@ -753,24 +957,35 @@ class Ledger(types.SimpleNamespace):
     def check(self):
         """UserError where this would teach nothing, or never to stop."""
         if not self.scored:
-            raise UserError(f"nothing to train on: no token of {self.rows} rows is scored{self.why()}")
+            raise UserError(
+                f"nothing to train on: no token of {self.rows} rows is scored{self.why()}"
+            )
         if not self.rows_ended:
-            raise UserError("no row scores the end of a turn, so the model would never learn to stop: raise max_length")
+            raise UserError(
+                "no row scores the end of a turn, so the model would never learn to stop: raise max_length"
+            )
 
     def why(self):
-        return "".join(f"; {why}: {found['rows']:,}, as {found['where'][0]}" for why, found in self.reasons.items())
+        return "".join(
+            f"; {why}: {found['rows']:,}, as {found['where'][0]}"
+            for why, found in self.reasons.items()
+        )
 
     def as_dict(self):
         return dict(vars(self))
 
     def __str__(self):
-        counts = [(getattr(self, name), name) for name in ("scored", "masked", "truncated", "dropped")]
+        counts = [
+            (getattr(self, name), name) for name in ("scored", "masked", "truncated", "dropped")
+        ]
         shares = [f"{n:,} {name} ({n / max(self.tokens, 1):.1%})" for n, name in counts if n]
         text = f"{self.rows:,} rows: {self.examples:,} examples"
         text += f", {self.rows_truncated:,} cut to max_length" * bool(self.rows_truncated)
         text += f", {self.rows_dropped:,} dropped{self.why()}" * bool(self.rows_dropped)
         text += f", {self.rows_not_sampled:,} not sampled" * bool(self.rows_not_sampled)
-        seen = " · ".join(f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources)
+        seen = " · ".join(
+            f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources
+        )
         text += f"\nof the rows seen {seen}" * (len(self.sources) > 1)
         return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
 
@@ -787,7 +1002,9 @@ class Examples(Sequence):
 
     folder: Path
     at: np.ndarray
-    shares: list  # of the rows seen that are expected from each source; [] where every row is seen once
+    shares: (
+        list  # of the rows seen that are expected from each source; [] where every row is seen once
+    )
     seed: int
     make: object  # the recipe: (row, epoch) -> row
     render: object  # where that draws: row -> list[Segment], or why not
@@ -796,7 +1013,9 @@ class Examples(Sequence):
 
     @cached_property
     def files(self):
-        return np.memmap(self.folder / "index.bin", LAYOUT, "r"), np.memmap(self.folder / "data.bin", np.uint8, "r")
+        return np.memmap(self.folder / "index.bin", LAYOUT, "r"), np.memmap(
+            self.folder / "data.bin", np.uint8, "r"
+        )
 
     def __len__(self):
         return len(self.at)
@@ -811,7 +1030,9 @@ class Examples(Sequence):
             found = row if self.as_rows or isinstance(row, str) else self.render(row)
             if not isinstance(found, str):
                 return found
-        return to_segments([data[a:b].view(np.int32) for a, b in itertools.pairwise(at) if a < b], float(weight))
+        return to_segments(
+            [data[a:b].view(np.int32) for a, b in itertools.pairwise(at) if a < b], float(weight)
+        )
 
     def row(self, i):
         """(where it stands, as 'file:line', the row as it was read) of example `i`."""
@@ -823,10 +1044,16 @@ class Examples(Sequence):
         at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
         if self.shares:
             groups = [at[self.files[0]["source"][at] == n] for n in range(len(self.shares))]
-            ends = np.cumsum([share * (len(group) > 0) for group, share in zip(groups, self.shares)])
+            ends = np.cumsum(
+                [share * (len(group) > 0) for group, share in zip(groups, self.shares)]
+            )
             counts = np.diff(np.round(ends / ends[-1] * len(at)).astype(int), prepend=0)
-            parts = [(group, *divmod(count, max(len(group), 1))) for group, count in zip(groups, counts)]
-            at = np.concatenate([part for g, times, rest in parts for part in [g] * times + [draw(g)[:rest]]])
+            parts = [
+                (group, *divmod(count, max(len(group), 1))) for group, count in zip(groups, counts)
+            ]
+            at = np.concatenate(
+                [part for g, times, rest in parts for part in [g] * times + [draw(g)[:rest]]]
+            )
         return replace(self, at=at, number=number)
 
     @property
@@ -839,11 +1066,15 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
     """Renders (where, row, number of its source) into a new folder, which takes its name when it is whole."""
     end, ends = 0, set(tokenizer.end_ids)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rows = iter(tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False))
+    rows = iter(
+        tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False)
+    )
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
         while chunk := list(itertools.islice(rows, 256)):
             data, index = [], []
-            for (where, row, source), (found, weight, *counts) in zip(chunk, render_rows(chunk, tokenizer, **options)):
+            for (where, row, source), (found, weight, *counts) in zip(
+                chunk, render_rows(chunk, tokenizer, **options)
+            ):
                 ledger.add(where, found, *counts, ends)
                 if not isinstance(found, str):
                     parts = [part.tobytes() for part in found] + [b""] * (3 - len(found))
@@ -851,7 +1082,10 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
                     *at, end = itertools.accumulate(map(len, data[-4:]), initial=end)
                     index.append(([*at, end], weight, source))
                     ledger.sources[source]["examples"] += 1
-            for name, part in (("data", b"".join(data)), ("index", np.array(index, LAYOUT).tobytes())):
+            for name, part in (
+                ("data", b"".join(data)),
+                ("index", np.array(index, LAYOUT).tobytes()),
+            ):
                 with open(f"{aside}/{name}.bin", "ab") as file:
                     file.write(part)
                 ledger.crc = zlib.crc32(part, ledger.crc)
@@ -860,23 +1094,36 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
             os.rename(aside, folder)
 
 
-def load_examples(sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options):
+def load_examples(
+    sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options
+):
     """Sources as in `find_sources` -> (Examples, their rows, ledger). `max_samples` rows are drawn by `seed` and keep
     their order; `recipe` as in `use_recipe`, `options` (`max_length`, ...) as in `render_rows`. Kept in
     $PLAINTUNE_CACHE (~/.cache/plaintune) under a hash of all they follow from, so that a second start renders nothing.
     UserError: a file or row is wrong; nothing, or no end of turn, is scored."""
     sources, (make, draws) = find_sources(sources), use_recipe(recipe, recipe_args, seed)
     known = [max_samples, recipe, recipe_args, options, (draws or max_samples is not None) and seed]
-    digest = hashlib.blake2b(repr((known, tokenizer.tells_date and f"{tokenizer.now:%F}")).encode(), digest_size=16)
-    files = [Path(__file__), *(file for name in COMPANIONS if (file := tokenizer.folder / name).is_file())]
+    digest = hashlib.blake2b(
+        repr((known, tokenizer.tells_date and f"{tokenizer.now:%F}")).encode(), digest_size=16
+    )
+    files = [
+        Path(__file__),
+        *(file for name in COMPANIONS if (file := tokenizer.folder / name).is_file()),
+    ]
     for path in files + [path for _, _, paths in sources for path in paths]:
         digest.update(str(path).encode())
         with open(path, "rb") as file:
             for block in iter(lambda: file.read(2**20), b""):
                 digest.update(block)
-    folder = Path(os.environ.get("PLAINTUNE_CACHE", "~/.cache/plaintune")).expanduser() / digest.hexdigest()
+    folder = (
+        Path(os.environ.get("PLAINTUNE_CACHE", "~/.cache/plaintune")).expanduser()
+        / digest.hexdigest()
+    )
     if not (folder / "ledger.json").exists():
-        ledger, rows = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources]), stream_rows(sources)
+        ledger, rows = (
+            Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources]),
+            stream_rows(sources),
+        )
         if max_samples is not None:
             total = sum(1 for _ in stream_rows(sources))
             picked = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
@@ -885,11 +1132,15 @@ def load_examples(sources, tokenizer, *, max_samples=None, seed=0, recipe="", re
         write_examples(folder, rows, ledger, tokenizer, make=make, **options)
     ledger = Ledger(**read_json(folder / "ledger.json"))
     ledger.check()
-    shares = [weight or source["examples"] for source, (_, weight, _) in zip(ledger.sources, sources)]
+    shares = [
+        weight or source["examples"] for source, (_, weight, _) in zip(ledger.sources, sources)
+    ]
     for source, share in zip(ledger.sources, shares):
         source["share"] = share / sum(shares)
     render = (lambda row: render_row(row, tokenizer, **options)) if draws else None
-    examples = Examples(folder, np.arange(ledger.examples), shares if sources[0][1] else [], seed, make, render)
+    examples = Examples(
+        folder, np.arange(ledger.examples), shares if sources[0][1] else [], seed, make, render
+    )
     return examples, replace(examples, as_rows=True), ledger
 
 
@@ -897,9 +1148,16 @@ def split_holdout(examples, rows, size, seed=0):
     """-> (examples, rows), (held-out examples, their rows), drawn by `seed`; `size` is a share below 1 or a count."""
     held = round(size * len(examples)) if 0 < size < 1 else int(size)
     if not 0 <= held < len(examples):
-        raise UserError(f"cannot hold out {size} of {len(examples)} examples; give a share below 1 or a smaller count")
-    out = np.isin(np.arange(len(examples)), np.random.default_rng(seed).permutation(len(examples))[:held])
-    return [tuple(replace(part, at=part.at[where]) for part in (examples, rows)) for where in (~out, out)]
+        raise UserError(
+            f"cannot hold out {size} of {len(examples)} examples; give a share below 1 or a smaller count"
+        )
+    out = np.isin(
+        np.arange(len(examples)), np.random.default_rng(seed).permutation(len(examples))[:held]
+    )
+    return [
+        tuple(replace(part, at=part.at[where]) for part in (examples, rows))
+        for where in (~out, out)
+    ]
 
 
 # --- answers in what was rendered --------------------------------------------------------------------------------------
@@ -915,7 +1173,9 @@ def find_answer(text):
 
 def split_prompt(example):
     """(prompt ids, reference ids); the reference is the last run of scored tokens, of a pair its chosen answer."""
-    ids, labels = (np.concatenate(parts) for parts in zip(*((s.ids, s.labels) for s in example[:2])))
+    ids, labels = (
+        np.concatenate(parts) for parts in zip(*((s.ids, s.labels) for s in example[:2]))
+    )
     masked = labels == IGNORE
     stop = int(np.flatnonzero(~masked)[-1]) + 1
     start = int((np.flatnonzero(masked[:stop])[-1:] + 1).sum())
@@ -924,7 +1184,11 @@ def split_prompt(example):
 
 def texts_of(choices):
     """A row's choices, if they are a list of texts; else none."""
-    return choices if isinstance(choices, list) and all(isinstance(text, str) for text in choices) else []
+    return (
+        choices
+        if isinstance(choices, list) and all(isinstance(text, str) for text in choices)
+        else []
+    )
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -958,7 +1222,9 @@ def load_rows(config, **options):
     plain = (Path(config.model) / "tokenizer.json").is_file()  # a tokenizer's folder will do
     tokenizer = Tokenizer(config.model if plain else resolve(config.model))
     names = ("max_length", "max_samples", "seed", "recipe", "recipe_args", "preference")
-    return tokenizer, *load_examples(config.data, tokenizer, **{n: getattr(config, n) for n in names} | options)
+    return tokenizer, *load_examples(
+        config.data, tokenizer, **{n: getattr(config, n) for n in names} | options
+    )
 
 
 def show(config):
@@ -982,25 +1248,41 @@ def audit(config):
     if not (config.output or ".png").endswith(".png"):
         raise UserError(f"--output {config.output}: a histogram is a .png")
     tokenizer, examples, _, ledger = load_rows(config, max_length=None)
-    count = len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
+    count = (
+        len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
+    )
     sizes, seen = [], set()
     for example in examples:
-        scored, (prompt, *ends) = [s.ids[s.labels != IGNORE] for s in example], [s.ids for s in example]
+        scored, (prompt, *ends) = (
+            [s.ids[s.labels != IGNORE] for s in example],
+            [s.ids for s in example],
+        )
         size = lambda count: count(prompt) + max(map(count, ends), default=0)
         sizes.append((size(count), sum(map(count, scored)), size(len)))
         seen.add(hash(b"".join(ids.tobytes() for ids in (prompt, *ends))))
     sizes = np.array(sizes)
-    names, points = ["min", "mean", "max", "p50", "p90", "p95", "p99", "p100"], [0, 100, 50, 90, 95, 99, 100]
+    names, points = (
+        ["min", "mean", "max", "p50", "p90", "p95", "p99", "p100"],
+        [0, 100, 50, 90, 95, 99, 100],
+    )
     print(config.by.ljust(12), *(f"{name:>8}" for name in names))
     for name, column in zip(("example", "scored"), sizes.T):
         found = np.insert(np.percentile(column, points), 1, column.mean())
         print(name.ljust(12), *(f"{x:8.1f}".replace(".0", "  ") for x in found))
     fits = int(-(-np.percentile(sizes[:, 2], 99) // 64) * 64)
-    print(f"suggested max_length: {fits} tokens, which leaves {(sizes[:, 2] <= fits).mean():.1%} of the examples whole")
-    print(f"with max_length {config.max_length or fits}: {load_rows(config, max_length=config.max_length or fits)[3]}")
-    print(f"{len(examples) - len(seen):,} duplicates; {ledger.rows_ended:,} of {len(examples):,} score an end of turn")
+    print(
+        f"suggested max_length: {fits} tokens, which leaves {(sizes[:, 2] <= fits).mean():.1%} of the examples whole"
+    )
+    print(
+        f"with max_length {config.max_length or fits}: {load_rows(config, max_length=config.max_length or fits)[3]}"
+    )
+    print(
+        f"{len(examples) - len(seen):,} duplicates; {ledger.rows_ended:,} of {len(examples):,} score an end of turn"
+    )
     figure = Figure(figsize=(7, 4), layout="constrained")
-    figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples").hist(sizes[:, 0], bins=60)
+    figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples").hist(
+        sizes[:, 0], bins=60
+    )
     figure.savefig(config.output or "lengths.png", dpi=130, format="png")
     print(f"histogram: {config.output or 'lengths.png'}")
 
@@ -1009,9 +1291,9 @@ def mix(config):
     """All sources' rows as the recipe makes them, shuffled in one file, each source's share as its weight says."""
     *_, rows, ledger = load_rows(config)
     rows = rows.epoch(0)
-    return (rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))), f"{len(rows):,} rows: {ledger}"
-
-
+    return (
+        rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))
+    ), f"{len(rows):,} rows: {ledger}"
 
 
 COMMANDS = {command.__name__: command for command in (show, audit, mix)}
@@ -1035,7 +1317,9 @@ def main():
         return runpy.run_path(str(Path(__file__).with_name("eval.py")), run_name="__main__")
     if command not in COMMANDS:
         usage = f"python data.py {'|'.join([*COMMANDS, 'pairs'])} --model MODEL --data SOURCE ... (--help says more)"
-        raise UserError(f"unknown command {command!r}{nearest(command, [*COMMANDS, 'pairs'])}; usage: {usage}")
+        raise UserError(
+            f"unknown command {command!r}{nearest(command, [*COMMANDS, 'pairs'])}; usage: {usage}"
+        )
     config = parse_config(DataConfig, argv, COMMANDS[command].__doc__)
     if command == "mix":
         write_rows(config, mix)

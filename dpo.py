@@ -48,9 +48,13 @@ class DPOConfig(SFTConfig):
     """The settings of SFT, and those of TRL's DPOConfig and CPOConfig."""
 
     output_dir: str = "output/dpo"  # the run folder
-    learning_rate: float = 1e-6  # peak learning rate: TRL's, for full fine-tuning; a LoRA wants about ten times that
+    learning_rate: float = (
+        1e-6  # peak learning rate: TRL's, for full fine-tuning; a LoRA wants about ten times that
+    )
     beta: float = 0.1  # how dear it is to leave the reference; ipo's tau, orpo's lambda
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # one or several of preference_loss's
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"]
+    )  # one or several of preference_loss's
     loss_weights: list[float] = field(default_factory=list)  # of several losses; none: 1 each
     label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round, below 0.5
     rpo_alpha: float = 0.0  # adds this much of the chosen answer's mean token loss (RPO; loss_type sft is the same)
@@ -59,7 +63,9 @@ class DPOConfig(SFTConfig):
     discopop_tau: float = 0.05  # discopop: temperature of the blend
     ref_model: str = ""  # folder or hub id of another reference than the model training starts from
     reference_free: bool = False  # a reference that finds every answer equally likely
-    ref_cache: str = "output/reference"  # where the reference's log-probs are kept, by what they hang on
+    ref_cache: str = (
+        "output/reference"  # where the reference's log-probs are kept, by what they hang on
+    )
     disable_dropout: bool = True  # train without the adapter's dropout
 
     def __post_init__(self):
@@ -69,34 +75,78 @@ class DPOConfig(SFTConfig):
         super().__post_init__()
         for name in self.loss_type or [""]:
             if name not in LOSSES:
-                raise UserError(f"loss_type: {name!r} is not one of {', '.join(LOSSES)}" + nearest(name, LOSSES))
+                raise UserError(
+                    f"loss_type: {name!r} is not one of {', '.join(LOSSES)}" + nearest(name, LOSSES)
+                )
         self.loss_weights = self.loss_weights or [1.0] * len(self.loss_type)
         if len(self.loss_weights) != len(self.loss_type):
-            raise UserError(f"loss_weights: {len(self.loss_weights)} for {len(self.loss_type)} loss types; one each")
+            raise UserError(
+                f"loss_weights: {len(self.loss_weights)} for {len(self.loss_type)} loss types; one each"
+            )
         if not self.beta > 0 or not self.discopop_tau > 0:
-            raise UserError(f"beta and discopop_tau are above 0, not {self.beta} and {self.discopop_tau}")
-        if not 0 <= self.label_smoothing < 0.5 or "exo_pair" in self.loss_type and not self.label_smoothing:
-            raise UserError(f"label_smoothing: {self.label_smoothing} is not from 0 to below 0.5, and for exo_pair "
-                            "above 0 (its paper: 0.001)")
+            raise UserError(
+                f"beta and discopop_tau are above 0, not {self.beta} and {self.discopop_tau}"
+            )
+        if (
+            not 0 <= self.label_smoothing < 0.5
+            or "exo_pair" in self.loss_type
+            and not self.label_smoothing
+        ):
+            raise UserError(
+                f"label_smoothing: {self.label_smoothing} is not from 0 to below 0.5, and for exo_pair "
+                "above 0 (its paper: 0.001)"
+            )
         check_range(self, 0, "rpo_alpha", "cpo_alpha", "simpo_gamma")
         if min(self.loss_weights) < 0 or not sum(self.loss_weights) + self.rpo_alpha > 0:
-            raise UserError(f"loss_weights: {self.loss_weights} are not from 0 up, and one of them above it")
+            raise UserError(
+                f"loss_weights: {self.loss_weights} are not from 0 up, and one of them above it"
+            )
         self.reference_free |= set(self.loss_type) <= REFERENCE_FREE
         if self.ref_model and self.reference_free:
-            raise UserError("ref_model: has no use with reference_free or losses that compare with none; leave it out")
+            raise UserError(
+                "ref_model: has no use with reference_free or losses that compare with none; leave it out"
+            )
         if SORTING & set(self.loss_type):
             self.micro_batch_tokens = sys.maxsize
 
 
 # --- the losses -------------------------------------------------------------------------------------------------------
 
-LOSSES = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-          "aot_pair", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "simpo", "orpo", "cpo")
-SORTING = {"aot", "aot_unpaired", "aot_pair"}  # all pairs of a step: it is one micro-batch, as is the held-out set
-REFERENCE_FREE, AVERAGED = {"sft", "simpo", "orpo", "cpo"}, {"simpo", "orpo"}  # AVERAGED: rewards are means over tokens
+LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "aot_pair",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "sft",
+    "simpo",
+    "orpo",
+    "cpo",
+)
+SORTING = {
+    "aot",
+    "aot_unpaired",
+    "aot_pair",
+}  # all pairs of a step: it is one micro-batch, as is the held-out set
+REFERENCE_FREE, AVERAGED = (
+    {"sft", "simpo", "orpo", "cpo"},
+    {"simpo", "orpo"},
+)  # AVERAGED: rewards are means over tokens
 
 
-def preference_loss(kind, chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens, c):
+def preference_loss(
+    kind, chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens, c
+):
     """Losses (P,) of P pairs, from both answers' log-probs (P,) under policy and reference, summed over their tokens,
     and the tokens' numbers (P,). c: DPOConfig.
 
@@ -138,12 +188,20 @@ def preference_loss(kind, chosen, rejected, ref_chosen, ref_rejected, chosen_tok
         "hinge": lambda: relu(1 - x),
         "ipo": lambda: (norm_w - norm_l - 0.5 / beta) ** 2,
         "robust": lambda: (e * logsigmoid(-x) - (1 - e) * logsigmoid(x)) / (1 - 2 * e),
-        "exo_pair": lambda: x.sigmoid() * (logsigmoid(x) - (-e).log1p()) + (-x).sigmoid() * (logsigmoid(-x) - e.log()),
-        "nca_pair": lambda: -logsigmoid(beta * w) - 0.5 * logsigmoid(-beta * w) - 0.5 * logsigmoid(-beta * l),
+        "exo_pair": lambda: (
+            x.sigmoid() * (logsigmoid(x) - (-e).log1p())
+            + (-x).sigmoid() * (logsigmoid(-x) - e.log())
+        ),
+        "nca_pair": lambda: (
+            -logsigmoid(beta * w) - 0.5 * logsigmoid(-beta * w) - 0.5 * logsigmoid(-beta * l)
+        ),
         "bco_pair": lambda: -logsigmoid(beta * w) - logsigmoid(-beta * l),
         "sppo_hard": lambda: (w - 0.5 / beta) ** 2 + (l + 0.5 / beta) ** 2,
-        "aot": lambda: smooth(beta * (ordered(chosen - rejected) - ordered(ref_chosen - ref_rejected))),
-        "aot_unpaired": unpaired, "aot_pair": unpaired,
+        "aot": lambda: smooth(
+            beta * (ordered(chosen - rejected) - ordered(ref_chosen - ref_rejected))
+        ),
+        "aot_unpaired": unpaired,
+        "aot_pair": unpaired,
         "apo_zero": lambda: (-beta * w).sigmoid() + (beta * l).sigmoid(),
         "apo_down": lambda: (beta * w).sigmoid() + (-x).sigmoid(),
         "discopop": lambda: torch.lerp(-logsigmoid(x), (-x).exp(), (x / c.discopop_tau).sigmoid()),
@@ -160,23 +218,38 @@ def dpo_loss(model, batch, config):
     kl: r - 1 - log r summed over an answer's tokens, r = π/π_ref, mean of both answers: an estimate of KL(π_ref ‖ π)
     that is never negative (Schulman 2020, joschu.net/blog/kl-approx.html), as if the reference had written them."""
     logps = model.logps(batch)
-    member = (batch.sequence == torch.arange(batch.num_sequences, device=logps.device)[:, None]).float()
+    member = (
+        batch.sequence == torch.arange(batch.num_sequences, device=logps.device)[:, None]
+    ).float()
 
-    def by_answer(values):  # (S,) -> chosen (P,), rejected (P,); a product, since index_add on CUDA adds in any order
+    def by_answer(
+        values,
+    ):  # (S,) -> chosen (P,), rejected (P,); a product, since index_add on CUDA adds in any order
         return (member @ values).view(-1, 2).unbind(1)
 
-    tokens, (chosen, rejected), reference = map(by_answer, (torch.ones_like(logps), logps, batch.reference))
+    tokens, (chosen, rejected), reference = map(
+        by_answer, (torch.ones_like(logps), logps, batch.reference)
+    )
     kinds = zip([*config.loss_type, "sft"], [*config.loss_weights, config.rpo_alpha])
-    loss = sum(share * preference_loss(kind, chosen, rejected, *reference, *tokens, config)
-               for kind, share in kinds if share)
+    loss = sum(
+        share * preference_loss(kind, chosen, rejected, *reference, *tokens, config)
+        for kind, share in kinds
+        if share
+    )
     weight = by_answer(batch.weights)[0] / tokens[0]
     with torch.no_grad():
         if set(config.loss_type) <= AVERAGED:
             chosen, rejected = chosen / tokens[0], rejected / tokens[1]
         w, l, ratio = chosen - reference[0], rejected - reference[1], logps - batch.reference
-        metrics = {"rewards/chosen": config.beta * w, "rewards/rejected": config.beta * l,
-                   "rewards/margins": config.beta * (w - l), "rewards/accuracies": w > l,
-                   "logps/chosen": chosen, "logps/rejected": rejected, "logps/accuracies": chosen > rejected}
+        metrics = {
+            "rewards/chosen": config.beta * w,
+            "rewards/rejected": config.beta * l,
+            "rewards/margins": config.beta * (w - l),
+            "rewards/accuracies": w > l,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            "logps/accuracies": chosen > rejected,
+        }
         if not config.reference_free:
             metrics["kl"] = sum(by_answer(ratio.exp() - 1 - ratio)) / 2
         metrics = {name: (weight * value).sum() for name, value in metrics.items()}
@@ -195,17 +268,33 @@ def content_hash(model, groups, budget):
     """Changes when anything does that the reference's log-probs hang on, down to the rounding: weights, adapter,
     arithmetic, tokens and their packing. A LoRA that has learned nothing yet is left out."""
     layers = lora_layers(model)
-    fresh = {f"{name}.lora_{x}" for name, layer in layers.items() if not layer.lora_B.any() for x in "AB"}
+    fresh = {
+        f"{name}.lora_{x}" for name, layer in layers.items() if not layer.lora_B.any() for x in "AB"
+    }
     adapter = asdict(model.adapter) if len(fresh) < 2 * len(layers) else None
-    digest = hashlib.sha256(json.dumps([asdict(model.config), adapter, str(model.dtype), model.attention,
-                                        model.device.type, budget, [len(group) for group in groups]]).encode())
+    digest = hashlib.sha256(
+        json.dumps(
+            [
+                asdict(model.config),
+                adapter,
+                str(model.dtype),
+                model.attention,
+                model.device.type,
+                budget,
+                [len(group) for group in groups],
+            ]
+        ).encode()
+    )
     for name, tensor in model.state_dict().items():
         if name not in fresh:
             digest.update(name.replace(".base_layer", "").encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     for segment in (segment for group in groups for example in group for segment in example):
-        digest.update(np.int64(len(segment.ids)).tobytes() + np.asarray(segment.ids, np.int32).tobytes()
-                      + np.asarray(segment.labels, np.int32).tobytes())
+        digest.update(
+            np.int64(len(segment.ids)).tobytes()
+            + np.asarray(segment.ids, np.int32).tobytes()
+            + np.asarray(segment.labels, np.int32).tobytes()
+        )
     return digest.hexdigest()[:32]
 
 
@@ -222,15 +311,22 @@ def add_reference(model, steps, held, config):
     except (FileNotFoundError, SafetensorError):
         training, parts = model.training, []
         model.eval()
-        with torch.set_grad_enabled(model.head_weight().requires_grad):  # token_logps scores such a head another way
+        with torch.set_grad_enabled(
+            model.head_weight().requires_grad
+        ):  # token_logps scores such a head another way
             for group in tqdm(groups, "reference", disable=not sys.stderr.isatty(), leave=False):
-                parts += [model.logps(batch).detach().cpu() for batch in micro_batches(group, budget, model.device)]
+                parts += [
+                    model.logps(batch).detach().cpu()
+                    for batch in micro_batches(group, budget, model.device)
+                ]
         model.train(training)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors({"logps": torch.cat(parts)}, aside := file.with_suffix(f".{os.getpid()}"))
         aside.replace(file)
         found = torch.cat(parts).numpy()
-        print(f"reference: {len(found):,} tokens scored in {time.perf_counter() - began:.2f} s, kept in {file}")
+        print(
+            f"reference: {len(found):,} tokens scored in {time.perf_counter() - began:.2f} s, kept in {file}"
+        )
     at = 0
     for example in (example for group in groups for example in group):
         for n, segment in enumerate(example):
@@ -245,11 +341,20 @@ def prepare_reference(model, steps, held, config):
         return
     reference = model
     if config.ref_model:
-        reference = load_4bit(config.ref_model, config, dtype=config.dtype, device=model.device,
-                              attn_implementation=config.attn_implementation)
-        largest = max(int(segment.ids.max()) for example in [*steps.examples, *held] for segment in example)
+        reference = load_4bit(
+            config.ref_model,
+            config,
+            dtype=config.dtype,
+            device=model.device,
+            attn_implementation=config.attn_implementation,
+        )
+        largest = max(
+            int(segment.ids.max()) for example in [*steps.examples, *held] for segment in example
+        )
         if largest >= reference.config.vocab_size:
-            raise UserError(f"ref_model: {config.ref_model} has no token {largest}; its tokenizer must be the model's")
+            raise UserError(
+                f"ref_model: {config.ref_model} has no token {largest}; its tokenizer must be the model's"
+            )
     add_reference(reference, steps, held, config)
 
 
@@ -262,13 +367,21 @@ def main(argv=None):
     if embedded and not Path("output/sft/adapter").exists():
         sft.main([])  # the embedded example goes on from the other's result
     with locked_folder(config.output_dir), sft.copy_output(Path(config.output_dir)):
-        sft.run(config, partial(dpo_loss, config=config), count_pairs, partial(prepare_reference, config=config), preference=True)
+        sft.run(
+            config,
+            partial(dpo_loss, config=config),
+            count_pairs,
+            partial(prepare_reference, config=config),
+            preference=True,
+        )
         lines = [] if config.dry_run else read_log(Path(config.output_dir) / "log.jsonl")
         lines = [line for line in lines if "eval_rewards/margins" in line]
         for line in lines[:: max(1, len(lines) - 1)]:
             right, margin, likelier = map(line.get, SUMMARY)
-            print(f"held-out pairs at step {line['step']}: {right:.1%} ranked right by reward (margin {margin:.3f}), "
-                  f"{likelier:.1%} by log-prob")
+            print(
+                f"held-out pairs at step {line['step']}: {right:.1%} ranked right by reward (margin {margin:.3f}), "
+                f"{likelier:.1%} by log-prob"
+            )
 
 
 if __name__ == "__main__":

@@ -57,16 +57,30 @@ class LoRAConfig:
     lora_r: int = 16  # rank of the update; 0 trains every weight of the model instead
     lora_alpha: float = 32  # strength: the update is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0  # dropout on the update's input while training
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # layers: names, one regex, or all-linear
-    exclude_modules: list[str] = field(default_factory=list)  # layers to leave out: names, or one regex
-    modules_to_save: list[str] = field(default_factory=list)  # modules to train whole: norms, embed_tokens, lm_head
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"]
+    )  # layers: names, one regex, or all-linear
+    exclude_modules: list[str] = field(
+        default_factory=list
+    )  # layers to leave out: names, or one regex
+    modules_to_save: list[str] = field(
+        default_factory=list
+    )  # modules to train whole: norms, embed_tokens, lm_head
     bias: str = "none"  # biases to train: none, all, or lora_only (those of the adapted layers)
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) instead: steadier at high ranks
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # ranks of their own: {name or regex: rank}
-    alpha_pattern: dict[str, float] = field(default_factory=dict)  # alphas of their own: {name or regex: alpha}
-    layers_to_transform: list[int] = field(default_factory=list)  # adapt these layers only; empty: all of them
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict
+    )  # ranks of their own: {name or regex: rank}
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict
+    )  # alphas of their own: {name or regex: alpha}
+    layers_to_transform: list[int] = field(
+        default_factory=list
+    )  # adapt these layers only; empty: all of them
     use_dora: bool = False  # train the length of each weight row apart from its direction
-    init_lora_weights: str = "true"  # true, gaussian, pissa, pissa_niter_N (a faster SVD), loftq (of 4-bit weights)
+    init_lora_weights: str = (
+        "true"  # true, gaussian, pissa, pissa_niter_N (a faster SVD), loftq (of 4-bit weights)
+    )
 
 
 @runtime_checkable
@@ -97,7 +111,9 @@ class LoRALinear(nn.Module):
     length m_i (Liu et al. 2024, arXiv:2402.09353, eq. 5; the length it is divided by passes no gradient, section 4.3).
     """
 
-    def __init__(self, base, r, alpha, dropout=0.0, use_rslora=False, use_dora=False, generator=None):
+    def __init__(
+        self, base, r, alpha, dropout=0.0, use_rslora=False, use_dora=False, generator=None
+    ):
         super().__init__()
         self.base_layer, self.dropout, self.enabled = base, dropout, True
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -105,12 +121,18 @@ class LoRALinear(nn.Module):
         self.start = None  # A and B of a start that was taken out of the base (PiSSA)
         device = next(iter(base.state_dict().values())).device
         A = torch.empty(r, self.in_features, device="meta" if device.type == "meta" else "cpu")
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # drawn on the CPU: the same on every device
+        nn.init.kaiming_uniform_(
+            A, a=math.sqrt(5), generator=generator
+        )  # drawn on the CPU: the same on every device
         self.lora_A = nn.Parameter(A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         self.lora_magnitude_vector = None
         if use_dora:
-            length = torch.empty(self.out_features, device=device) if device.type == "meta" else self.lengths()
+            length = (
+                torch.empty(self.out_features, device=device)
+                if device.type == "meta"
+                else self.lengths()
+            )
             self.lora_magnitude_vector = nn.Parameter(length)
 
     def forward(self, x):  # (T, in) -> (T, out)
@@ -122,11 +144,19 @@ class LoRALinear(nn.Module):
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
         h = F.linear(dropped, self.lora_A.to(x.dtype))  # (T, R)
         if self.lora_magnitude_vector is None:
-            return y.addmm_(h, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # in place: never a second (T, out)
+            return y.addmm_(
+                h, self.lora_B.to(x.dtype).t(), alpha=self.scaling
+            )  # in place: never a second (T, out)
         stretch = (self.lora_magnitude_vector / self.lengths()).to(x.dtype)  # (out,)
-        turned = y if dropped is x else self.base_layer(dropped)  # as in PEFT, all that DoRA adds is of the dropped x
-        turned = turned if self.base_layer.bias is None else turned - self.base_layer.bias.to(x.dtype)
-        return y + (stretch - 1) * turned + stretch * self.scaling * (h @ self.lora_B.to(x.dtype).t())
+        turned = (
+            y if dropped is x else self.base_layer(dropped)
+        )  # as in PEFT, all that DoRA adds is of the dropped x
+        turned = (
+            turned if self.base_layer.bias is None else turned - self.base_layer.bias.to(x.dtype)
+        )
+        return (
+            y + (stretch - 1) * turned + stretch * self.scaling * (h @ self.lora_B.to(x.dtype).t())
+        )
 
     @torch.no_grad()
     def lengths(self):
@@ -196,13 +226,17 @@ def plain_linear(layer, weight):
 
 def lora_layers(model) -> dict[str, LoRALinear]:
     """The adapted layers by module path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
 
 
 def count_parameters(model) -> tuple[int, int]:
     """(trainable, all) parameters. A tied tensor counts once, a weight in 4 bit as what it stands for."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    quantised = sum(m.in_features * m.out_features for m in model.modules() if getattr(m, "quantized", False))
+    quantised = sum(
+        m.in_features * m.out_features for m in model.modules() if getattr(m, "quantized", False)
+    )
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + quantised
 
 
@@ -232,7 +266,9 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
         r = by_pattern(config.rank_pattern, name, config.lora_r)
         alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
         base = model.get_submodule(name)
-        layer = LoRALinear(base, r, alpha, config.lora_dropout, config.use_rslora, config.use_dora, generator)
+        layer = LoRALinear(
+            base, r, alpha, config.lora_dropout, config.use_rslora, config.use_dora, generator
+        )
         most = min(base.in_features, base.out_features)
         if r > most and config.init_lora_weights not in ("true", "gaussian"):
             raise UserError(f"lora_r: {r} singular values are wanted of {name}, which has {most}")
@@ -243,7 +279,9 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     trained = adapter_parameters(model)
     hold_in_fp32(trained.values())
     if config.bias != "none" and not any(key.endswith(".bias") for key in trained):
-        notices.append(f"bias: {config.bias} found none: these layers have no bias, so none is trained")
+        notices.append(
+            f"bias: {config.bias} found none: these layers have no bias, so none is trained"
+        )
     return notices
 
 
@@ -265,7 +303,11 @@ def is_regex(names):
 
 def matches(path, names):
     """PEFT's rule for targets and exclude_modules: one regex for the whole path, or names that end it at a dot."""
-    return bool(re.fullmatch(*names, path)) if is_regex(names) else f".{path}".endswith(tuple(f".{n}" for n in names))
+    return (
+        bool(re.fullmatch(*names, path))
+        if is_regex(names)
+        else f".{path}".endswith(tuple(f".{n}" for n in names))
+    )
 
 
 def whole_modules(paths, modules_to_save):
@@ -275,7 +317,9 @@ def whole_modules(paths, modules_to_save):
 
 def by_pattern(patterns, path, default):
     """PEFT's rule for rank_pattern and alpha_pattern: the first regex that ends the path, from a dot on."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default
+    )
 
 
 def within(path, modules):
@@ -284,9 +328,13 @@ def within(path, modules):
 
 def resembling(name, options):
     """`nearest`, among what contains the name's letters if something does: layer_norm1 is in input_layernorm."""
-    letters, *others = (re.sub("[^a-z]", "", text.rpartition(".")[2].lower()) for text in (name, *options))
+    letters, *others = (
+        re.sub("[^a-z]", "", text.rpartition(".")[2].lower()) for text in (name, *options)
+    )
     close = [option for option, other in zip(options, others) if letters in other]
-    return nearest(name.rpartition(".")[2], close or options) or f" (there are: {', '.join(options)})"
+    return (
+        nearest(name.rpartition(".")[2], close or options) or f" (there are: {', '.join(options)})"
+    )
 
 
 def resolve_targets(model, config, strict=True):
@@ -294,70 +342,124 @@ def resolve_targets(model, config, strict=True):
     a target; a targeted norm moves there; a tied head and embedding are there together or not at all."""
     config = LoRAConfig(**{f.name: getattr(config, f.name) for f in fields(LoRAConfig)})
     config.init_lora_weights = config.init_lora_weights.lower()
-    paths, modules, depth = module_paths(model), dict(model.named_modules()), len(model.model.layers)
+    paths, modules, depth = (
+        module_paths(model),
+        dict(model.named_modules()),
+        len(model.model.layers),
+    )
     linear = [path for path in paths if hasattr(modules.get(path), "in_features")]
     norms = [path for path in paths if isinstance(modules.get(path), RMSNorm)]
     leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in linear + norms))
     config.target_modules = [t] if isinstance(t := config.target_modules, str) else t
     if [t.lower() for t in config.target_modules] == ["all-linear"]:
         config.target_modules = sorted({path.rpartition(".")[2] for path in linear if path != HEAD})
-    patterns = [(key, *item) for key in ("rank_pattern", "alpha_pattern") for item in getattr(config, key).items()]
+    patterns = [
+        (key, *item)
+        for key in ("rank_pattern", "alpha_pattern")
+        for item in getattr(config, key).items()
+    ]
     faults, lost, notices = config_faults(config, patterns), [], []
     if faults:
         raise UserError("; ".join(faults))
 
     def wanted(path):
         layer = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-        inside = not config.layers_to_transform or layer and int(layer[1]) in config.layers_to_transform
+        inside = (
+            not config.layers_to_transform or layer and int(layer[1]) in config.layers_to_transform
+        )
         return inside and not within(path, saved) and not matches(path, config.exclude_modules)
 
-    save, saved, adapted, wrapped = [*config.modules_to_save], whole_modules(paths, config.modules_to_save), [], set()
+    save, saved, adapted, wrapped = (
+        [*config.modules_to_save],
+        whole_modules(paths, config.modules_to_save),
+        [],
+        set(),
+    )
     for target in config.target_modules:
         hits = [path for path in paths if matches(path, [target])]
         if not hits:
-            lost.append(f"target_modules: {target!r} matches nothing in this model" + resembling(target, leaves))
+            lost.append(
+                f"target_modules: {target!r} matches nothing in this model"
+                + resembling(target, leaves)
+            )
         if odd := [path for path in hits if path not in linear + norms and not within(path, saved)]:
-            faults.append(f"target_modules: LoRA has no form for {odd[0]}; modules_to_save trains it whole")
+            faults.append(
+                f"target_modules: LoRA has no form for {odd[0]}; modules_to_save trains it whole"
+            )
         if whole := [path for path in hits if path in norms and wanted(path)]:
             save += [target] if whole_modules(paths, [target]) == whole else whole
-            notices.append(f"target_modules: {target} has no low-rank form: trained whole, as modules_to_save")
+            notices.append(
+                f"target_modules: {target} has no low-rank form: trained whole, as modules_to_save"
+            )
         adapted += [target] * bool(set(hits) - set(norms))
         wrapped |= {path for path in hits if path in linear and wanted(path)}
     names = [path for path in linear if path in wrapped]
-    lost += [f"modules_to_save: {name!r} matches nothing in this model" + resembling(name, [*leaves, EMBEDDING, HEAD])
-             for name in config.modules_to_save if not whole_modules(paths, [name])]
-    lost += [f"{key}: {name!r} matches no adapted layer" + resembling(name, leaves)
-             for key, name, _ in patterns if not any(by_pattern({name: True}, path, False) for path in names)]
-    lost += [f"layers_to_transform: {i} is not one of this model's layers 0 to {depth - 1}"
-             for i in config.layers_to_transform if i not in range(depth)]
+    lost += [
+        f"modules_to_save: {name!r} matches nothing in this model"
+        + resembling(name, [*leaves, EMBEDDING, HEAD])
+        for name in config.modules_to_save
+        if not whole_modules(paths, [name])
+    ]
+    lost += [
+        f"{key}: {name!r} matches no adapted layer" + resembling(name, leaves)
+        for key, name, _ in patterns
+        if not any(by_pattern({name: True}, path, False) for path in names)
+    ]
+    lost += [
+        f"layers_to_transform: {i} is not one of this model's layers 0 to {depth - 1}"
+        for i in config.layers_to_transform
+        if i not in range(depth)
+    ]
     faults += lost if strict else []
-    faults += [f"modules_to_save: {path} is held in 4 bit, which can't be trained; give it as a target"
-               for path in whole_modules(linear, config.modules_to_save) if getattr(modules[path], "quantized", False)][:1]
-    if config.init_lora_weights == "loftq" and not all(getattr(modules[path], "quantized", False) for path in names):
-        faults.append("init_lora_weights: loftq makes up for what 4 bits lose; give --load_in_4bit too")
+    faults += [
+        f"modules_to_save: {path} is held in 4 bit, which can't be trained; give it as a target"
+        for path in whole_modules(linear, config.modules_to_save)
+        if getattr(modules[path], "quantized", False)
+    ][:1]
+    if config.init_lora_weights == "loftq" and not all(
+        getattr(modules[path], "quantized", False) for path in names
+    ):
+        faults.append(
+            "init_lora_weights: loftq makes up for what 4 bits lose; give --load_in_4bit too"
+        )
     if faults or not names:
         raise UserError("; ".join(faults or ["target_modules: no linear layer is left to adapt"]))
     if model.lm_head is None and {EMBEDDING, HEAD} & set(whole_modules(paths, save)):
-        save = [name for name in save if set(whole_modules(paths, [name])) - {EMBEDDING, HEAD}] + ["embed_tokens", HEAD]
-        notices.append("modules_to_save: embed_tokens and lm_head are one tied tensor, which is trained for both")
-    return replace(config, target_modules=adapted, modules_to_save=list(dict.fromkeys(save))), names, notices + lost[:8]
+        save = [name for name in save if set(whole_modules(paths, [name])) - {EMBEDDING, HEAD}] + [
+            "embed_tokens",
+            HEAD,
+        ]
+        notices.append(
+            "modules_to_save: embed_tokens and lm_head are one tied tensor, which is trained for both"
+        )
+    return (
+        replace(config, target_modules=adapted, modules_to_save=list(dict.fromkeys(save))),
+        names,
+        notices + lost[:8],
+    )
 
 
 def config_faults(config, patterns):
     """What is wrong with the values, whatever the model."""
     faults = []
-    for key, name in [("target_modules", t) for t in config.target_modules] + [pattern[:2] for pattern in patterns]:
+    for key, name in [("target_modules", t) for t in config.target_modules] + [
+        pattern[:2] for pattern in patterns
+    ]:
         try:
             re.compile(name)
         except (re.error, RecursionError, OverflowError) as error:
             faults.append(f"{key}: {brief(name)} is no regex: {error}")
-    if len(config.target_modules) > 1 and (odd := [t for t in config.target_modules if is_regex([t])]):
+    if len(config.target_modules) > 1 and (
+        odd := [t for t in config.target_modules if is_regex([t])]
+    ):
         faults.append(f"target_modules: {odd[0]!r} among other names; a regex stands alone")
     if is_regex(config.target_modules) and config.layers_to_transform:
         faults.append("layers_to_transform goes with names; a regex can name the layers itself")
     if not re.fullmatch(r"true|gaussian|pissa(_niter_\d+)?|loftq", config.init_lora_weights):
-        faults.append(f"init_lora_weights: {config.init_lora_weights!r} is not one of true, gaussian, pissa, "
-                      "pissa_niter_N, loftq")
+        faults.append(
+            f"init_lora_weights: {config.init_lora_weights!r} is not one of true, gaussian, pissa, "
+            "pissa_niter_N, loftq"
+        )
     elif config.use_dora and config.init_lora_weights not in ("true", "gaussian"):
         faults.append(f"use_dora does not go with init_lora_weights {config.init_lora_weights}")
     if config.bias not in ("none", "all", "lora_only"):
@@ -365,26 +467,45 @@ def config_faults(config, patterns):
     if not 0 <= config.lora_dropout < 1:
         faults.append(f"lora_dropout: {config.lora_dropout} is not in [0, 1)")
     numbers = [("lora_r", "", config.lora_r), ("lora_alpha", "", config.lora_alpha), *patterns]
-    return faults + [f"{key}: {value} is not {'below 65536' if value > 0 else 'above 0'}"
-                     + f", for {name!r}" * bool(name) for key, name, value in numbers if not 0 < value < 2**16]
+    return faults + [
+        f"{key}: {value} is not {'below 65536' if value > 0 else 'above 0'}"
+        + f", for {name!r}" * bool(name)
+        for key, name, value in numbers
+        if not 0 < value < 2**16
+    ]
 
 
 # --- PEFT's files -----------------------------------------------------------------------------------------------------
 
 PREFIX = "base_model.model."  # PeftModel.LoraModel.(our module path)
-HARMLESS = {"auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
-            "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"}  # not the maths
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+}  # not the maths
 COMPUTED = {  # what these may be; initialisations that leave the base weights as they were
-    "peft_type": ["LORA"], "task_type": ["CAUSAL_LM", None], "layers_pattern": ["layers", ["layers"], [], "", None],
-    "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva", "mica"]}
+    "peft_type": ["LORA"],
+    "task_type": ["CAUSAL_LM", None],
+    "layers_pattern": ["layers", ["layers"], [], "", None],
+    "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva", "mica"],
+}
 
 
 def adapter_names(model) -> dict[str, str]:
     """All that the model's adapter consists of, {key in PEFT's file: parameter's name}; a tied tensor has two keys, as
     it has there. Source: peft.utils.get_peft_model_state_dict."""
     whole = whole_modules(module_paths(model), model.adapter.modules_to_save)
-    ends = (".lora_magnitude_vector", *{"none": (), "all": (".bias",), "lora_only": (".base_layer.bias",)}[
-        model.adapter.bias])
+    ends = (
+        ".lora_magnitude_vector",
+        *{"none": (), "all": (".bias",), "lora_only": (".base_layer.bias",)}[model.adapter.bias],
+    )
     found = {}
     for name, _ in model.named_parameters():
         if name.endswith((".lora_A", ".lora_B")):
@@ -404,7 +525,10 @@ def adapter_parameters(model) -> dict[str, nn.Parameter]:
 def plain_lora(model):
     """(config, {key: tensor}) of an adapter as it is told to others: one that began as a part of the base (PiSSA)
     becomes B A − B₀ A₀, a plain LoRA of twice the rank on the base as it was. Source: peft's subtract_mutated_init."""
-    config, tensors = model.adapter, {key: p.detach() for key, p in adapter_parameters(model).items()}
+    config, tensors = (
+        model.adapter,
+        {key: p.detach() for key, p in adapter_parameters(model).items()},
+    )
     layers = lora_layers(model)
     if not any(layer.start for layer in layers.values()):
         return replace(config, init_lora_weights="true"), tensors
@@ -413,16 +537,26 @@ def plain_lora(model):
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([layer.lora_A.detach(), A])
         tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([layer.lora_B.detach(), -B], 1)
     louder = math.sqrt(2) if config.use_rslora else 2  # the scale stays what it was
-    return replace(config, lora_r=2 * config.lora_r, lora_alpha=louder * config.lora_alpha, init_lora_weights="true",
-                   rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
-                   alpha_pattern={key: louder * a for key, a in config.alpha_pattern.items()}), tensors
+    return replace(
+        config,
+        lora_r=2 * config.lora_r,
+        lora_alpha=louder * config.lora_alpha,
+        init_lora_weights="true",
+        rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+        alpha_pattern={key: louder * a for key, a in config.alpha_pattern.items()},
+    ), tensors
 
 
 def write_adapter(model, folder, base_model=None):
     """Writes adapter_config.json and adapter_model.safetensors, fp32 as trained, into an existing folder, as
     `plain_lora`. base_model: the path or hub id that a reader should start from. Returns the tensors."""
-    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model and str(base_model),
-           "inference_mode": True, "fan_in_fan_out": False}
+    raw = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model and str(base_model),
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+    }
     config, tensors = plain_lora(model)
     for name, value in asdict(config).items():
         if value != []:  # the default, and some of these names are unknown to PEFT's older releases
@@ -449,11 +583,16 @@ def find_adapter(name) -> Path:
     folder = folder if folder.is_dir() else resolve(name, kind="adapter")
     if not (folder / "adapter_config.json").exists():
         if not (folder / "adapter" / "adapter_config.json").exists():
-            raise UserError(f"{folder}: no adapter_config.json in it; an adapter is a folder in PEFT's layout")
+            raise UserError(
+                f"{folder}: no adapter_config.json in it; an adapter is a folder in PEFT's layout"
+            )
         folder = folder / "adapter"
     if not (folder / "adapter_model.safetensors").exists():
         pickled = "; adapter_model.bin is a pickle and never read: if you trust it, load it in PEFT and save it again"
-        raise UserError(f"{folder}: no adapter_model.safetensors" + pickled * (folder / "adapter_model.bin").exists())
+        raise UserError(
+            f"{folder}: no adapter_model.safetensors"
+            + pickled * (folder / "adapter_model.bin").exists()
+        )
     return folder
 
 
@@ -468,8 +607,16 @@ def fits(value, kind):
 def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     """(its LoRAConfig, all of adapter_config.json). One UserError for everything in it that is not computed here."""
     file = Path(folder) / "adapter_config.json"
-    raw, faults, config = read_json(file), [], LoRAConfig(lora_r=8, lora_alpha=8, target_modules=[])  # PEFT's defaults
-    ours = {"r" if f.name == "lora_r" else f.name: f for f in fields(LoRAConfig) if f.name not in COMPUTED}
+    raw, faults, config = (
+        read_json(file),
+        [],
+        LoRAConfig(lora_r=8, lora_alpha=8, target_modules=[]),
+    )  # PEFT's defaults
+    ours = {
+        "r" if f.name == "lora_r" else f.name: f
+        for f in fields(LoRAConfig)
+        if f.name not in COMPUTED
+    }
     for key, f in ours.items():
         value = raw.get(key)
         value = [value] if get_origin(f.type) is list and type(value) in (int, str) else value
@@ -477,12 +624,22 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
             setattr(config, f.name, value)
         elif value is not None:
             faults.append(f"{key} is {json.dumps(value)[:60]}")
-    faults += [f"{key} is {json.dumps(raw.get(key))[:60]}; {json.dumps(values[0])} is supported"
-               for key, values in COMPUTED.items() if raw.get(key) not in values]
-    if str(raw.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        faults.append("its base was changed too: save it as plain LoRA (path_initial_model_for_weight_conversion)")
-    faults += [f"{k} = {json.dumps(v)[:60]} is not supported" for k, v in raw.items()
-               if v and k not in HARMLESS | COMPUTED.keys() | ours.keys()]
+    faults += [
+        f"{key} is {json.dumps(raw.get(key))[:60]}; {json.dumps(values[0])} is supported"
+        for key, values in COMPUTED.items()
+        if raw.get(key) not in values
+    ]
+    if str(raw.get("init_lora_weights")).startswith(
+        ("pissa", "olora", "corda", "loftq", "lora_ga")
+    ):
+        faults.append(
+            "its base was changed too: save it as plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    faults += [
+        f"{k} = {json.dumps(v)[:60]} is not supported"
+        for k, v in raw.items()
+        if v and k not in HARMLESS | COMPUTED.keys() | ours.keys()
+    ]
     if not isinstance(raw.get("base_model_name_or_path"), (str, type(None))):
         faults.append("base_model_name_or_path is no name")
     if config.lora_r < 1 or not config.target_modules:
@@ -520,9 +677,15 @@ def open_adapter(model, folder):
     found = {key: shape for key, (_, shape, kind) in read_header(file).items() if kind in FLOATS}
     if (key := f"{PREFIX}{HEAD}.base_layer.weight") in found and HEAD in lora_layers(model):
         names[key] = f"{HEAD}.base_layer.weight"  # PEFT stores the frozen weight of an adapted head
-    twice = ".modules_to_save.bias", ".original_module.bias"  # and, with bias "all", the biases inside its wrapper
-    check_names({key: tuple(model.get_parameter(name).shape) for key, name in names.items()},
-                {key: shape for key, shape in found.items() if not key.endswith(twice)}, file)
+    twice = (
+        ".modules_to_save.bias",
+        ".original_module.bias",
+    )  # and, with bias "all", the biases inside its wrapper
+    check_names(
+        {key: tuple(model.get_parameter(name).shape) for key, name in names.items()},
+        {key: shape for key, shape in found.items() if not key.endswith(twice)},
+        file,
+    )
     return names, file, notices
 
 
@@ -541,8 +704,12 @@ def untie(model):
 def disable_lora(model):
     """The base model, while the block runs. UserError where a norm, a bias or the like is trained: that is in place."""
     layers = lora_layers(model).values()
-    if whole := [key for key in (adapter_parameters(model) if layers else ()) if ".lora_" not in key]:
-        raise UserError(f"disable_lora: {whole[0].removeprefix(PREFIX)} is trained in place; load the base instead")
+    if whole := [
+        key for key in (adapter_parameters(model) if layers else ()) if ".lora_" not in key
+    ]:
+        raise UserError(
+            f"disable_lora: {whole[0].removeprefix(PREFIX)} is trained in place; load the base instead"
+        )
     for layer in layers:
         layer.enabled = False
     try:
@@ -556,7 +723,9 @@ def disable_lora(model):
 def merge_lora(model):
     """The plain model again, in place and frozen: W + s·B A summed in fp32 and rounded once to the base's dtype; what
     was trained whole goes back to that dtype (after full fine-tuning, that is all). Source: peft's merge_and_unload."""
-    for path, layer in [(path, layer) for path, layer in model.named_modules() if hasattr(layer, "merge")]:
+    for path, layer in [
+        (path, layer) for path, layer in model.named_modules() if hasattr(layer, "merge")
+    ]:
         if not path.endswith(".base_layer"):
             model.set_submodule(path, layer.merge())
     for p in model.parameters():
@@ -588,7 +757,9 @@ def merge(adapter, output_dir, base=None, swap_layers=None):
     @torch.no_grad()
     def merged():
         for path, layer in list(model.named_modules()):
-            if path.endswith(".base_layer") or not (hasattr(layer, "merge") or hasattr(layer, "weight")):
+            if path.endswith(".base_layer") or not (
+                hasattr(layer, "merge") or hasattr(layer, "weight")
+            ):
                 continue
             for leaf in list(layer.state_dict()):
                 fill(f"{path}.{leaf}")
@@ -599,7 +770,9 @@ def merge(adapter, output_dir, base=None, swap_layers=None):
     changes = {"quantization_config": None} if was.quantized else {}
     if was.tie_word_embeddings and not model.config.tie_word_embeddings:
         changes["tie_word_embeddings"] = False
-        notices.append("the adapter holds an embedding and a head of their own: the merged model is untied")
+        notices.append(
+            "the adapter holds an embedding and a head of their own: the merged model is untied"
+        )
     save_model(merged(), output_dir, model.folder, **changes)
     return notices
 
@@ -613,16 +786,6 @@ def new_folder(path):
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -644,14 +807,21 @@ def main():
     command, *argv = sys.argv[1:] or [""]
     if command == "push":
         argv = ["--run"] * (argv[:1] != [] and argv[0][:1] != "-") + argv
-        config = parse_config(PushConfig, argv, "Brings to the hub what it lacks of a finished run.")
+        config = parse_config(
+            PushConfig, argv, "Brings to the hub what it lacks of a finished run."
+        )
         return push(config.run, config)
     if command != "merge":
-        raise UserError(f"unknown command {command!r}; usage: python lora.py merge --adapter DIR --output_dir DIR, "
-                        "python lora.py push RUN")
+        raise UserError(
+            f"unknown command {command!r}; usage: python lora.py merge --adapter DIR --output_dir DIR, "
+            "python lora.py push RUN"
+        )
     config = parse_config(MergeConfig, argv, "Merges an adapter into its base model.")
-    print(*merge(config.adapter, new_folder(config.output_dir), config.model),
-          f"merged {config.adapter} into {config.output_dir}", sep="\n")
+    print(
+        *merge(config.adapter, new_folder(config.output_dir), config.model),
+        f"merged {config.adapter} into {config.output_dir}",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

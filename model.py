@@ -55,7 +55,9 @@ class Segment(NamedTuple):
     prefix: int = -1  # which segment of the example, earlier than this one, it continues; -1: none
     sequence: int = 0  # which of the example's sequences its scored tokens count for
     weight: float = 1.0  # what each of its scored tokens counts
-    reference: np.ndarray | float = 0.0  # (n,) log-probs of its n scored tokens under DPO's reference
+    reference: np.ndarray | float = (
+        0.0  # (n,) log-probs of its n scored tokens under DPO's reference
+    )
 
 
 @dataclass
@@ -89,20 +91,43 @@ class Batch:
             for segment in example:
                 labels, stop = np.asarray(segment.labels), start + len(segment.ids)
                 prefix = first + segment.prefix if segment.prefix >= 0 else -1
-                before, offset = (segments[prefix][1], rows[prefix][1][-1] + 1) if prefix >= 0 else (0, 0)
+                before, offset = (
+                    (segments[prefix][1], rows[prefix][1][-1] + 1) if prefix >= 0 else (0, 0)
+                )
                 at = np.flatnonzero(labels != IGNORE)
                 at = at if prefix >= 0 else at[at > 0]
                 segments.append((start, stop, prefix))
-                rows.append((segment.ids, np.arange(offset, offset + stop - start),
-                             np.where(at > 0, start + at - 1, before - 1), labels[at],
-                             *(np.full(len(at), value) for value in (
-                                 num_sequences + segment.sequence, segment.weight, segment.reference))))
+                rows.append(
+                    (
+                        segment.ids,
+                        np.arange(offset, offset + stop - start),
+                        np.where(at > 0, start + at - 1, before - 1),
+                        labels[at],
+                        *(
+                            np.full(len(at), value)
+                            for value in (
+                                num_sequences + segment.sequence,
+                                segment.weight,
+                                segment.reference,
+                            )
+                        ),
+                    )
+                )
                 start = stop
             num_sequences += 1 + max(segment.sequence for segment in example)
         kinds = [np.int64] * 5 + [np.float32] * 2
-        tokens, positions, *scored = (torch.from_numpy(np.concatenate(parts).astype(kind)).to(device)
-                                      for parts, kind in zip(zip(*rows), kinds))
-        return cls(tokens, positions, segments, *scored, num_sequences, int(max(np.max(row[0]) for row in rows)))
+        tokens, positions, *scored = (
+            torch.from_numpy(np.concatenate(parts).astype(kind)).to(device)
+            for parts, kind in zip(zip(*rows), kinds)
+        )
+        return cls(
+            tokens,
+            positions,
+            segments,
+            *scored,
+            num_sequences,
+            int(max(np.max(row[0]) for row in rows)),
+        )
 
     def lineage(self, index):
         """The segments that segment `index` sees, oldest first, itself last."""
@@ -120,7 +145,9 @@ class Batch:
             if all(a[1] == b[0] for a, b in zip(spans, spans[1:])):
                 found.append(slice(spans[0][0], spans[-1][1]))
             else:
-                found.append(torch.cat([torch.arange(*span, device=self.tokens.device) for span in spans]))
+                found.append(
+                    torch.cat([torch.arange(*span, device=self.tokens.device) for span in spans])
+                )
         return found
 
     @cached_property
@@ -142,12 +169,24 @@ class Batch:
     def varlen(self):
         """What varlen_attn is told: key positions (None: the stream itself), cu_q, cu_k, max_q, max_k."""
         queries = [stop - start for start, stop, _ in self.segments]
-        spans = [[self.segments[i][:2] for i in self.lineage(index)] for index in range(len(self.segments))]
+        spans = [
+            [self.segments[i][:2] for i in self.lineage(index)]
+            for index in range(len(self.segments))
+        ]
         lengths = [sum(stop - start for start, stop in line) for line in spans]
-        gather = None if lengths == queries else torch.from_numpy(np.concatenate(
-            [np.arange(*span) for line in spans for span in line])).to(self.tokens.device)
-        cu = [torch.tensor(np.concatenate([[0], np.cumsum(n)]), dtype=torch.int32, device=self.tokens.device)
-              for n in (queries, lengths)]
+        gather = (
+            None
+            if lengths == queries
+            else torch.from_numpy(
+                np.concatenate([np.arange(*span) for line in spans for span in line])
+            ).to(self.tokens.device)
+        )
+        cu = [
+            torch.tensor(
+                np.concatenate([[0], np.cumsum(n)]), dtype=torch.int32, device=self.tokens.device
+            )
+            for n in (queries, lengths)
+        ]
         return gather, *cu, max(queries), max(lengths)
 
 
@@ -157,7 +196,9 @@ class Batch:
 def eager_attention(q, k, v, batch):
     """The maths, for readers and tests. q (T, H, D), k and v (T, K, D) -> (T, H, D); softmax in fp32."""
     group = q.shape[1] // k.shape[1]  # query head h reads key/value head h // group
-    q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    q, k, v = (
+        x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+    )
     scores = (q @ k.transpose(1, 2)).float() / math.sqrt(q.shape[-1])  # (H, T, T)
     weights = scores.masked_fill(~batch.mask, float("-inf")).softmax(-1)
     return (weights.to(v.dtype) @ v).transpose(0, 1)
@@ -177,7 +218,9 @@ def sdpa_attention(q, k, v, batch):
             continue
         mask = None if own == seen else batch.bias(own, seen, q.dtype)
         one = (x.transpose(0, 1)[None] for x in one)  # (1, heads, tokens, D)
-        out = F.scaled_dot_product_attention(*one, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            *one, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -188,7 +231,12 @@ def product_attention(q, k, v, bias):
     (own, H, D), K = q.shape, k.shape[1]
     rows = q.view(own, K, H // K, D).permute(1, 2, 0, 3).reshape(K, -1, D)  # (K, H/K · own, D)
     scores = torch.baddbmm(bias.repeat(H // K, 1), rows, k.permute(1, 2, 0), alpha=D**-0.5)
-    return (scores.softmax(-1) @ v.transpose(0, 1)).view(K, H // K, own, D).permute(2, 0, 1, 3).reshape(own, H, D)
+    return (
+        (scores.softmax(-1) @ v.transpose(0, 1))
+        .view(K, H // K, own, D)
+        .permute(2, 0, 1, 3)
+        .reshape(own, H, D)
+    )
 
 
 def varlen_attention(q, k, v, batch):
@@ -198,7 +246,9 @@ def varlen_attention(q, k, v, batch):
     gather, cu_q, cu_k, max_q, max_k = batch.varlen
     if gather is not None:
         k, v = k[gather], v[gather]
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    return varlen_attn(
+        q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "varlen": varlen_attention}
@@ -207,8 +257,10 @@ ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "varlen": varlen_
 def choose_attention(wanted, config, dtype, device):
     """(name, notice): 'auto' is varlen where it runs (tried on two tokens), else sdpa; notice is '' or a line."""
     if wanted not in ("auto", "flash", *ATTENTION):
-        raise UserError(f"attn_implementation: {wanted!r} is not one of auto, flash, {', '.join(ATTENTION)}"
-                        + nearest(wanted, ATTENTION))
+        raise UserError(
+            f"attn_implementation: {wanted!r} is not one of auto, flash, {', '.join(ATTENTION)}"
+            + nearest(wanted, ATTENTION)
+        )
     if wanted in ("eager", "sdpa") or wanted == "auto" and torch.device(device).type != "cuda":
         return ("sdpa" if wanted == "auto" else wanted), ""
     try:
@@ -257,7 +309,9 @@ class ModelConfig:
         """Raises UserError with one line for all that this code does not compute."""
         faults, kind = [], raw.get("model_type")
         if kind not in ("llama", "qwen2", "qwen3"):
-            raise UserError(f"{where}: model_type {brief(kind)} is not supported; llama, qwen2 and qwen3 are")
+            raise UserError(
+                f"{where}: model_type {brief(kind)} is not supported; llama, qwen2 and qwen3 are"
+            )
 
         def take(key, default, fine, wanted):
             value = default if raw.get(key) is None else raw[key]
@@ -267,43 +321,72 @@ class ModelConfig:
             return 1
 
         def number(key, default=None, most=2**31):
-            return take(key, default, lambda n: type(n) is int and 1 <= n <= most, f"a whole number from 1 to {most}")
+            return take(
+                key,
+                default,
+                lambda n: type(n) is int and 1 <= n <= most,
+                f"a whole number from 1 to {most}",
+            )
 
         def flag(key):
             return take(key, False, lambda value: isinstance(value, bool), "true or false")
 
         hidden, heads = number("hidden_size", most=2**20), number("num_attention_heads", most=2**16)
         kv_heads = number("num_key_value_heads", heads, most=2**16)
-        head_dim = number("head_dim", 128 if kind == "qwen3" else max(hidden // heads, 1), most=2**16)
+        head_dim = number(
+            "head_dim", 128 if kind == "qwen3" else max(hidden // heads, 1), most=2**16
+        )
         rope = rope_parameters(raw, faults)
         if heads % kv_heads:
-            faults.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+            faults.append(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+            )
         if head_dim % 2:
             faults.append(f"head_dim {head_dim} is odd, rotary positions need an even one")
         if raw.get("hidden_act", "silu") != "silu":
             faults.append(f"hidden_act {brief(raw['hidden_act'])} is not supported (silu is)")
         layers = raw.get("layer_types") or []
-        if (raw.get("sliding_window") and raw.get("use_sliding_window")
-                or not isinstance(layers, list) or any(layer != "full_attention" for layer in layers)):
-            faults.append("sliding-window attention (use_sliding_window, layer_types) is not supported")
+        if (
+            raw.get("sliding_window")
+            and raw.get("use_sliding_window")
+            or not isinstance(layers, list)
+            or any(layer != "full_attention" for layer in layers)
+        ):
+            faults.append(
+                "sliding-window attention (use_sliding_window, layer_types) is not supported"
+            )
         quantization = raw.get("quantization_config") or {}
-        if quantization and not (isinstance(quantization, dict) and quantization.get("load_in_4bit")):
-            faults.append("quantization_config: only bitsandbytes' 4-bit weights are read; take those, or 16-bit ones")
+        if quantization and not (
+            isinstance(quantization, dict) and quantization.get("load_in_4bit")
+        ):
+            faults.append(
+                "quantization_config: only bitsandbytes' 4-bit weights are read; take those, or 16-bit ones"
+            )
         bias, eos = flag("attention_bias"), raw.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         if any(type(token) is not int for token in eos):
             faults.append(f"eos_token_id is {str(eos)[:40]}, not a token id or a list of them")
         config = cls(
-            model_type=kind, vocab_size=number("vocab_size", most=2**24), hidden_size=hidden,
+            model_type=kind,
+            vocab_size=number("vocab_size", most=2**24),
+            hidden_size=hidden,
             intermediate_size=number("intermediate_size", most=2**22),
-            num_hidden_layers=number("num_hidden_layers", most=2**12), num_attention_heads=heads,
-            num_key_value_heads=kv_heads, head_dim=head_dim, rope=rope,
+            num_hidden_layers=number("num_hidden_layers", most=2**12),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rope=rope,
             rms_norm_eps=float(take("rms_norm_eps", 1e-6, positive, "a positive number")),
             max_position_embeddings=number("max_position_embeddings", 2048),
-            tie_word_embeddings=flag("tie_word_embeddings"), qkv_bias=kind == "qwen2" or bias,
-            o_bias=kind != "qwen2" and bias, mlp_bias=kind == "llama" and flag("mlp_bias"),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
-            eos_token_id=eos, quantized=bool(quantization),
+            tie_word_embeddings=flag("tie_word_embeddings"),
+            qkv_bias=kind == "qwen2" or bias,
+            o_bias=kind != "qwen2" and bias,
+            mlp_bias=kind == "llama" and flag("mlp_bias"),
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix(
+                "torch."
+            ),
+            eos_token_id=eos,
+            quantized=bool(quantization),
         )
         if config.dtype not in DTYPES:
             faults.append(f"dtype {brief(config.dtype)} is not one of {', '.join(DTYPES)}")
@@ -320,11 +403,18 @@ class ModelConfig:
 FLOATS = "BF16", "F16", "F32", "F64"  # in a safetensors header
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 ROPE_NUMBERS = {
-    "default": (), "linear": ("factor",),
+    "default": (),
+    "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-ROPE_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")  # of yarn, which has defaults
+ROPE_OPTIONS = (
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+)  # of yarn, which has defaults
 
 
 def positive(value):
@@ -362,13 +452,21 @@ def rope_frequencies(config):
     rope, dim = config.rope, config.head_dim
     kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor") or 1.0
     plain = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    if kind == "llama3":  # long wavelengths are stretched by factor, short ones kept, those between blended
-        old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    if (
+        kind == "llama3"
+    ):  # long wavelengths are stretched by factor, short ones kept, those between blended
+        old, low, high = (
+            rope["original_max_position_embeddings"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+        )
         wavelength = 2 * math.pi / plain
         blend = (old / wavelength - low) / (high - low)
         blended = (1 - blend) * plain / factor + blend * plain
         stretched = torch.where(wavelength > old / low, plain / factor, plain)
-        return torch.where((wavelength >= old / high) & (wavelength <= old / low), blended, stretched), 1.0
+        return torch.where(
+            (wavelength >= old / high) & (wavelength <= old / low), blended, stretched
+        ), 1.0
     if kind == "yarn":
 
         def magnitude(m=1.0):
@@ -376,15 +474,23 @@ def rope_frequencies(config):
 
         turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1  # over the original context
         waves = [rope["original_max_position_embeddings"] / (n * 2 * math.pi) for n in turns]
-        low, high = (dim * math.log(wave) / (2 * math.log(theta)) for wave in waves)  # the dimensions that turn so
+        low, high = (
+            dim * math.log(wave) / (2 * math.log(theta)) for wave in waves
+        )  # the dimensions that turn so
         if rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(
+            0, 1
+        )
         scale = rope.get("attention_factor")
         if scale is None:
             both = rope.get("mscale") and rope.get("mscale_all_dim")
-            scale = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"]) if both else magnitude()
+            scale = (
+                magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
+                if both
+                else magnitude()
+            )
         return plain / factor * ramp + plain * (1 - ramp), scale
     return plain / (factor if kind == "linear" else 1.0), 1.0
 
@@ -408,7 +514,9 @@ class Linear(nn.Linear):
         self.weight.copy_(weight)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class Normalise(torch.autograd.Function):
@@ -425,9 +533,17 @@ class Normalise(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         unit, grad = x.float() * scale, grad.float()
-        d_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = (
+            (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         grad = grad * weight
-        return (scale * (grad - unit * (grad * unit).mean(-1, keepdim=True))).to(x.dtype), d_weight, None
+        return (
+            (scale * (grad - unit * (grad * unit).mean(-1, keepdim=True))).to(x.dtype),
+            d_weight,
+            None,
+        )
 
 
 class RMSNorm(nn.Module):
@@ -482,11 +598,19 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
-        if c.model_type == "qwen3":  # normalises each head's queries and keys before they are rotated
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+        if (
+            c.model_type == "qwen3"
+        ):  # normalises each head's queries and keys before they are rotated
+            self.q_norm, self.k_norm = (
+                RMSNorm(c.head_dim, c.rms_norm_eps),
+                RMSNorm(c.head_dim, c.rms_norm_eps),
+            )
 
     def forward(self, x, rope, attend):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v).flatten(-2))
@@ -530,7 +654,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         self.dtype = torch.float32  # of the stream and the matmuls
         self.attention = "sdpa"
         self.gradient_checkpointing = False
@@ -547,10 +675,14 @@ class Transformer(nn.Module):
     def forward(self, batch, cache=None):
         """Final, normalised hidden states (T, C). With a cache, keys and values are kept and seen as `KVCache` says."""
         if batch.largest >= self.config.vocab_size:
-            raise UserError(f"token {batch.largest} is beyond the model's vocabulary of {self.config.vocab_size}: "
-                            "its tokenizer is another model's")
+            raise UserError(
+                f"token {batch.largest} is beyond the model's vocabulary of {self.config.vocab_size}: "
+                "its tokenizer is another model's"
+            )
         inv_freq, scale = rope_frequencies(self.config)
-        angles = batch.positions[:, None, None].float() * inv_freq.to(batch.positions.device)  # (T, 1, D/2)
+        angles = batch.positions[:, None, None].float() * inv_freq.to(
+            batch.positions.device
+        )  # (T, 1, D/2)
         rope = angles.cos() * scale, angles.sin() * scale
         attend = partial(ATTENTION[self.attention], batch=batch)
         x = self.model.embed_tokens(batch.tokens).to(self.dtype)
@@ -580,7 +712,10 @@ CHUNK = 256  # scored positions whose logits exist at a time: (256, V) in the st
 def log_softmax_(logits, targets, keep_grad):
     """Log-probabilities (n,) fp32 of targets under logits (n, V). keep_grad: logits become d logp / d logits, in place.
     On a CPU a few rows at a time, whose fp32 copy stays in cache: half the time of the head would go there else."""
-    rows, found = len(logits) if logits.device.type != "cpu" else max(1, 2**21 // logits.shape[1]), []
+    rows, found = (
+        len(logits) if logits.device.type != "cpu" else max(1, 2**21 // logits.shape[1]),
+        [],
+    )
     for part, target in zip(logits.split(rows), targets.split(rows)):
         logps = F.log_softmax(part, -1, dtype=torch.float32)
         found.append(logps.gather(1, target[:, None])[:, 0])
@@ -588,7 +723,9 @@ def log_softmax_(logits, targets, keep_grad):
             part.copy_(logps.exp_().neg_())
     found = torch.cat(found)
     if keep_grad:  # 1 - p from log p: a 16-bit p near 1 has no digits left for it
-        logits[torch.arange(len(targets), device=logits.device), targets] = -torch.expm1(found).to(logits.dtype)
+        logits[torch.arange(len(targets), device=logits.device), targets] = -torch.expm1(found).to(
+            logits.dtype
+        )
     return found
 
 
@@ -600,9 +737,13 @@ class FrozenHead(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets):
         keep, weight, found = ctx.needs_input_grad[0], weight.to(hidden.dtype), []
         rows = torch.empty_like(hidden) if keep else None
-        wide = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
+        wide = (
+            {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
+        )
         for at in range(0, len(hidden), CHUNK):
-            logits = torch.mm(hidden[at : at + CHUNK], weight.T, **wide)  # CUDA keeps the fp32 accumulator
+            logits = torch.mm(
+                hidden[at : at + CHUNK], weight.T, **wide
+            )  # CUDA keeps the fp32 accumulator
             found.append(log_softmax_(logits, targets[at : at + CHUNK], keep))
             if keep:
                 rows[at : at + CHUNK] = logits.to(hidden.dtype) @ weight
@@ -628,8 +769,12 @@ def token_logps(hidden, weight, targets):
         logits = F.linear(hidden, weight.to(hidden.dtype)).float()
         return -F.cross_entropy(logits, targets, reduction="none")
 
-    return torch.cat([checkpoint(score, h, weight, t, use_reentrant=False)
-                      for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK))])
+    return torch.cat(
+        [
+            checkpoint(score, h, weight, t, use_reentrant=False)
+            for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK))
+        ]
+    )
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -643,7 +788,10 @@ class KVCache:
     def __init__(self, model, rows, room, header=()):
         c = model.config
         shape = rows, c.num_key_value_heads, room, c.head_dim
-        self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(c.num_hidden_layers)]
+        self.keys = [
+            torch.zeros(shape, dtype=model.dtype, device=model.device)
+            for _ in range(c.num_hidden_layers)
+        ]
         self.values, self.header = [torch.zeros_like(k) for k in self.keys], []
         if len(header):
             model(self.read([header], [0], model.device), self)
@@ -654,26 +802,44 @@ class KVCache:
     def read(self, prompts, rows, device):
         """The batch of the next pass: id lists, each behind the header, into these rows."""
         head, none = len(self.header), np.full(len(self.header) + max(map(len, prompts)), IGNORE)
-        segments = [Segment(np.asarray(p, np.int32), none[: len(p)], 0 if head else -1) for p in prompts]
+        segments = [
+            Segment(np.asarray(p, np.int32), none[: len(p)], 0 if head else -1) for p in prompts
+        ]
         first = [Segment(np.asarray(self.header, np.int32), none[:head])] if head else []
         self.batch = Batch.pack([first + segments], device)
         lengths = torch.tensor([len(p) for p in prompts])
         self.decoding, self.rows = False, torch.tensor(rows).repeat_interleave(lengths).to(device)
-        return replace(self.batch, tokens=self.batch.tokens[head:], positions=self.batch.positions[head:])
+        return replace(
+            self.batch, tokens=self.batch.tokens[head:], positions=self.batch.positions[head:]
+        )
 
     def attend(self, layer, attend, batch, q, k, v):
         keys, values, head = self.keys[layer], self.values[layer], len(self.header)
         keys[self.rows, :, batch.positions], values[self.rows, :, batch.positions] = k, v
-        if not self.decoding:  # the header's queries are left blank, and what comes of them is dropped
-            q, k, v = (torch.cat([x, y]) for x, y in zip((q.new_zeros(head, *q.shape[1:]), *(
-                x[0, :, :head].transpose(0, 1) for x in (keys, values))), (q, k, v)))
+        if (
+            not self.decoding
+        ):  # the header's queries are left blank, and what comes of them is dropped
+            q, k, v = (
+                torch.cat([x, y])
+                for x, y in zip(
+                    (
+                        q.new_zeros(head, *q.shape[1:]),
+                        *(x[0, :, :head].transpose(0, 1) for x in (keys, values)),
+                    ),
+                    (q, k, v),
+                )
+            )
             return attend(q, k, v, batch=self.batch)[head:]
         q, head_dim = q.unflatten(1, (keys.shape[1], -1)), q.shape[-1]  # (B, K, H/K, D)
-        mask = (torch.arange(keys.shape[2], device=q.device) <= batch.positions[:, None])[:, None, None]  # (B, 1, 1, N)
+        mask = (torch.arange(keys.shape[2], device=q.device) <= batch.positions[:, None])[
+            :, None, None
+        ]  # (B, 1, 1, N)
         if q.device.type != "cpu":
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
         scores = (q @ keys.transpose(2, 3) * head_dim**-0.5).masked_fill_(~mask, float("-inf"))
-        return (scores.softmax(-1) @ values).flatten(1, 2)  # plain products: a tenth of the kernel's time
+        return (scores.softmax(-1) @ values).flatten(
+            1, 2
+        )  # plain products: a tenth of the kernel's time
 
     def keep(self, rows):
         """Drops all other rows; the next pass adds one token to each of these."""
@@ -706,8 +872,18 @@ def generate(model, prompts, max_new_tokens=128, *args, **options):
 
 
 @torch.inference_mode()
-def generate_each(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, eos_ids=None, seed=0,
-                  stop=None, batch_size=64):
+def generate_each(
+    model,
+    prompts,
+    max_new_tokens=128,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    eos_ids=None,
+    seed=0,
+    stop=None,
+    batch_size=64,
+):
     """Yields (row, its new ids) as the rows end. batch_size of them are written at a time; one that ends makes room for
     the next, and what all prompts begin with is read once.
 
@@ -722,9 +898,18 @@ def generate_each(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, 
         yield from enumerate(outputs)
         return
     draws = [np.random.default_rng((seed, row)) for row in waiting]
-    head = min(len(os.path.commonprefix(prompts)), *(len(p) - 1 for p in prompts)) if len(prompts) > 1 else 0
+    head = (
+        min(len(os.path.commonprefix(prompts)), *(len(p) - 1 for p in prompts))
+        if len(prompts) > 1
+        else 0
+    )
     head = head if head >= 16 else 0  # a shorter one costs more in bookkeeping than it saves
-    cache = KVCache(model, min(batch_size, len(prompts)), max(map(len, prompts)) + max_new_tokens, prompts[0][:head])
+    cache = KVCache(
+        model,
+        min(batch_size, len(prompts)),
+        max(map(len, prompts)) + max_new_tokens,
+        prompts[0][:head],
+    )
     rows = [None] * len(cache.keys[0])  # the prompt that each row of the cache holds
     tokens, positions = torch.zeros(2, len(rows), dtype=torch.long)
     while waiting or any(row is not None for row in rows):
@@ -735,7 +920,9 @@ def generate_each(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, 
             for at in ats:
                 rows[at] = waiting.pop(0)
             batch = cache.read([prompts[rows[at]][head:] for at in ats], ats, device)
-            last = torch.tensor([stop - 1 - head for _, stop, _ in batch.segments[bool(head) :]], device=device)
+            last = torch.tensor(
+                [stop - 1 - head for _, stop, _ in batch.segments[bool(head) :]], device=device
+            )
             positions[ats] = batch.positions[last].cpu()
         else:
             live = [at for at, row in enumerate(rows) if row is not None]
@@ -744,7 +931,9 @@ def generate_each(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, 
             ats, last = list(range(len(rows))), slice(None)
             batch = replace(cache.batch, tokens=tokens.to(device), positions=positions.to(device))
         logits = model.logits(model(batch, cache)[last])
-        uniform = torch.tensor([draws[rows[at]].random(dtype=np.float32) for at in ats], device=device)
+        uniform = torch.tensor(
+            [draws[rows[at]].random(dtype=np.float32) for at in ats], device=device
+        )
         tokens[ats] = sample(logits, uniform, temperature, top_k, top_p).cpu()
         for at in ats:
             ids, token = outputs[rows[at]], int(tokens[at])
@@ -758,19 +947,16 @@ def generate_each(model, prompts, max_new_tokens=128, temperature=0.0, top_k=0, 
 # --- checkpoints: read strictly, streamed; written aside and renamed --------------------------------------------------
 
 
-
-
-
-
-
-
-
-
-
 def pick_device(name):
     """torch.device of 'auto' (CUDA, then MPS, then the CPU) or of a device's name."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     with as_user_error(f"device: {name} can't be used here", RuntimeError, AssertionError):
         torch.zeros(1, device=name).item()
     return torch.device(name)
@@ -783,38 +969,54 @@ def checkpoint_tensors(folder):
     if single.exists():
         return read_header(single)
     if not index.exists():
-        pickled = " (pickle files are never read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
-        raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{pickled}")
+        pickled = (
+            " (pickle files are never read: convert them to safetensors)"
+            if list(folder.glob("*.bin"))
+            else ""
+        )
+        raise UserError(
+            f"{folder}: neither model.safetensors nor model.safetensors.index.json{pickled}"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no weight_map in it")
     for file in sorted(set(map(str, weight_map.values()))):
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(f"{index}: names {file!r}; a shard is a .safetensors file of the same folder")
+            raise UserError(
+                f"{index}: names {file!r}; a shard is a .safetensors file of the same folder"
+            )
         if not (folder / file).exists():
             raise UserError(f"{index}: names {file}, which is not there")
-        found |= {name: at for name, at in read_header(folder / file).items() if weight_map.get(name) == file}
+        found |= {
+            name: at
+            for name, at in read_header(folder / file).items()
+            if weight_map.get(name) == file
+        }
     if lost := sorted(set(weight_map) - set(found)):
-        raise UserError(f"{index}: {len(lost)} tensors are not in the files it names, {lost[0]} first")
+        raise UserError(
+            f"{index}: {len(lost)} tensors are not in the files it names, {lost[0]} first"
+        )
     return found
-
-
-
-
-
-
 
 
 def check_names(wanted, found, where):
     """Raises one UserError for all missing, unexpected and misshapen tensors; wanted and found are {name: shape}."""
     missing, odd = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
-    faults = [f"missing {name}" + (nearest(name, odd[:1000]) if at < 8 else "") for at, name in enumerate(missing)]
+    faults = [
+        f"missing {name}" + (nearest(name, odd[:1000]) if at < 8 else "")
+        for at, name in enumerate(missing)
+    ]
     faults += [f"unexpected {name}" for name in odd]
-    faults += [f"{name} is {list(found[name])}, expected {list(shape)}" for name, shape in wanted.items()
-               if name in found and tuple(found[name]) != tuple(shape)]
+    faults += [
+        f"{name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise UserError(f"{where}: {len(faults)} tensor(s) do not fit: " + "; ".join(faults[:8]) + more)
+        raise UserError(
+            f"{where}: {len(faults)} tensor(s) do not fit: " + "; ".join(faults[:8]) + more
+        )
 
 
 def open_model(name, revision=None, swap_layers=None):
@@ -824,27 +1026,46 @@ def open_model(name, revision=None, swap_layers=None):
     folder = resolve(name, revision)
     config = ModelConfig.read(folder)
     if config.quantized and swap_layers is None:
-        raise UserError(f"{folder}: holds 4-bit weights, which have no place here; name the 16-bit model")
+        raise UserError(
+            f"{folder}: holds 4-bit weights, which have no place here; name the 16-bit model"
+        )
     found = checkpoint_tensors(folder)
     if config.num_hidden_layers > len(found):
-        raise UserError(f"{folder}: num_hidden_layers is {config.num_hidden_layers}, of {len(found)} tensors in all")
+        raise UserError(
+            f"{folder}: num_hidden_layers is {config.num_hidden_layers}, of {len(found)} tensors in all"
+        )
     with torch.device("meta"):
         model = Transformer(config)
-    found = {n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")}  # old Llama files carry it
+    found = {
+        n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")
+    }  # old Llama files carry it
     ends = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and found.keys() >= {*ends}:  # some tied checkpoints store the one tensor twice
+    if config.tie_word_embeddings and found.keys() >= {
+        *ends
+    }:  # some tied checkpoints store the one tensor twice
         if not torch.equal(*(read_tensor(found[end][0], end) for end in ends)):
-            raise UserError(f"{found[ends[0]][0]}: {ends[0]} differs from {ends[1]}, yet config.json ties them; "
-                            "set tie_word_embeddings to false there")
+            raise UserError(
+                f"{found[ends[0]][0]}: {ends[0]} differs from {ends[1]}, yet config.json ties them; "
+                "set tie_word_embeddings to false there"
+            )
         del found["lm_head.weight"]
     if swap_layers:
         swap_layers(model, found)
     wanted = model.state_dict()
-    check_names({n: tuple(t.shape) for n, t in wanted.items()}, {n: at[1] for n, at in found.items()}, folder)
-    if odd := [f"{n} ({kind})" for n, (_, _, kind) in found.items()
-               if kind not in (FLOATS if wanted[n].is_floating_point() else ("U8",))]:
-        raise UserError(f"{folder}: {len(odd)} tensors are of another kind than the model's, {odd[0]} first; "
-                        "use a 16-bit checkpoint")
+    check_names(
+        {n: tuple(t.shape) for n, t in wanted.items()},
+        {n: at[1] for n, at in found.items()},
+        folder,
+    )
+    if odd := [
+        f"{n} ({kind})"
+        for n, (_, _, kind) in found.items()
+        if kind not in (FLOATS if wanted[n].is_floating_point() else ("U8",))
+    ]:
+        raise UserError(
+            f"{folder}: {len(odd)} tensors are of another kind than the model's, {odd[0]} first; "
+            "use a 16-bit checkpoint"
+        )
     model.folder = folder
     return model, found
 
@@ -856,17 +1077,27 @@ def set_tensor(model, name, tensor, device, dtype):
     if hasattr(module, "set_tensor"):
         module.set_tensor(leaf, tensor, device, dtype)
     else:
-        setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False))
+        setattr(
+            module,
+            leaf,
+            nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False),
+        )
 
 
-def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", revision=None, swap_layers=None):
+def load_model(
+    name, dtype="auto", device="cpu", attn_implementation="auto", revision=None, swap_layers=None
+):
     """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own). Made
     by `open_model`, which see, and filled a tensor at a time: peak memory is the model and one tensor."""
     if dtype not in ("auto", *DTYPES):
-        raise UserError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}" + nearest(dtype, DTYPES))
+        raise UserError(
+            f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}" + nearest(dtype, DTYPES)
+        )
     model, found = open_model(name, revision, swap_layers)
     model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
-    model.attention, notice = choose_attention(attn_implementation, model.config, model.dtype, device)
+    model.attention, notice = choose_attention(
+        attn_implementation, model.config, model.dtype, device
+    )
     if notice:
         print(notice, file=sys.stderr)
     for name, (file, _, _) in found.items():
@@ -879,23 +1110,9 @@ def load_model(name, dtype="auto", device="cpu", attn_implementation="auto", rev
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
-
-
-
-
-set_malloc_threshold(2**22)  # left alone it goes up to 32 MB: a model read tensor by tensor then lay among up to 2 GB of holes
-
-
-
-
-
-
-
-
-
-
-
-
+set_malloc_threshold(
+    2**22
+)  # left alone it goes up to 32 MB: a model read tensor by tensor then lay among up to 2 GB of holes
 
 
 def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
@@ -915,63 +1132,45 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
             shard.clear()
 
         for name, tensor in tensors:
-            whole = tensor.is_floating_point() and name.endswith((".weight", ".bias"))  # else a part of 4-bit weights
+            whole = tensor.is_floating_point() and name.endswith(
+                (".weight", ".bias")
+            )  # else a part of 4-bit weights
             tensor = tensor.detach().to(device="cpu", dtype=dtype if whole else tensor.dtype)
             if not finite(tensor):
-                raise UserError(f"{folder}: is not written, {name} would hold NaN or infinity (in {tensor.dtype})")
+                raise UserError(
+                    f"{folder}: is not written, {name} would hold NaN or infinity (in {tensor.dtype})"
+                )
             if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_bytes:
                 flush()
             shard[name], total = tensor, total + tensor.nbytes
         flush()
-        files = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+        files = (
+            ["model.safetensors"]
+            if len(shards) == 1
+            else [
+                f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
+            ]
+        )
         for n, file in enumerate(files, 1):
             (aside / f"shard-{n}").rename(aside / file)
         if len(files) > 1:
-            index = {"metadata": {"total_size": total},
-                     "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {name: file for file, names in zip(files, shards) for name in names},
+            }
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         for file in COMPANIONS:
             if (Path(source) / file).is_file():
                 shutil.copyfile(Path(source) / file, aside / file)
         if changes:
             raw = read_json(aside / "config.json") | changes
-            raw = {key: value for key, value in raw.items() if value is not None or key not in changes}
+            raw = {
+                key: value for key, value in raw.items() if value is not None or key not in changes
+            }
             (aside / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
 
 # --- what every command shares: mistakes that are the user's ----------------------------------------------------------
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 # --- settings ---------------------------------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -33,16 +33,24 @@ from support.settings import parse_config
 class QuantConfig:
     """The 4-bit part of a run's settings; names and meaning are those of transformers' BitsAndBytesConfig."""
 
-    load_in_4bit: bool = False  # hold the base's linear layers in 4 bit; embeddings, norms and head stay as they are
+    load_in_4bit: bool = (
+        False  # hold the base's linear layers in 4 bit; embeddings, norms and head stay as they are
+    )
     bnb_4bit_quant_type: str = "nf4"  # nf4 or fp4
-    bnb_4bit_use_double_quant: bool = True  # quantise the blocks' scales too: 0.37 bit less a weight
-    bnb_4bit_compute_dtype: str | None = None  # of their products: bfloat16, float16, float32; none: the model's
+    bnb_4bit_use_double_quant: bool = (
+        True  # quantise the blocks' scales too: 0.37 bit less a weight
+    )
+    bnb_4bit_compute_dtype: str | None = (
+        None  # of their products: bfloat16, float16, float32; none: the model's
+    )
 
 
 @cache
 def bitsandbytes():
     """The library, imported when it is needed; UserError where it can't be."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel it does without
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+        logging.ERROR
+    )  # an optional kernel it does without
     need = "4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"
     with as_user_error(f"bitsandbytes can't be imported; {need}", ImportError):
         import bitsandbytes
@@ -74,7 +82,11 @@ class Linear4bit(nn.Module):
 
     def __init__(self, plain, quant, file=None, name=None):
         super().__init__()
-        self.in_features, self.out_features, self.bias = plain.in_features, plain.out_features, plain.bias
+        self.in_features, self.out_features, self.bias = (
+            plain.in_features,
+            plain.out_features,
+            plain.bias,
+        )
         self.quant, self.file, self.name = quant, file, name
         self.compute_dtype = DTYPES.get(quant.bnb_4bit_compute_dtype)
         self.register_buffer("weight", plain.weight.data)
@@ -83,22 +95,36 @@ class Linear4bit(nn.Module):
         """Makes room, on meta, for a stored weight that `state` describes."""
         n, meta = self.in_features * self.out_features, partial(torch.empty, device="meta")
         blocks, double = -(-n // state["blocksize"]), "nested_offset" in state
-        self._buffers |= {"weight": meta((n + 1) // 2, 1, dtype=torch.uint8), "weight.quant_map": meta(16),
-                          "weight.absmax": meta(blocks, dtype=torch.uint8 if double else torch.float32)}
+        self._buffers |= {
+            "weight": meta((n + 1) // 2, 1, dtype=torch.uint8),
+            "weight.quant_map": meta(16),
+            "weight.absmax": meta(blocks, dtype=torch.uint8 if double else torch.float32),
+        }
         if double:
-            self._buffers |= {"weight.nested_absmax": meta(-(-blocks // 256)), "weight.nested_quant_map": meta(256)}
+            self._buffers |= {
+                "weight.nested_absmax": meta(-(-blocks // 256)),
+                "weight.nested_quant_map": meta(256),
+            }
         self.state = state
 
     def expect_own(self, dtype):
         """Makes room, on meta, for the weight as `quantize_` will hold it."""
-        self.expect({"blocksize": 64, "quant_type": self.quant.bnb_4bit_quant_type,
-                     "dtype": str(dtype).removeprefix("torch."), "shape": [self.out_features, self.in_features]}
-                    | ({"nested_offset": 0.0} if self.quant.bnb_4bit_use_double_quant else {}))
+        self.expect(
+            {
+                "blocksize": 64,
+                "quant_type": self.quant.bnb_4bit_quant_type,
+                "dtype": str(dtype).removeprefix("torch."),
+                "shape": [self.out_features, self.in_features],
+            }
+            | ({"nested_offset": 0.0} if self.quant.bnb_4bit_use_double_quant else {})
+        )
 
     def set_tensor(self, leaf, tensor, device, dtype):
         """See model.place. A float weight is quantised from `dtype`, as bitsandbytes would find it."""
         if leaf == "bias":
-            self.bias = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False)
+            self.bias = nn.Parameter(
+                tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False
+            )
         elif tensor.is_floating_point() and leaf == "weight":
             self.dtype = dtype
             self.replace_weight(tensor.to(device=device, dtype=dtype))
@@ -108,25 +134,55 @@ class Linear4bit(nn.Module):
     def replace_weight(self, weight):
         """Holds `weight` (out, in), 16- or 32-bit, from here on."""
         packed, state = bitsandbytes().functional.quantize_4bit(
-            weight.contiguous(), blocksize=64, compress_statistics=self.quant.bnb_4bit_use_double_quant,
-            quant_type=self.quant.bnb_4bit_quant_type)
+            weight.contiguous(),
+            blocksize=64,
+            compress_statistics=self.quant.bnb_4bit_use_double_quant,
+            quant_type=self.quant.bnb_4bit_quant_type,
+        )
         parts = state.as_dict(packed=True)
-        self._buffers |= {"weight": packed, **{f"weight.{leaf}": tensor for leaf, tensor in parts.items()}}
-        self.state = {key: value for key, value in state.as_dict().items() if not isinstance(value, torch.Tensor)}
+        self._buffers |= {
+            "weight": packed,
+            **{f"weight.{leaf}": tensor for leaf, tensor in parts.items()},
+        }
+        self.state = {
+            key: value
+            for key, value in state.as_dict().items()
+            if not isinstance(value, torch.Tensor)
+        }
 
     def dense_weight(self):
         """W (out, in), in the dtype it was quantised from."""
         F4, state, parts = bitsandbytes().functional, self.state, self._buffers
-        nested = F4.QuantState(parts["weight.nested_absmax"], code=parts["weight.nested_quant_map"],
-                               dtype=torch.float32, blocksize=256) if "nested_offset" in state else None
-        return F4.dequantize_4bit(self.weight, F4.QuantState(
-            parts["weight.absmax"], tuple(state["shape"]), None, state["blocksize"], state["quant_type"],
-            DTYPES[state["dtype"]], state.get("nested_offset"), nested))
+        nested = (
+            F4.QuantState(
+                parts["weight.nested_absmax"],
+                code=parts["weight.nested_quant_map"],
+                dtype=torch.float32,
+                blocksize=256,
+            )
+            if "nested_offset" in state
+            else None
+        )
+        return F4.dequantize_4bit(
+            self.weight,
+            F4.QuantState(
+                parts["weight.absmax"],
+                tuple(state["shape"]),
+                None,
+                state["blocksize"],
+                state["quant_type"],
+                DTYPES[state["dtype"]],
+                state.get("nested_offset"),
+                nested,
+            ),
+        )
 
     def original_weight(self):
         """W as the checkpoint has it, in the dtype of this model; UserError where that holds 4 bits itself."""
         if self.file is None:
-            raise UserError(f"{self.name}: the checkpoint holds 4 bits; name the 16-bit model, with --load_in_4bit")
+            raise UserError(
+                f"{self.name}: the checkpoint holds 4 bits; name the 16-bit model, with --load_in_4bit"
+            )
         return read_tensor(self.file, self.name).to(self.weight.device, self.dtype)
 
     def forward(self, x):  # (..., in) -> (..., out)
@@ -144,21 +200,35 @@ class Linear4bit(nn.Module):
 def swap_linear4bit(quant, model, found):
     """`open_model`'s swap_layers: Linear4bit for every linear layer but the head, where `quant` asks for it, or where the
     checkpoint holds 4 bits. UserError for what bitsandbytes does not hold."""
-    for key, options in (("bnb_4bit_quant_type", ("nf4", "fp4")), ("bnb_4bit_compute_dtype", (None, *DTYPES))):
+    for key, options in (
+        ("bnb_4bit_quant_type", ("nf4", "fp4")),
+        ("bnb_4bit_compute_dtype", (None, *DTYPES)),
+    ):
         if (value := getattr(quant, key)) not in options:
-            raise UserError(f"{key}: {value!r} is not one of {', '.join(map(str, options))}" + nearest(value, options))
-    for path, plain in [(path, module) for path, module in model.named_modules() if type(module) is Linear]:
+            raise UserError(
+                f"{key}: {value!r} is not one of {', '.join(map(str, options))}"
+                + nearest(value, options)
+            )
+    for path, plain in [
+        (path, module) for path, module in model.named_modules() if type(module) is Linear
+    ]:
         weight = f"{path}.weight"
-        stored = next((name for name in found if name.startswith(f"{weight}.quant_state.bitsandbytes__")), None)
+        stored = next(
+            (name for name in found if name.startswith(f"{weight}.quant_state.bitsandbytes__")),
+            None,
+        )
         if stored:
             layer = Linear4bit(plain, quant, name=weight)
             layer.expect(read_state(found, stored, (plain.out_features, plain.in_features)))
             layer._buffers[stored.removeprefix(f"{path}.")] = torch.empty(
-                found[stored][1], dtype=torch.uint8, device="meta")
+                found[stored][1], dtype=torch.uint8, device="meta"
+            )
             model.set_submodule(path, layer)
         elif quant.load_in_4bit and path != "lm_head":
             bitsandbytes()
-            model.set_submodule(path, Linear4bit(plain, quant, found.get(weight, [None])[0], weight))
+            model.set_submodule(
+                path, Linear4bit(plain, quant, found.get(weight, [None])[0], weight)
+            )
 
 
 def read_state(found, name, shape):
@@ -167,13 +237,21 @@ def read_state(found, name, shape):
     try:
         state = json.loads(bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique_keys)
         double = name.partition(".quant_state.")[0] + ".nested_absmax" in found
-        fine = (state["quant_type"] == name.rpartition("__")[2] and state["blocksize"] in [2**n for n in range(5, 13)]
-                and tuple(state["shape"]) == shape and state["dtype"] in DTYPES and double == ("nested_offset" in state)
-                and state.get("nested_blocksize", 256) == 256 and abs(state.get("nested_offset", 0.0)) < 1e30)
+        fine = (
+            state["quant_type"] == name.rpartition("__")[2]
+            and state["blocksize"] in [2**n for n in range(5, 13)]
+            and tuple(state["shape"]) == shape
+            and state["dtype"] in DTYPES
+            and double == ("nested_offset" in state)
+            and state.get("nested_blocksize", 256) == 256
+            and abs(state.get("nested_offset", 0.0)) < 1e30
+        )
     except (ValueError, KeyError, TypeError, RecursionError):
         fine = False
     if not fine:
-        raise UserError(f"{file}: {name} does not describe 4-bit weights of shape {list(shape)}; save the model again")
+        raise UserError(
+            f"{file}: {name} does not describe 4-bit weights of shape {list(shape)}; save the model again"
+        )
     return state
 
 
@@ -186,8 +264,12 @@ def load_4bit(name, quant=QuantConfig(), **options):
 def save_4bit(model, folder, quant):
     """Writes a model of Linear4bit layers without an adapter as a checkpoint that transformers reads."""
     about = {f.name: getattr(quant, f.name) for f in fields(QuantConfig)}
-    about |= {"quant_method": "bitsandbytes", "load_in_8bit": False, "bnb_4bit_quant_storage": "uint8",
-              "bnb_4bit_compute_dtype": quant.bnb_4bit_compute_dtype or model.config.dtype}
+    about |= {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": False,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": quant.bnb_4bit_compute_dtype or model.config.dtype,
+    }
     save_model(model.state_dict().items(), folder, model.folder, quantization_config=about)
 
 
@@ -198,6 +280,7 @@ def save_4bit(model, folder, quant):
 def as_merged(model, base):
     """While the block runs, the model computes what its merge would: into 'original', the checkpoint's 16-bit weights,
     or 'dequantized'. A merged weight is there for its product alone."""
+
     def forward(layer, x):
         wrapped = isinstance(layer, LoRALinear)
         inner = layer.base_layer if wrapped else layer
@@ -206,7 +289,11 @@ def as_merged(model, base):
             W = torch.addmm(W.float(), *layer.start[::-1], alpha=-layer.scaling).to(W.dtype)
         return plain_linear(inner, layer.merged(W) if wrapped else W)(x)
 
-    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "base_layer", layer), Linear4bit)]
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(getattr(layer, "base_layer", layer), Linear4bit)
+    ]
     for layer in layers:
         layer.forward = partial(forward, layer)
     try:
@@ -224,8 +311,12 @@ def measure_merge(model, batches):
     training = model.training
     model.eval()
     before, found = [model(batch)[batch.scored] for batch in batches], {}
-    bases = ["original"] * all(layer.file for layer in model.modules() if isinstance(layer, Linear4bit))
-    bases += ["dequantized"] * (not any(layer.start for layer in model.modules() if isinstance(layer, LoRALinear)))
+    bases = ["original"] * all(
+        layer.file for layer in model.modules() if isinstance(layer, Linear4bit)
+    )
+    bases += ["dequantized"] * (
+        not any(layer.start for layer in model.modules() if isinstance(layer, LoRALinear))
+    )
     for base in bases:
         kl, same, count = 0.0, 0, 0
         with as_merged(model, base):
@@ -254,15 +345,21 @@ def main():
     command, *argv = sys.argv[1:] or [""]
     needs = {"quantize": ["model", "output_dir"], "merge": ["adapter", "output_dir"]}
     if command not in needs:
-        raise UserError(f"unknown command {command!r}{nearest(command, needs)}; it is quantize or merge")
-    config = parse_config(CommandConfig, argv, "Writes a model in 4 bit, or merges an adapter into such weights.")
+        raise UserError(
+            f"unknown command {command!r}{nearest(command, needs)}; it is quantize or merge"
+        )
+    config = parse_config(
+        CommandConfig, argv, "Writes a model in 4 bit, or merges an adapter into such weights."
+    )
     if missing := [key for key in needs[command] if not getattr(config, key)]:
         raise UserError(f"--{missing[0]} is needed; --help explains every flag")
     config.load_in_4bit, folder = True, new_folder(config.output_dir)
     if command == "quantize":
         save_4bit(load_4bit(config.model, config), folder, config)
     else:
-        print(*merge(config.adapter, folder, config.model, partial(swap_linear4bit, config)), sep="\n")
+        print(
+            *merge(config.adapter, folder, config.model, partial(swap_linear4bit, config)), sep="\n"
+        )
     print(f"{command}: {folder} holds {config.model or config.adapter}")
 
 

@@ -107,9 +107,13 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     model: str = ""  # folder or hub id of the model to train; none: the embedded tiny one
     revision: str | None = None  # branch, tag or commit of a hub id
     adapter: str = ""  # a LoRA (PEFT's layout, or a run folder) to go on training, with its own rank and targets
-    data: list[str] = field(default_factory=list)  # training rows: files or hub ids; none: the embedded questions
+    data: list[str] = field(
+        default_factory=list
+    )  # training rows: files or hub ids; none: the embedded questions
     eval_data: list[str] = field(default_factory=list)  # held-out rows: files or hub ids
-    val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number of rows
+    val_size: float = (
+        0.0  # without eval_data: rows held out of data, a share below 1 or a number of rows
+    )
     output_dir: str = "output/sft"  # the run folder
     dry_run: bool = False  # print parameters, steps, the peak memory and the time to expect; train and write nothing
     max_samples: int | None = None  # use this many rows of data, drawn by seed
@@ -117,17 +121,29 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     recipe: str = ""  # reads a data set's own rows: mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k
     recipe_args: dict = field(default_factory=dict)  # its arguments, as {"cot": 0.5}
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
-    completion_only_loss: bool | None = None  # true: the last assistant turn alone; false: completions' prompts too
-    assistant_only_loss: bool = True  # of conversations, score the assistant's turns; false: everything
-    eval_answers: int = 64  # held-out rows whose "Answer: X" is generated and checked before and after; 0: none
+    completion_only_loss: bool | None = (
+        None  # true: the last assistant turn alone; false: completions' prompts too
+    )
+    assistant_only_loss: bool = (
+        True  # of conversations, score the assistant's turns; false: everything
+    )
+    eval_answers: int = (
+        64  # held-out rows whose "Answer: X" is generated and checked before and after; 0: none
+    )
     num_samples: int = 3  # of those, how many are shown
     max_new_tokens: int = 128  # longest generated answer
 
-    dtype: str = "auto"  # of base weights and matmuls: auto (the checkpoint's), bfloat16, float16, float32
+    dtype: str = (
+        "auto"  # of base weights and matmuls: auto (the checkpoint's), bfloat16, float16, float32
+    )
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # auto, varlen (flash), sdpa, eager
-    gradient_checkpointing: bool = False  # recompute each block in backward: a third more time, far less memory
-    micro_batch_tokens: int = 0  # tokens per forward pass; 0: 512 on a CPU, 1024 there in 4 bit, 16384 on a GPU
+    gradient_checkpointing: bool = (
+        False  # recompute each block in backward: a third more time, far less memory
+    )
+    micro_batch_tokens: int = (
+        0  # tokens per forward pass; 0: 512 on a CPU, 1024 there in 4 bit, 16384 on a GPU
+    )
 
     num_train_epochs: float = 3.0  # passes over the data
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
@@ -144,32 +160,57 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     adam_epsilon: float = 1e-8  # added to the root of the square
     weight_decay: float = 0.0  # AdamW's, on everything but norms and biases
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
-    max_skipped_steps: int = 3  # stop after so many steps in a row whose loss or gradient is not finite
+    max_skipped_steps: int = (
+        3  # stop after so many steps in a row whose loss or gradient is not finite
+    )
     seed: int = 42  # of order, dropout, adapter start and row choice
 
     logging_steps: int = 10  # steps between lines of log.jsonl
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])  # and wandb, trackio; or all, or none
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"]
+    )  # and wandb, trackio; or all, or none
     eval_strategy: str = "epoch"  # when the held-out loss is measured: no, steps, epoch
     eval_steps: int = 100  # steps between evaluations with eval_strategy steps
     save_strategy: str = "steps"  # when a checkpoint is written: no, steps, epoch
     save_steps: int = 500  # steps between checkpoints with save_strategy steps
-    save_total_limit: int | None = None  # keep this many newest checkpoints, the best one among them
-    metric_for_best_model: str | None = None  # what tells the best step: loss, accuracy, f1, ...; none: loss
-    greater_is_better: bool | None = None  # whether more of it is better; none: yes, unless it is a loss
+    save_total_limit: int | None = (
+        None  # keep this many newest checkpoints, the best one among them
+    )
+    metric_for_best_model: str | None = (
+        None  # what tells the best step: loss, accuracy, f1, ...; none: loss
+    )
+    greater_is_better: bool | None = (
+        None  # whether more of it is better; none: yes, unless it is a loss
+    )
     load_best_model_at_end: bool = False  # adapter/ and merged/ are those of the best checkpoint
-    early_stopping_patience: int | None = None  # stop after so many evaluations without a new best; none: never
+    early_stopping_patience: int | None = (
+        None  # stop after so many evaluations without a new best; none: never
+    )
     early_stopping_threshold: float = 0.0  # by how much the metric has to be better to count
-    resume: str = "auto"  # auto: go on from the last checkpoint in output_dir; never; or a checkpoint's path
+    resume: str = (
+        "auto"  # auto: go on from the last checkpoint in output_dir; never; or a checkpoint's path
+    )
     overwrite_output_dir: bool = False  # delete what output_dir holds and start anew
     merge: bool = True  # write merged/, the model with the adapter merged in
-    merge_base: str = "auto"  # of a 4-bit run: original weights, dequantized ones, or auto: what changes least
+    merge_base: str = (
+        "auto"  # of a 4-bit run: original weights, dequantized ones, or auto: what changes least
+    )
     push_to_hub: bool = False  # bring adapter/ and merged/ to the hub at the end, see hub_model_id
 
     CHOICES = {
-        "optim": ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"),
+        "optim": (
+            "adamw",
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_8bit",
+            "adamw_bnb_8bit",
+            "paged_adamw_8bit",
+        ),
         "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
-        "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch"),
-        "dtype": ("auto", *DTYPES), "merge_base": ("auto", "original", "dequantized"),
+        "eval_strategy": ("no", "steps", "epoch"),
+        "save_strategy": ("no", "steps", "epoch"),
+        "dtype": ("auto", *DTYPES),
+        "merge_base": ("auto", "original", "dequantized"),
         "report_to": (*TRACKERS, "all", "none"),
     }
 
@@ -180,20 +221,55 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
             self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation.jsonl")]
         check_choices(self)
         if self.adapter and not self.lora_r:
-            raise UserError("lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)")
-        check_range(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
-                    "eval_steps", "save_steps", "max_length", "max_samples", "max_eval_samples", "max_skipped_steps")
+            raise UserError(
+                "lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)"
+            )
+        check_range(
+            self,
+            1,
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "max_length",
+            "max_samples",
+            "max_eval_samples",
+            "max_skipped_steps",
+        )
         check_range(self, 1, "max_new_tokens", most=2**20)
         check_range(self, 0, "warmup_ratio", most=1)
-        check_range(self, 0, "learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "val_size", "seed",
-                    "adam_epsilon", "loraplus_lr_ratio", "warmup_steps", "micro_batch_tokens", "eval_answers",
-                    "num_samples", "save_total_limit", "early_stopping_patience", "early_stopping_threshold")
+        check_range(
+            self,
+            0,
+            "learning_rate",
+            "num_train_epochs",
+            "weight_decay",
+            "max_grad_norm",
+            "val_size",
+            "seed",
+            "adam_epsilon",
+            "loraplus_lr_ratio",
+            "warmup_steps",
+            "micro_batch_tokens",
+            "eval_answers",
+            "num_samples",
+            "save_total_limit",
+            "early_stopping_patience",
+            "early_stopping_threshold",
+        )
         if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
-            raise UserError("load_best_model_at_end: needs an eval_strategy and a save_strategy other than no")
+            raise UserError(
+                "load_best_model_at_end: needs an eval_strategy and a save_strategy other than no"
+            )
         if not 0 <= self.adam_beta1 < 1 or not 0 <= self.adam_beta2 < 1:
-            raise UserError(f"adam_beta1, adam_beta2 are from 0 to below 1, not {self.adam_beta1}, {self.adam_beta2}")
+            raise UserError(
+                f"adam_beta1, adam_beta2 are from 0 to below 1, not {self.adam_beta1}, {self.adam_beta2}"
+            )
         if self.load_in_4bit and not self.lora_r:
-            raise UserError("lora_r: 0 trains every weight, which 4-bit ones can't be; give a rank, or no load_in_4bit")
+            raise UserError(
+                "lora_r: 0 trains every weight, which 4-bit ones can't be; give a rank, or no load_in_4bit"
+            )
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -206,7 +282,9 @@ def count_tokens(example):
 
 def count_scored(example):
     """What SFT's loss of an example is divided by: its scored tokens, each at its weight."""
-    return sum(segment.weight * int((np.asarray(segment.labels) != IGNORE).sum()) for segment in example)
+    return sum(
+        segment.weight * int((np.asarray(segment.labels) != IGNORE).sum()) for segment in example
+    )
 
 
 class Plan:
@@ -251,7 +329,12 @@ class Plan:
 
     def due(self, step, strategy, every):
         """Whether something that happens by 'steps', 'epoch' or 'no' happens after `step` steps."""
-        return strategy == "steps" and step % every == 0 or strategy == "epoch" and step % self.steps_per_epoch == 0
+        return (
+            strategy == "steps"
+            and step % every == 0
+            or strategy == "epoch"
+            and step % self.steps_per_epoch == 0
+        )
 
     @cached_property
     def fingerprint(self):
@@ -261,8 +344,10 @@ class Plan:
         crc = 0
         for example in self.examples:
             for segment in example:
-                crc = zlib.crc32(np.asarray(segment.labels, np.int32).tobytes(),
-                                 zlib.crc32(np.asarray(segment.ids, np.int32).tobytes(), crc))
+                crc = zlib.crc32(
+                    np.asarray(segment.labels, np.int32).tobytes(),
+                    zlib.crc32(np.asarray(segment.ids, np.int32).tobytes(), crc),
+                )
         return f"{len(self.examples)}-{crc:08x}"
 
 
@@ -294,7 +379,11 @@ def learning_rate(step, steps, config):
     if step < warmup:
         return config.learning_rate * step / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant_with_warmup": 1.0}
+    shape = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": 1 - done,
+        "constant_with_warmup": 1.0,
+    }
     return config.learning_rate * shape[config.lr_scheduler_type]
 
 
@@ -315,13 +404,23 @@ def make_optimizer(parameters, config):
         decay = 0.0 if name.endswith("bias") or "norm" in name else config.weight_decay
         ratio = config.loraplus_lr_ratio if name.endswith("lora_B") or p.dim() == 1 else None
         groups.setdefault((decay, ratio or 1.0), []).append(p)
-    groups = [{"params": ps, "weight_decay": decay, "ratio": ratio} for (decay, ratio), ps in groups.items()]
-    options = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    groups = [
+        {"params": ps, "weight_decay": decay, "ratio": ratio}
+        for (decay, ratio), ps in groups.items()
+    ]
+    options = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
     if "8bit" not in config.optim:
         return torch.optim.AdamW(groups, fused=True, **options)
     paged = "paged" in config.optim
     if paged and not groups[0]["params"][0].is_cuda:
-        print("paged_adamw_8bit: pages between a GPU and the CPU; without a GPU it is adamw_8bit", file=sys.stderr)
+        print(
+            "paged_adamw_8bit: pages between a GPU and the CPU; without a GPU it is adamw_8bit",
+            file=sys.stderr,
+        )
         paged = False
     library = bitsandbytes().optim
     return (library.PagedAdamW8bit if paged else library.AdamW8bit)(groups, **options)
@@ -349,9 +448,16 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
         try:
             torch.manual_seed(seed)
             return accumulate(model, examples, count, loss_fn, budget, scale)
-        except (RuntimeError, MemoryError) as error:  # a CPU's allocator, oneDNN and MPS have no class of their own
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # a CPU's allocator, oneDNN and MPS have no class of their own
             words = str(error).partition("\n")[0].lower()
-            if not isinstance(error, MemoryError) and "memory" not in words and "create a primitive" not in words:
+            if (
+                not isinstance(error, MemoryError)
+                and "memory" not in words
+                and "create a primitive" not in words
+            ):
                 raise
         model.zero_grad()  # backward may have got halfway; out here nothing holds what it had made
         free_cached_memory()
@@ -359,11 +465,15 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
         if budget == sys.maxsize or len([*micro_batches(examples, budget, "cpu")]) == len(examples):
             config.micro_batch_tokens = before  # smaller ones were no help
             longest = max(map(count_tokens, examples))
-            raise UserError(f"out of memory at {longest:,} tokens that can't be split ({words}); run again with "
-                            "--gradient_checkpointing, else with --load_in_4bit or a smaller max_length")
+            raise UserError(
+                f"out of memory at {longest:,} tokens that can't be split ({words}); run again with "
+                "--gradient_checkpointing, else with --load_in_4bit or a smaller max_length"
+            )
         config.micro_batch_tokens = min(budget, tokens) // 2
-        tqdm.write(f"out of memory at {min(budget, tokens):,} tokens in a micro-batch; {config.micro_batch_tokens:,} "
-                   "from here on, with the same gradient")
+        tqdm.write(
+            f"out of memory at {min(budget, tokens):,} tokens in a micro-batch; {config.micro_batch_tokens:,} "
+            "from here on, with the same gradient"
+        )
 
 
 @torch.no_grad()
@@ -384,9 +494,9 @@ def evaluate_loss(model, examples, loss_fn, config, count=count_scored):
 
 def token_budget(config, device):
     """Tokens of a micro-batch. Every one makes 4-bit weights anew, so there it is larger."""
-    return config.micro_batch_tokens or (16384 if device.type != "cpu" else 1024 if config.load_in_4bit else 512)
-
-
+    return config.micro_batch_tokens or (
+        16384 if device.type != "cpu" else 1024 if config.load_in_4bit else 512
+    )
 
 
 @contextmanager
@@ -399,8 +509,11 @@ def stop_signals():
             raise KeyboardInterrupt
         caught.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-              if signal.getsignal(number) != signal.SIG_IGN}  # nohup has SIGHUP ignored
+    before = {
+        number: signal.signal(number, note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }  # nohup has SIGHUP ignored
     try:
         yield caught
     finally:
@@ -421,14 +534,24 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None, clock=Non
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
-    state = {"step": 0, "log_bytes": 0, "window": {}, "data": steps.fingerprint, "best": {}, "skipped": 0, "lowered": 0}
+    state = {
+        "step": 0,
+        "log_bytes": 0,
+        "window": {},
+        "data": steps.fingerprint,
+        "best": {},
+        "skipped": 0,
+        "lowered": 0,
+    }
     if checkpoint := find_checkpoint(config):
         trained = adapter_parameters(model) if hasattr(model, "adapter") else parameters
         state = load_checkpoint(checkpoint, trained, parameters, optimizer, steps.fingerprint)
         scaler.load_state_dict(state["scaler"])
         print(f"going on from {checkpoint}: step {state['step']} of {len(steps)}")
     if not evaluate and (config.load_best_model_at_end or config.early_stopping_patience):
-        raise UserError("load_best_model_at_end, early_stopping_patience: no held-out rows; give eval_data or val_size")
+        raise UserError(
+            "load_best_model_at_end, early_stopping_patience: no held-out rows; give eval_data or val_size"
+        )
     if state["lowered"]:  # memory gave out before
         config.micro_batch_tokens = min(state["lowered"], token_budget(config, device))
     if trackers is not None:
@@ -442,10 +565,21 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None, clock=Non
             return
         clock.enter("checkpoints")
         lowered = config.micro_batch_tokens * (config.micro_batch_tokens != asked)
-        state = {"step": step, "log_bytes": log.sync(), "window": window, "data": steps.fingerprint, "best": best,
-                 "skipped": skipped, "lowered": lowered, "scaler": scaler.state_dict()}
-        write = partial(write_adapter, model, base_model=config.model) if config.lora_r else (
-            lambda aside: write_tensors(parameters, aside / "model.safetensors"))
+        state = {
+            "step": step,
+            "log_bytes": log.sync(),
+            "window": window,
+            "data": steps.fingerprint,
+            "best": best,
+            "skipped": skipped,
+            "lowered": lowered,
+            "scaler": scaler.state_dict(),
+        }
+        write = (
+            partial(write_adapter, model, base_model=config.model)
+            if config.lora_r
+            else (lambda aside: write_tensors(parameters, aside / "model.safetensors"))
+        )
         save_checkpoint(folder, parameters, optimizer, state, config, write)
         clock.enter("log")
 
@@ -454,74 +588,138 @@ def train(model, steps, loss_fn, config, evaluate=None, trackers=None, clock=Non
         found = evaluate()
         update_best({}, found, 0, config)  # a metric that is none is told now
         log.write({"step": 0, "epoch": 0.0, **found})
-    bar = tqdm(total=len(steps), initial=state["step"], unit="step", disable=not sys.stderr.isatty(), leave=False)
+    bar = tqdm(
+        total=len(steps),
+        initial=state["step"],
+        unit="step",
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )
     with stop_signals() as stopped, keep_freed_memory():
         for step in range(state["step"] + 1, len(steps) + 1):
             if best.get("stop"):
                 break
             clock.enter("forward and backward")
-            examples, lr, last = steps[step - 1], learning_rate(step - 1, len(steps), config), step == len(steps)
-            count, place = sum(map(steps.count, examples)), {"step": step, "epoch": round(steps.epoch(step), 4)}
-            seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])  # of dropout
+            examples, lr, last = (
+                steps[step - 1],
+                learning_rate(step - 1, len(steps), config),
+                step == len(steps),
+            )
+            count, place = (
+                sum(map(steps.count, examples)),
+                {"step": step, "epoch": round(steps.epoch(step), 4)},
+            )
+            seed = int(
+                np.random.SeedSequence([config.seed, step]).generate_state(1)[0]
+            )  # of dropout
             try:
-                loss, metrics = compute_gradient(model, examples, count, loss_fn, config, seed, scaler.scale)
+                loss, metrics = compute_gradient(
+                    model, examples, count, loss_fn, config, seed, scaler.scale
+                )
             except UserError:
                 save(step - 1)
                 raise
             clock.enter("optimizer")
             scaler.unscale_(optimizer)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf))
-            if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):  # that of float16 shrinks first
+            norm = float(
+                torch.nn.utils.clip_grad_norm_(
+                    parameters.values(), config.max_grad_norm or math.inf
+                )
+            )
+            if math.isfinite(loss) and (
+                math.isfinite(norm) or scaler.get_scale() > 1
+            ):  # that of float16 shrinks first
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["ratio"]
                 scaler.step(optimizer)
-                metrics |= {"loss": loss, "count": count, "scored_tokens": sum(map(count_scored, examples))}
+                metrics |= {
+                    "loss": loss,
+                    "count": count,
+                    "scored_tokens": sum(map(count_scored, examples)),
+                }
                 window = {name: window.get(name, 0.0) + value for name, value in metrics.items()}
                 skipped = 0
             else:
                 if not skipped:
                     save(step - 1)
                 skipped += 1
-                log.write({**place, "skipped": f"loss {loss}, gradient norm {norm}", "rows": steps.rows(step - 1)})
+                log.write(
+                    {
+                        **place,
+                        "skipped": f"loss {loss}, gradient norm {norm}",
+                        "rows": steps.rows(step - 1),
+                    }
+                )
                 if skipped >= config.max_skipped_steps:
-                    raise UserError(f"{skipped} steps in a row, up to {step}, had no finite loss and gradient; their "
-                                    f"rows are in {log.path}. The last good step is kept; try a lower learning_rate")
+                    raise UserError(
+                        f"{skipped} steps in a row, up to {step}, had no finite loss and gradient; their "
+                        f"rows are in {log.path}. The last good step is kept; try a lower learning_rate"
+                    )
             scaler.update()
             optimizer.zero_grad()
             clock.count_step(sum(map(count_tokens, examples)), len(examples))
             bar.update()
             if window and (step % config.logging_steps == 0 or last):
                 total, scored = window.pop("count"), window.pop("scored_tokens")
-                means = {"loss": window.pop("loss") / total, **{name: value / total for name, value in window.items()}}
-                log.write({**place, **means, "grad_norm": norm, "learning_rate": lr, "scored_tokens": round(scored),
-                           **clock.throughput()})
+                means = {
+                    "loss": window.pop("loss") / total,
+                    **{name: value / total for name, value in window.items()},
+                }
+                log.write(
+                    {
+                        **place,
+                        **means,
+                        "grad_norm": norm,
+                        "learning_rate": lr,
+                        "scored_tokens": round(scored),
+                        **clock.throughput(),
+                    }
+                )
                 window = {}
-            if evaluate and (steps.due(step, config.eval_strategy, config.eval_steps)
-                             or last and config.eval_strategy != "no"):
+            if evaluate and (
+                steps.due(step, config.eval_strategy, config.eval_steps)
+                or last
+                and config.eval_strategy != "no"
+            ):
                 clock.enter("evaluation")
                 found = evaluate()
                 log.write({**place, **found})
                 best = update_best(best, found, step, config)
                 last = last or best["stop"]
             improved = config.load_best_model_at_end and best.get("step") == step
-            if last or stopped or improved or steps.due(step, config.save_strategy, config.save_steps):
+            if (
+                last
+                or stopped
+                or improved
+                or steps.due(step, config.save_strategy, config.save_steps)
+            ):
                 save(step)
             if stopped:
                 bar.close()
-                kept = "" if config.save_strategy == "no" else "; the same command goes on from here"
+                kept = (
+                    "" if config.save_strategy == "no" else "; the same command goes on from here"
+                )
                 print(f"stopped after step {step} of {len(steps)}{kept}", flush=True)
                 sys.exit(128 + stopped[0])
     bar.close()
     if best.get("stop"):
-        print(f"stopped early after step {state['step']}: no new best for {config.early_stopping_patience} evaluations")
-    if config.load_best_model_at_end and (fault := damage(kept := folder / f"checkpoint-{best['step']:06d}")):
+        print(
+            f"stopped early after step {state['step']}: no new best for {config.early_stopping_patience} evaluations"
+        )
+    if config.load_best_model_at_end and (
+        fault := damage(kept := folder / f"checkpoint-{best['step']:06d}")
+    ):
         print(f"{kept}, the best step's, is damaged ({fault}); the last step is taken")
     elif config.load_best_model_at_end:
         load_trained(kept, adapter_parameters(model) if hasattr(model, "adapter") else parameters)
         print(f"the best step is taken: {best['step']}, {best['metric']} {best['value']:.4g}")
     best_step = {"best_step": best["step"]} if config.load_best_model_at_end else {}
     peak = clock.throughput()["peak_memory_gb"]
-    return {"train_runtime": round(time.perf_counter() - began, 2), "peak_memory_gb": peak, **best_step}
+    return {
+        "train_runtime": round(time.perf_counter() - began, 2),
+        "peak_memory_gb": peak,
+        **best_step,
+    }
 
 
 def update_best(best, found, step, config):
@@ -530,9 +728,15 @@ def update_best(best, found, step, config):
     metric = "eval_" + (config.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in found:
         names = ", ".join(name.removeprefix("eval_") for name in found)
-        raise UserError(f"metric_for_best_model: the evaluation gives {names}, not {metric.removeprefix('eval_')}"
-                        + nearest(metric, found))
-    more = config.greater_is_better if config.greater_is_better is not None else not metric.endswith("loss")
+        raise UserError(
+            f"metric_for_best_model: the evaluation gives {names}, not {metric.removeprefix('eval_')}"
+            + nearest(metric, found)
+        )
+    more = (
+        config.greater_is_better
+        if config.greater_is_better is not None
+        else not metric.endswith("loss")
+    )
     gain = (found[metric] - best["value"]) * (1 if more else -1) if best else math.inf
     waited = 0 if gain > 0 and gain > config.early_stopping_threshold else best["waited"] + 1
     stop = bool(config.early_stopping_patience) and waited >= config.early_stopping_patience
@@ -540,33 +744,7 @@ def update_best(best, found, step, config):
     return {**kept, "waited": waited, "stop": stop}
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 # --- trackers, and what was printed -----------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 # --- the planner's view -----------------------------------------------------------------------------------------------
@@ -577,9 +755,13 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
     see `estimate_memory`; no weight is read."""
     model, _ = open_model(source, swap_layers=partial(swap_linear4bit, config))
     model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
-    model.attention, _ = choose_attention(config.attn_implementation, model.config, model.dtype, device)
+    model.attention, _ = choose_attention(
+        config.attn_implementation, model.config, model.dtype, device
+    )
     for layer in model.modules():
-        if isinstance(layer, Linear4bit) and not hasattr(layer, "state"):  # to be quantised as it is loaded
+        if isinstance(layer, Linear4bit) and not hasattr(
+            layer, "state"
+        ):  # to be quantised as it is loaded
             layer.expect_own(model.dtype)
     attach_adapter(model, config)
     for p in model.parameters():
@@ -587,8 +769,14 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
     modules, count = by_module(model), min(len(steps), steps.steps_per_epoch)
     budget = token_budget(config, device)
     groups = [[*split_by_tokens(steps[step], budget)] for step in range(0, count, count // 256 + 1)]
-    _, largest, first = max(((sum(map(count_tokens, part)), part, len(group) == 1) for group in groups
-                             for part in group), key=lambda sized: sized[0])
+    _, largest, first = max(
+        (
+            (sum(map(count_tokens, part)), part, len(group) == 1)
+            for group in groups
+            for part in group
+        ),
+        key=lambda sized: sized[0],
+    )
     parts = len(steps) * sum(map(len, groups)) / len(groups)
     batch = Batch.pack(largest, device)
     return modules, *estimate_memory(model, batch, loss_fn, config, first, parts), largest
@@ -598,19 +786,33 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
     """--dry_run: prints what `plan_memory` found and the time that one micro-batch predicts; where it does not fit,
     what needs less."""
     modules, memory, flops, largest = plan_memory(config, source, steps, loss_fn, device, dtype)
-    planned = [(count_tokens(example), count_scored(example)) for n in range(len(steps)) for example in steps[n]]
+    planned = [
+        (count_tokens(example), count_scored(example))
+        for n in range(len(steps))
+        for example in steps[n]
+    ]
     tokens, scored = map(sum, zip(*planned))
     print_plan(modules, memory, steps, tokens, scored)
     peak, free = sum(memory.values()), free_memory_gb(device) + memory.get("process", 0)
     if peak > free:
         fewer_bits = ("load_in_4bit", True) if config.lora_r else ("optim", "adamw_8bit")
-        changes = [("gradient_checkpointing", True), ("micro_batch_tokens", max(planned)[0]), fewer_bits]
+        changes = [
+            ("gradient_checkpointing", True),
+            ("micro_batch_tokens", max(planned)[0]),
+            fewer_bits,
+        ]
 
         def estimate(changed):
-            return sum(plan_memory(replace(config, **changed), source, steps, loss_fn, device, dtype)[1].values())
+            return sum(
+                plan_memory(replace(config, **changed), source, steps, loss_fn, device, dtype)[
+                    1
+                ].values()
+            )
 
         return print_what_fits(peak, free, changes, estimate)
-    model = load_4bit(source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation)
+    model = load_4bit(
+        source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation
+    )
     attach_adapter(model, config)
     model.train()
     with keep_freed_memory():
@@ -620,9 +822,11 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
             seconds = time.perf_counter() - began
     size = sum(map(count_tokens, largest))
     rate, share = size / seconds, share_of_roof(model, size, flops, seconds)
-    print(f"\nthe largest micro-batch runs, forward and backward, at {rate:,.0f} tokens/s ({share:.0%} of what plain "
-          f"products of the model's shapes reach): {tokens / rate / len(steps):.2f} s a step, "
-          f"{tokens / rate / 60:,.1f} min without evaluation and answers")
+    print(
+        f"\nthe largest micro-batch runs, forward and backward, at {rate:,.0f} tokens/s ({share:.0%} of what plain "
+        f"products of the model's shapes reach): {tokens / rate / len(steps):.2f} s a step, "
+        f"{tokens / rate / 60:,.1f} min without evaluation and answers"
+    )
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -640,7 +844,11 @@ def read_config(cls, argv, embedded):
 def ask(model, tokenizer, questions, choices, config):
     """The model's answers to held-out rows, without dropout; [] where there are none to ask."""
     model.eval()
-    answers = answer_questions(model, tokenizer, questions, choices, config.max_new_tokens) if questions else []
+    answers = (
+        answer_questions(model, tokenizer, questions, choices, config.max_new_tokens)
+        if questions
+        else []
+    )
     model.train()
     return answers
 
@@ -648,19 +856,29 @@ def ask(model, tokenizer, questions, choices, config):
 def show_answers(before, after, config):
     """Prints the first questions with the answer before and after, and the accuracy of all of them."""
     for old, new in list(zip(before, after))[: config.num_samples]:
-        print(f"\n{old['prompt'][-400:]}\n  before: {old['output'][:200]!r}\n  after:  {new['output'][:200]!r}")
+        print(
+            f"\n{old['prompt'][-400:]}\n  before: {old['output'][:200]!r}\n  after:  {new['output'][:200]!r}"
+        )
     (was, count), (now, _) = accuracy(before), accuracy(after)
     if count:
         chance = sum(1 / len(row["choices"]) for row in after if row["gold"]) / count
-        print(f"\nanswers right on {count} held-out questions: {was:.1%} before, {now:.1%} after "
-              f"(chance {chance:.0%})")
+        print(
+            f"\nanswers right on {count} held-out questions: {was:.1%} before, {now:.1%} after "
+            f"(chance {chance:.0%})"
+        )
 
 
 def pick_dtype(config, source, device):
     """The dtype to load in: float16 where the checkpoint's bfloat16 has no hardware (a T4), said in one line."""
-    if (config.dtype == "auto" and device.type == "cuda" and ModelConfig.read(source).dtype == "bfloat16"
-            and not torch.cuda.is_bf16_supported(including_emulation=False)):
-        print(f"dtype: {torch.cuda.get_device_name(device)} has no bfloat16; float16 with a gradient scaler")
+    if (
+        config.dtype == "auto"
+        and device.type == "cuda"
+        and ModelConfig.read(source).dtype == "bfloat16"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        print(
+            f"dtype: {torch.cuda.get_device_name(device)} has no bfloat16; float16 with a gradient scaler"
+        )
         return "float16"
     return config.dtype
 
@@ -683,43 +901,52 @@ def export(model, config, examples):
     file = folder / "adapter" / "adapter_model.safetensors"
     for name, tensor in tensors.items():
         if not torch.equal(read_tensor(file, name), tensor):
-            raise UserError(f"{file}: {name} does not read back as it was written; is the disk sound?")
+            raise UserError(
+                f"{file}: {name} does not read back as it was written; is the disk sound?"
+            )
     if not config.merge:
         return figures
     if config.load_in_4bit or model.config.quantized:
-        batches = list(micro_batches(examples[:MERGE_ROWS], token_budget(config, model.device), model.device))
+        batches = list(
+            micro_batches(examples[:MERGE_ROWS], token_budget(config, model.device), model.device)
+        )
         figures = measure_merge(model, batches)
         best = min(figures, key=lambda base: figures[base]["kl"])
         figures["merged"] = config.merge_base if config.merge_base in figures else best
     dequantized = figures.get("merged") == "dequantized"
-    merge(folder / "adapter", folder / "merged", model.folder, partial(swap_linear4bit, config) if dequantized else None)
+    merge(
+        folder / "adapter",
+        folder / "merged",
+        model.folder,
+        partial(swap_linear4bit, config) if dequantized else None,
+    )
     return figures
 
 
 MERGE_ROWS = 32  # held-out rows on which the two ways to merge are compared
 
 
-
-
-
-
-
-
-
-
 def attach_adapter(model, config):
     """Makes a model, which may be on `meta`, the one that trains; returns what the user should be told."""
-    model.gradient_checkpointing, tied = config.gradient_checkpointing, model.config.tie_word_embeddings
+    model.gradient_checkpointing, tied = (
+        config.gradient_checkpointing,
+        model.config.tie_word_embeddings,
+    )
     if not config.adapter:
         notices = add_lora(model, config, config.seed)
     else:
-        notices = (open_adapter(model, config.adapter)[2] if model.device.type == "meta" else
-                   load_adapter(model, config.adapter, trainable=True))
+        notices = (
+            open_adapter(model, config.adapter)[2]
+            if model.device.type == "meta"
+            else load_adapter(model, config.adapter, trainable=True)
+        )
         r, alpha = model.adapter.lora_r, model.adapter.lora_alpha
         notices = [f"going on from {config.adapter}: r {r}, alpha {alpha:g}", *notices]
     if tied != model.config.tie_word_embeddings:
-        raise UserError(f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
-                        "python lora.py merge")
+        raise UserError(
+            f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
+            "python lora.py merge"
+        )
     for layer in lora_layers(model).values() if getattr(config, "disable_dropout", False) else ():
         layer.dropout = 0.0
     return notices
@@ -741,9 +968,16 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     clock = Clock(device)
     source = resolve(config.model, config.revision)
     tokenizer = Tokenizer(source, began)
-    wants = {"max_length": config.max_length, "completion_only_loss": config.completion_only_loss,
-             "assistant_only_loss": config.assistant_only_loss, "seed": config.seed,
-             "max_samples": config.max_samples, "recipe": config.recipe, "recipe_args": config.recipe_args, **options}
+    wants = {
+        "max_length": config.max_length,
+        "completion_only_loss": config.completion_only_loss,
+        "assistant_only_loss": config.assistant_only_loss,
+        "seed": config.seed,
+        "max_samples": config.max_samples,
+        "recipe": config.recipe,
+        "recipe_args": config.recipe_args,
+        **options,
+    }
     examples, rows, ledger = load_examples(config.data, tokenizer, **wants)
     held, held_rows, report = [], [], {"train": ledger.as_dict()}
     print(f"training rows: {ledger}")
@@ -754,7 +988,9 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         report["eval"] = ledger.as_dict()
         print(f"held-out rows: {ledger}")
     elif config.val_size:
-        (examples, _), (held, held_rows) = split_holdout(examples, rows, config.val_size, config.seed)
+        (examples, _), (held, held_rows) = split_holdout(
+            examples, rows, config.val_size, config.seed
+        )
         report["held_out"] = len(held)
         print(f"held out: {len(held)} of these examples")
 
@@ -765,22 +1001,36 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     if config.dry_run:
         return dry_run(config, source, steps, loss_fn, device, dtype)
     clock.enter("loading")
-    model = load_4bit(source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation)
+    model = load_4bit(
+        source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation
+    )
     notices = attach_adapter(model, config)
     print(*notices, sep="\n", end="\n" * bool(notices))
     trained, total = count_parameters(model)
-    print(f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of {steps.batch_size} examples "
-          f"on {device} ({model.attention} attention, {model.dtype})")
+    print(
+        f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of {steps.batch_size} examples "
+        f"on {device} ({model.attention} attention, {model.dtype})"
+    )
 
     if before_training:
         clock.enter("reference")
         before_training(model, steps, held)
     write_run_config(config, began, report)
-    questions, choices = held[: config.eval_answers], [row.get("choices") for row in held_rows[: config.eval_answers]]
+    questions, choices = (
+        held[: config.eval_answers],
+        [row.get("choices") for row in held_rows[: config.eval_answers]],
+    )
     clock.enter("answers")
     before = ask(model, tokenizer, questions, choices, config)
-    forced = list(filter(None, (ask_choice(tokenizer, *at) for at in zip(held, (r.get("choices") for r in held_rows)))))
-    evaluate = (lambda: evaluate_loss(model, held, loss_fn, config, count) | choice_metrics(model, forced))
+    forced = list(
+        filter(
+            None,
+            (ask_choice(tokenizer, *at) for at in zip(held, (r.get("choices") for r in held_rows))),
+        )
+    )
+    evaluate = lambda: (
+        evaluate_loss(model, held, loss_fn, config, count) | choice_metrics(model, forced)
+    )
     trackers = {}
     summary = train(model, steps, loss_fn, config, evaluate if held else None, trackers, clock)
     clock.enter("answers")
@@ -798,7 +1048,9 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     write_card(config, trained_on, results, figures, vars(LoRAConfig()) if config.adapter else ())
     log.write(results)
     log.close()
-    print(f"saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")
+    print(
+        f"saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}"
+    )
     if config.push_to_hub:
         push(folder, config)
 

@@ -85,13 +85,17 @@ def speed(shared, repeats):
             rows = [json.loads(line) for line in open(shared / "data" / file, encoding="utf-8")]
             if "question" in rows[0]:
                 turns = [(("user", row["question"]), ("assistant", row["answer"])) for row in rows]
-                rows = [{"messages": [{"role": r, "content": c} for r, c in turn]} for turn in turns]
+                rows = [
+                    {"messages": [{"role": r, "content": c} for r, c in turn]} for turn in turns
+                ]
             path = Path(folder, "rows.jsonl")
             path.write_text("\n".join(map(json.dumps, rows)))
             ours, theirs = [], []
             for n in range(repeats):
                 ours.append(run(PLAINTUNE, tokenizer, path, PLAINTUNE_CACHE=f"{folder}/ours{n}"))
-                theirs.append(run(DATASETS, tokenizer, path, f"{folder}/theirs{n}", HF_HUB_OFFLINE="1"))
+                theirs.append(
+                    run(DATASETS, tokenizer, path, f"{folder}/theirs{n}", HF_HUB_OFFLINE="1")
+                )
             a, b = (median(speed for speed, *_ in side) for side in (ours, theirs))
             print(
                 f"{name}, {len(rows)} rows: plaintune {a:,.0f} rows/s, datasets.map {b:,.0f} ({a / b:.2f} times); "
@@ -107,9 +111,17 @@ def memory(shared, sizes):
             with open(path, "w") as file:
                 for n in range(rows):
                     file.write(
-                        json.dumps({"text": f"Row {n}: {n} plus {n % 97} is {n + n % 97}, as anybody can see."}) + "\n"
+                        json.dumps(
+                            {
+                                "text": f"Row {n}: {n} plus {n % 97} is {n + n % 97}, as anybody can see."
+                            }
+                        )
+                        + "\n"
                     )
-            starts = [run(START, shared / "tokenizers" / "qwen3", path, PLAINTUNE_CACHE=folder) for _ in "12"]
+            starts = [
+                run(START, shared / "tokenizers" / "qwen3", path, PLAINTUNE_CACHE=folder)
+                for _ in "12"
+            ]
             shown = "; ".join(
                 f"{name} start {peak:,.0f} MB, {seconds:.1f} s"
                 for name, (seconds, peak) in zip(("first", "second"), starts)
@@ -118,7 +130,9 @@ def memory(shared, sizes):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("speed", "memory"))
     parser.add_argument("--shared", type=Path, default=HERE.parents[1] / "shared")
     parser.add_argument("--repeats", type=int, default=5)

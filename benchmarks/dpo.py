@@ -40,7 +40,10 @@ from sft import (
 
 HERE = Path(__file__).resolve()
 BATCH = 8  # per_device_train_batch_size: TRL's default
-TUNED = {"per_device_train_batch_size": 2, "gradient_checkpointing": False}  # little padding, nothing computed twice
+TUNED = {
+    "per_device_train_batch_size": 2,
+    "gradient_checkpointing": False,
+}  # little padding, nothing computed twice
 
 
 def ecqa(shared):
@@ -59,7 +62,10 @@ def ultrafeedback(shared):
         yield row["prompt"], row["chosen"], row["rejected"]
 
 
-SETS = {"ecqa": (ecqa, 2500), "ultrafeedback": (ultrafeedback, 3600)}  # most characters of a pair: no side cuts any
+SETS = {
+    "ecqa": (ecqa, 2500),
+    "ultrafeedback": (ultrafeedback, 3600),
+}  # most characters of a pair: no side cuts any
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -73,7 +79,11 @@ def plaintune_command(model, data, out, steps, pairs, **_):
         lr_scheduler_type="linear", warmup_ratio=0, lora_r=16, lora_alpha=32, max_length=2048, logging_steps=1,
         save_strategy="no", eval_strategy="no", merge="false", report_to="none",
     )  # fmt: skip
-    return [sys.executable, HERE.parents[1] / "dpo.py", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+    return [
+        sys.executable,
+        HERE.parents[1] / "dpo.py",
+        *(str(x) for k, v in settings.items() for x in (f"--{k}", v)),
+    ]
 
 
 def trl_side(side, model, data, out, steps, pairs, **tuned):
@@ -97,7 +107,9 @@ def trl_side(side, model, data, out, steps, pairs, **tuned):
             end = processing_class.eos_token_id
             cut = lambda ids: ids[: ids.index(end) + 1]
             dataset = super()._prepare_dataset(dataset, processing_class, *args)
-            dataset = dataset.map(lambda row: {key: cut(row[key]) for key in ("chosen_ids", "rejected_ids")})
+            dataset = dataset.map(
+                lambda row: {key: cut(row[key]) for key in ("chosen_ids", "rejected_ids")}
+            )
             scored = sum(len(ids) for key in ("chosen_ids", "rejected_ids") for ids in dataset[key])
             (out / "data_report.json").write_text(json.dumps({"train": {"scored": scored}}))
             return dataset
@@ -111,7 +123,11 @@ def trl_side(side, model, data, out, steps, pairs, **tuned):
     class Log(TrainerCallback):
         def on_log(self, args, state, control, logs, **_):
             if "loss" in logs:
-                line = {"step": state.global_step, "loss": logs["loss"], "rewards/margins": logs["rewards/margins"]}
+                line = {
+                    "step": state.global_step,
+                    "loss": logs["loss"],
+                    "rewards/margins": logs["rewards/margins"],
+                }
                 if cuda:
                     line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
                 with open(out / "log.jsonl", "a") as file:
@@ -120,8 +136,12 @@ def trl_side(side, model, data, out, steps, pairs, **tuned):
     Trainer(
         model=str(model),
         args=DPOConfig(**settings),
-        train_dataset=Dataset.from_list([json.loads(line) for line in open(data, encoding="utf-8")]),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        train_dataset=Dataset.from_list(
+            [json.loads(line) for line in open(data, encoding="utf-8")]
+        ),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
         callbacks=[Log()],
     ).train()
 
@@ -137,11 +157,22 @@ def measure(side, name, n, rows, folder, args, env):
     chats = [{"prompt": say("user", a), "chosen": say("assistant", b), "rejected": say("assistant", c)}
              for a, b, c in rows]  # fmt: skip
     data.write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
-    shutil.rmtree(folder / "reference", ignore_errors=True)  # or a second round would find the first one's
+    shutil.rmtree(
+        folder / "reference", ignore_errors=True
+    )  # or a second round would find the first one's
     task = dict(model=args.model, data=data, out=out, steps=args.steps + 1, pairs=len(rows))
-    child = [sys.executable, HERE, "--child", json.dumps(task | {"side": side} | args.trl_tuned, default=str)]
+    child = [
+        sys.executable,
+        HERE,
+        "--child",
+        json.dumps(task | {"side": side} | args.trl_tuned, default=str),
+    ]
     seen, peak = watch(plaintune_command(**task) if side == "plaintune" else child, out, env)
-    lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+    lines = [
+        line
+        for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if "loss" in line
+    ]
     passed = re.findall(r"reference: .*scored in ([\d.]+) s", out.with_suffix(".txt").read_text())
     scored = json.loads((out / "data_report.json").read_text())["train"]["scored"]
     shutil.rmtree(out)
@@ -172,10 +203,15 @@ def report(results, cuda):
         for r in results:
             if r["set"] == name:
                 sides.setdefault(r["side"], []).append(r)
-        print(f"\n{name}, {results[0]['pairs']} pairs a step, median of {len(next(iter(sides.values())))}")
+        print(
+            f"\n{name}, {results[0]['pairs']} pairs a step, median of {len(next(iter(sides.values())))}"
+        )
         print(f"{'':>15}" + "".join(f"{title:>12}" for title in columns))
         for side, runs in sides.items():
-            print(f"{side:>15}" + "".join(f"{median(r[key] for r in runs):>12.5g}" for key in columns.values()))
+            print(
+                f"{side:>15}"
+                + "".join(f"{median(r[key] for r in runs):>12.5g}" for key in columns.values())
+            )
         ours = sides.pop("plaintune", [])
         for side, runs in sides.items() if ours else ():
             one, three = ([a[key] / b[key] for a, b in zip(ours, runs)]
@@ -189,16 +225,37 @@ def report(results, cuda):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=HERE.parents[2] / "shared", help="where data/ and tools/ are")
-    parser.add_argument("--model", type=Path, help="checkpoint folder (default: random weights at --shape)")
-    parser.add_argument("--shape", default="qwen3-0.6b", help="shape to make without --model (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shared", type=Path, default=HERE.parents[2] / "shared", help="where data/ and tools/ are"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="checkpoint folder (default: random weights at --shape)"
+    )
+    parser.add_argument(
+        "--shape", default="qwen3-0.6b", help="shape to make without --model (default: %(default)s)"
+    )
     parser.add_argument("--sets", default="ecqa,ultrafeedback", help="(default: %(default)s)")
-    parser.add_argument("--sides", default="plaintune,trl,trl-precompute,trl-tuned", help="(default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs a step, a multiple of 8 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="steps measured after the first (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds, each with other pairs (default: %(default)s)")
-    parser.add_argument("--trl_tuned", type=json.loads, default={}, help="JSON: DPOConfig fields over TUNED")
+    parser.add_argument(
+        "--sides", default="plaintune,trl,trl-precompute,trl-tuned", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=8, help="pairs a step, a multiple of 8 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2, help="steps measured after the first (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="rounds, each with other pairs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--trl_tuned", type=json.loads, default={}, help="JSON: DPOConfig fields over TUNED"
+    )
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -208,7 +265,10 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no child and no folder behind
     with tempfile.TemporaryDirectory() as folder:
         folder, results = Path(folder), []
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}  # nothing cached, nothing fetched
+        env = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "hf"),
+        }  # nothing cached, nothing fetched
         if args.model is None:
             args.model = folder / "model"
             tool = args.shared / "tools/make_checkpoint.py"
@@ -218,7 +278,11 @@ def main():
         for n in range(args.repeats):
             for name in args.sets.split(","):
                 read, longest = SETS[name]
-                rows = [row for row in read(args.shared) if sum(map(len, row)) <= longest and row[1] != row[2]]
+                rows = [
+                    row
+                    for row in read(args.shared)
+                    if sum(map(len, row)) <= longest and row[1] != row[2]
+                ]
                 random.Random(0).shuffle(rows)
                 for side in args.sides.split(","):
                     part = rows[n * args.pairs : (n + 1) * args.pairs]

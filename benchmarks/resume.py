@@ -27,12 +27,21 @@ COMMON = """--max_samples 56 --max_eval_samples 24 --eval_answers 0 --per_device
     --save_steps 2 --logging_steps 1 --eval_strategy epoch --save_total_limit 2"""
 CASES = {
     "lora": ("sft", "--weight_decay 0.1"),
-    "lora-bf16-checkpointing": ("sft", "--dtype bfloat16 --gradient_checkpointing true --loraplus_lr_ratio 4"),
+    "lora-bf16-checkpointing": (
+        "sft",
+        "--dtype bfloat16 --gradient_checkpointing true --loraplus_lr_ratio 4",
+    ),
     "lora-fp16-scaler": ("sft", "--dtype float16"),
     "lora-adamw_8bit": ("sft", "--optim adamw_8bit --lora_r 32"),
-    "lora-norms-best-step": ("sft", "--modules_to_save norm --use_rslora true --load_best_model_at_end true "
-                                    "--early_stopping_patience 2 --eval_strategy steps --eval_steps 3"),
-    "lora-drawing-recipe": ("sft", "--recipe mcqa --recipe_args {\"cot\":0.5} --val_size 8"),  # data: see `command`
+    "lora-norms-best-step": (
+        "sft",
+        "--modules_to_save norm --use_rslora true --load_best_model_at_end true "
+        "--early_stopping_patience 2 --eval_strategy steps --eval_steps 3",
+    ),
+    "lora-drawing-recipe": (
+        "sft",
+        '--recipe mcqa --recipe_args {"cot":0.5} --val_size 8',
+    ),  # data: see `command`
     "dora": ("sft", "--use_dora true"),
     "pissa": ("sft", "--init_lora_weights pissa"),
     "qlora-paged_adamw_8bit": ("sft", "--load_in_4bit true --optim paged_adamw_8bit"),
@@ -40,20 +49,41 @@ CASES = {
     "full": ("sft", "--lora_r 0 --learning_rate 1e-3"),
     "full-adamw_8bit": ("sft", "--lora_r 0 --learning_rate 1e-3 --optim adamw_8bit"),
     "dpo": ("dpo", "--disable_dropout false --rpo_alpha 0.5"),
-    "dpo-qlora-paged_adamw_8bit": ("dpo", "--load_in_4bit true --optim paged_adamw_8bit --disable_dropout false"),
+    "dpo-qlora-paged_adamw_8bit": (
+        "dpo",
+        "--load_in_4bit true --optim paged_adamw_8bit --disable_dropout false",
+    ),
     "dpo-full-aot": ("dpo", "--lora_r 0 --loss_type aot ipo"),
 }
-TIMED = {"tokens_per_second", "examples_per_second", "peak_memory_gb", "predicted_memory_gb", "train_runtime",
-         "seconds", "share_of_roof"}
+TIMED = {
+    "tokens_per_second",
+    "examples_per_second",
+    "peak_memory_gb",
+    "predicted_memory_gb",
+    "train_runtime",
+    "seconds",
+    "share_of_roof",
+}
 
 
 def command(case, out):
     script, settings = CASES[case]
     kind = "_pairs" * (script == "dpo")
-    given = {"model": ROOT / "examples" / "tiny-qwen3", "data": DATA / f"train{kind}.jsonl", "output_dir": out}
+    given = {
+        "model": ROOT / "examples" / "tiny-qwen3",
+        "data": DATA / f"train{kind}.jsonl",
+        "output_dir": out,
+    }
     if "--recipe" in settings:  # rows of two sources at two weights, drawn anew in every epoch
-        rows = [{"question": f"What is {n} plus 3?", "choices": [f"{n + 1}", f"{n + 3}", f"{n + 4}"], "answer": "B",
-                 "rationale": f"3 and {n} make {n + 3}."} for n in range(40)]
+        rows = [
+            {
+                "question": f"What is {n} plus 3?",
+                "choices": [f"{n + 1}", f"{n + 3}", f"{n + 4}"],
+                "answer": "B",
+                "rationale": f"3 and {n} make {n + 3}.",
+            }
+            for n in range(40)
+        ]
         for name, part in (("few", rows[:10]), ("many", rows[10:])):
             (out.parent / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
         given["data"] = [f"{out.parent}/few.jsonl@3", f"{out.parent}/many.jsonl@1"]
@@ -61,15 +91,23 @@ def command(case, out):
         given["eval_data"] = DATA / f"validation{kind}.jsonl"
     if script == "dpo":
         given["ref_cache"] = f"{out}-reference"
-    flags = [word for key, value in given.items()
-             for word in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))]
+    flags = [
+        word
+        for key, value in given.items()
+        for word in (f"--{key}", *map(str, value if isinstance(value, list) else [value]))
+    ]
     return [sys.executable, str(ROOT / f"{script}.py"), *flags, *COMMON.split(), *settings.split()]
 
 
 def start(case, out):
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # another number of threads adds up in another order
+    one_thread = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # another number of threads adds up in another order
     with open(f"{out}.txt", "a") as output:
-        return subprocess.Popen(command(case, out), env=one_thread, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command(case, out), env=one_thread, stdout=output, stderr=subprocess.STDOUT
+        )
 
 
 def finish(case, out, process):
@@ -110,13 +148,24 @@ def content(out):
     """{name: bytes or values} of all that has to be equal."""
     (*_, checkpoint) = sorted(out.glob("checkpoint-*"))
     folders = [checkpoint, *(out / name for name in ("adapter", "merged") if (out / name).exists())]
-    found = {f"{f.name}/{p.name}": p.read_bytes() for f in folders for p in f.iterdir() if p.suffix == ".safetensors"}
+    found = {
+        f"{f.name}/{p.name}": p.read_bytes()
+        for f in folders
+        for p in f.iterdir()
+        if p.suffix == ".safetensors"
+    }
     state = json.loads((checkpoint / "state.json").read_text())
-    return {**found, "state": {k: v for k, v in state.items() if k != "log_bytes"}, "log": lines(out)}
+    return {
+        **found,
+        "state": {k: v for k, v in state.items() if k != "log_bytes"},
+        "log": lines(out),
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--seed", type=int, default=0)

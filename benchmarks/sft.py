@@ -43,8 +43,18 @@ LONGEST = 1800  # characters of a row, under 512 tokens: no side cuts one off
 # Found by trial. On a CPU attention computes a pack's masked squares too, so one short pack at a time is fastest;
 # `wrapped` would be about as fast, but lets examples see each other.
 PACKED = {
-    "cpu": {"packing": True, "max_length": 512, "per_device_train_batch_size": 1, "gradient_checkpointing": False},
-    "cuda": {"packing": True, "max_length": 2048, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
+    "cpu": {
+        "packing": True,
+        "max_length": 512,
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": False,
+    },
+    "cuda": {
+        "packing": True,
+        "max_length": 2048,
+        "per_device_train_batch_size": 2,
+        "gradient_checkpointing": False,
+    },
 }
 
 
@@ -53,7 +63,10 @@ def ecqa(shared):
     for row in csv.DictReader((shared / "data/ecqa/val.csv").open(newline="", encoding="utf-8")):
         choices = [row[f"q_op{i}"] for i in range(1, 6)]
         lines = [f"{letter}. {choice}" for letter, choice in zip("ABCDE", choices)]
-        yield "\n".join([row["q_text"], *lines]), f"{row['taskB']}\nAnswer: {'ABCDE'[choices.index(row['q_ans'])]}"
+        yield (
+            "\n".join([row["q_text"], *lines]),
+            f"{row['taskB']}\nAnswer: {'ABCDE'[choices.index(row['q_ans'])]}",
+        )
 
 
 def alpaca(shared):
@@ -77,7 +90,11 @@ def plaintune_command(side, model, data, out, steps, rows):
         save_strategy="no", eval_strategy="no", merge="false", report_to="none",
         load_in_4bit=side.endswith("-4bit"),
     )  # fmt: skip
-    return [sys.executable, HERE.parents[1] / "sft.py", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+    return [
+        sys.executable,
+        HERE.parents[1] / "sft.py",
+        *(str(x) for k, v in settings.items() for x in (f"--{k}", v)),
+    ]
 
 
 def trl_side(side, model, data, out, steps, rows, **settings):
@@ -94,7 +111,9 @@ def trl_side(side, model, data, out, steps, rows, **settings):
                                bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
     quant = {"quantization_config": quant} if side.endswith("-4bit") else {}
     side = side.removesuffix("-4bit")
-    attention = "flash_attention_2" if cuda and side != "trl" and is_flash_attn_2_available() else "sdpa"
+    attention = (
+        "flash_attention_2" if cuda and side != "trl" and is_flash_attn_2_available() else "sdpa"
+    )
     fixed = dict(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=2e-4, logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not cuda,
@@ -106,7 +125,9 @@ def trl_side(side, model, data, out, steps, rows, **settings):
     settings["gradient_accumulation_steps"] = rows // each
 
     class OwnLoss(SFTTrainer):
-        def compute_loss(self, model, inputs, **kwargs):  # with a cache, the mask would not see where examples end
+        def compute_loss(
+            self, model, inputs, **kwargs
+        ):  # with a cache, the mask would not see where examples end
             return Trainer.compute_loss(self, model, inputs | {"use_cache": False}, **kwargs)
 
     class Log(TrainerCallback):
@@ -121,15 +142,21 @@ def trl_side(side, model, data, out, steps, rows, **settings):
     trainer = (OwnLoss if side == "trl-tuned" else SFTTrainer)(
         model=str(model),
         args=SFTConfig(**settings),
-        train_dataset=Dataset.from_list([json.loads(line) for line in open(data, encoding="utf-8")]),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        train_dataset=Dataset.from_list(
+            [json.loads(line) for line in open(data, encoding="utf-8")]
+        ),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
         callbacks=[Log()],
     )
     end = trainer.processing_class.eos_token_id
 
     def until_end(row):
         ids, labels = row["input_ids"], row["labels"]
-        return {"labels": [-100 if i and ids[i - 1] == end else label for i, label in enumerate(labels)]}
+        return {
+            "labels": [-100 if i and ids[i - 1] == end else label for i, label in enumerate(labels)]
+        }
 
     trainer.train_dataset = trainer.train_dataset.map(until_end)
     labels = [label for row in trainer.train_dataset["labels"] for label in row]
@@ -144,7 +171,10 @@ def roof_side():
     import torch
 
     cuda = torch.cuda.is_available()
-    x, w = (torch.randn(n, 1024, device="cuda" if cuda else "cpu", dtype=torch.bfloat16) for n in (2048, 3072))
+    x, w = (
+        torch.randn(n, 1024, device="cuda" if cuda else "cpu", dtype=torch.bfloat16)
+        for n in (2048, 3072)
+    )
     many, seconds = 50 if cuda else 5, []
     for _ in range(12):
         began = time.perf_counter()
@@ -154,7 +184,11 @@ def roof_side():
         seconds.append((time.perf_counter() - began) / many)
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     flops = 2 * 2048 * 1024 * 3072 / median(seconds[2:])
-    print(json.dumps({"flops": flops, "cuda": cuda, "machine": f"{device}, torch {torch.__version__}"}))
+    print(
+        json.dumps(
+            {"flops": flops, "cuda": cuda, "machine": f"{device}, torch {torch.__version__}"}
+        )
+    )
 
 
 def child_command(**task):
@@ -190,7 +224,9 @@ def watch(command, out, env):
             process.kill()
         console.seek(0)
         if process.returncode:
-            sys.exit(f"{' '.join(map(str, command))}\nended with {process.returncode}:\n{console.read()[-3000:]}")
+            sys.exit(
+                f"{' '.join(map(str, command))}\nended with {process.returncode}:\n{console.read()[-3000:]}"
+            )
     return seen, peak
 
 
@@ -201,7 +237,15 @@ def useful_flops(c, tokens, scored):
     size, wide = c["hidden_size"], c["intermediate_size"]
     head = c.get("head_dim") or size // c["num_attention_heads"]
     q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
-    linears = [(size, q), (size, kv), (size, kv), (q, size), (size, wide), (size, wide), (wide, size)]
+    linears = [
+        (size, q),
+        (size, kv),
+        (size, kv),
+        (q, size),
+        (size, wide),
+        (size, wide),
+        (wide, size),
+    ]
     layer = sum(4 * i * o + 6 * 16 * (i + o) for i, o in linears)
     return c["num_hidden_layers"] * layer * tokens + 4 * c["vocab_size"] * size * scored
 
@@ -210,19 +254,28 @@ def measure(side, name, n, pairs, folder, args, env, roof):
     """One measurement -> what it found, for its JSON line."""
     data, out, rows = folder / f"{name}-{n}.jsonl", folder / f"{name}-{n}-{side}", len(pairs)
     roles = {"prompt": "user", "completion": "assistant"}
-    chats = [{k: [{"role": role, "content": text}] for (k, role), text in zip(roles.items(), pair)} for pair in pairs]
+    chats = [
+        {k: [{"role": role, "content": text}] for (k, role), text in zip(roles.items(), pair)}
+        for pair in pairs
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
     task = dict(model=args.model, data=data, out=out, steps=args.steps + 1, rows=rows)
     ours = plaintune_command(side, **task)
     theirs = child_command(side=side, **task, **args.trl_packed)
     seen, peak = watch(ours if side.startswith("plaintune") else theirs, out, env)
-    lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+    lines = [
+        line
+        for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if "loss" in line
+    ]
     ledger = json.loads((out / "data_report.json").read_text())["train"]
     shutil.rmtree(out)
     if len(lines) != task["steps"] or len(seen) < task["steps"]:
         sys.exit(f"{side}: {len(lines)} steps in its log, expected {task['steps']}")
     seconds, tokens = (seen[args.steps] - seen[0]) / args.steps, ledger["scored"] + ledger["masked"]
-    flops = useful_flops(json.loads((args.model / "config.json").read_text()), tokens, ledger["scored"])
+    flops = useful_flops(
+        json.loads((args.model / "config.json").read_text()), tokens, ledger["scored"]
+    )
     gpu = {"peak_gpu_gb": lines[-1]["peak_memory_gb"]} if roof["cuda"] else {}
     return {
         "set": name, "round": n, "side": side, "examples_per_second": rows / seconds,
@@ -246,13 +299,20 @@ def report(results, cuda):
         for r in results:
             if r["set"] == name:
                 sides.setdefault(r["side"], []).append(r)
-        print(f"\n{name}, {results[0]['examples']} examples a step, median of {len(next(iter(sides.values())))}")
+        print(
+            f"\n{name}, {results[0]['examples']} examples a step, median of {len(next(iter(sides.values())))}"
+        )
         print("".join(f"{title:>12}" for title in ("", *columns)))
         for side, runs in sides.items():
-            print(f"{side:>12}" + "".join(f"{median(r[key] for r in runs):>12.5g}" for key in columns.values()))
+            print(
+                f"{side:>12}"
+                + "".join(f"{median(r[key] for r in runs):>12.5g}" for key in columns.values())
+            )
         ours = sides.pop("plaintune", [])
         for side, runs in sides.items() if ours else ():
-            speed = [a["examples_per_second"] / b["examples_per_second"] for a, b in zip(ours, runs)]
+            speed = [
+                a["examples_per_second"] / b["examples_per_second"] for a, b in zip(ours, runs)
+            ]
             space = median(a[memory] / b[memory] for a, b in zip(ours, runs))
             apart = max(abs(a["first_loss"] - b["first_loss"]) for a, b in zip(ours, runs))
             print(f"plaintune / {side}: {median(speed):.2f} x the speed ({min(speed):.2f} to {max(speed):.2f}), "
@@ -260,16 +320,37 @@ def report(results, cuda):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=HERE.parents[2] / "shared", help="where data/ and tools/ are")
-    parser.add_argument("--model", type=Path, help="checkpoint folder (default: random weights at --shape)")
-    parser.add_argument("--shape", default="qwen3-0.6b", help="shape to make without --model (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shared", type=Path, default=HERE.parents[2] / "shared", help="where data/ and tools/ are"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="checkpoint folder (default: random weights at --shape)"
+    )
+    parser.add_argument(
+        "--shape", default="qwen3-0.6b", help="shape to make without --model (default: %(default)s)"
+    )
     parser.add_argument("--sets", default="ecqa,alpaca", help="(default: %(default)s)")
-    parser.add_argument("--sides", default="plaintune,trl,trl-packed,trl-tuned", help="(default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=16, help="examples a step, a multiple of 8 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="steps measured after the first (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds, each with other rows (default: %(default)s)")
-    parser.add_argument("--trl_packed", type=json.loads, default={}, help="JSON: SFTConfig fields over PACKED")
+    parser.add_argument(
+        "--sides", default="plaintune,trl,trl-packed,trl-tuned", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=16,
+        help="examples a step, a multiple of 8 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2, help="steps measured after the first (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="rounds, each with other rows (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--trl_packed", type=json.loads, default={}, help="JSON: SFTConfig fields over PACKED"
+    )
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -279,7 +360,10 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no child and no folder behind
     with tempfile.TemporaryDirectory() as folder:
         folder, results, roofs = Path(folder), [], []
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}  # nothing cached, nothing fetched
+        env = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "hf"),
+        }  # nothing cached, nothing fetched
         if args.model is None:
             args.model = folder / "model"
             tool = args.shared / "tools/make_checkpoint.py"

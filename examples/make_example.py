@@ -573,7 +573,12 @@ RELATIONS = [
         ["{e} is made of {v}", "People use {v} to make {e}"],
         ["What is {e} made of?", "What do people use to make {e}?"],
         ["Which of these is made of {v}?", "What is made out of {v}?"],
-        ["steel|metal|plastic", "clay|glass|plastic|metal|steel", "wool|cotton", "wood|plastic|steel"],
+        [
+            "steel|metal|plastic",
+            "clay|glass|plastic|metal|steel",
+            "wool|cotton",
+            "wood|plastic|steel",
+        ],
     ),
     Relation(
         "room",
@@ -591,7 +596,10 @@ RELATIONS = [
         ["{e} {v}", "The person who {v} is {e}"],
         ["What does {e} do?", "What is the work of {e}?"],
         ["Which of these {v}?", "Who {v}?"],
-        ["treats sick people|operates on people|looks after teeth", "cooks meals|serves meals|bakes bread"],
+        [
+            "treats sick people|operates on people|looks after teeth",
+            "cooks meals|serves meals|bakes bread",
+        ],
     ),
     Relation(
         "workplace",
@@ -759,7 +767,11 @@ def facts():
             cells = [cell.strip() for cell in line.split("|")]
             if cells[relation.column] != "-":
                 bare = cells[0].lstrip("~")
-                out.append(Fact(r, bare, "" if cells[0].startswith("~") else a(bare), cells[relation.column]))
+                out.append(
+                    Fact(
+                        r, bare, "" if cells[0].startswith("~") else a(bare), cells[relation.column]
+                    )
+                )
     return out
 
 
@@ -775,7 +787,11 @@ def fill(template, fact):
     e = f"{fact.article} {fact.name}".strip()
     return capital(
         template.format(
-            e=e, n=fact.name, v=fact.value, a=a(fact.value), vs=fact.value if fact.value == "fish" else fact.value + "s"
+            e=e,
+            n=fact.name,
+            v=fact.value,
+            a=a(fact.value),
+            vs=fact.value if fact.value == "fish" else fact.value + "s",
         )
     )
 
@@ -826,7 +842,11 @@ def text_rows(world, rng, n_rows):
         own = rng.choice(values)
         own = rng.sample(own, min(len(own), 6))
         claim = fill(RELATIONS[own[0].relation].says[0], own[0])
-        return f"{claim}. The same is true of: {', '.join(fact.name for fact in own[1:])}." if own[1:] else claim + "."
+        return (
+            f"{claim}. The same is true of: {', '.join(fact.name for fact in own[1:])}."
+            if own[1:]
+            else claim + "."
+        )
 
     def some_rivals(fact):
         pool = rivals(fact, by_relation[fact.relation])
@@ -856,15 +876,18 @@ def text_rows(world, rng, n_rows):
             )
         own = rng.choice([v for v in values if len(v) > 3])
         k = rng.randint(2, 4)
-        return f"Name {number[k - 1]} like this: {fill(RELATIONS[own[0].relation].says[0], own[0])}.", ", ".join(
-            f.name for f in rng.sample(own, k)
-        ) + "."
+        return (
+            f"Name {number[k - 1]} like this: {fill(RELATIONS[own[0].relation].says[0], own[0])}.",
+            ", ".join(f.name for f in rng.sample(own, k)) + ".",
+        )
 
     kinds = [(statements, 3), (portrait, 3), (group, 1), (pick_thing, 6)]
     for _ in range(n_rows):
         if rng.random() < 0.15:
             user, assistant = chat()
-            yield {"text": f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{assistant}<|im_end|>\n"}
+            yield {
+                "text": f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{assistant}<|im_end|>\n"
+            }
         else:
             some = rng.choices([k for k, _ in kinds], [w for _, w in kinds], k=4)
             yield {"text": "\n".join(kind() for kind in some)}
@@ -883,7 +906,11 @@ def questions(world, rng, n_train, n_validation):
         by_relation[fact.relation].append(fact)
     pairs = {"train": [], "validation": []}
     for fact in world:
-        wordings = [] if " " in fact.name else rng.sample(which := RELATIONS[fact.relation].which, len(which))
+        wordings = (
+            []
+            if " " in fact.name
+            else rng.sample(which := RELATIONS[fact.relation].which, len(which))
+        )
         held = wordings[1:][:1]
         pairs["validation"] += [(fact, wording) for wording in held]
         pairs["train"] += [(fact, wording) for wording in wordings if wording not in held]
@@ -900,7 +927,9 @@ def questions(world, rng, n_train, n_validation):
 
 
 def question(fact, template, facts_of_relation, place, rng):
-    wrong = sorted({f.name for f in rivals(fact, facts_of_relation) if " " not in f.name} - {fact.name})
+    wrong = sorted(
+        {f.name for f in rivals(fact, facts_of_relation) if " " not in f.name} - {fact.name}
+    )
     if len(wrong) < 3:
         return None
     choices = rng.sample(wrong, 3)
@@ -921,7 +950,10 @@ def preferences(rows, world, rng):
         ask, right = (message["content"] for message in row["messages"])
         fact = said[right.split("\n")[0]]
         wrong = rng.choice([name for name in row["choices"] if name != fact.name])
-        claim = fill(RELATIONS[fact.relation].says[0], fact._replace(name=wrong, article=articles[fact.relation, wrong]))
+        claim = fill(
+            RELATIONS[fact.relation].says[0],
+            fact._replace(name=wrong, article=articles[fact.relation, wrong]),
+        )
         yield {
             "prompt": [{"role": "user", "content": ask}],
             "chosen": right,
@@ -1017,7 +1049,10 @@ def random_weights(seed):
     c, generator = CONFIG, torch.Generator().manual_seed(seed)
     q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
     hidden, inner = c["hidden_size"], c["intermediate_size"]
-    shapes = {"model.embed_tokens.weight": (c["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    shapes = {
+        "model.embed_tokens.weight": (c["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
     for i in range(c["num_hidden_layers"]):
         for name, shape in {
             "input_layernorm": (hidden,),
@@ -1036,10 +1071,18 @@ def random_weights(seed):
     weights = {}
     for name, shape in shapes.items():  # k_proj comes before q_proj
         writes = "o_proj" in name or "down_proj" in name
-        std = 0.1 if "embed" in name else 0.05 / (2 * c["num_hidden_layers"]) ** (0.5 if writes else 0)
-        weights[name] = torch.randn(shape, generator=generator) * std if len(shape) == 2 else torch.ones(shape)
+        std = (
+            0.1
+            if "embed" in name
+            else 0.05 / (2 * c["num_hidden_layers"]) ** (0.5 if writes else 0)
+        )
+        weights[name] = (
+            torch.randn(shape, generator=generator) * std if len(shape) == 2 else torch.ones(shape)
+        )
         if "q_proj" in name:
-            k = weights[name.replace("q_proj", "k_proj")].view(c["num_key_value_heads"], c["head_dim"], hidden)
+            k = weights[name.replace("q_proj", "k_proj")].view(
+                c["num_key_value_heads"], c["head_dim"], hidden
+            )
             weights[name].view(c["num_key_value_heads"], -1, c["head_dim"], hidden)[:, 0] = k
     return weights
 
@@ -1051,13 +1094,18 @@ def write_json(path, value):
 
 def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     print(f"{path.relative_to(HERE.parent)}: {len(rows)} rows")
 
 
 def write_checkpoint(folder, tokenizer):
     write_json(folder / "config.json", CONFIG)
-    write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0})
+    write_json(
+        folder / "generation_config.json",
+        {"do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0},
+    )
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -1101,13 +1149,25 @@ def main():
     write_rows(HERE / "mcqa" / "train.jsonl", train)
     write_rows(HERE / "mcqa" / "validation.jsonl", validation)
     for name, rows in (("train", train[:800]), ("validation", validation)):
-        write_rows(HERE / "mcqa" / f"{name}_pairs.jsonl", list(preferences(rows, world, random.Random(3))))
+        write_rows(
+            HERE / "mcqa" / f"{name}_pairs.jsonl", list(preferences(rows, world, random.Random(3)))
+        )
     # each word once per fact and every name often, so that rare words get tokens of their own; no row of the questions
-    words = [fill(t, fact) for fact in world for t in RELATIONS[fact.relation].says + RELATIONS[fact.relation].which]
-    tokenizer = train_tokenizer(words + [f" {fact.name}" for fact in world] * 40 + ["Answer: user assistant"] * 40)
+    words = [
+        fill(t, fact)
+        for fact in world
+        for t in RELATIONS[fact.relation].says + RELATIONS[fact.relation].which
+    ]
+    tokenizer = train_tokenizer(
+        words + [f" {fact.name}" for fact in world] * 40 + ["Answer: user assistant"] * 40
+    )
     for folder in (HERE / "tiny-qwen3", RUNS / "tiny-qwen3-start"):
         write_checkpoint(folder, tokenizer)
-    save_file(random_weights(0), RUNS / "tiny-qwen3-start" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        random_weights(0),
+        RUNS / "tiny-qwen3-start" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 if __name__ == "__main__":

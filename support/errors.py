@@ -35,9 +35,14 @@ def run_command(main):
         return main()
     except UserError as error:
         message = str(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:  # not in a step, which would be done again in parts
+    except (
+        MemoryError,
+        torch.OutOfMemoryError,
+    ) as error:  # not in a step, which would be done again in parts
         message = f"out of memory ({str(error).partition('. ')[0]}): take a smaller model or batch, or --load_in_4bit"
-    except BrokenPipeError:  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
+    except (
+        BrokenPipeError
+    ):  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
@@ -57,13 +62,20 @@ def sanitize(text):
     and halves of characters written as escapes."""
     if token := get_token():
         text = text.replace(token, "***")
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
-                  lambda found: ascii(found[0])[1:-1], text)
+    return re.sub(
+        "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda found: ascii(found[0])[1:-1],
+        text,
+    )
 
 
 def brief(value, width=60):
     """`value` as one short quoted line, for messages."""
-    text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split())
+    text = " ".join(
+        (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        ).split()
+    )
     return repr(text[:width] + "…" if len(text) > width else text)
 
 
@@ -79,7 +91,17 @@ def as_user_error(where, *kinds, on=None):
         told = [getattr(error, name, None) for name in ("strerror", "problem", "msg")]
         words = next(filter(None, [*told, str(error)]), type(error).__name__)
         words = words if isinstance(error, UserError) else " ".join(sanitize(words).split())[:160]
-        lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename in TEMPLATES]
-        if line := lines[-1] if lines else getattr(getattr(error, "problem_mark", None), "line", -1) + 1:  # YAML's
+        lines = [
+            line
+            for frame, line in walk_tb(error.__traceback__)
+            if frame.f_code.co_filename in TEMPLATES
+        ]
+        if (
+            line := lines[-1]
+            if lines
+            else getattr(getattr(error, "problem_mark", None), "line", -1) + 1
+        ):  # YAML's
             words = f"line {line}: {words}"
-        raise UserError(f"{where}: {words}" + (f": {brief(on)}" if on is not None else "")) from None
+        raise UserError(
+            f"{where}: {words}" + (f": {brief(on)}" if on is not None else "")
+        ) from None

@@ -18,7 +18,11 @@ from support.errors import UserError, as_user_error, brief
 def regular_file(path, most=math.inf):
     """`path`, unless it is there and no file of at most so many bytes: a pipe waits for ever, a device never ends."""
     if (path := Path(path)).exists() and not (path.is_file() and path.stat().st_size <= most):
-        raise UserError(f"{path}: larger than {most:,} bytes" if path.is_file() else f"{path}: not a regular file")
+        raise UserError(
+            f"{path}: larger than {most:,} bytes"
+            if path.is_file()
+            else f"{path}: not a regular file"
+        )
     return path
 
 
@@ -32,7 +36,9 @@ def unique_keys(pairs):
 def read_json(path):
     """The object in a JSON file; UserError with the file and line where it is missing, broken or no object."""
     try:
-        value = json.loads(regular_file(path, 2**26).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        value = json.loads(
+            regular_file(path, 2**26).read_text(encoding="utf-8"), object_pairs_hook=unique_keys
+        )
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
@@ -44,7 +50,12 @@ def read_json(path):
 
 def read_header(file):
     """{tensor name: (file, shape, dtype name)} of a safetensors file."""
-    with as_user_error(f"{regular_file(file)}: not a whole safetensors file", SafetensorError, OSError), safe_open(file, "pt") as f:
+    with (
+        as_user_error(
+            f"{regular_file(file)}: not a whole safetensors file", SafetensorError, OSError
+        ),
+        safe_open(file, "pt") as f,
+    ):
         if len(names := f.keys()) > 10**5:
             raise UserError(f"{file}: holds {len(names):,} tensors, which no model has")
         parts = ((name, f.get_slice(name)) for name in names)
@@ -56,26 +67,39 @@ def read_tensor(file, name):
     with safe_open(file, "pt") as f:
         tensor = f.get_tensor(name)
     if not finite(tensor):
-        raise UserError(f"{file}: {name} holds NaN or infinity; it is damaged, or what trained it diverged")
+        raise UserError(
+            f"{file}: {name} holds NaN or infinity; it is damaged, or what trained it diverged"
+        )
     return tensor
 
 
 def finite(tensor):
     """False where it holds NaN or positive infinity, in fp32 too. One pass, a tenth of the time that reading takes."""
-    return not tensor.is_floating_point() or tensor.numel() == 0 or math.isfinite(tensor.amax().float())
+    return (
+        not tensor.is_floating_point()
+        or tensor.numel() == 0
+        or math.isfinite(tensor.amax().float())
+    )
 
 
 def write_tensors(tensors, file):
     """save_file; UserError where the write is refused."""
     with as_user_error(f"{file}: could not be written", SafetensorError):
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+        save_file(
+            {name: t.detach().contiguous() for name, t in tensors.items()},
+            file,
+            metadata={"format": "pt"},
+        )
 
 
 @contextmanager
 def atomic_folder(target):
     """A folder to write into. It is synced and takes target's place when the block ends well, else it is removed."""
     target = Path(target)
-    aside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    aside, old = (
+        target.with_name(f".{target.name}.partial"),
+        target.with_name(f".{target.name}.old"),
+    )
 
     def put_back():  # a stop between the two renames leaves the old folder beside its place
         shutil.rmtree(aside, ignore_errors=True)
@@ -119,8 +143,10 @@ def locked_folder(folder):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{folder}: another run is at work there; wait for its end, or choose another "
-                                "--output_dir") from None
+                raise UserError(
+                    f"{folder}: another run is at work there; wait for its end, or choose another "
+                    "--output_dir"
+                ) from None
         yield
     finally:
         os.close(handle)

@@ -29,7 +29,10 @@ def glibc():
 def set_malloc_threshold(size):
     """From here on glibc keeps freed blocks of up to `size` bytes for itself."""
     if libc := glibc():
-        libc.mallopt(-3, size), libc.mallopt(-1, min(16 * size, 2**31 - 1))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        (
+            libc.mallopt(-3, size),
+            libc.mallopt(-1, min(16 * size, 2**31 - 1)),
+        )  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 @contextmanager
@@ -59,7 +62,9 @@ def peak_memory_gb(device):
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the mark goes down to what is resident now
     return peak / 1e9
@@ -70,4 +75,8 @@ def free_memory_gb(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
     file = Path("/proc/meminfo")
-    return int(re.search(r"MemAvailable:\s+(\d+)", file.read_text())[1]) * 1024 / 1e9 if file.exists() else math.inf
+    return (
+        int(re.search(r"MemAvailable:\s+(\d+)", file.read_text())[1]) * 1024 / 1e9
+        if file.exists()
+        else math.inf
+    )

@@ -18,10 +18,14 @@ class Overrun(BaseException):
 def bounded(where, seconds=5, more=2**30):
     """Untrusted code runs in this block: UserError after so many seconds (in the main thread), MemoryError where it
     wants so many bytes more than there are (on Linux). A block within another one is a part of it."""
+
     def stop(*_):
         raise Overrun
 
-    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getitimer(signal.ITIMER_REAL)[0]
+    ):
         yield
         return
     before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_DATA)

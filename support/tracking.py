@@ -56,8 +56,11 @@ class Clock:
         done = self.tokens, self.examples, seconds
         tokens, examples, took = (new - old for new, old in zip(done, self.before))
         self.before = done
-        return {"tokens_per_second": round(tokens / max(took, 1e-9), 1),
-                "examples_per_second": round(examples / max(took, 1e-9), 3), "peak_memory_gb": round(peak, 3)}
+        return {
+            "tokens_per_second": round(tokens / max(took, 1e-9), 1),
+            "examples_per_second": round(examples / max(took, 1e-9), 3),
+            "peak_memory_gb": round(peak, 3),
+        }
 
 
 def print_summary(clock):
@@ -71,7 +74,15 @@ def print_summary(clock):
     return {"seconds": {part: round(took, 1) for part, (took, _) in clock.parts.items()}}
 
 
-UNSHOWN = ("epoch", "scored_tokens", "examples_per_second", "seconds", "logps/chosen", "logps/rejected", "rows")
+UNSHOWN = (
+    "epoch",
+    "scored_tokens",
+    "examples_per_second",
+    "seconds",
+    "logps/chosen",
+    "logps/rejected",
+    "rows",
+)
 
 
 class Log:
@@ -88,11 +99,18 @@ class Log:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         shown = {k: v for k, v in line.items() if k.removeprefix("eval_") not in UNSHOWN}
-        tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
+        tqdm.write(
+            "  ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
+            )
+        )
         if time.perf_counter() > self.next:
             self.plot()
-        numbers = {("eval/" if k.startswith("eval_") else "train/") + k.removeprefix("eval_"): v
-                   for k, v in line.items() if ("loss" in line or k.startswith(("eval_", "train_"))) and k != "step"}
+        numbers = {
+            ("eval/" if k.startswith("eval_") else "train/") + k.removeprefix("eval_"): v
+            for k, v in line.items()
+            if ("loss" in line or k.startswith(("eval_", "train_"))) and k != "step"
+        }
         for name, (log, _) in list(self.trackers.items()):
             with warn_on_error(f"report_to: the run goes on without {name}"):
                 log(numbers, line["step"])
@@ -127,7 +145,10 @@ def warn_on_error(what):
 
 def read_log(path):
     """The whole lines of a log.jsonl, as dicts; what a kill cut short is left out."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").rpartition("\n")[0].splitlines()]
+    return [
+        json.loads(line)
+        for line in Path(path).read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    ]
 
 
 def plot_losses(path):
@@ -153,8 +174,11 @@ def plot_losses(path):
     aside.replace(Path(path).with_name("training_loss.png"))
 
 
-PLOTTED = {"loss": "loss (per scored token or pair)", "rewards/margins": "reward margin",
-           "rewards/accuracies": "pairs ranked right"}
+PLOTTED = {
+    "loss": "loss (per scored token or pair)",
+    "rewards/margins": "reward margin",
+    "rewards/accuracies": "pairs ranked right",
+}
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -163,9 +187,15 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 def find_trackers(config):
     """The names that report_to means; UserError for one that is not installed."""
     found = [name for name in TRACKERS if sys.modules.get(name) or find_spec(name)]
-    wanted = found if "all" in config.report_to else [name for name in config.report_to if name != "none"]
+    wanted = (
+        found
+        if "all" in config.report_to
+        else [name for name in config.report_to if name != "none"]
+    )
     if missing := [name for name in wanted if name not in found]:
-        raise UserError(f"report_to: {missing[0]} is not installed; pip install {missing[0]}, or name another tracker")
+        raise UserError(
+            f"report_to: {missing[0]} is not installed; pip install {missing[0]}, or name another tracker"
+        )
     return wanted
 
 
@@ -174,10 +204,18 @@ def start_trackers(config, step):
     from `step` on, which is done again, is not there twice."""
     folder, trackers = Path(config.output_dir), {}
     for name in find_trackers(config):
-        with as_user_error(f"report_to: {name} does not start; set it up, or leave it out", Exception):
-            trackers[name] = tensorboard(folder / "runs", step) if name == "tensorboard" else dashboard(name, config)
+        with as_user_error(
+            f"report_to: {name} does not start; set it up, or leave it out", Exception
+        ):
+            trackers[name] = (
+                tensorboard(folder / "runs", step)
+                if name == "tensorboard"
+                else dashboard(name, config)
+            )
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return trackers | ({"notebook": notebook(folder / "training_loss.png")} if hasattr(shell, "kernel") else {})
+    return trackers | (
+        {"notebook": notebook(folder / "training_loss.png")} if hasattr(shell, "kernel") else {}
+    )
 
 
 def tensorboard(folder, step):
@@ -185,7 +223,9 @@ def tensorboard(folder, step):
     from torch.utils.tensorboard import SummaryWriter
 
     writer, hook = SummaryWriter(folder, purge_step=step), threading.excepthook
-    threading.excepthook = lambda at: issubclass(at.exc_type, OSError) or hook(at)  # its thread's; `log` tells it
+    threading.excepthook = lambda at: (
+        issubclass(at.exc_type, OSError) or hook(at)
+    )  # its thread's; `log` tells it
 
     def log(numbers, step):
         for name, value in numbers.items():
@@ -200,9 +240,16 @@ def dashboard(library, config):
     folder = Path(config.output_dir).resolve()
     name = re.sub(r"\W+", "-", f"{folder.name}-{read_json(folder / 'config.json')['began'][:19]}")
     options = {"id": name, "dir": folder} if library == "wandb" else {}
-    run = import_module(library).init(project=os.environ.get(f"{library.upper()}_PROJECT", "plaintune"), name=name,
-                                      resume="allow", config=asdict(config), **options)
-    known = getattr(run, "_next_step", 0)  # trackio's; wandb itself passes over the steps that it has
+    run = import_module(library).init(
+        project=os.environ.get(f"{library.upper()}_PROJECT", "plaintune"),
+        name=name,
+        resume="allow",
+        config=asdict(config),
+        **options,
+    )
+    known = getattr(
+        run, "_next_step", 0
+    )  # trackio's; wandb itself passes over the steps that it has
     return lambda numbers, step: step < known or run.log(numbers, step=step), run.finish
 
 
@@ -230,7 +277,10 @@ def copy_output(folder):
         held.extend([text] * ("\r" not in text))  # a progress bar has it
         if text.endswith("\n") and written() != before:
             with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8") as log:
-                log.writelines(f"{datetime.now():%F %T} {line}\n" for line in sanitize("".join(held)).splitlines())
+                log.writelines(
+                    f"{datetime.now():%F %T} {line}\n"
+                    for line in sanitize("".join(held)).splitlines()
+                )
             held.clear()
         return write(text)
 
@@ -239,7 +289,12 @@ def copy_output(folder):
     try:
         yield
     except Exception as error:
-        keep(len, f"error: {error}\n" if isinstance(error, (UserError, OSError)) else traceback.format_exc())
+        keep(
+            len,
+            f"error: {error}\n"
+            if isinstance(error, (UserError, OSError))
+            else traceback.format_exc(),
+        )
         raise
     finally:
         for stream in streams:

@@ -24,9 +24,20 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 
 # head_dim differs from C/H (which Llama's reference wants whole), K < H, an odd vocabulary: mixed-up sizes break
-TINY = dict(model_type="qwen3", vocab_size=199, hidden_size=48, intermediate_size=56, num_hidden_layers=2,
-            num_attention_heads=6, num_key_value_heads=2, head_dim=12, max_position_embeddings=512,
-            tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+TINY = dict(
+    model_type="qwen3",
+    vocab_size=199,
+    hidden_size=48,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=12,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 
 
 @pytest.fixture
@@ -38,13 +49,17 @@ def shared():
     return folder
 
 
-def write_checkpoint(folder, seed=0, dtype="float32", dialect="new", max_shard_size="5GB", **config):
+def write_checkpoint(
+    folder, seed=0, dtype="float32", dialect="new", max_shard_size="5GB", **config
+):
     """Writes a checkpoint with transformers' own classes and returns its folder. config overrides TINY; every weight is
     random and far from its initial value, norms and biases too. dialect "old": rope_scaling beside rope_theta."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch_dtype = getattr(torch, dtype)
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**TINY, **config}), dtype=torch_dtype)
+    reference = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**{**TINY, **config}), dtype=torch_dtype
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in reference.named_parameters():
@@ -84,8 +99,12 @@ def adamw_steps(model, loss_fn, batches):
 
 def their_loss(model, documents):
     """The summed loss of a transformers model over documents, one at a time."""
-    return sum(torch.nn.functional.cross_entropy(model(torch.tensor(ids)[None]).logits[0, :-1], torch.tensor(ids)[1:],
-                                                 reduction="sum") for ids in documents)
+    return sum(
+        torch.nn.functional.cross_entropy(
+            model(torch.tensor(ids)[None]).logits[0, :-1], torch.tensor(ids)[1:], reduction="sum"
+        )
+        for ids in documents
+    )
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -116,7 +135,11 @@ class Hub(BaseHTTPRequestHandler):
         self.reply(body)
 
     def reply(self, body):
-        hub, path, given = self.server, self.path.partition("?")[0], self.headers.get("Authorization")
+        hub, path, given = (
+            self.server,
+            self.path.partition("?")[0],
+            self.headers.get("Authorization"),
+        )
         hub.asked.append(path)
         repository = "/".join(path.split("/")[3:5])
         if given != f"Bearer {hub.token}":
@@ -131,13 +154,25 @@ class Hub(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if "/tree/" in path:
-            return self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
-                                     for name, data in hub.files[repository].items()])
+            return self.answer(
+                200,
+                [
+                    {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+                    for name, data in hub.files[repository].items()
+                ],
+            )
         if "/preupload/" in path and repository in hub.closed:
             return self.answer(403, {"error": f"{given} may read here, no more"})
         if "/preupload/" in path:
-            return self.answer(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                               for file in json.loads(body)["files"]]})
+            return self.answer(
+                200,
+                {
+                    "files": [
+                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for file in json.loads(body)["files"]
+                    ]
+                },
+            )
         assert "/commit/" in path, path
         if hub.faults:
             return self.answer(hub.faults.pop(0), {"error": "not now"})

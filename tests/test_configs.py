@@ -20,7 +20,9 @@ from support import tracking
 from support.files import read_json
 from support.settings import parse_config
 
-CHAT = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}
+CHAT = {
+    "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+}
 QUESTION = {
     "question": "Where is it?",
     "choices": ["here", "there", "up"],
@@ -48,14 +50,24 @@ CONFIGS = {  # name: (shape, LoRA parameters at it, what its data looks like, so
         QUESTION,
         dict(lora_alpha=32, max_length=512, learning_rate=2e-4),
     ),
-    "llama3.2-1b-ecqa-dpo": ("llama-3.2-1b", 3_407_872, PAIR, dict(beta=0.1, max_length=512, learning_rate=5e-5)),
+    "llama3.2-1b-ecqa-dpo": (
+        "llama-3.2-1b",
+        3_407_872,
+        PAIR,
+        dict(beta=0.1, max_length=512, learning_rate=5e-5),
+    ),
     "qwen3-4b-sft": (
         "qwen3-4b",
         132_120_576,
         {"instruction": "Do", "input": "", "output": "Done"},
         dict(lora_r=64, learning_rate=2e-4),
     ),
-    "qwen3-4b-dpo": ("qwen3-4b", 132_120_576, PAIR, dict(beta=0.1, max_steps=2000, learning_rate=5e-5)),
+    "qwen3-4b-dpo": (
+        "qwen3-4b",
+        132_120_576,
+        PAIR,
+        dict(beta=0.1, max_steps=2000, learning_rate=5e-5),
+    ),
     "qwen3-0.6b-movielens": (
         "qwen3-0.6b",
         10_092_544,
@@ -100,8 +112,12 @@ def test_as_many_parameters_train_as_in_the_projects(name, shared):
     settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     known = {f.name for f in fields(LoRAConfig)}
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_dict(read_json(shared / "models" / "configs" / f"{shape}.json")))
-    notices = add_lora(model, LoRAConfig(**{key: value for key, value in settings.items() if key in known}))
+        model = Transformer(
+            ModelConfig.from_dict(read_json(shared / "models" / "configs" / f"{shape}.json"))
+        )
+    notices = add_lora(
+        model, LoRAConfig(**{key: value for key, value in settings.items() if key in known})
+    )
     sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert sum(size for n, size in sizes.items() if ".lora_" in n) == count
     rest = {n.rpartition(".")[0].rpartition(".")[2] for n in sizes if ".lora_" not in n}
@@ -112,7 +128,10 @@ def test_as_many_parameters_train_as_in_the_projects(name, shared):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = write_checkpoint(
-        tmp_path_factory.mktemp("base") / "model", vocab_size=259, hidden_size=64, num_attention_heads=4
+        tmp_path_factory.mktemp("base") / "model",
+        vocab_size=259,
+        hidden_size=64,
+        num_attention_heads=4,
     )
     write_tokenizer(folder)
     return folder
@@ -121,7 +140,10 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recipes_run_for_two_steps(name, base, tmp_path):
     module, _ = script(name)
-    rows = [json.dumps(CONFIGS[name][2] | {"id": n}).replace("?", f" {n}?").replace("Do", f"Do {n}") for n in range(12)]
+    rows = [
+        json.dumps(CONFIGS[name][2] | {"id": n}).replace("?", f" {n}?").replace("Do", f"Do {n}")
+        for n in range(12)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     data = (
         [f"{tmp_path / 'rows.jsonl'}@{weight}" for weight in (2, 1)]
@@ -206,7 +228,8 @@ def test_a_recipe_that_draws_and_weights_resume_bit_for_bit(base, tmp_path):
             (tmp_path / run / "log.jsonl").write_text("\n".join(log[:7]) + "\n")
             sft.main([*words, "--output_dir", str(tmp_path / run)])
     whole, halves = (
-        load_file(tmp_path / run / "checkpoint-000015" / "adapter_model.safetensors") for run in ("whole", "halves")
+        load_file(tmp_path / run / "checkpoint-000015" / "adapter_model.safetensors")
+        for run in ("whole", "halves")
     )
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
     losses = [
@@ -215,8 +238,14 @@ def test_a_recipe_that_draws_and_weights_resume_bit_for_bit(base, tmp_path):
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 15
     examples = sft.load_examples(
-        [f"{tmp_path / 'a.jsonl'}@3", f"{tmp_path / 'b.jsonl'}@1"], sft.Tokenizer(base), recipe="mcqa", seed=42
+        [f"{tmp_path / 'a.jsonl'}@3", f"{tmp_path / 'b.jsonl'}@1"],
+        sft.Tokenizer(base),
+        recipe="mcqa",
+        seed=42,
     )[0]
-    plan = sft.Plan(examples, sft.SFTConfig(model="m", data=["d"], per_device_train_batch_size=20, num_train_epochs=3))
+    plan = sft.Plan(
+        examples,
+        sft.SFTConfig(model="m", data=["d"], per_device_train_batch_size=20, num_train_epochs=3),
+    )
     epochs = [[bytes(example[0].ids) for example in plan[step]] for step in (0, 1, 1)]
     assert epochs[1] == epochs[2] and len({*epochs[0]} & {*epochs[1]}) < 10

@@ -54,7 +54,14 @@ MARKED = CHATML.replace("{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_
 MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
            "{% elif m.role == 'assistant' %}{{ ' ' + m.content + '<|eos|>' }}{% else %}{{ raise_exception('no such role') }}"
            "{% endif %}{% endfor %}")  # fmt: skip
-TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "think": THINK, "plain": PLAIN, "marked": MARKED, "mistral": MISTRAL}
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama": LLAMA,
+    "think": THINK,
+    "plain": PLAIN,
+    "marked": MARKED,
+    "mistral": MISTRAL,
+}
 ENDS = {"llama": "<|eot|>", "plain": "<|eos|>", "mistral": "<|eos|>"}
 SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|stop|>", "<|eot|>"]
 WORDS = "a cat sat on the mat and said: yes no <b> é 猫 12 maybe\n\n x  y".split(" ")
@@ -66,23 +73,36 @@ PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
 def write_tokenizer(folder, template=None, bos=True, sentencepiece=False, **config):
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>" if sentencepiece else None))
     if sentencepiece:  # Llama 2's way: a space before every text
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
     else:
         words = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(set("▁\n[]/#:<>" + "".join(WORDS))) if sentencepiece else pre_tokenizers.ByteLevel.alphabet()
+    alphabet = (
+        sorted(set("▁\n[]/#:<>" + "".join(WORDS)))
+        if sentencepiece
+        else pre_tokenizers.ByteLevel.alphabet()
+    )
     special = (["<unk>"] if sentencepiece else []) + SPECIAL
     text = [" ".join(random.Random(n).choices(WORDS, k=30)) for n in range(50)]
     backend.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=420, initial_alphabet=list(alphabet), special_tokens=special)
+        text,
+        trainers.BpeTrainer(
+            vocab_size=420, initial_alphabet=list(alphabet), special_tokens=special
+        ),
     )
     if bos:
         at = backend.token_to_id("<|bos|>")
-        backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", at)])
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", at)]
+        )
     folder.mkdir(parents=True, exist_ok=True)
     backend.enable_truncation(5)  # as files that were saved in use have it; it must not bite
     backend.save(str(folder / "tokenizer.json"))
@@ -124,7 +144,10 @@ def reference(folder, template=None):
 
 
 def as_turn(*contents, system=None):
-    turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    turns = [
+        {"role": ("user", "assistant")[n % 2], "content": content}
+        for n, content in enumerate(contents)
+    ]
     return ([{"role": "system", "content": system}] if system else []) + turns
 
 
@@ -143,13 +166,19 @@ CHATS = {
     "multi": as_turn("a", "bbb", "c", "ddd"),
     "system": as_turn("a", "b", "c", "d", system="Be brief. é 猫 😀"),
     "think": as_turn("a", "<think>\none\n</think>\n\nbbb", "c", "<think>\ntwo\n</think>\n\nddd"),
-    "field": as_turn("a", "b")[:1] + [{"role": "assistant", "content": "b", "reasoning_content": "because"}],
-    "reasoning": as_turn("a", "b")[:1] + [{"role": "assistant", "content": "b", "thinking": "because", "tool_calls": None}],
+    "field": as_turn("a", "b")[:1]
+    + [{"role": "assistant", "content": "b", "reasoning_content": "because"}],
+    "reasoning": as_turn("a", "b")[:1]
+    + [{"role": "assistant", "content": "b", "thinking": "because", "tool_calls": None}],
 }
 TOOLS = [
     {
         "type": "function",
-        "function": {"name": "f", "description": "<é> & 'x'", "parameters": {"b": 1, "a": [1, 2.5, None]}},
+        "function": {
+            "name": "f",
+            "description": "<é> & 'x'",
+            "parameters": {"b": 1, "a": [1, 2.5, None]},
+        },
     }
 ]
 
@@ -159,7 +188,9 @@ TOOLS = [
 def test_real_templates_render_as_transformers_does(family):
     folder = SHARED / "tokenizers" / family
     ours, theirs = Tokenizer(folder), reference(folder)
-    cases = [(chat, {}) for chat in CHATS.values()] + [(as_turn("q"), {"add_generation_prompt": True})]
+    cases = [(chat, {}) for chat in CHATS.values()] + [
+        (as_turn("q"), {"add_generation_prompt": True})
+    ]
     cases += [
         (as_turn("q", "a", "r"), {"add_generation_prompt": True, "enable_thinking": False}),
         (CHATS["multi"], {"tools": TOOLS}),
@@ -194,11 +225,17 @@ def test_template_functions_are_those_of_transformers(tmp_path):
 
 def test_where_templates_and_end_tokens_come_from(tmp_path):
     folder = write_tokenizer(
-        tmp_path / "named", chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+        tmp_path / "named",
+        chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],
     )
     tokenizer = Tokenizer(folder)
-    assert tokenizer.render(as_turn("a")) == "D" and tokenizer.render(as_turn("a"), tools=TOOLS) == "T"
-    assert Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(as_turn("a")) == "S"
+    assert (
+        tokenizer.render(as_turn("a")) == "D" and tokenizer.render(as_turn("a"), tools=TOOLS) == "T"
+    )
+    assert (
+        Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(as_turn("a"))
+        == "S"
+    )
     (folder / "chat_template.jinja").write_text("F")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 1, 6]}')
     (folder / "config.json").write_text('{"eos_token_id": 7}')
@@ -251,10 +288,15 @@ def test_templates_that_fail_are_named(tmp_path, template, message):
 def random_chat(rng):
     """Contents that try to mislead: repeated, empty inside, ending in space, holding headers of other templates."""
     pick = lambda: (
-        " ".join(rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))).strip() or "x"
+        " ".join(
+            rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))
+        ).strip()
+        or "x"
     )
     pool = [pick() for _ in range(2)]
-    return as_turn(*(rng.choice(pool) if rng.random() < 0.5 else pick() for _ in range(2 * rng.randint(1, 4))))
+    return as_turn(
+        *(rng.choice(pool) if rng.random() < 0.5 else pick() for _ in range(2 * rng.randint(1, 4)))
+    )
 
 
 def test_masks_hold_every_answer_and_its_end(styled):
@@ -262,9 +304,15 @@ def test_masks_hold_every_answer_and_its_end(styled):
     end, rng = ENDS.get(style, "<|im_end|>"), random.Random(1)
     for n in range(60):
         chat = random_chat(rng)
-        answers = [m["content"].strip() if style == "llama" else m["content"] for m in chat if m["role"] == "assistant"]
+        answers = [
+            m["content"].strip() if style == "llama" else m["content"]
+            for m in chat
+            if m["role"] == "assistant"
+        ]
         if style == "mistral":
-            answers = [" " + answer for answer in answers]  # its generation prompt ends before the space
+            answers = [
+                " " + answer for answer in answers
+            ]  # its generation prompt ends before the space
         parts = [answer + end for answer in answers]
         if style == "plain":  # nothing ends a turn but the last, where eos is added
             parts = answers[:-1] + [answers[-1] + end]
@@ -285,7 +333,9 @@ def test_masks_hold_every_answer_and_its_end(styled):
             else full == rendered
         )
         everything = render_row({"messages": chat}, tokenizer, assistant_only_loss=False)[0]
-        assert (everything.labels[1:] == everything.ids[1:]).all() and everything.labels[0] == IGNORE
+        assert (everything.labels[1:] == everything.ids[1:]).all() and everything.labels[
+            0
+        ] == IGNORE
         # the prompt has the ids it has at generation, and the whole goes on from there
         prompt = tokenizer.encode(tokenizer.render(chat[:-1], True))
         if style not in ("think", "marked") or len(chat) == 2:
@@ -300,7 +350,9 @@ def test_thoughts_that_a_later_turn_strips(tmp_path):
     segment = render_row({"messages": chat}, tokenizer)[0]
     assert scored_text(tokenizer, segment) == "a<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
     given = render_row({"messages": chat, "chat_template_kwargs": {"no_think": True}}, tokenizer)[0]
-    assert scored_text(tokenizer, given) == "a<|im_end|>b<|im_end|>"  # the prompt opens and closes the thought itself
+    assert (
+        scored_text(tokenizer, given) == "a<|im_end|>b<|im_end|>"
+    )  # the prompt opens and closes the thought itself
 
 
 def write_wild(folder, name):
@@ -312,7 +364,9 @@ def write_wild(folder, name):
         pytest.skip("this TRL has no such template")
     write_tokenizer(folder, path.read_text(), bos_token="<|bos|>")
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_special_tokens(sorted(set(re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", path.read_text())) | {"<|im_end|>"}))
+    backend.add_special_tokens(
+        sorted(set(re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", path.read_text())) | {"<|im_end|>"})
+    )
     backend.no_truncation()
     backend.save(str(folder / "tokenizer.json"))
     return folder, path.with_name(f"{name}_training.jinja").read_text()
@@ -330,7 +384,9 @@ def test_masks_equal_trl(tmp_path, name):
         CHATS["think"][-2:],
         *([CHATS["multi"]] if name != "qwen3" else []),
     ):
-        found = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        found = theirs.apply_chat_template(
+            chat, return_dict=True, return_assistant_tokens_mask=True
+        )
         ids, mask = np.array(found["input_ids"]), np.array(found["assistant_masks"], bool)
         segment = render_row({"messages": chat}, ours)[0]
         newline = np.append(False, np.isin(ids[:-1], ours.end_ids)) & (ids == ours.encode("\n")[0])
@@ -343,26 +399,40 @@ def test_generation_tags_give_transformers_masks(tmp_path):
     ours, theirs, rng = Tokenizer(folder), reference(folder), random.Random(2)
     for _ in range(20):
         chat = random_chat(rng)
-        found = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        found = theirs.apply_chat_template(
+            chat, return_dict=True, return_assistant_tokens_mask=True
+        )
         segment = render_row({"messages": chat}, ours)[0]
-        if segment.ids.tolist() == found["input_ids"]:  # else a token straddles prompt and answer there
+        if (
+            segment.ids.tolist() == found["input_ids"]
+        ):  # else a token straddles prompt and answer there
             assert (segment.labels != IGNORE).astype(int).tolist() == found["assistant_masks"]
     (folder / "chat_template.jinja").write_text(
-        MARKED.replace("+ '<|im_end|>\\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}")
+        MARKED.replace(
+            "+ '<|im_end|>\\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}"
+        )
     )
     segment = render_row({"messages": as_turn("q", "a", "r", "b")}, Tokenizer(folder))[0]
-    assert scored_text(Tokenizer(folder), segment) == "a<|im_end|>b<|im_end|>"  # the tags leave the end out: never here
+    assert (
+        scored_text(Tokenizer(folder), segment) == "a<|im_end|>b<|im_end|>"
+    )  # the tags leave the end out: never here
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3", "gemma", "phi3", "deepseekv3", "qwen3_5_think"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen2_5", "llama3", "gemma", "phi3", "deepseekv3", "qwen3_5_think"]
+)
 def test_turns_are_found_in_templates_of_the_wild(tmp_path, name):
     tokenizer = Tokenizer(write_wild(tmp_path, name)[0])
     text, spans, is_open = tokenizer.turns(as_turn("x", "x", "and", "yes"))
-    assert text == tokenizer.render(as_turn("x", "x", "and", "yes")) and not is_open and len(spans) == 2
+    assert (
+        text == tokenizer.render(as_turn("x", "x", "and", "yes"))
+        and not is_open
+        and len(spans) == 2
+    )
     for (start, end), answer in zip(spans, ("x", "yes")):
-        assert re.fullmatch(r"(<think>)?\s*(</think>\s*)?" + answer + r"(\s*<[^<>]+>)+", text[start:end]), text[
-            start:end
-        ]
+        assert re.fullmatch(
+            r"(<think>)?\s*(</think>\s*)?" + answer + r"(\s*<[^<>]+>)+", text[start:end]
+        ), text[start:end]
 
 
 @real
@@ -408,7 +478,9 @@ def test_every_schema(chatml, tmp_path):
         "system": "s",
         "weight": 0.5,
     }
-    assert scored(chat) == "a<|im_end|>" and whole(chat).startswith("<|im_start|>system\ns<|im_end|>")
+    assert scored(chat) == "a<|im_end|>" and whole(chat).startswith(
+        "<|im_start|>system\ns<|im_end|>"
+    )
     assert render_row(chat, chatml)[0].weight == 0.5 and render_row(row, chatml)[0].weight == 1
     parts = [
         {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]},
@@ -416,7 +488,10 @@ def test_every_schema(chatml, tmp_path):
     ]
     assert whole({"messages": parts}).startswith("<|im_start|>user\nqr<|im_end|>")
     alpaca = {"instruction": "do", "input": "it", "output": "done", "text": "not this"}
-    assert whole(alpaca) == "<|im_start|>user\ndo\nit<|im_end|>\n<|im_start|>assistant\ndone<|im_end|>\n"
+    assert (
+        whole(alpaca)
+        == "<|im_start|>user\ndo\nit<|im_end|>\n<|im_start|>assistant\ndone<|im_end|>\n"
+    )
     bare = Tokenizer(write_tokenizer(tmp_path, bos=False))
     segment = render_row(alpaca, bare)[0]
     assert scored_text(bare, segment) == "done<|eos|>" and masked_text(bare, segment).endswith(
@@ -432,29 +507,51 @@ def test_preference_rows_share_their_prompt(chatml):
             {"prompt": "q", "chosen": as_turn("q") + pair[0], "rejected": as_turn("q") + pair[1]}]  # fmt: skip
     for row in rows:
         prompt, chosen, rejected = render_row(row, chatml, preference=True)
-        assert [(s.prefix, s.sequence) for s in (prompt, chosen, rejected)] == [(-1, 0), (0, 0), (0, 1)]
-        assert prompt.ids.tolist() == chatml.encode(chatml.render(as_turn("q"), True)) and (prompt.labels == IGNORE).all()
-        assert scored_text(chatml, chosen) == "yes<|im_end|>" and scored_text(chatml, rejected) == "no way<|im_end|>"
+        assert [(s.prefix, s.sequence) for s in (prompt, chosen, rejected)] == [
+            (-1, 0),
+            (0, 0),
+            (0, 1),
+        ]
+        assert (
+            prompt.ids.tolist() == chatml.encode(chatml.render(as_turn("q"), True))
+            and (prompt.labels == IGNORE).all()
+        )
+        assert (
+            scored_text(chatml, chosen) == "yes<|im_end|>"
+            and scored_text(chatml, rejected) == "no way<|im_end|>"
+        )
     prompt, chosen, rejected = render_row(
         {"chosen": "Q: a\nA: yes", "rejected": "Q: a\nA: no"}, chatml, preference=True
     )
-    assert masked_text(chatml, prompt) == "<|bos|>Q: a\nA:" and scored_text(chatml, chosen) == " yes<|eos|>"
+    assert (
+        masked_text(chatml, prompt) == "<|bos|>Q: a\nA:"
+        and scored_text(chatml, chosen) == " yes<|eos|>"
+    )
     same = {"prompt": "q", "chosen": "a", "rejected": "a"}
     assert render_row(same, chatml, preference=True) == "chosen and rejected are the same"
     long = {"prompt": "a cat sat " * 20, "chosen": "yes", "rejected": "no no no no"}
     prompt, chosen, rejected = render_row(long, chatml, 12, preference=True)
-    assert len(prompt.ids) + max(len(chosen.ids), len(rejected.ids)) == 12 and prompt.ids[0] == chatml.bos_id
+    assert (
+        len(prompt.ids) + max(len(chosen.ids), len(rejected.ids)) == 12
+        and prompt.ids[0] == chatml.bos_id
+    )
     assert render_row(long, chatml, 4, preference=True) == "answer longer than max_length"
 
 
 def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
     tokenizer = Tokenizer(write_tokenizer(tmp_path, PLAIN, sentencepiece=True))
     assert tokenizer.prepends
-    for prompt, completion in (("a cat", " sat on"), ("a cat ", "sat"), ("x:\n", "yes"), ("a", "é")):
+    for prompt, completion in (
+        ("a cat", " sat on"),
+        ("a cat ", "sat"),
+        ("x:\n", "yes"),
+        ("a", "é"),
+    ):
         segment = render_row({"prompt": prompt, "completion": completion}, tokenizer)[0]
         assert tokenizer.decode(segment.ids) == prompt + completion  # no second space
         assert (
-            tokenizer.decode([tokenizer.bos_id, *segment.ids[segment.labels != IGNORE]]).strip() == completion.strip()
+            tokenizer.decode([tokenizer.bos_id, *segment.ids[segment.labels != IGNORE]]).strip()
+            == completion.strip()
         )
 
 
@@ -528,10 +625,15 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
             kept = cut[0]
             assert len(kept.ids) <= room or len(whole.ids) <= room
             end = int(np.flatnonzero(kept.labels != IGNORE)[-1]) + 1
-            assert kept.labels[end - answer : end].tolist() == whole.labels[last - answer : last].tolist()
+            assert (
+                kept.labels[end - answer : end].tolist()
+                == whole.labels[last - answer : last].tolist()
+            )
             if int(whole.ids[0]) in tokenizer.special_ids:
                 assert kept.ids[0] == whole.ids[0]
-            runs = lambda labels: "".join("x" if label != IGNORE else " " for label in labels).split()
+            runs = lambda labels: "".join(
+                "x" if label != IGNORE else " " for label in labels
+            ).split()
             assert all(
                 run in runs(whole.labels) for run in runs(kept.labels)
             )  # an answer is scored whole or not at all
@@ -544,11 +646,15 @@ def test_fit_by_hand():
     flags = lambda *runs: np.array([flag for run in runs for flag in run])
     got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 5, {0})
     assert got[0].tolist() == [0, 6, 7, 8, 9] and got[1].tolist() == [False] * 3 + [True] * 2
-    got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 7, {0})  # through the first answer: its rest is context
+    got = fit(
+        ids, flags(no * 3, yes * 2, no * 3, yes * 2), 7, {0}
+    )  # through the first answer: its rest is context
     assert got[0].tolist() == [0, 4, 5, 6, 7, 8, 9] and got[1].sum() == 2
     got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 8, set())
     assert got[0].tolist() == [*range(2, 10)] and got[1].sum() == 4
-    got = fit(ids, flags(no * 3, yes * 2, no * 5), 4, set())  # what follows the last answer goes first
+    got = fit(
+        ids, flags(no * 3, yes * 2, no * 5), 4, set()
+    )  # what follows the last answer goes first
     assert got[0].tolist() == [1, 2, 3, 4]
     assert fit(ids, flags(no * 8, yes * 2), 2, {0}) is None
     assert fit(ids, flags(no * 8, yes * 2), 3, {0})[0].tolist() == [0, 8, 9]
@@ -573,7 +679,11 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
     )
     kept = list(kept)
     full = [render_row(row, chatml, preference=preference) for row in rows]
-    assert len(examples) == len(kept) == ledger.examples and ledger.rows == 120 and ledger.rows_not_sampled == 20
+    assert (
+        len(examples) == len(kept) == ledger.examples
+        and ledger.rows == 120
+        and ledger.rows_not_sampled == 20
+    )
     assert ledger.rows == ledger.examples + ledger.rows_dropped + ledger.rows_not_sampled
     assert ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
     assert ledger.scored == sum((s.labels != IGNORE).sum() for e in examples for s in e)
@@ -581,26 +691,43 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
     assert sum(r["rows"] for r in ledger.reasons.values()) == ledger.rows_dropped
     assert sum(r["tokens"] for r in ledger.reasons.values()) == ledger.dropped
     before = [render_row(row, chatml, preference=preference) for row in kept]
-    assert ledger.truncated == sum(len(s.ids) for e in before for s in e) - ledger.scored - ledger.masked
-    assert ledger.truncated_scored == sum((s.labels != IGNORE).sum() for e in before for s in e) - ledger.scored
+    assert (
+        ledger.truncated
+        == sum(len(s.ids) for e in before for s in e) - ledger.scored - ledger.masked
+    )
+    assert (
+        ledger.truncated_scored
+        == sum((s.labels != IGNORE).sum() for e in before for s in e) - ledger.scored
+    )
     assert "answer longer than max_length" in ledger.reasons and all(
         r["where"][0].startswith(str(path)) for r in ledger.reasons.values()
     )
-    assert ("chosen and rejected are the same" if preference else "nothing scored") in ledger.reasons
     assert (
-        json.loads(json.dumps(ledger.as_dict()))["tokens"] == ledger.tokens and 2 <= len(str(ledger).splitlines()) <= 3
+        "chosen and rejected are the same" if preference else "nothing scored"
+    ) in ledger.reasons
+    assert (
+        json.loads(json.dumps(ledger.as_dict()))["tokens"] == ledger.tokens
+        and 2 <= len(str(ledger).splitlines()) <= 3
     )
-    again = load_examples([path], chatml, max_length=24, max_samples=100, seed=5, preference=preference)[1]
-    other = load_examples([path], chatml, max_length=24, max_samples=100, seed=6, preference=preference)[1]
+    again = load_examples(
+        [path], chatml, max_length=24, max_samples=100, seed=5, preference=preference
+    )[1]
+    other = load_examples(
+        [path], chatml, max_length=24, max_samples=100, seed=6, preference=preference
+    )[1]
     again, other = list(again), list(other)
-    assert again == kept != other and [rows.index(row) for row in kept] == sorted(rows.index(row) for row in kept)
+    assert again == kept != other and [rows.index(row) for row in kept] == sorted(
+        rows.index(row) for row in kept
+    )
     assert any(isinstance(found, str) for found in full)
 
 
 def test_what_could_teach_nothing_stops_the_run(chatml, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": as_turn("only asked")}))
-    with pytest.raises(UserError, match=r"nothing to train on: .*nothing scored: 1, as .*rows.jsonl:1"):
+    with pytest.raises(
+        UserError, match=r"nothing to train on: .*nothing scored: 1, as .*rows.jsonl:1"
+    ):
         load_examples(path, chatml)
     path.write_text(json.dumps({"text": "a cat sat on the mat and said"}))
     with pytest.raises(UserError, match="never learn to stop"):
@@ -609,13 +736,19 @@ def test_what_could_teach_nothing_stops_the_run(chatml, tmp_path):
 
 def test_holdout_is_a_seeded_partition(chatml, tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": f"{n} a", "completion": "cat"}) for n in range(50)))
+    path.write_text(
+        "\n".join(json.dumps({"prompt": f"{n} a", "completion": "cat"}) for n in range(50))
+    )
     examples, rows, _ = load_examples(path, chatml)
     (kept, kept_rows), (held, held_rows) = split_holdout(examples, rows, 0.2, seed=1)
     text = lambda found: [chatml.decode(example[0].ids).split()[0] for example in found]
     number = lambda found: [row["prompt"].split()[0] for row in found]
-    assert len(held) == 10 and sorted(text(kept) + text(held), key=int) == [str(n) for n in range(50)]
-    assert text(kept) == number(kept_rows) and text(held) == number(held_rows) == number(held_rows[:10])
+    assert len(held) == 10 and sorted(text(kept) + text(held), key=int) == [
+        str(n) for n in range(50)
+    ]
+    assert text(kept) == number(kept_rows) and text(held) == number(held_rows) == number(
+        held_rows[:10]
+    )
     same, other = (split_holdout(examples, rows, 10, seed=seed)[1][1] for seed in (1, 2))
     assert number(same) == number(held_rows) != number(other)
     assert len({kept.fingerprint, held.fingerprint, examples.fingerprint}) == 3
@@ -643,9 +776,16 @@ def test_readers_agree(tmp_path):
         csv.DictWriter(file, ["text"]).writerows(ROWS)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     files = sorted(tmp_path.iterdir())
-    assert all([row for _, row in read_rows(str(file))] == ROWS for file in files) and len(files) == 7
-    assert [where for where, _ in read_rows(tmp_path / "a.jsonl")] == [f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 3, 4)]
-    assert read_rows(tmp_path / "b.json")[2][0] == f"{tmp_path / 'b.json'}[2]" and len(read_rows(tmp_path)) == 21
+    assert (
+        all([row for _, row in read_rows(str(file))] == ROWS for file in files) and len(files) == 7
+    )
+    assert [where for where, _ in read_rows(tmp_path / "a.jsonl")] == [
+        f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 3, 4)
+    ]
+    assert (
+        read_rows(tmp_path / "b.json")[2][0] == f"{tmp_path / 'b.json'}[2]"
+        and len(read_rows(tmp_path)) == 21
+    )
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -696,7 +836,15 @@ def test_a_data_set_of_the_hub(tmp_path):
     (tmp_path / "root" / "datasets" / "org" / "json").mkdir()
     (tmp_path / "root" / "datasets" / "org" / "json" / "test.jsonl").write_text('{"text": "lines"}')
     hub = subprocess.Popen(
-        [sys.executable, SHARED / "tools" / "minihub.py", tmp_path / "root", "--port", "0", "--token", "local"],
+        [
+            sys.executable,
+            SHARED / "tools" / "minihub.py",
+            tmp_path / "root",
+            "--port",
+            "0",
+            "--token",
+            "local",
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -731,18 +879,24 @@ def test_a_data_set_of_the_hub(tmp_path):
     finally:
         hub.terminate()
     lines = output.stdout.splitlines()
-    assert lines[0] == "['one/data/train-00000-of-00002', 'one/data/train-00001-of-00002']", output.stderr
+    assert lines[0] == "['one/data/train-00000-of-00002', 'one/data/train-00001-of-00002']", (
+        output.stderr
+    )
     assert lines[1:4] == [
         "['one/data/test-00000-of-00001']",
         "['two/main/train-00000-of-00001']",
         "['two/main/test-00000-of-00001']",
     ]
-    assert lines[4].startswith("error: org/two has several parts; name one of: org/two:main:train, org/two:other:train")
+    assert lines[4].startswith(
+        "error: org/two has several parts; name one of: org/two:main:train, org/two:other:train"
+    )
     assert lines[5].startswith("error: org/two:mian has no such part") and lines[6].startswith(
         "error: org/none: no file here"
     )
     assert "local" not in lines[6] and lines[7:] == ["['lines']"]
-    assert re.match("error: org/one: no file here.*a private one needs HF_TOKEN", refused.stdout), refused.stderr
+    assert re.match("error: org/one: no file here.*a private one needs HF_TOKEN", refused.stdout), (
+        refused.stderr
+    )
 
 
 def test_folders_globs_and_weights(chatml, tmp_path):
@@ -752,18 +906,31 @@ def test_folders_globs_and_weights(chatml, tmp_path):
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     assert len(read_rows(tmp_path)) == 50 and len(read_rows(tmp_path / "[bc].jsonl")) == 20
     examples, rows, ledger = load_examples([f"{a}@1", f"{b}@3"], chatml)
-    assert [source["share"] for source in ledger.sources] == [0.25, 0.75] and "75.0% from " in str(ledger)
+    assert [source["share"] for source in ledger.sources] == [0.25, 0.75] and "75.0% from " in str(
+        ledger
+    )
     names = lambda epoch: [row["prompt"] for row in rows.epoch(epoch)]
-    assert len(examples.epoch(0)) == len(examples) == 40 == len(names(0)) and len(ledger.sources) == 2
+    assert (
+        len(examples.epoch(0)) == len(examples) == 40 == len(names(0)) and len(ledger.sources) == 2
+    )
     assert names(0) == names(0) != names(1)
-    for found in (names(0), names(1)):  # 10 of a's 30 rows, none twice; b's 10 rows three times each
+    for found in (
+        names(0),
+        names(1),
+    ):  # 10 of a's 30 rows, none twice; b's 10 rows three times each
         assert len({name for name in found if name[0] == "a"}) == 10
         assert all(found.count(f"b {n}") == 3 for n in range(10))
     (kept, _), (held, _) = split_holdout(examples, rows, 8)
     assert len(kept.epoch(3)) == 32 and not {*kept.epoch(3).at} & {*held.at}
-    assert [s["share"] for s in load_examples([f"{a}@1", b], chatml)[2].sources] == [0.5, 0.5]  # none given is 1
+    assert [s["share"] for s in load_examples([f"{a}@1", b], chatml)[2].sources] == [
+        0.5,
+        0.5,
+    ]  # none given is 1
     plain, _, ledger = load_examples([a, b], chatml)
-    assert plain.epoch(5).at.tolist() == [*range(40)] and [s["share"] for s in ledger.sources] == [0.75, 0.25]
+    assert plain.epoch(5).at.tolist() == [*range(40)] and [s["share"] for s in ledger.sources] == [
+        0.75,
+        0.25,
+    ]
     for weight in ("x", "0", "-1", "", "inf"):
         with pytest.raises(UserError, match="the weight after @ must be a number above 0"):
             load_examples([f"{a}@{weight}"], chatml)
@@ -773,21 +940,40 @@ def test_a_second_start_renders_nothing(chatml, tmp_path, monkeypatch):
     """The cache is keyed by content, tokenizer, template, settings and this code; nothing half-made stays behind."""
     monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
     path, calls = tmp_path / "rows.jsonl", []
-    path.write_text("\n".join(json.dumps({"messages": as_turn("a cat", f"sat {n}"), "choices": [n]}) for n in range(3000)))
+    path.write_text(
+        "\n".join(
+            json.dumps({"messages": as_turn("a cat", f"sat {n}"), "choices": [n]})
+            for n in range(3000)
+        )
+    )
     first, rows, ledger = load_examples(path, chatml)
     monkeypatch.setattr(data, "render_rows", lambda *_, **__: calls.append(1) or iter(()))
     second, again, same = load_examples(path, chatml)
-    assert not calls and same == ledger and second.fingerprint == first.fingerprint and again[2999]["choices"] == [2999]
-    assert all(
-        (a.ids == b.ids).all() and (a.labels == b.labels).all() for x, y in zip(first, second) for a, b in zip(x, y)
+    assert (
+        not calls
+        and same == ledger
+        and second.fingerprint == first.fingerprint
+        and again[2999]["choices"] == [2999]
     )
-    assert [p.name[0] for p in (tmp_path / "cache").iterdir()] != ["."] and first[2999][0].ids.dtype == np.int32
+    assert all(
+        (a.ids == b.ids).all() and (a.labels == b.labels).all()
+        for x, y in zip(first, second)
+        for a, b in zip(x, y)
+    )
+    assert [p.name[0] for p in (tmp_path / "cache").iterdir()] != ["."] and first[2999][
+        0
+    ].ids.dtype == np.int32
     monkeypatch.undo()
     monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
     folder = lambda *args, **options: load_examples(*args, **options)[0].folder
     other = Tokenizer(write_tokenizer(tmp_path / "other", THINK))
     cut, drawn = {"max_length": 9}, {"max_samples": 5, "seed": 7}
-    folders = [folder(path, chatml), folder(path, other), folder(path, chatml, **cut), folder(path, chatml, seed=7)]
+    folders = [
+        folder(path, chatml),
+        folder(path, other),
+        folder(path, chatml, **cut),
+        folder(path, chatml, seed=7),
+    ]
     folders += [folder(path, chatml, max_samples=5), folder(path, chatml, **drawn)]
     path.write_text(path.read_text().replace("sat 7", "mat 7"))
     folders.append(folder(path, chatml))
@@ -804,7 +990,8 @@ def test_a_date_in_the_template_is_part_of_the_key(tmp_path):
     plain = write_tokenizer(tmp_path / "plain", CHATML)
     for folder, same in ((dated, False), (plain, True)):
         one, two = (
-            load_examples(tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day)))[0] for day in (1, 2)
+            load_examples(tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day)))[0]
+            for day in (1, 2)
         )
         assert (one.folder == two.folder) == same == ((one[0][0].ids == two[0][0].ids).all())
 
@@ -814,22 +1001,39 @@ def test_a_date_in_the_template_is_part_of_the_key(tmp_path):
 ECQA = {"q_text": "Where?", "q_op1": "here", "q_op2": "there", "q_op3": "now", "q_op4": "then", "q_op5": "up",
         "q_ans": "there", "taskB": "It is not here. "}  # fmt: skip
 ARC = {"question": "Where?", "choices": {"text": ["B", "A"], "label": ["A", "B"]}, "answerKey": "B"}
-LISTED = {"question": "Where?", "choices": ["here", "there"], "answer": "B", "rationale": "why", "dataset": "maps"}
+LISTED = {
+    "question": "Where?",
+    "choices": ["here", "there"],
+    "answer": "B",
+    "rationale": "why",
+    "dataset": "maps",
+}
 
 
 def test_recipes_by_hand():
-    ecqa, gsm8k, alpaca, chatml = (data.use_recipe(name, {}, 0)[0] for name in ("ecqa", "gsm8k", "alpaca", "chatml"))
+    ecqa, gsm8k, alpaca, chatml = (
+        data.use_recipe(name, {}, 0)[0] for name in ("ecqa", "gsm8k", "alpaca", "chatml")
+    )
     made = ecqa(ECQA)
-    assert made["completion"][0]["content"] == "It is not here.\nAnswer: B" and made["answer"] == "B"
-    assert made["prompt"][0]["content"].startswith("Where?\nA. here\nB. there\nC. now\nD. then\nE. up\n")
     assert (
-        made["choices"] == [*"ABCDE"] and ecqa(ARC)["answer"] == "B" and ecqa(LISTED | {"answer": 0})["answer"] == "A"
+        made["completion"][0]["content"] == "It is not here.\nAnswer: B" and made["answer"] == "B"
+    )
+    assert made["prompt"][0]["content"].startswith(
+        "Where?\nA. here\nB. there\nC. now\nD. then\nE. up\n"
+    )
+    assert (
+        made["choices"] == [*"ABCDE"]
+        and ecqa(ARC)["answer"] == "B"
+        and ecqa(LISTED | {"answer": 0})["answer"] == "A"
     )
     assert ecqa(LISTED | {"answer": "here", "weight": 0.5})["weight"] == 0.5
     made = gsm8k({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"})
     assert made["completion"][0]["content"] == "1+1=2\nAnswer: 2" and made["answer"] == "2"
     made = alpaca({"instruction": "do", "input": "", "output": "done"})
-    assert made["prompt"].endswith("### Instruction:\ndo\n\n### Response:") and "Input" not in made["prompt"]
+    assert (
+        made["prompt"].endswith("### Instruction:\ndo\n\n### Response:")
+        and "Input" not in made["prompt"]
+    )
     assert "paired" in alpaca({"instruction": "do", "input": "it", "output": "done"})["prompt"]
     text = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq\nr<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     assert (
@@ -837,7 +1041,12 @@ def test_recipes_by_hand():
         == as_turn("q\nr", "a", system="s")
         == chatml({"messages": as_turn("q\nr", "a", system="s")})["messages"]
     )
-    whole = {"conversations": [{"from": "human", "value": "q"}], "system": "s", "tools": TOOLS, "weight": None}
+    whole = {
+        "conversations": [{"from": "human", "value": "q"}],
+        "system": "s",
+        "tools": TOOLS,
+        "weight": None,
+    }
     assert chatml(whole) == whole
     pick, draws = data.use_recipe("ultrafeedback", {}, 0)
     made = pick({"prompt": "p", "chosen": as_turn("p", "c"), "rejected": "r"})
@@ -849,25 +1058,37 @@ def test_recipes_by_hand():
     )
     rated = {
         "instruction": "p",
-        "completions": [{"response": r, "overall_score": n} for r, n in (("x", 5), ("y", "8"), ("z", 2))],
+        "completions": [
+            {"response": r, "overall_score": n} for r, n in (("x", 5), ("y", "8"), ("z", 2))
+        ],
     }
     seen = {
-        json.dumps([pick(rated, epoch)[side][0]["content"] for side in ("chosen", "rejected")]) for epoch in range(20)
+        json.dumps([pick(rated, epoch)[side][0]["content"] for side in ("chosen", "rejected")])
+        for epoch in range(20)
     }
     assert seen == {'["y", "x"]', '["y", "z"]'}
-    assert pick({**rated, "completions": rated["completions"][:1]}) == "all completions are rated alike"
+    assert (
+        pick({**rated, "completions": rated["completions"][:1]})
+        == "all completions are rated alike"
+    )
 
 
 def test_mcqa_draws_its_wording_but_never_its_answer():
     make, draws = data.use_recipe("mcqa", {"topic": "geography"}, 3)
     rows = [make(LISTED, epoch) for epoch in range(200)]
-    assert draws and rows == [make(LISTED, epoch) for epoch in range(200)] and make(LISTED, 0) != make(ECQA, 0)
+    assert (
+        draws
+        and rows == [make(LISTED, epoch) for epoch in range(200)]
+        and make(LISTED, 0) != make(ECQA, 0)
+    )
     assert len({row["prompt"].split("\n")[0] for row in rows}) == 3 and any(
         "geography" in row["prompt"] for row in rows
     )
     answers = {"B. there", "B) there", "(B) there", "B – there", "b) there", "2. there", "there"}
     assert {row["answer"] for row in rows} == answers
-    for row in rows:  # one style within a question, the thought in the prompt, the answer alone is scored
+    for (
+        row
+    ) in rows:  # one style within a question, the thought in the prompt, the answer alone is scored
         lines = row["prompt"].split("\n")
         assert (
             row["completion"] == f" {row['answer']}"
@@ -877,8 +1098,15 @@ def test_mcqa_draws_its_wording_but_never_its_answer():
         assert lines[2].replace("here", "there").translate(str.maketrans("Aa1", "Bb2")) == lines[3]
         assert lines[4:] == ["Solve step-by-step.", "<think> why </think>", " Answer:"]
     half, never = (data.use_recipe("mcqa", {"cot": cot}, 3)[0] for cot in (0.5, 0))
-    shares = [sum("<think>" in make(LISTED, epoch)["prompt"] for epoch in range(200)) for make in (half, never)]
-    assert 70 < shares[0] < 130 and shares[1] == 0 and "maps" in str([half(LISTED, epoch) for epoch in range(9)])
+    shares = [
+        sum("<think>" in make(LISTED, epoch)["prompt"] for epoch in range(200))
+        for make in (half, never)
+    ]
+    assert (
+        70 < shares[0] < 130
+        and shares[1] == 0
+        and "maps" in str([half(LISTED, epoch) for epoch in range(9)])
+    )
 
 
 def test_movielens_from_its_original_tables(tmp_path):
@@ -896,18 +1124,26 @@ def test_movielens_from_its_original_tables(tmp_path):
     assert len(rows) == 6 and all(len(row["history"]) == 10 for _, row in rows)
     where, row = rows[0]
     user, item, rating, when = lines[int(where.rpartition(":")[2]) - 1].split("\t")
-    assert row["title"].startswith(f"Film {item} ") and row["rating"] == int(rating) and when == "10"
+    assert (
+        row["title"].startswith(f"Film {item} ") and row["rating"] == int(rating) and when == "10"
+    )
     before = sorted(
-        (line.split("\t") for line in lines if line.startswith(user + "\t")), key=lambda cells: int(cells[3])
+        (line.split("\t") for line in lines if line.startswith(user + "\t")),
+        key=lambda cells: int(cells[3]),
     )
     assert [title.split()[1] for title, _ in row["history"]] == [cells[1] for cells in before[:10]]
     made = data.use_recipe("movielens", {"liked": 3}, 0)[0](row)
-    assert made["completion"][0]["content"] == made["answer"] == ("Yes" if int(rating) >= 3 else "No")
+    assert (
+        made["completion"][0]["content"] == made["answer"] == ("Yes" if int(rating) >= 3 else "No")
+    )
     liked, disliked = [line for line in made["prompt"][0]["content"].split("\n")[:2]]
     assert all(
-        (title in liked) == (stars >= 3) and (title in disliked) == (stars < 3) for title, stars in row["history"]
+        (title in liked) == (stars >= 3) and (title in disliked) == (stars < 3)
+        for title, stars in row["history"]
     )
-    told = data.use_recipe("movielens", {}, 0)[0]({"instruction": "i", "input": "x", "output": "Yes."})
+    told = data.use_recipe("movielens", {}, 0)[0](
+        {"instruction": "i", "input": "x", "output": "Yes."}
+    )
     assert told["output"] == "Yes" == told["answer"] and told["choices"] == ["Yes", "No"]
     (tmp_path / "u.data").write_text("1 2 3")
     with pytest.raises(UserError, match="u.data: not tables of MovieLens"):
@@ -928,7 +1164,9 @@ def test_epochs_differ_and_come_back(chatml, tmp_path):
     assert {*texts(load(max_samples=9)[0].epoch(2))} <= {*epochs[2]}
     (kept, _), (held, held_rows) = split_holdout(examples, made, 10)
     assert sorted(texts(kept.epoch(1)) + texts(held.epoch(1))) == sorted(epochs[1])
-    assert all(row["answer"] in text and row["choices"] for row, text in zip(held_rows, texts(held)))
+    assert all(
+        row["answer"] in text and row["choices"] for row, text in zip(held_rows, texts(held))
+    )
     fixed = load_examples(path, chatml, recipe="ecqa")[0]
     assert texts(fixed.epoch(1)) == texts(fixed)
     short = load(max_length=12)[0]  # where a later rendering is too long, the first stays
@@ -1012,7 +1250,12 @@ def test_flags_and_files_make_a_config(tmp_path):
         "--lora-r 8 --learning_rate=1e-3 --data x.jsonl d/y.jsonl --merge false --max_length 5 --kind linear".split(),
     )
     assert got == Settings(
-        lora_r=8, learning_rate=1e-3, data=["x.jsonl", "d/y.jsonl"], merge=False, max_length=5, kind="linear"
+        lora_r=8,
+        learning_rate=1e-3,
+        data=["x.jsonl", "d/y.jsonl"],
+        merge=False,
+        max_length=5,
+        kind="linear",
     )
     assert (
         parse_config(Settings, ["--merge"]).merge is True
@@ -1028,19 +1271,33 @@ def test_flags_and_files_make_a_config(tmp_path):
     ):
         assert parse_config(Settings, ["--target_modules", *words]).target_modules == modules
     assert parse_config(Settings, ["--rank_pattern", '{"q_proj": 4}']).rank_pattern == {"q_proj": 4}
-    assert parse_config(Settings, ["--data", "x", "--seed", "1", "--data=y", "z"]).data == ["x", "y", "z"]
-    assert parse_config(Settings, ["--cutoff_len", "7", "--lora-rank", "3"]) == Settings(max_length=7, lora_r=3)
+    assert parse_config(Settings, ["--data", "x", "--seed", "1", "--data=y", "z"]).data == [
+        "x",
+        "y",
+        "z",
+    ]
+    assert parse_config(Settings, ["--cutoff_len", "7", "--lora-rank", "3"]) == Settings(
+        max_length=7, lora_r=3
+    )
     path = tmp_path / "c.yaml"
     path.write_text(
         "lora: {r: 32}\ntraining:\n  learning_rate: 3e-5\n  deep: {seed: 1}\ncutoff_len: 9\ndata: z.jsonl\nrank_pattern: {a: 1}\nval_size: 5\n"
     )
     got = parse_config(Settings, ["--config", str(path), "--seed", "2"])
     assert got == Settings(
-        lora_r=32, learning_rate=3e-5, seed=2, max_length=9, data=["z.jsonl"], rank_pattern={"a": 1}, val_size=5
+        lora_r=32,
+        learning_rate=3e-5,
+        seed=2,
+        max_length=9,
+        data=["z.jsonl"],
+        rank_pattern={"a": 1},
+        val_size=5,
     )
     (tmp_path / "c.json").write_text('{"lora": {"r": 4}, "merge": false,\n\t"learning_rate": 1}')
     got = parse_config(Settings, ["--config", str(tmp_path / "c.json")])
-    assert got == Settings(lora_r=4, merge=False, learning_rate=1.0) and isinstance(got.learning_rate, float)
+    assert got == Settings(lora_r=4, merge=False, learning_rate=1.0) and isinstance(
+        got.learning_rate, float
+    )
 
 
 TOOLS_CONFIGS = {
@@ -1061,7 +1318,12 @@ def test_the_names_of_other_tools_are_understood(tmp_path, tool):
     path = tmp_path / ("c.json" if text[0] == "{" else "c.yaml")
     path.write_text(text)
     want = dict(
-        model="m", data=["a.json"], max_length=5, lora_r=3, target_modules=["q_proj", "v_proj"], learning_rate=1e-4
+        model="m",
+        data=["a.json"],
+        max_length=5,
+        lora_r=3,
+        target_modules=["q_proj", "v_proj"],
+        learning_rate=1e-4,
     )
     assert parse_config(Settings, ["--config", str(path)]) == Settings(**want | other)
 
@@ -1080,7 +1342,9 @@ def test_a_partial_file_and_dotted_flags_override(tmp_path):
         "8",
         "--training.learning_rate=1e-3",
     ]
-    assert parse_config(Settings, words) == Settings(lora_r=8, learning_rate=1e-3, seed=2, max_length=9)
+    assert parse_config(Settings, words) == Settings(
+        lora_r=8, learning_rate=1e-3, seed=2, max_length=9
+    )
 
 
 @pytest.mark.parametrize("words, file, message", [
@@ -1132,7 +1396,17 @@ def run(chatml, tmp_path, monkeypatch, capsys):
 
     def run(command, *words, file="rows.jsonl"):
         monkeypatch.setattr(
-            sys, "argv", ["data.py", command, "--model", str(chatml.folder), "--data", str(tmp_path / file), *words]
+            sys,
+            "argv",
+            [
+                "data.py",
+                command,
+                "--model",
+                str(chatml.folder),
+                "--data",
+                str(tmp_path / file),
+                *words,
+            ],
         )
         data.main()
         return capsys.readouterr().out
@@ -1168,7 +1442,12 @@ def test_audit_measures_lengths(tmp_path, chatml, run):
     output = run("audit", "--output", str(tmp_path / "l.png"))
     head, line, scored, suggested, cut, *_ = output.splitlines()
     assert head.split() == ["tokens", "min", "mean", "max", "p50", "p90", "p95", "p99", "p100"]
-    want = [lengths.min(), lengths.mean(), lengths.max(), *np.percentile(lengths, [50, 90, 95, 99, 100])]
+    want = [
+        lengths.min(),
+        lengths.mean(),
+        lengths.max(),
+        *np.percentile(lengths, [50, 90, 95, 99, 100]),
+    ]
     assert [float(x) for x in line.split()[1:]] == [round(x, 1) for x in want]
     fits = -(-np.percentile(lengths, 99) // 64) * 64
     assert (
@@ -1180,7 +1459,9 @@ def test_audit_measures_lengths(tmp_path, chatml, run):
         "audit", "--max_length", "20", "--output", str(tmp_path / "l.png")
     )
     line = run("audit", "--by", "characters", "--output", str(tmp_path / "l.png")).splitlines()[1]
-    assert float(line.split()[3]) == max(len(chatml.decode(example[0].ids, skip_special=False)) for example in examples)
+    assert float(line.split()[3]) == max(
+        len(chatml.decode(example[0].ids, skip_special=False)) for example in examples
+    )
     pair = {"prompt": "a " * 20, "chosen": "cat", "rejected": "the mat and said"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
     prompt, *ends = [len(s.ids) for s in render_row(pair, chatml, preference=True)]
@@ -1192,16 +1473,31 @@ def test_mix_writes_each_sources_share(tmp_path, chatml, run):
     for name in "ab":
         rows = [{"prompt": f"{name} {n}", "completion": "cat"} for n in range(20)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    output = run("mix", f"{tmp_path / 'b.jsonl'}@3", "--output", str(tmp_path / "mixed.jsonl"), file="a.jsonl@1")
+    output = run(
+        "mix",
+        f"{tmp_path / 'b.jsonl'}@3",
+        "--output",
+        str(tmp_path / "mixed.jsonl"),
+        file="a.jsonl@1",
+    )
     found = [row["prompt"][0] for _, row in read_rows(tmp_path / "mixed.jsonl")]
-    assert found.count("a") == 10 and found.count("b") == 30 and found != sorted(found) and "75.0% from" in output
+    assert (
+        found.count("a") == 10
+        and found.count("b") == 30
+        and found != sorted(found)
+        and "75.0% from" in output
+    )
 
 
 def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [LISTED, LISTED, ECQA | {"q_ans": "up"}])))
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(map(json.dumps, [LISTED, LISTED, ECQA | {"q_ans": "up"}]))
+    )
     output = run("pairs", "--recipe", "ecqa", "--output", str(tmp_path / "p.jsonl"), "--seed", "1")
     pairs = [row for _, row in read_rows(tmp_path / "p.jsonl")]
-    assert "2 pairs; the same as another: 1" in output and [p["chosen"][0]["content"][-1] for p in pairs] == ["B", "E"]
+    assert "2 pairs; the same as another: 1" in output and [
+        p["chosen"][0]["content"][-1] for p in pairs
+    ] == ["B", "E"]
     for pair in pairs:
         chosen, rejected = (pair[side][0]["content"] for side in ("chosen", "rejected"))
         assert chosen[:-1] == rejected[:-1] and chosen[-1] != rejected[-1] in "ABCDE"
@@ -1214,11 +1510,16 @@ def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
             and pair["rejected"].strip() in pair["prompt"]
         )
     (tmp_path / "rows.jsonl").write_text(
-        json.dumps({"messages": as_turn("q", "r", "s", "so\nAnswer: owl"), "choices": ["owl", "cat"]})
+        json.dumps(
+            {"messages": as_turn("q", "r", "s", "so\nAnswer: owl"), "choices": ["owl", "cat"]}
+        )
     )
     run("pairs", "--output", str(tmp_path / "r.jsonl"))
     ((_, pair),) = read_rows(tmp_path / "r.jsonl")
-    assert pair["prompt"] == as_turn("q", "r", "s") and pair["rejected"][0]["content"] == "so\nAnswer: cat"
+    assert (
+        pair["prompt"] == as_turn("q", "r", "s")
+        and pair["rejected"][0]["content"] == "so\nAnswer: cat"
+    )
 
 
 def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):
@@ -1249,7 +1550,9 @@ def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):
         data.main()
     pairs = [row for _, row in read_rows(tmp_path / "p.jsonl")]
     assert pairs == [row for _, row in read_rows(tmp_path / "q.jsonl")] and 8 <= len(pairs) <= 12
-    assert all(pair["chosen"] == " nothing" and pair["rejected"].strip() != "nothing" for pair in pairs)
+    assert all(
+        pair["chosen"] == " nothing" and pair["rejected"].strip() != "nothing" for pair in pairs
+    )
     assert [pair["prompt"] for pair in pairs] == [
         row["prompt"] for row in rows if row["prompt"] in {p["prompt"] for p in pairs}
     ]

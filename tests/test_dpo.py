@@ -26,7 +26,11 @@ COUNT = 8
 def pair(i):
     """A pair whose sides differ in length; the longer one is chosen as often as rejected."""
     sides = [f" it is {i}, surely" + "!" * (i % 5), " no" + " way" * (i % 4 + 1)]
-    return {"prompt": "word " * (i % 4) + f"what is {i}?", "chosen": sides[i % 2], "rejected": sides[1 - i % 2]}
+    return {
+        "prompt": "word " * (i % 4) + f"what is {i}?",
+        "chosen": sides[i % 2],
+        "rejected": sides[1 - i % 2],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,12 @@ def flags(base, rows, out, **settings):
         "per_device_train_batch_size": 8, "learning_rate": 1e-2, "num_train_epochs": 2, "save_steps": 2,
         "logging_steps": 1, "eval_answers": 0, "merge": False, **settings,
     }  # fmt: skip
-    return [word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))]
+    return [
+        word
+        for key, value in settings.items()
+        if value is not None
+        for word in (f"--{key}", str(value))
+    ]
 
 
 def load_pairs(base, rows):
@@ -78,9 +87,15 @@ def move(model, seed=0):
 def gradient(model, examples, settings, budget=10**6):
     """(mean loss, mean metrics, {parameter: gradient}) of one step over the examples."""
     model.zero_grad()
-    loss, sums = sft.accumulate(model, examples, len(examples), partial(dpo.dpo_loss, config=settings), budget)
+    loss, sums = sft.accumulate(
+        model, examples, len(examples), partial(dpo.dpo_loss, config=settings), budget
+    )
     found = {name: p.grad.clone() for name, p in adapter_parameters(model).items()}
-    return loss / len(examples), {name: value / len(examples) for name, value in sums.items()}, found
+    return (
+        loss / len(examples),
+        {name: value / len(examples) for name, value in sums.items()},
+        found,
+    )
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------
@@ -94,7 +109,11 @@ def peft_twin(base, model):
     settings = model.adapter
     twin = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules=settings.target_modules),
+        LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            target_modules=settings.target_modules,
+        ),
     )
     copy_adapter(model, twin)
     return twin
@@ -128,7 +147,9 @@ def trained(base, rows, tmp_path_factory):
     model, examples = load_model(base), load_pairs(base, rows)
     add_lora(model, settings, seed=1)
     give_reference(model, examples, settings, folder)
-    trainer = trl_trainer(DPOTrainer, DPOConfig, base, rows, peft_twin(base, model), folder)  # copies its reference
+    trainer = trl_trainer(
+        DPOTrainer, DPOConfig, base, rows, peft_twin(base, model), folder
+    )  # copies its reference
     move(model)
     copy_adapter(model, trainer.model)
     return model, examples, trainer
@@ -145,14 +166,24 @@ def trl_gradient(trainer, parts):
         one = trainer.compute_loss(trainer.model, batch) / len(parts)
         one.backward()
         loss += float(one)
-    found = {name.replace(".default", ""): p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
-    return loss, {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}, found
+    found = {
+        name.replace(".default", ""): p.grad
+        for name, p in trainer.model.named_parameters()
+        if p.requires_grad
+    }
+    return (
+        loss,
+        {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()},
+        found,
+    )
 
 
 def close(ours, theirs, tolerance=1e-5):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert (ours[name] - value).abs().max() <= tolerance * max(1.0, float(value.abs().max())), name
+        assert (ours[name] - value).abs().max() <= tolerance * max(1.0, float(value.abs().max())), (
+            name
+        )
 
 
 WHOLE = [list(range(COUNT))]
@@ -180,7 +211,9 @@ def test_losses_rewards_and_gradients_are_trls(kind, trained):
     assert max(float(g.abs().max()) for g in found.values()) > 1e-3
     if kind != "sft":  # TRL has a reference for it all the same
         shared = metrics.keys() & theirs[1].keys()
-        assert {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")} <= shared
+        assert {
+            f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")
+        } <= shared
         assert {"logps/chosen", "logps/rejected"} <= shared
         for name in shared:
             assert metrics[name] == pytest.approx(theirs[1][name], rel=1e-5, abs=2e-5), name
@@ -190,7 +223,9 @@ def test_every_loss_type_of_trl_is_here():
     from trl import DPOConfig
 
     text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
-    theirs = set(text.partition("Possible values are:")[2].partition(". If")[0].replace("`", "").split(", "))
+    theirs = set(
+        text.partition("Possible values are:")[2].partition(". If")[0].replace("`", "").split(", ")
+    )
     assert {name.strip(" '") for name in theirs} <= set(dpo.LOSSES) and len(theirs) > 10
 
 
@@ -203,12 +238,16 @@ def test_reference_free_losses_are_trls(kind, trained, base, rows, tmp_path):
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     file = tmp_path / "pairs.jsonl"
-    file.write_text("\n".join(json.dumps(pair(i) | {"prompt": "abcdefgh"[i]}) for i in range(COUNT)))
+    file.write_text(
+        "\n".join(json.dumps(pair(i) | {"prompt": "abcdefgh"[i]}) for i in range(COUNT))
+    )
     model, examples = trained[0], load_pairs(base, file)
     options = {"cpo": dict(cpo_alpha=0.7, label_smoothing=0.1, beta=0.2), "orpo": dict(beta=0.3),
                "simpo": dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.4, beta=2.0)}[kind]  # fmt: skip
     which = (ORPOTrainer, ORPOConfig) if kind == "orpo" else (CPOTrainer, CPOConfig)
-    trainer = trl_trainer(*which, base, file, peft_twin(base, model), tmp_path, remove_unused_columns=False, **options)
+    trainer = trl_trainer(
+        *which, base, file, peft_twin(base, model), tmp_path, remove_unused_columns=False, **options
+    )
     settings = config(**options | {"loss_type": [kind]})
     assert settings.reference_free
     loss, metrics, found = gradient(model, examples, settings)
@@ -223,7 +262,14 @@ def test_reference_free_losses_are_trls(kind, trained, base, rows, tmp_path):
         for name, value in logged.items():
             sums[name] = sums.get(name, 0.0) + value / COUNT
     assert loss == pytest.approx(total, rel=1e-5)
-    close(found, {n.replace(".default", ""): p.grad for n, p in trainer.model.named_parameters() if p.requires_grad})
+    close(
+        found,
+        {
+            n.replace(".default", ""): p.grad
+            for n, p in trainer.model.named_parameters()
+            if p.requires_grad
+        },
+    )
     for name in metrics.keys() & sums.keys():
         assert metrics[name] == pytest.approx(sums[name], rel=1e-5, abs=2e-5), name
     assert "rewards/margins" in sums and "kl" not in metrics
@@ -233,10 +279,18 @@ def test_twenty_steps_are_trls(base, rows, tmp_path):
     """20 AdamW steps of 8 pairs each, as a user runs them: losses and adapter equal TRL's to 1e-4."""
     from trl import DPOConfig, DPOTrainer
 
-    settings = dict(learning_rate=1e-3, lr_scheduler_type="linear", num_train_epochs=20, warmup_steps=2, beta=0.5)
+    settings = dict(
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        num_train_epochs=20,
+        warmup_steps=2,
+        beta=0.5,
+    )
     model = load_model(base)
     add_lora(model, config(lora_alpha=32), seed=42)
-    trainer = trl_trainer(DPOTrainer, DPOConfig, base, rows, peft_twin(base, model), tmp_path / "trl", **settings)
+    trainer = trl_trainer(
+        DPOTrainer, DPOConfig, base, rows, peft_twin(base, model), tmp_path / "trl", **settings
+    )
     trainer.train()
     dpo.main(flags(base, rows, tmp_path / "run", **settings))
     lines = [line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
@@ -244,9 +298,20 @@ def test_twenty_steps_are_trls(base, rows, tmp_path):
     assert len(lines) == len(theirs) == 20 and lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     for ours, their in zip(lines, theirs):
         for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"):
-            assert ours[name] == pytest.approx(float(their[name]), rel=1e-4, abs=1e-4), (name, ours["step"])
+            assert ours[name] == pytest.approx(float(their[name]), rel=1e-4, abs=1e-4), (
+                name,
+                ours["step"],
+            )
     found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    close(found, {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}, 1e-4)
+    close(
+        found,
+        {
+            n.replace(".default", ""): p
+            for n, p in trainer.model.named_parameters()
+            if p.requires_grad
+        },
+        1e-4,
+    )
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -255,7 +320,9 @@ def test_twenty_steps_are_trls(base, rows, tmp_path):
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory):
     """A Qwen2 with biases, for what trains them."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("base") / "biased", vocab_size=259, model_type="qwen2")
+    folder = write_checkpoint(
+        tmp_path_factory.mktemp("base") / "biased", vocab_size=259, model_type="qwen2"
+    )
     write_tokenizer(folder)
     return folder
 
@@ -296,7 +363,12 @@ def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, 
     dpo.main(argv)
     held, first, moved, _ = tracking.read_log(tmp_path / "run" / "log.jsonl")
     for prefix, line in (("eval_", held), ("", first)):
-        assert line[prefix + "rewards/margins"] == line[prefix + "rewards/chosen"] == line[prefix + "kl"] == 0.0
+        assert (
+            line[prefix + "rewards/margins"]
+            == line[prefix + "rewards/chosen"]
+            == line[prefix + "kl"]
+            == 0.0
+        )
         assert line[prefix + "loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert moved["eval_rewards/margins"] != 0 and moved["eval_kl"] > 0
 
@@ -311,13 +383,17 @@ def test_dropout_is_off_unless_it_is_wanted(base, many, tmp_path):
         dpo.main(flags(base, many, tmp_path / wanted, max_steps=1, adapter=folder, eval_data=many,
                        disable_dropout=wanted))  # fmt: skip
         held, first = tracking.read_log(tmp_path / wanted / "log.jsonl")[:2]
-        assert held["eval_rewards/chosen"] == 0.0 and (first["rewards/chosen"] == 0.0) == (wanted == "true")
+        assert held["eval_rewards/chosen"] == 0.0 and (first["rewards/chosen"] == 0.0) == (
+            wanted == "true"
+        )
 
 
 def scored_under(base, examples, **options):
     """What the model of `base` gives the scored tokens, an example at a time."""
     model = load_model(base, **options)
-    return [model.logps(next(sft.micro_batches([example], 1, "cpu"))).detach() for example in examples]
+    return [
+        model.logps(next(sft.micro_batches([example], 1, "cpu"))).detach() for example in examples
+    ]
 
 
 def test_another_reference(base, biased, rows, tmp_path):
@@ -327,7 +403,10 @@ def test_another_reference(base, biased, rows, tmp_path):
     line = tracking.read_log(tmp_path / "run" / "log.jsonl")[0]
     examples = load_pairs(base, rows)
     policy, reference = scored_under(base, examples), scored_under(other, examples)
-    margins = [(p - r).split([len(e[1].ids), len(e[2].ids)]) for p, r, e in zip(policy, reference, examples)]
+    margins = [
+        (p - r).split([len(e[1].ids), len(e[2].ids)])
+        for p, r, e in zip(policy, reference, examples)
+    ]
     margin = sum(float(w.sum() - l.sum()) for w, l in margins) / len(examples)
     assert line["rewards/margins"] == pytest.approx(0.1 * margin, rel=1e-4)
     small = write_checkpoint(tmp_path / "small", vocab_size=60)
@@ -344,7 +423,11 @@ def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path
         return "reference: read" in capsys.readouterr().out
 
     assert not reads("first")
-    assert reads("rate", learning_rate=1e-3) and reads("beta", beta=0.5, loss_type="ipo") and reads("rank", lora_r=2)
+    assert (
+        reads("rate", learning_rate=1e-3)
+        and reads("beta", beta=0.5, loss_type="ipo")
+        and reads("rank", lora_r=2)
+    )
     assert not reads("adapter", adapter=adapter) and reads("again", adapter=adapter, beta=1)
     assert not reads("order", seed=1) and not reads("packing", micro_batch_tokens=100)
     other = tmp_path / "rows.jsonl"
@@ -357,7 +440,9 @@ def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path
     for file in broken:
         file.write_bytes(b"half a file")
     assert not reads("broken")
-    first, last = (tracking.read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("first", "broken"))
+    first, last = (
+        tracking.read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("first", "broken")
+    )
     assert first == last
 
 
@@ -400,7 +485,9 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(kind, trained):
     budget = sft.token_budget(settings, model.device)
     assert len(list(sft.micro_batches(examples, budget, "cpu"))) == (1 if "aot" in kind else COUNT)
     again, same, cut = gradient(model, examples, settings, budget)
-    assert loss == pytest.approx(again, rel=1e-6) and metrics == pytest.approx(same, rel=1e-5, abs=1e-5)
+    assert loss == pytest.approx(again, rel=1e-6) and metrics == pytest.approx(
+        same, rel=1e-5, abs=1e-5
+    )
     close(found, cut, 5e-6)  # sppo_hard is a difference of two large squares
 
 
@@ -412,7 +499,9 @@ def test_a_weight_of_two_is_the_pair_twice(trained):
     loss = partial(dpo.dpo_loss, config=config(rpo_alpha=0.3))
     ours = sft.accumulate(model, heavy, count, loss, 10**6)
     twice = sft.accumulate(model, [examples[0], *examples], count, loss, 10**6)
-    assert ours[0] == pytest.approx(twice[0], rel=1e-6) and ours[1] == pytest.approx(twice[1], rel=1e-5, abs=1e-5)
+    assert ours[0] == pytest.approx(twice[0], rel=1e-6) and ours[1] == pytest.approx(
+        twice[1], rel=1e-5, abs=1e-5
+    )
 
 
 def test_rpo_alpha_is_the_sft_loss_beside(trained):
@@ -433,9 +522,24 @@ def test_label_smoothing_is_the_mean_over_flipped_labels(trained):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "orpo"])
 def test_training_prefers_what_is_chosen(kind, base, many, tmp_path):
-    dpo.main(flags(base, many, tmp_path / "run", loss_type=kind, num_train_epochs=8, beta=0.5, eval_data=many))
-    lines = [line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in line]
-    assert lines[-1]["eval_rewards/accuracies"] > 0.7 and lines[-1]["eval_loss"] < 0.8 * lines[0]["eval_loss"]
+    dpo.main(
+        flags(
+            base,
+            many,
+            tmp_path / "run",
+            loss_type=kind,
+            num_train_epochs=8,
+            beta=0.5,
+            eval_data=many,
+        )
+    )
+    lines = [
+        line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in line
+    ]
+    assert (
+        lines[-1]["eval_rewards/accuracies"] > 0.7
+        and lines[-1]["eval_loss"] < 0.8 * lines[0]["eval_loss"]
+    )
     assert lines[-1]["eval_rewards/margins"] > lines[0]["eval_rewards/margins"] + 0.3
 
 
@@ -461,14 +565,20 @@ def test_two_halves_are_the_whole_bit_for_bit(settings, base, adapter, many, tmp
     dpo.main(flags(base, many, tmp_path / "halves", **settings))
     kept = "model.safetensors" if settings.get("lora_r") == 0 else "adapter_model.safetensors"
     for name in ("optimizer.safetensors", kept):
-        assert same_tensors(*(tmp_path / run / "checkpoint-000006" / name for run in ("whole", "halves"))), name
+        assert same_tensors(
+            *(tmp_path / run / "checkpoint-000006" / name for run in ("whole", "halves"))
+        ), name
     assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(log)
 
 
 def test_a_dry_run_foresees_and_leaves_nothing(base, many, tmp_path, capsys):
     dpo.main([*flags(base, many, tmp_path / "run"), "--dry_run"])
     told = capsys.readouterr().out
-    assert "peak memory" in told and "forward and backward, at" in told and not (tmp_path / "run").exists()
+    assert (
+        "peak memory" in told
+        and "forward and backward, at" in told
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
@@ -487,13 +597,22 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
     dpo.main(flags(base, file, tmp_path / "run", adapter=adapter, val_size=4, eval_answers=4, max_new_tokens=8,
                    num_train_epochs=1, merge=True))  # fmt: skip
     run, output = tmp_path / "run", capsys.readouterr().out
-    names = {"adapter", "merged", "config.json", "data_report.json", "log.jsonl", "training_loss.png"}
+    names = {
+        "adapter",
+        "merged",
+        "config.json",
+        "data_report.json",
+        "log.jsonl",
+        "training_loss.png",
+    }
     assert names <= {p.name for p in run.iterdir()}
     lines = tracking.read_log(run / "log.jsonl")
     wanted = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
               "logps/rejected", "loss", "kl"}  # fmt: skip
     assert wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
-    assert "answers right on 4 held-out questions" in output and "held-out pairs at step 1" in output
+    assert (
+        "answers right on 4 held-out questions" in output and "held-out pairs at step 1" in output
+    )
     assert "r 4, alpha 8" in output and "eval_answers" in lines[-1]
     plain, merged = load_model(base), load_model(run / "merged")
     load_adapter(plain, run / "adapter")
@@ -507,8 +626,13 @@ def test_the_plot_has_a_panel_for_each_thing_logged(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     seen = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.touch() or seen.append(
-        [axes.get_ylabel() for axes in figure.axes]))
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, file, **_: (
+            file.touch() or seen.append([axes.get_ylabel() for axes in figure.axes])
+        ),
+    )
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 0, "eval_loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
     tracking.plot_losses(log)
@@ -526,7 +650,9 @@ def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "run", lambda config, *_, **options: calls.append(config))
     monkeypatch.setattr(dpo, "read_log", lambda path: [])
     dpo.main([])
-    assert calls[0] == [] and calls[1].adapter == "output/sft" and calls[1].output_dir == "output/dpo"
+    assert (
+        calls[0] == [] and calls[1].adapter == "output/sft" and calls[1].output_dir == "output/dpo"
+    )
     assert all(file.endswith("_pairs.jsonl") for file in calls[1].data + calls[1].eval_data)
     (tmp_path / "output" / "sft" / "checkpoint-000100").mkdir(parents=True)
     dpo.main(["--beta", "0.2"])
@@ -551,32 +677,48 @@ ROWS = {
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_row_of_no_use_is_counted_and_all_of_them_stop_the_run(case, base, many, tmp_path, capsys):
+def test_a_row_of_no_use_is_counted_and_all_of_them_stop_the_run(
+    case, base, many, tmp_path, capsys
+):
     row, reason = ROWS[case]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([*many.read_text().splitlines(), json.dumps(row)]))
-    examples, _, ledger = sft.load_examples([file], sft.Tokenizer(base), max_length=100, preference=True)
+    examples, _, ledger = sft.load_examples(
+        [file], sft.Tokenizer(base), max_length=100, preference=True
+    )
     (found,) = ledger.reasons
     assert reason in found and ledger.reasons[found]["rows"] == 1 and len(examples) == 21
     assert ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
     file.write_text(json.dumps(row))
     error = refuse(flags(base, file, tmp_path / "run", max_length=100), capsys)
-    assert "nothing to train on" in error and reason in error and not list((tmp_path / "run").glob("*"))
+    assert (
+        "nothing to train on" in error
+        and reason in error
+        and not list((tmp_path / "run").glob("*"))
+    )
 
 
 def test_a_prompt_longer_than_max_length_gives_way(base, tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"prompt": "long " * 50 + "end", "chosen": " yes", "rejected": " no, never"}))
+    file.write_text(
+        json.dumps({"prompt": "long " * 50 + "end", "chosen": " yes", "rejected": " no, never"})
+    )
     ((prompt, chosen, rejected),), _, ledger = sft.load_examples(
         [file], sft.Tokenizer(base), max_length=30, preference=True
     )
-    assert len(prompt.ids) + len(rejected.ids) == 30 and len(chosen.ids) == 5 and ledger.rows_truncated == 1
+    assert (
+        len(prompt.ids) + len(rejected.ids) == 30
+        and len(chosen.ids) == 5
+        and ledger.rows_truncated == 1
+    )
 
 
 def test_sides_share_tokens_not_characters(base):
     """What both sides begin with, unscored, is the prompt, however it was said; every side reads as it would alone."""
     tokenizer = sft.Tokenizer(base)
-    as_turn = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    as_turn = lambda *texts: [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+    ]
     row = {"prompt": as_turn("hello", "hi"), "chosen": as_turn("once more", "yes"),
            "rejected": as_turn("once again", "no", "why", "so")}  # fmt: skip
     prompt, *sides = render_row(row, tokenizer, preference=True)
@@ -595,7 +737,9 @@ def test_an_adapter_that_unties_the_model_is_to_be_merged_first(base, rows, tmp_
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=False)
+    settings = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=False
+    )
     get_peft_model(reference, settings).save_pretrained(tmp_path / "apart")
     with pytest.raises(UserError, match="merge it first"):
         dpo.main(flags(base, rows, tmp_path / "run", adapter=tmp_path / "apart"))

@@ -22,11 +22,22 @@ from support import tracking
 from support.errors import UserError
 
 
-@pytest.mark.parametrize("text, letter", [
-    ("so it is C.\nAnswer: C", "C"), ("answer: (a)\nAnswer: (D)", "D"), ("Answer:B", "B"), ("Answer: Bread", "Bread"),
-    ("Answer: B) a dog", "B"), ("Answer: swan.\n", "swan"), ("Answer: I'm not sure", "I'm not sure"), ("It is B", None),
-    ("", None), ("Answer: \nB", None), ("Answer: A\nAnswer: B", "B"),
-])
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("so it is C.\nAnswer: C", "C"),
+        ("answer: (a)\nAnswer: (D)", "D"),
+        ("Answer:B", "B"),
+        ("Answer: Bread", "Bread"),
+        ("Answer: B) a dog", "B"),
+        ("Answer: swan.\n", "swan"),
+        ("Answer: I'm not sure", "I'm not sure"),
+        ("It is B", None),
+        ("", None),
+        ("Answer: \nB", None),
+        ("Answer: A\nAnswer: B", "B"),
+    ],
+)
 def test_find_answer(text, letter):
     """What follows the last 'Answer:' on its line: a letter by itself, else the words, no letter of a longer word."""
     assert evaluation.find_answer(text) == letter
@@ -70,13 +81,22 @@ def test_a_model_that_never_answers_is_asked(tmp_path):
         prompt, answer = tokenizer.encode(question), tokenizer.encode(answer)
         return [Segment(np.array(prompt + answer), np.array([IGNORE] * len(prompt) + answer))]
 
-    rows = [example(f"{i}? ", f"Because.\nAnswer: {'AB'[i % 2]}") for i in range(6)] + [example("hello ", "hi")]
+    rows = [example(f"{i}? ", f"Because.\nAnswer: {'AB'[i % 2]}") for i in range(6)] + [
+        example("hello ", "hi")
+    ]
     choices = [["B", "A"], ["x", "y"]] + [None] * 5
-    answers = evaluation.answer_questions(model, tokenizer, rows, choices, max_new_tokens=5, batch_size=4)
+    answers = evaluation.answer_questions(
+        model, tokenizer, rows, choices, max_new_tokens=5, batch_size=4
+    )
     assert [row["gold"] for row in answers] == ["A", "B"] * 3 + [None]
-    assert all(row["forced"] and row["answer"] in "AB" for row in answers[:6]) and not answers[6]["forced"]
+    assert (
+        all(row["forced"] and row["answer"] in "AB" for row in answers[:6])
+        and not answers[6]["forced"]
+    )
     assert [row["choices"] for row in answers[:3]] == [["B", "A"], ["A", "B"], ["A", "B"]]
-    assert [row["prompt"] for row in answers[:2]] == ["0?", "1?"] and answers[0]["reference"].endswith("Answer: A")
+    assert [row["prompt"] for row in answers[:2]] == ["0?", "1?"] and answers[0][
+        "reference"
+    ].endswith("Answer: A")
     right = [row["answer"] == row["gold"] for row in answers[:6]]
     assert evaluation.accuracy(answers) == (sum(right) / 6, 6)
     assert evaluation.accuracy(answers[6:]) == (None, 0)
@@ -84,9 +104,18 @@ def test_a_model_that_never_answers_is_asked(tmp_path):
 
 # --- benchmarks beside lm-evaluation-harness --------------------------------------------------------------------------
 
-FILES = {"arc_challenge": "arc/arc_challenge", "arc_easy": "arc/arc_easy", "commonsense_qa": "commonsense_qa/default",
-         "gsm8k": "gsm8k/gsm8k", "hellaswag": "hellaswag/hellaswag", "winogrande": "winogrande/default"}
-WORDS = ["at  on", *"the cat sat a mat, Zoë ran w[step] away ; 12 dogs' ½ cup \u4f60\u597d red".split()]
+FILES = {
+    "arc_challenge": "arc/arc_challenge",
+    "arc_easy": "arc/arc_easy",
+    "commonsense_qa": "commonsense_qa/default",
+    "gsm8k": "gsm8k/gsm8k",
+    "hellaswag": "hellaswag/hellaswag",
+    "winogrande": "winogrande/default",
+}
+WORDS = [
+    "at  on",
+    *"the cat sat a mat, Zoë ran w[step] away ; 12 dogs' ½ cup \u4f60\u597d red".split(),
+]
 
 
 def make_rows(task, count, seed):
@@ -99,18 +128,41 @@ def make_rows(task, count, seed):
     for n in range(count):
         if task == "gsm8k":
             number = f"{rng.randint(1, 9)},{rng.randint(100, 999)}"
-            row = {"question": words(2, 6) + " ", "answer": f"{words(1, 4)} <<1+1=2>>2\n#### {number}"}
+            row = {
+                "question": words(2, 6) + " ",
+                "answer": f"{words(1, 4)} <<1+1=2>>2\n#### {number}",
+            }
         elif task == "hellaswag":
-            ends = [words(1, 5) + rng.choice(["", " [title] x", "  ", " [a b] y"]) for _ in range(4)]
-            row = {"activity_label": words(1, 2), "ctx_a": words(2, 5), "ctx_b": words(1, 3), "endings": ends,
-                   "label": str(rng.randrange(4)), "ind": n}
+            ends = [
+                words(1, 5) + rng.choice(["", " [title] x", "  ", " [a b] y"]) for _ in range(4)
+            ]
+            row = {
+                "activity_label": words(1, 2),
+                "ctx_a": words(2, 5),
+                "ctx_b": words(1, 3),
+                "endings": ends,
+                "label": str(rng.randrange(4)),
+                "ind": n,
+            }
         elif task == "winogrande":
-            row = {"sentence": f"{words(0, 3)} _ {words(1, 4)}.", "option1": words(1, 2), "option2": words(1, 2),
-                   "answer": rng.choice("12")}
+            row = {
+                "sentence": f"{words(0, 3)} _ {words(1, 4)}.",
+                "option1": words(1, 2),
+                "option2": words(1, 2),
+                "answer": rng.choice("12"),
+            }
         else:
-            names = "ABCDE" if task == "commonsense_qa" else rng.choice(["ABCD", "1234", "ABC", "ABCDE"])
-            row = {"id": str(n), "question": f" {words(2, 7)}?", "answerKey": rng.choice(names),
-                   "choices": {"text": [words(1, 4) for _ in names], "label": list(names)}}
+            names = (
+                "ABCDE"
+                if task == "commonsense_qa"
+                else rng.choice(["ABCD", "1234", "ABC", "ABCDE"])
+            )
+            row = {
+                "id": str(n),
+                "question": f" {words(2, 7)}?",
+                "answerKey": rng.choice(names),
+                "choices": {"text": [words(1, 4) for _ in names], "label": list(names)},
+            }
         rows += [row] * (1 + (n % 5 == 4))
     return rows
 
@@ -122,13 +174,17 @@ def data_dir(tmp_path_factory):
         (folder / task).mkdir()
         for split, count in ((spec.split, 12), ("train", 9)):
             rows = make_rows(task, count, split)
-            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / task / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
     return folder
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("base") / "model", vocab_size=259, max_position_embeddings=400)
+    folder = write_checkpoint(
+        tmp_path_factory.mktemp("base") / "model", vocab_size=259, max_position_embeddings=400
+    )
     write_tokenizer(folder)
     return folder
 
@@ -151,44 +207,87 @@ def lm_eval_results(folder, data_dir, tasks, shots, chat, limit, monkeypatch, ca
         files = {s: str(data_dir / task / f"{s}.jsonl") for s in (split, "train")}
         if not Path(files["train"]).exists():
             files["train"] = files[split]
-        built.append(ConfigurableTask(config=config | {
-            "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}))
+        built.append(
+            ConfigurableTask(
+                config=config
+                | {
+                    "dataset_path": "json",
+                    "dataset_name": None,
+                    "dataset_kwargs": {"data_files": files},
+                }
+            )
+        )
     special = json.loads((folder / "tokenizer_config.json").read_text())
-    special = {key: special[key] for key in ("bos_token", "eos_token", "pad_token") if special.get(key)}
+    special = {
+        key: special[key] for key in ("bos_token", "eos_token", "pad_token") if special.get(key)
+    }
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if (folder / "chat_template.jinja").exists():
         tokenizer.chat_template = (folder / "chat_template.jinja").read_text()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu"), tasks=built, num_fewshot=shots,
-        limit=limit, apply_chat_template=chat, task_manager=TaskManager(include_defaults=False), bootstrap_iters=10)
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu"),
+        tasks=built,
+        num_fewshot=shots,
+        limit=limit,
+        apply_chat_template=chat,
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=10,
+    )
 
 
 def our_results(folder, data_dir, tasks, shots, chat, limit, out):
     """The same with eval.py's command: (results, {task: samples})."""
-    argv = ["--model", f"m={folder}", "--tasks", ",".join(tasks), "--data_dir", str(data_dir), "--dtype", "float32",
-            "--output_dir", str(out), "--device", "cpu", "--apply_chat_template", str(chat)]
+    argv = [
+        "--model",
+        f"m={folder}",
+        "--tasks",
+        ",".join(tasks),
+        "--data_dir",
+        str(data_dir),
+        "--dtype",
+        "float32",
+        "--output_dir",
+        str(out),
+        "--device",
+        "cpu",
+        "--apply_chat_template",
+        str(chat),
+    ]
     argv += ["--num_fewshot", str(shots)] if shots is not None else []
     evaluation.main(argv + (["--limit", str(limit)] if limit else []))
-    samples = {task: [json.loads(line) for line in (out / f"samples_m_{task}.jsonl").open()] for task in tasks}
+    samples = {
+        task: [json.loads(line) for line in (out / f"samples_m_{task}.jsonl").open()]
+        for task in tasks
+    }
     return json.loads((out / "results.json").read_text())["models"]["m"], samples
 
 
 def check_parity(folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_path):
-    theirs = lm_eval_results(folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_path / "cache")
+    theirs = lm_eval_results(
+        folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_path / "cache"
+    )
     ours, samples = our_results(folder, data_dir, tasks, shots, chat, limit, tmp_path / "out")
-    names = {"acc": "acc,none", "acc_norm": "acc_norm,none", "exact_match_strict": "exact_match,strict-match",
-             "exact_match_flexible": "exact_match,flexible-extract"}
+    names = {
+        "acc": "acc,none",
+        "acc_norm": "acc_norm,none",
+        "exact_match_strict": "exact_match,strict-match",
+        "exact_match_flexible": "exact_match,flexible-extract",
+    }
     for task in tasks:
-        seen = sorted((s for s in theirs["samples"][task] if s["filter"] != "flexible-extract"),
-                      key=lambda s: s["doc_id"])
+        seen = sorted(
+            (s for s in theirs["samples"][task] if s["filter"] != "flexible-extract"),
+            key=lambda s: s["doc_id"],
+        )
         assert len(seen) == len(samples[task]) == ours[task]["n"]
         for mine, other in zip(samples[task], seen):
             if task == "gsm8k":
                 assert mine["output"] == other["resps"][0][0]
             else:
-                np.testing.assert_allclose(mine["logps"], [r[0][0] for r in other["resps"]], atol=1e-4, rtol=0)
+                np.testing.assert_allclose(
+                    mine["logps"], [r[0][0] for r in other["resps"]], atol=1e-4, rtol=0
+                )
         for name, value in ((name, value) for name, value in ours[task].items() if name in names):
             assert value == pytest.approx(theirs["results"][task][names[name]], abs=1e-12)
             other = theirs["results"][task][names[name].replace(",", "_stderr,")]
@@ -214,34 +313,77 @@ def test_gsm8k_is_graded_as_lm_eval_grades():
 
     config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml")
     task, options = evaluation.TASKS["gsm8k"], config["metric_list"][0]
-    assert list(task.stops) == config["generation_kwargs"]["until"] and task.shots == config["num_fewshot"]
-    options = {key: value for key, value in options.items() if key.startswith(("ignore", "regexes"))}
-    texts = ["so 3.\n#### 72", "#### 1,072.", "It is $1,072.", "#### -5 or 72", "72", "", "none", "a #### 7", "$ . ,",
-             "4. #### 3.0", "#### 72 Question: 5", "5 Question: 72", "#### 72</s>9", "#### 72\n#### 1072", "is 72.",
-             "####  72"]
+    assert (
+        list(task.stops) == config["generation_kwargs"]["until"]
+        and task.shots == config["num_fewshot"]
+    )
+    options = {
+        key: value for key, value in options.items() if key.startswith(("ignore", "regexes"))
+    }
+    texts = [
+        "so 3.\n#### 72",
+        "#### 1,072.",
+        "It is $1,072.",
+        "#### -5 or 72",
+        "72",
+        "",
+        "none",
+        "a #### 7",
+        "$ . ,",
+        "4. #### 3.0",
+        "#### 72 Question: 5",
+        "5 Question: 72",
+        "#### 72</s>9",
+        "#### 72\n#### 1072",
+        "is 72.",
+        "####  72",
+    ]
     for answer in ("x <<1+1=2>>\n#### 72", "so #### 1,072", "#### -5", "#### 3.0", "#,### 72"):
         for text in texts:
-            ours = evaluation.grade_gsm8k(evaluation.Item(["q"], [answer]), task, SimpleNamespace(decode=str), text)
+            ours = evaluation.grade_gsm8k(
+                evaluation.Item(["q"], [answer]), task, SimpleNamespace(decode=str), text
+            )
             cut = postprocess_generated_text(text, config["generation_kwargs"]["until"], None)
             for spec, name in zip(config["filter_list"], task.metrics):
                 pattern = {k: v for k, v in spec["filter"][0].items() if k != "function"}
                 found = RegexFilter(**pattern).apply([[cut]], [{}])[0][0]
-                right = exact_match_hf_evaluate(predictions=[found], references=[answer], **options)["exact_match"]
+                right = exact_match_hf_evaluate(
+                    predictions=[found], references=[answer], **options
+                )["exact_match"]
                 assert ours["metrics"][name] == right, (answer, text, name)
 
 
 def test_a_missing_train_file_means_the_questions_themselves(base, data_dir, monkeypatch, tmp_path):
     for task in ("commonsense_qa", "winogrande"):
         (tmp_path / "data" / task).mkdir(parents=True)
-        (tmp_path / "data" / task / "validation.jsonl").write_text((data_dir / task / "validation.jsonl").read_text())
-    check_parity(base, tmp_path / "data", ["commonsense_qa", "winogrande"], 2, False, 5, monkeypatch, tmp_path)
+        (tmp_path / "data" / task / "validation.jsonl").write_text(
+            (data_dir / task / "validation.jsonl").read_text()
+        )
+    check_parity(
+        base,
+        tmp_path / "data",
+        ["commonsense_qa", "winogrande"],
+        2,
+        False,
+        5,
+        monkeypatch,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize("shots", [0, 3])
 def test_real_data_equals_lm_eval(shared, shots, monkeypatch, tmp_path):
     """A trained model with a BOS token and a SentencePiece-like tokenizer."""
-    check_parity(shared / "models" / "stories260K", shared / "data", ["arc_challenge", "commonsense_qa", "winogrande"],
-                 shots, False, 12, monkeypatch, tmp_path)
+    check_parity(
+        shared / "models" / "stories260K",
+        shared / "data",
+        ["arc_challenge", "commonsense_qa", "winogrande"],
+        shots,
+        False,
+        12,
+        monkeypatch,
+        tmp_path,
+    )
 
 
 # --- sharing changes no number ----------------------------------------------------------------------------------------
@@ -262,11 +404,15 @@ def test_a_prefix_tree_scores_what_single_sequences_score(tiny_checkpoint, atten
     np.testing.assert_allclose(evaluation.sum_logps(model, sequences), alone, atol=1e-4)
     ids, start = sequences[5]
     labels = np.where(np.arange(len(ids)) >= start, ids, IGNORE)
-    assert alone[5] == pytest.approx(float(model.logps(Batch.pack([[Segment(np.array(ids), labels)]])).sum()), abs=1e-4)
+    assert alone[5] == pytest.approx(
+        float(model.logps(Batch.pack([[Segment(np.array(ids), labels)]])).sum()), abs=1e-4
+    )
     items = [sequences[n : n + 3] for n in range(0, 42, 3)]
     for budget in (1, 60, 10**6):  # whatever comes together
         found = dict(evaluation.score(model, items, budget))
-        np.testing.assert_allclose([found[n] for n in range(14)], np.reshape(alone, (14, 3)), atol=1e-4)
+        np.testing.assert_allclose(
+            [found[n] for n in range(14)], np.reshape(alone, (14, 3)), atol=1e-4
+        )
     assert list(evaluation.score(model, [])) == []
 
 
@@ -283,7 +429,9 @@ def test_a_batch_that_refills_itself_writes_the_same(tiny_checkpoint, attention)
     """Rows that end make room for others, behind a header or not; every row is what it is alone."""
     model, rng = load_model(tiny_checkpoint(), attn_implementation=attention), random.Random(1)
     for header in ([], [rng.randrange(3, 190) for _ in range(20)]):
-        prompts = [header + [rng.randrange(3, 190) for _ in range(rng.randint(1, 9))] for _ in range(11)]
+        prompts = [
+            header + [rng.randrange(3, 190) for _ in range(rng.randint(1, 9))] for _ in range(11)
+        ]
         ends = {n for p in prompts for n in generate(model, [p], 9)[0][4:5]}  # some rows end early
         alone = [generate(model, [p], 9, eos_ids=ends)[0] for p in prompts]
         assert len({len(ids) for ids in alone}) > 1
@@ -299,8 +447,12 @@ def test_long_prompts_and_decoding_equal_eager(tiny_checkpoint):
     """Above 512 keys a CPU cuts queries into blocks; without gradients that is what every long segment goes through."""
     folder, rng = tiny_checkpoint(max_position_embeddings=2048), np.random.default_rng(2)
     ids = rng.integers(3, 190, 1300).tolist()
-    sums = [evaluation.sum_logps(load_model(folder, attn_implementation=name), [(ids, 1), (ids[:900] + [5] * 30, 2)])
-            for name in ("sdpa", "eager")]
+    sums = [
+        evaluation.sum_logps(
+            load_model(folder, attn_implementation=name), [(ids, 1), (ids[:900] + [5] * 30, 2)]
+        )
+        for name in ("sdpa", "eager")
+    ]
     np.testing.assert_allclose(*sums, rtol=1e-5)
 
 
@@ -320,7 +472,9 @@ def ask(source, folder, tmp_path, name="own", **changes):
     """An own set's samples and summary."""
     model, tokenizer, config = load_model(folder), Tokenizer(folder), settings(**changes)
     questions = evaluation.ask_own(evaluation.read_own(source), model, tokenizer, config)
-    samples = evaluation.run(model, tokenizer, questions, tmp_path / f"samples_m_{name}.jsonl", "", config)
+    samples = evaluation.run(
+        model, tokenizer, questions, tmp_path / f"samples_m_{name}.jsonl", "", config
+    )
     return samples, evaluation.summarise(samples)
 
 
@@ -331,61 +485,113 @@ def test_perplexity_equals_lm_eval(base, tmp_path):
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     texts = ["One day a dog ran.", "A cat. " * 90, "ü" * 200, "x" * 400, "y" * 401, "z" * 801]
-    reference = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(base), batch_size=1, device="cpu", tokenizer=
-                     PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"), eos_token="<|im_end|>"))
+    reference = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(base),
+        batch_size=1,
+        device="cpu",
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_file=str(base / "tokenizer.json"), eos_token="<|im_end|>"
+        ),
+    )
     reference.tokenizer.pad_token = "<|endoftext|>"
     expected = reference.loglikelihood_rolling(
-        [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1)) for text in texts])
-    samples, summary = ask(write_rows(tmp_path / "t.jsonl", [{"text": text} for text in texts]), base, tmp_path)
+        [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1)) for text in texts]
+    )
+    samples, summary = ask(
+        write_rows(tmp_path / "t.jsonl", [{"text": text} for text in texts]), base, tmp_path
+    )
     np.testing.assert_allclose([s["logp"] for s in samples], expected, rtol=1e-6)
     bits = -sum(expected) / math.log(2) / sum(len(text.encode()) for text in texts)
     assert summary["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
-    assert summary["byte_perplexity"] == pytest.approx(2**bits, rel=1e-5)  # an exponential of many bits
+    assert summary["byte_perplexity"] == pytest.approx(
+        2**bits, rel=1e-5
+    )  # an exponential of many bits
     (tmp_path / "one.txt").write_text(texts[1])
     assert ask(str(tmp_path / "one.txt"), base, tmp_path, "one")[1]["n"] == 1
 
 
 def test_own_choices_are_scored_as_arc_is(base, tmp_path):
     rows = make_rows("arc_easy", 8, "own")
-    plain = [{"question": r["question"], "choices": r["choices"]["text"],
-              "answer": r["choices"]["label"].index(r["answerKey"])} for r in rows]
+    plain = [
+        {
+            "question": r["question"],
+            "choices": r["choices"]["text"],
+            "answer": r["choices"]["label"].index(r["answerKey"]),
+        }
+        for r in rows
+    ]
     by_letter = [row | {"answer": "ABCDE"[row["answer"]]} for row in plain]
-    found = [ask(write_rows(tmp_path / f"{n}.jsonl", rows), base, tmp_path, str(n))
-             for n, rows in enumerate((rows, plain, by_letter))]
+    found = [
+        ask(write_rows(tmp_path / f"{n}.jsonl", rows), base, tmp_path, str(n))
+        for n, rows in enumerate((rows, plain, by_letter))
+    ]
     for samples, summary in found:
-        assert summary == found[0][1] and [s["logps"] for s in samples] == [s["logps"] for s in found[0][0]]
+        assert summary == found[0][1] and [s["logps"] for s in samples] == [
+            s["logps"] for s in found[0][0]
+        ]
 
 
 def test_yes_and_no(base, tmp_path):
     """accuracy, and precision, recall and F1 of Yes, against scikit-learn's."""
     from sklearn.metrics import f1_score, precision_score, recall_score
 
-    rows = [{"prompt": f"{'word ' * (n % 4)}{n}? ", "completion": "Yes" if n % 3 else "No"} for n in range(20)]
+    rows = [
+        {"prompt": f"{'word ' * (n % 4)}{n}? ", "completion": "Yes" if n % 3 else "No"}
+        for n in range(20)
+    ]
     samples, summary = ask(write_rows(tmp_path / "yes.jsonl", rows), base, tmp_path)
     golds, answers = ([s[key] for s in samples] for key in ("gold", "answer"))
     assert golds == [row["completion"] for row in rows] and len(set(answers)) == 2
     assert summary["accuracy"] == np.mean([a == b for a, b in zip(golds, answers)])
-    for name, metric in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+    for name, metric in (
+        ("f1", f1_score),
+        ("precision", precision_score),
+        ("recall", recall_score),
+    ):
         assert summary[name] == pytest.approx(metric(golds, answers, pos_label="Yes"))
 
 
 def test_references_reasoning_and_questions_alone(base, tmp_path):
     from rouge_score.rouge_scorer import RougeScorer
 
-    rows = [{"prompt": f"say {n} ", "completion": f"the answer number {n} is here"} for n in range(3)]
+    rows = [
+        {"prompt": f"say {n} ", "completion": f"the answer number {n} is here"} for n in range(3)
+    ]
     samples, summary = ask(write_rows(tmp_path / "r.jsonl", rows), base, tmp_path)
     for row, sample in zip(rows, samples):
-        wanted = RougeScorer(["rougeL"], use_stemmer=True).score(row["completion"], sample["output"])["rougeL"].fmeasure
+        wanted = (
+            RougeScorer(["rougeL"], use_stemmer=True)
+            .score(row["completion"], sample["output"])["rougeL"]
+            .fmeasure
+        )
         assert sample["metrics"]["rougeL"] == wanted and sample["reference"] == row["completion"]
     assert {"exact_match", "rouge1", "rouge2", "rougeL", "n"} <= set(summary)
-    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"So.\nAnswer: {n}"}],
-             "choices": [str(n), "9"]} for n in range(4)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{n}?"},
+                {"role": "assistant", "content": f"So.\nAnswer: {n}"},
+            ],
+            "choices": [str(n), "9"],
+        }
+        for n in range(4)
+    ]
     samples, summary = ask(write_rows(tmp_path / "c.jsonl", rows), base, tmp_path, "c")
-    assert [s["gold"] for s in samples] == [str(n) for n in range(4)] and all(s["forced"] for s in samples)
+    assert [s["gold"] for s in samples] == [str(n) for n in range(4)] and all(
+        s["forced"] for s in samples
+    )
     assert all(s["answer"] in s["choices"] for s in samples) and "accuracy" in summary
-    samples, summary = ask(write_rows(tmp_path / "q.jsonl", [{"question": "Why?"}, {"prompt": "Once"}]), base, tmp_path,
-                           "q")
-    assert samples[0]["prompt"].startswith("user\nWhy?") and samples[1]["prompt"] == "Once" and summary == {"n": 2}
+    samples, summary = ask(
+        write_rows(tmp_path / "q.jsonl", [{"question": "Why?"}, {"prompt": "Once"}]),
+        base,
+        tmp_path,
+        "q",
+    )
+    assert (
+        samples[0]["prompt"].startswith("user\nWhy?")
+        and samples[1]["prompt"] == "Once"
+        and summary == {"n": 2}
+    )
 
 
 def test_forced_choices_in_training(base):
@@ -393,12 +599,25 @@ def test_forced_choices_in_training(base):
     from data import render_row
 
     tokenizer, model = Tokenizer(base), load_model(base)
-    rows = [({"prompt": "Which?\nA. x\nB. y\nC. z\n", "completion": "It is y.\nAnswer: B"}, None, ["A", "B", "C"]),
-            ({"prompt": "Which? ", "completion": "Because.\nAnswer: cat"}, ["dog", "cat"], ["dog", "cat"]),
-            ({"prompt": "Which? ", "completion": " cat"}, ["dog", "cat"], ["dog", "cat"]),
-            ({"prompt": "Is it? ", "completion": "no"}, None, ["yes", "no"]),
-            ({"prompt": "Say ", "completion": "hello"}, None, None)]
-    asked = [evaluation.ask_choice(tokenizer, render_row(row, tokenizer), choices) for row, choices, _ in rows]
+    rows = [
+        (
+            {"prompt": "Which?\nA. x\nB. y\nC. z\n", "completion": "It is y.\nAnswer: B"},
+            None,
+            ["A", "B", "C"],
+        ),
+        (
+            {"prompt": "Which? ", "completion": "Because.\nAnswer: cat"},
+            ["dog", "cat"],
+            ["dog", "cat"],
+        ),
+        ({"prompt": "Which? ", "completion": " cat"}, ["dog", "cat"], ["dog", "cat"]),
+        ({"prompt": "Is it? ", "completion": "no"}, None, ["yes", "no"]),
+        ({"prompt": "Say ", "completion": "hello"}, None, None),
+    ]
+    asked = [
+        evaluation.ask_choice(tokenizer, render_row(row, tokenizer), choices)
+        for row, choices, _ in rows
+    ]
     assert [q and q.shown["choices"] for q in asked] == [options for *_, options in rows]
     texts = [[tokenizer.decode(ids) for ids, _ in q.sequences] for q in asked[:4]]
     assert texts[0] == [rows[0][0]["prompt"] + f"Answer: {letter}" for letter in "ABC"]
@@ -406,8 +625,13 @@ def test_forced_choices_in_training(base):
     model.train()
     found = evaluation.choice_metrics(model, asked[:4])
     assert model.training and set(found) == {"eval_accuracy", "eval_f1"}
-    picks = [q.shown["choices"][int(np.argmax(evaluation.sum_logps(model, q.sequences)))] for q in asked[:4]]
-    assert found["eval_accuracy"] == np.mean([a == b for a, b in zip(picks, ["B", "cat", "cat", "no"])])
+    picks = [
+        q.shown["choices"][int(np.argmax(evaluation.sum_logps(model, q.sequences)))]
+        for q in asked[:4]
+    ]
+    assert found["eval_accuracy"] == np.mean(
+        [a == b for a, b in zip(picks, ["B", "cat", "cat", "no"])]
+    )
     assert evaluation.choice_metrics(model, []) == {}
 
 
@@ -418,7 +642,9 @@ def results_of(rates, n=1000, seed=0, common=0.8):
     """Synthetic samples: {set: n rows right at a rate}; most questions are right or wrong for every model alike."""
     rng, samples = np.random.default_rng(seed), {}
     for task, rate in rates.items():
-        same = np.random.default_rng(len(task)).random(n)  # how hard each question is, whoever answers
+        same = np.random.default_rng(len(task)).random(
+            n
+        )  # how hard each question is, whoever answers
         luck = np.where(np.random.default_rng(7).random(n) < common, same, rng.random(n))
         samples[task] = [{"metrics": {"acc": float(value < rate)}} for value in luck]
     return samples
@@ -428,19 +654,34 @@ def test_an_average_that_rises_while_two_sets_fall():
     """Question by question results with the figures of a published SFT and DPO run: the average rises at every stage,
     and every stage loses on two sets of five."""
     sets = {"arc": 1172, "csqa": 1221, "gsm8k": 1319, "hellaswag": 10042, "winogrande": 1267}
-    stages = {"base": (48.1, 82.7, 75.4, 54.5, 70.3), "sft": (54.2, 81.4, 78.5, 58.2, 69.0),
-              "dpo": (54.7, 79.9, 79.5, 61.9, 67.9)}
-    samples = {name: {task: results_of({task: rate / 100}, size, n, 0.85)[task]
-                      for (task, size), rate in zip(sets.items(), rates)}
-               for n, (name, rates) in enumerate(stages.items())}
+    stages = {
+        "base": (48.1, 82.7, 75.4, 54.5, 70.3),
+        "sft": (54.2, 81.4, 78.5, 58.2, 69.0),
+        "dpo": (54.7, 79.9, 79.5, 61.9, 67.9),
+    }
+    samples = {
+        name: {
+            task: results_of({task: rate / 100}, size, n, 0.85)[task]
+            for (task, size), rate in zip(sets.items(), rates)
+        }
+        for n, (name, rates) in enumerate(stages.items())
+    }
     pairs = evaluation.compare_all(samples)
     verdicts = {p["task"]: p["verdict"] for p in pairs if (p["a"], p["b"]) == ("base", "dpo")}
     assert verdicts == dict(zip(sets, ("rose", "fell", "rose", "rose", "fell")))
-    assert all(p["delta"] < 0 for p in pairs if p["task"] in ("csqa", "winogrande"))  # at every stage
+    assert all(
+        p["delta"] < 0 for p in pairs if p["task"] in ("csqa", "winogrande")
+    )  # at every stage
     said = evaluation.headline("base", "dpo", pairs)
-    assert "+2." in said and "fell beyond noise: csqa, winogrande" in said and "The average hides what fell." in said
-    results = {name: {task: evaluation.summarise(rows) for task, rows in found.items()}
-               for name, found in samples.items()}
+    assert (
+        "+2." in said
+        and "fell beyond noise: csqa, winogrande" in said
+        and "The average hides what fell." in said
+    )
+    results = {
+        name: {task: evaluation.summarise(rows) for task, rows in found.items()}
+        for name, found in samples.items()
+    }
     text = evaluation.report(results, pairs, samples)
     assert said in text and text.count("| fell |") == 2
 
@@ -449,7 +690,11 @@ def test_two_percent_of_a_hundred_is_noise():
     a, b = results_of({"x": 0.50}, 100, 1)["x"], results_of({"x": 0.52}, 100, 2)["x"]
     a, b = (evaluation.columns(rows)["acc"] for rows in (a, b))
     found = evaluation.compare("acc", a, b)
-    assert found["verdict"] == "noise" and found["low"] < found["delta"] < found["high"] and found["mcnemar_p"] > 0.05
+    assert (
+        found["verdict"] == "noise"
+        and found["low"] < found["delta"] < found["high"]
+        and found["mcnemar_p"] > 0.05
+    )
     assert evaluation.compare("acc", a, a)["verdict"] == "noise"
 
 
@@ -479,7 +724,9 @@ def adapters(base, tmp_path_factory):
     folders = []
     for n, more in enumerate(([], ["norm"], [])):
         model = load_model(base)
-        add_lora(model, LoRAConfig(lora_r=2, target_modules=["q_proj"], modules_to_save=more), seed=n)
+        add_lora(
+            model, LoRAConfig(lora_r=2, target_modules=["q_proj"], modules_to_save=more), seed=n
+        )
         with torch.no_grad():
             for p in (p for p in model.parameters() if p.requires_grad):
                 p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(n)))
@@ -495,50 +742,107 @@ def command(*argv):
 def test_models_side_by_side(base, adapters, data_dir, tmp_path, monkeypatch, capsys):
     """Base, adapters and run folders in one run score what each scores alone; a base is loaded once for plain LoRA."""
     loads = []
-    monkeypatch.setattr(evaluation, "load_4bit", lambda *args, **more: loads.append(1) or load_4bit(*args, **more))
-    options = ["--tasks", "winogrande,arc_easy", "--data_dir", data_dir, "--limit", 5, "--output_dir"]
-    models = {"base": base, "one": adapters[0], "two": adapters[2].parent, "norms": adapters[1], "again": adapters[0]}
-    command(*(x for name, path in models.items() for x in ("--model", f"{name}={path}")), *options, tmp_path / "all")
+    monkeypatch.setattr(
+        evaluation, "load_4bit", lambda *args, **more: loads.append(1) or load_4bit(*args, **more)
+    )
+    options = [
+        "--tasks",
+        "winogrande,arc_easy",
+        "--data_dir",
+        data_dir,
+        "--limit",
+        5,
+        "--output_dir",
+    ]
+    models = {
+        "base": base,
+        "one": adapters[0],
+        "two": adapters[2].parent,
+        "norms": adapters[1],
+        "again": adapters[0],
+    }
+    command(
+        *(x for name, path in models.items() for x in ("--model", f"{name}={path}")),
+        *options,
+        tmp_path / "all",
+    )
     assert len(loads) == 2  # the trained norms took the base along
     found = json.loads((tmp_path / "all" / "results.json").read_text())
     assert found["models"]["one"] == found["models"]["again"] and len(found["pairs"]) == 10 * 3
-    lines = {name: (tmp_path / "all" / f"samples_{name}_arc_easy.jsonl").read_text() for name in models}
+    lines = {
+        name: (tmp_path / "all" / f"samples_{name}_arc_easy.jsonl").read_text() for name in models
+    }
     assert len({json.loads(text.split("\n")[0])["logps"][0] for text in lines.values()}) == 4
     for name, path in models.items():
         command("--model", f"{name}={path}", *options, tmp_path / name)
-        assert json.loads((tmp_path / name / "results.json").read_text())["models"][name] == found["models"][name]
+        assert (
+            json.loads((tmp_path / name / "results.json").read_text())["models"][name]
+            == found["models"][name]
+        )
     said = capsys.readouterr().out
     assert "| winogrande | acc | 5 |" in said and "base → one" in said
-    assert {"report.md", "results.png", "results.json"} <= {p.name for p in (tmp_path / "all").iterdir()}
+    assert {"report.md", "results.png", "results.json"} <= {
+        p.name for p in (tmp_path / "all").iterdir()
+    }
 
 
 def test_names():
     """A source without a name is named after itself, in letters that a file's name may have."""
     assert evaluation.named(["Qwen/Qwen3-0.6B", "a.b=x=y", "runs/mine"], "model") == {
-        "Qwen3-0.6B": "Qwen/Qwen3-0.6B", "a.b": "x=y", "mine": "runs/mine"}
-    assert evaluation.named(["d/q.jsonl", "org/set:test"], "data") == {"q": "d/q.jsonl", "set_test": "org/set:test"}
+        "Qwen3-0.6B": "Qwen/Qwen3-0.6B",
+        "a.b": "x=y",
+        "mine": "runs/mine",
+    }
+    assert evaluation.named(["d/q.jsonl", "org/set:test"], "data") == {
+        "q": "d/q.jsonl",
+        "set_test": "org/set:test",
+    }
 
 
 def test_an_interrupted_evaluation_goes_on(base, data_dir, tmp_path, monkeypatch):
     """Half a line is dropped, whole ones count, and what has other weights or settings is asked anew."""
-    argv = ["--model", f"m={base}", "--tasks", "winogrande,gsm8k", "--num_fewshot", "1", "--data_dir", str(data_dir),
-            "--max_new_tokens", "4", "--output_dir", str(tmp_path / "out")]
+    argv = [
+        "--model",
+        f"m={base}",
+        "--tasks",
+        "winogrande,gsm8k",
+        "--num_fewshot",
+        "1",
+        "--data_dir",
+        str(data_dir),
+        "--max_new_tokens",
+        "4",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     command(*argv)
     files = [tmp_path / "out" / f"samples_m_{task}.jsonl" for task in ("winogrande", "gsm8k")]
     whole = [file.read_text() for file in files]
     scored, written = [], []
     score, generate_each = evaluation.score, evaluation.generate_each
-    monkeypatch.setattr(evaluation, "score", lambda m, items: scored.append(len(items)) or score(m, items))
-    monkeypatch.setattr(evaluation, "generate_each",
-                        lambda m, p, *a, **k: written.append(len(p)) or generate_each(m, p, *a, **k))
+    monkeypatch.setattr(
+        evaluation, "score", lambda m, items: scored.append(len(items)) or score(m, items)
+    )
+    monkeypatch.setattr(
+        evaluation,
+        "generate_each",
+        lambda m, p, *a, **k: written.append(len(p)) or generate_each(m, p, *a, **k),
+    )
     for file, text in zip(files, whole):
         lines = text.splitlines(keepends=True)
         file.write_text("".join(lines[3:9][::-1]) + lines[9][:-20])
     command(*argv)
     for file, text in zip(files, whole):
-        again, before = ([json.loads(line) for line in x.splitlines()] for x in (file.read_text(), text))
-        for one, other in zip(again, before, strict=True):  # in other company sums round differently
-            assert one.pop("logps", []) == pytest.approx(other.pop("logps", []), abs=1e-4) and one == other
+        again, before = (
+            [json.loads(line) for line in x.splitlines()] for x in (file.read_text(), text)
+        )
+        for one, other in zip(
+            again, before, strict=True
+        ):  # in other company sums round differently
+            assert (
+                one.pop("logps", []) == pytest.approx(other.pop("logps", []), abs=1e-4)
+                and one == other
+            )
     assert sum(scored) == 14 - 6 and sum(written) == 14 - 6
     command(*argv)
     assert sum(scored) == 8 and sum(written) == 8
@@ -548,40 +852,74 @@ def test_an_interrupted_evaluation_goes_on(base, data_dir, tmp_path, monkeypatch
 
 def test_a_reference_that_changes_is_asked_anew(base, tmp_path):
     """What a stored line says of the gold answer holds for the file as it is now: choices, texts, and reasoning."""
-    for name, old, new in (("yes", "Yes", "No"), ("text", "so", "no, not so"), ("why", "a\nAnswer: x", "a\nAnswer: y")):
-        files = [write_rows(tmp_path / f"{n}.jsonl", [{"prompt": "Is it? ", "completion": answer}])
-                 for n, answer in enumerate((old, new, new))]
+    for name, old, new in (
+        ("yes", "Yes", "No"),
+        ("text", "so", "no, not so"),
+        ("why", "a\nAnswer: x", "a\nAnswer: y"),
+    ):
+        files = [
+            write_rows(tmp_path / f"{n}.jsonl", [{"prompt": "Is it? ", "completion": answer}])
+            for n, answer in enumerate((old, new, new))
+        ]
         found = [ask(file, base, tmp_path, name)[0][0] for file in files]
         told = [sample.get("gold") or sample["reference"] for sample in found]
-        assert told[0] == old.removeprefix("a\nAnswer: ") and told[1] == told[2] == new.removeprefix("a\nAnswer: ")
+        assert told[0] == old.removeprefix("a\nAnswer: ") and told[1] == told[
+            2
+        ] == new.removeprefix("a\nAnswer: ")
 
 
 def test_a_model_that_fails_leaves_the_others(base, data_dir, tmp_path):
     broken = write_checkpoint(tmp_path / "broken", vocab_size=259)
     (broken / "model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="1 of 2 models failed: broken: .*not a whole safetensors"):
-        command("--model", f"broken={broken}", "--model", f"m={base}", "--tasks", "winogrande", "--data_dir", data_dir,
-                "--output_dir", tmp_path / "out")
+        command(
+            "--model",
+            f"broken={broken}",
+            "--model",
+            f"m={base}",
+            "--tasks",
+            "winogrande",
+            "--data_dir",
+            data_dir,
+            "--output_dir",
+            tmp_path / "out",
+        )
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(found["models"]) == ["m"] and "broken" in found["failed"]
     before = (tmp_path / "out" / "results.json").read_bytes()
-    with pytest.raises(UserError, match="1 of 1 models failed: lost: .*neither a folder nor a hub id"):
-        command("--model", f"lost={tmp_path / 'lost'}", "--tasks", "winogrande", "--data_dir", data_dir,
-                "--output_dir", tmp_path / "out")
+    with pytest.raises(
+        UserError, match="1 of 1 models failed: lost: .*neither a folder nor a hub id"
+    ):
+        command(
+            "--model",
+            f"lost={tmp_path / 'lost'}",
+            "--tasks",
+            "winogrande",
+            "--data_dir",
+            data_dir,
+            "--output_dir",
+            tmp_path / "out",
+        )
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--tasks", "winogrand"], "--tasks: 'winogrand' is not one of .*nearest: winogrande"),
-    (["--model", "a=x", "--model", "a=y", "--tasks", "winogrande"], "two are named a"),
-    ([], "nothing to ask: give --data FILE, or --tasks of arc_challenge"),
-    (["--tasks", "winogrande", "--limit", "0"], "--limit: 0 is below 1"),
-    (["--tasks", "winogrande", "--num_fewshot", "-1"], "--num_fewshot: -1 is below 0"),
-    (["--tasks", "winogrande", "--num_fewshot", "99"], "99 few-shot examples can't be drawn from 10 rows"),
-    (["--data", "winogrande=x.jsonl"], "a benchmark's name"),
-    (["--tsks", "x"], "unknown flag --tsks.*tasks"),
-    (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--tasks", "winogrand"], "--tasks: 'winogrand' is not one of .*nearest: winogrande"),
+        (["--model", "a=x", "--model", "a=y", "--tasks", "winogrande"], "two are named a"),
+        ([], "nothing to ask: give --data FILE, or --tasks of arc_challenge"),
+        (["--tasks", "winogrande", "--limit", "0"], "--limit: 0 is below 1"),
+        (["--tasks", "winogrande", "--num_fewshot", "-1"], "--num_fewshot: -1 is below 0"),
+        (
+            ["--tasks", "winogrande", "--num_fewshot", "99"],
+            "99 few-shot examples can't be drawn from 10 rows",
+        ),
+        (["--data", "winogrande=x.jsonl"], "a benchmark's name"),
+        (["--tsks", "x"], "unknown flag --tsks.*tasks"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    ],
+)
 def test_mistakes(base, data_dir, tmp_path, argv, message):
     models = [] if "--model" in argv else ["--model", base]
     with pytest.raises(UserError, match=message):
@@ -589,15 +927,42 @@ def test_mistakes(base, data_dir, tmp_path, argv, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("task, row, message", [
-    ("arc_easy", {"question": "x"}, "samples.jsonl:1: not a row of arc_easy: it has no 'choices'"),
-    ("arc_easy", {"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "not in list"),
-    ("hellaswag", {"activity_label": "x", "ctx_a": "x", "ctx_b": "x", "endings": ["a"], "label": 2}, "one of them"),
-    ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "3"}, "winogrande"),
-    ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "no _"),
-    ("commonsense_qa", {"question": 3, "choices": {"text": list("abcde")}, "answerKey": "A"}, "'question' must be"),
-    ("gsm8k", {"question": "x", "answer": None}, "'answer' must be a string"),
-])
+@pytest.mark.parametrize(
+    "task, row, message",
+    [
+        (
+            "arc_easy",
+            {"question": "x"},
+            "samples.jsonl:1: not a row of arc_easy: it has no 'choices'",
+        ),
+        (
+            "arc_easy",
+            {"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"},
+            "not in list",
+        ),
+        (
+            "hellaswag",
+            {"activity_label": "x", "ctx_a": "x", "ctx_b": "x", "endings": ["a"], "label": 2},
+            "one of them",
+        ),
+        (
+            "winogrande",
+            {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "3"},
+            "winogrande",
+        ),
+        (
+            "winogrande",
+            {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
+            "no _",
+        ),
+        (
+            "commonsense_qa",
+            {"question": 3, "choices": {"text": list("abcde")}, "answerKey": "A"},
+            "'question' must be",
+        ),
+        ("gsm8k", {"question": "x", "answer": None}, "'answer' must be a string"),
+    ],
+)
 def test_rows_that_are_none(tmp_path, task, row, message):
     split = evaluation.TASKS[task].split
     (tmp_path / task).mkdir()
@@ -609,23 +974,49 @@ def test_rows_that_are_none(tmp_path, task, row, message):
 def test_without_arguments_in_a_process(tmp_path):
     """`python eval.py` in a folder without runs: the embedded base alone, and one line for each that is missing."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--limit", "8", "--max_new_tokens", "20"], cwd=tmp_path,
-                          env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval.py", "--limit", "8", "--max_new_tokens", "20"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    assert "sft: there is no output/sft yet" in done.stdout and "dpo: there is no output/dpo yet" in done.stdout
+    assert (
+        "sft: there is no output/sft yet" in done.stdout
+        and "dpo: there is no output/dpo yet" in done.stdout
+    )
     assert "| mcqa | accuracy | 8 |" in done.stdout
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--tasks", "arc"], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: --tasks: 'arc'") and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval.py", "--tasks", "arc"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: --tasks: 'arc'")
+        and "Traceback" not in done.stderr
+    )
 
 
 # --- inside training --------------------------------------------------------------------------------------------------
 
 
 def training_rows(tmp_path, first="A", second="B"):
-    rows = [{"messages": [{"role": "user", "content": "word " * (n % 5) + f"number {n}?"},
-                          {"role": "assistant", "content": f"Answer: {(first, second)[n % 2]}"}], "choices": ["A", "B"]}
-            for n in range(16)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "word " * (n % 5) + f"number {n}?"},
+                {"role": "assistant", "content": f"Answer: {(first, second)[n % 2]}"},
+            ],
+            "choices": ["A", "B"],
+        }
+        for n in range(16)
+    ]
     return write_rows(tmp_path / f"{first}.jsonl", rows)
 
 
@@ -634,11 +1025,30 @@ def train(base, tmp_path, name, **changes):
     form makes their loss fall, what is learnt of the answers makes it rise."""
     import sft
 
-    options = dict(model=base, data=training_rows(tmp_path), eval_data=training_rows(tmp_path, "B", "A"), lora_r=4,
-                   max_steps=24, per_device_train_batch_size=4, learning_rate=0.03, eval_strategy="steps",
-                   eval_steps=1, save_strategy="steps", save_steps=1, output_dir=tmp_path / name, merge="false",
-                   eval_answers=0, device="cpu", lr_scheduler_type="constant") | changes
-    sft.main([str(x) for key, value in options.items() if value is not None for x in (f"--{key}", value)])
+    options = (
+        dict(
+            model=base,
+            data=training_rows(tmp_path),
+            eval_data=training_rows(tmp_path, "B", "A"),
+            lora_r=4,
+            max_steps=24,
+            per_device_train_batch_size=4,
+            learning_rate=0.03,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            output_dir=tmp_path / name,
+            merge="false",
+            eval_answers=0,
+            device="cpu",
+            lr_scheduler_type="constant",
+        )
+        | changes
+    )
+    sft.main(
+        [str(x) for key, value in options.items() if value is not None for x in (f"--{key}", value)]
+    )
     log = [line for line in tracking.read_log(tmp_path / name / "log.jsonl") if "eval_loss" in line]
     return tmp_path / name, log
 
@@ -649,8 +1059,12 @@ def weights(folder):
 
 def test_training_measures_choices_and_keeps_the_best(base, tmp_path):
     """The lowest held-out loss of the log is the step whose weights adapter/ holds, and rotation spared it."""
-    folder, log = train(base, tmp_path, "a", load_best_model_at_end="true", save_total_limit=2, learning_rate=0.1)
-    assert [line["step"] for line in log] == list(range(25)) and all(0 <= line["eval_accuracy"] <= 1 for line in log)
+    folder, log = train(
+        base, tmp_path, "a", load_best_model_at_end="true", save_total_limit=2, learning_rate=0.1
+    )
+    assert [line["step"] for line in log] == list(range(25)) and all(
+        0 <= line["eval_accuracy"] <= 1 for line in log
+    )
     best = min(log[1:], key=lambda line: line["eval_loss"])["step"]
     assert best != 24, "this run was meant to get worse"
     kept = sorted(path.name for path in folder.glob("checkpoint-*"))
@@ -659,16 +1073,23 @@ def test_training_measures_choices_and_keeps_the_best(base, tmp_path):
 
 
 def test_a_best_step_between_checkpoints_is_saved(base, tmp_path):
-    folder, log = train(base, tmp_path, "a", load_best_model_at_end="true", save_steps=100, learning_rate=0.1)
+    folder, log = train(
+        base, tmp_path, "a", load_best_model_at_end="true", save_steps=100, learning_rate=0.1
+    )
     best = min(log[1:], key=lambda line: line["eval_loss"])["step"]
     assert best != 24 and (folder / f"checkpoint-{best:06d}").exists()
     assert weights(folder / "adapter") == weights(folder / f"checkpoint-{best:06d}")
 
 
-@pytest.mark.parametrize("metric, options", [
-    ("loss", {}), ("accuracy", {}), ("eval_loss", {"early_stopping_threshold": 0.5}),
-    ("loss", {"greater_is_better": "true"}),
-])
+@pytest.mark.parametrize(
+    "metric, options",
+    [
+        ("loss", {}),
+        ("accuracy", {}),
+        ("eval_loss", {"early_stopping_threshold": 0.5}),
+        ("loss", {"greater_is_better": "true"}),
+    ],
+)
 def test_stopping_early_as_transformers_does(base, tmp_path, metric, options):
     """The step at which transformers' own EarlyStoppingCallback and best-metric rule would stop on the same figures."""
     from transformers import (
@@ -679,17 +1100,33 @@ def test_stopping_early_as_transformers_does(base, tmp_path, metric, options):
     )
 
     _, log = train(base, tmp_path, "free", learning_rate=0.1, max_steps=10)
-    folder, stopped = train(base, tmp_path, "stopped", learning_rate=0.1, max_steps=10, metric_for_best_model=metric,
-                            early_stopping_patience=2, **options)
+    folder, stopped = train(
+        base,
+        tmp_path,
+        "stopped",
+        learning_rate=0.1,
+        max_steps=10,
+        metric_for_best_model=metric,
+        early_stopping_patience=2,
+        **options,
+    )
     name = "eval_" + metric.removeprefix("eval_")
     greater = options.get("greater_is_better") == "true" or name == "eval_accuracy"
-    args = TrainingArguments(output_dir=str(tmp_path), metric_for_best_model=metric, greater_is_better=greater,
-                             eval_strategy="steps", report_to="none", use_cpu=True)
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        metric_for_best_model=metric,
+        greater_is_better=greater,
+        eval_strategy="steps",
+        report_to="none",
+        use_cpu=True,
+    )
     callback = EarlyStoppingCallback(2, options.get("early_stopping_threshold", 0.0))
     state, control, last = TrainerState(), TrainerControl(), 10
     for line in log[1:]:
         callback.on_evaluate(args, state, control, metrics=line)
-        if state.best_metric is None or (line[name] > state.best_metric if greater else line[name] < state.best_metric):
+        if state.best_metric is None or (
+            line[name] > state.best_metric if greater else line[name] < state.best_metric
+        ):
             state.best_metric = line[name]
         if control.should_training_stop:
             last = line["step"]
@@ -701,7 +1138,9 @@ def test_the_best_and_the_patience_survive_a_resume(base, tmp_path):
     """Stopped at any step and gone on, a run ends as one that never stopped: same step, same best, same bytes."""
     import shutil
 
-    options = dict(load_best_model_at_end="true", early_stopping_patience=2, learning_rate=0.1, max_steps=24)
+    options = dict(
+        load_best_model_at_end="true", early_stopping_patience=2, learning_rate=0.1, max_steps=24
+    )
     whole, log = train(base, tmp_path, "whole", **options)
     last = log[-1]["step"]
     assert 3 < last < 24
@@ -712,18 +1151,32 @@ def test_the_best_and_the_patience_survive_a_resume(base, tmp_path):
         for path in folder.glob("checkpoint-*"):
             if int(path.name[-6:]) > cut:
                 shutil.rmtree(path)
-        (folder / "config.json").write_text((whole / "config.json").read_text().replace(str(whole), str(folder)))
+        (folder / "config.json").write_text(
+            (whole / "config.json").read_text().replace(str(whole), str(folder))
+        )
         lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
         (folder / "log.jsonl").write_text("".join(lines[:-1]))  # its end was never written
         again = train(base, tmp_path, folder.name, **options)
         assert again[1] == log and weights(folder / "adapter") == weights(whole / "adapter")
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"metric_for_best_model": "acuracy"}, "the evaluation gives loss, accuracy, f1, not acuracy.*nearest"),
-    ({"load_best_model_at_end": "true", "save_strategy": "no"}, "a save_strategy other than no"),
-    ({"early_stopping_patience": 1, "eval_data": None}, "no held-out rows; give eval_data or val_size"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"metric_for_best_model": "acuracy"},
+            "the evaluation gives loss, accuracy, f1, not acuracy.*nearest",
+        ),
+        (
+            {"load_best_model_at_end": "true", "save_strategy": "no"},
+            "a save_strategy other than no",
+        ),
+        (
+            {"early_stopping_patience": 1, "eval_data": None},
+            "no held-out rows; give eval_data or val_size",
+        ),
+    ],
+)
 def test_mistakes_about_the_best(base, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         train(base, tmp_path, "x", **options)

@@ -38,7 +38,12 @@ from support.settings import parse_config
 TINY = ROOT / "examples" / "tiny-qwen3"
 CONFIG = json.loads((TINY / "config.json").read_text())
 COMMANDS = {"sft": sft, "dpo": dpo, "eval": evaluation, "data": data, "lora": lora, "qlora": qlora}
-TALK = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4.\nAnswer: B"}]}
+TALK = {
+    "messages": [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "It is 4.\nAnswer: B"},
+    ]
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,9 @@ def home(tmp_path, monkeypatch, adapter):
     (tmp_path / "rows.jsonl").write_text(4 * (json.dumps(TALK) + "\n"))
     (tmp_path / "precious.txt").write_text("years of work")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sandbox.bounded.__wrapped__, "__defaults__", (1, 2**28))  # seconds, bytes: the same, sooner
+    monkeypatch.setattr(
+        sandbox.bounded.__wrapped__, "__defaults__", (1, 2**28)
+    )  # seconds, bytes: the same, sooner
     return tmp_path
 
 
@@ -87,7 +94,9 @@ def folder(path):
 
 def changed(source, **changes):
     """A JSON file of the home with other values."""
-    return lambda path: path.write_text(json.dumps(json.loads((path.parent / source).read_text()) | changes))
+    return lambda path: path.write_text(
+        json.dumps(json.loads((path.parent / source).read_text()) | changes)
+    )
 
 
 def tensors(change):
@@ -109,6 +118,7 @@ def adapter_config(**changes):
 
 def state(**changes):
     """The first 4-bit weight's description, with other values."""
+
     def change(found):
         name = next(name for name in found if "quant_state" in name)
         text = json.dumps(json.loads(bytes(found[name].tolist())) | changes)
@@ -119,6 +129,7 @@ def state(**changes):
 
 def sharded(**shards):
     """The model behind an index, which names these files for tensors it holds or invents."""
+
     def make(path):
         (path.parent / "model.safetensors").rename(path.parent / "one.safetensors")
         names = dict.fromkeys(load_file(path.parent / "one.safetensors"), "one.safetensors")
@@ -153,7 +164,9 @@ def parquet(**columns):
         import pyarrow.parquet
 
         names = [name.rstrip("_") for name in columns]
-        table = pyarrow.Table.from_arrays([pyarrow.array(column) for column in columns.values()], names=names)
+        table = pyarrow.Table.from_arrays(
+            [pyarrow.array(column) for column in columns.values()], names=names
+        )
         pyarrow.parquet.write_table(table, path)
 
     return make
@@ -164,9 +177,13 @@ def not_utf8(path):
     path.write_bytes(path.read_bytes().replace(b"hello", b"\xff\xfe\xfd\xfc\xfb"))
 
 
-TRAIN = "sft --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "
-PAIRS = ("dpo --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "
-         "--ref_cache cache ")
+TRAIN = (
+    "sft --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "
+)
+PAIRS = (
+    "dpo --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "
+    "--ref_cache cache "
+)
 SHOW = "data show --model m --data rows.jsonl "
 MERGE = "lora merge --model m --adapter a --output_dir out "
 ASK = "eval --model m --data rows.jsonl --output_dir out --max_new_tokens 3 "
@@ -176,135 +193,455 @@ NORM, FIRST = "model.norm.weight", "model.embed_tokens.weight"
 CASES = {
     # files of a model that are none, and what they say
     "config is a pipe": (TRAIN, {"m/config.json": pipe}, "config.json: not a regular file"),
-    "config never ends": (TRAIN, {"m/config.json": link("/dev/zero")}, "config.json: not a regular file"),
-    "config twice": (TRAIN, {"m/config.json": json.dumps(CONFIG)[:-1] + ', "hidden_size": 64}'}, "'hidden_size' twice"),
-    "config in UTF-16": (TRAIN, {"m/config.json": json.dumps(CONFIG).encode("utf-16")}, "config.json: not valid JSON"),
+    "config never ends": (
+        TRAIN,
+        {"m/config.json": link("/dev/zero")},
+        "config.json: not a regular file",
+    ),
+    "config twice": (
+        TRAIN,
+        {"m/config.json": json.dumps(CONFIG)[:-1] + ', "hidden_size": 64}'},
+        "'hidden_size' twice",
+    ),
+    "config in UTF-16": (
+        TRAIN,
+        {"m/config.json": json.dumps(CONFIG).encode("utf-16")},
+        "config.json: not valid JSON",
+    ),
     "config with escapes": (TRAIN, config(model_type="\x1b[31m\n"), r"model_type '\x1b[31m"),
-    "config with a long name": (TRAIN, config(torch_dtype="x" * 10**6), "config.json: dtype 'xxx", "bfloat16"),
-    "config of 4096 layers": (TRAIN, config(num_hidden_layers=4096), "num_hidden_layers is 4096, of 46 tensors"),
+    "config with a long name": (
+        TRAIN,
+        config(torch_dtype="x" * 10**6),
+        "config.json: dtype 'xxx",
+        "bfloat16",
+    ),
+    "config of 4096 layers": (
+        TRAIN,
+        config(num_hidden_layers=4096),
+        "num_hidden_layers is 4096, of 46 tensors",
+    ),
     "config eps is NaN": (TRAIN, config(rms_norm_eps=math.nan), "rms_norm_eps is 'nan'"),
-    "config yarn of 1": (TRAIN, config(rope_scaling={"type": "yarn", "factor": 4, "rope_theta": 1}), "rope can't"),
-    "weights are a pipe": (TRAIN, {"m/model.safetensors": pipe}, "model.safetensors: not a regular file"),
-    "weights are a folder": (TRAIN, {"m/model.safetensors": folder}, "model.safetensors: not a regular file"),
-    "weights are NaN": (TRAIN, {"m/model.safetensors": tensors(lambda t: t[NORM].fill_(math.nan))}, NORM, "NaN"),
-    "weights of a small vocabulary": (TRAIN, config(vocab_size=300) | {"m/model.safetensors": tensors(
-        lambda t: t.update({FIRST: t[FIRST][:300].clone()}))}, "beyond the model's vocabulary of 300"),
-    "weights named in colour": (TRAIN, {"m/model.safetensors": tensors(
-        lambda t: t.update({"\x1b[31mx": t.pop(NORM)}))}, r"\x1b[31mx", f"missing {NORM}"),
-    "index leaves in a name": (TRAIN, sharded(x="..\\..\\x\n\x1b.safetensors"), "index.json", r"\x1b"),
-    "index to a pipe": (TRAIN, sharded(x="p.safetensors") | {"m/p.safetensors": pipe}, "p.safetensors: not a regular"),
+    "config yarn of 1": (
+        TRAIN,
+        config(rope_scaling={"type": "yarn", "factor": 4, "rope_theta": 1}),
+        "rope can't",
+    ),
+    "weights are a pipe": (
+        TRAIN,
+        {"m/model.safetensors": pipe},
+        "model.safetensors: not a regular file",
+    ),
+    "weights are a folder": (
+        TRAIN,
+        {"m/model.safetensors": folder},
+        "model.safetensors: not a regular file",
+    ),
+    "weights are NaN": (
+        TRAIN,
+        {"m/model.safetensors": tensors(lambda t: t[NORM].fill_(math.nan))},
+        NORM,
+        "NaN",
+    ),
+    "weights of a small vocabulary": (
+        TRAIN,
+        config(vocab_size=300)
+        | {"m/model.safetensors": tensors(lambda t: t.update({FIRST: t[FIRST][:300].clone()}))},
+        "beyond the model's vocabulary of 300",
+    ),
+    "weights named in colour": (
+        TRAIN,
+        {"m/model.safetensors": tensors(lambda t: t.update({"\x1b[31mx": t.pop(NORM)}))},
+        r"\x1b[31mx",
+        f"missing {NORM}",
+    ),
+    "index leaves in a name": (
+        TRAIN,
+        sharded(x="..\\..\\x\n\x1b.safetensors"),
+        "index.json",
+        r"\x1b",
+    ),
+    "index to a pipe": (
+        TRAIN,
+        sharded(x="p.safetensors") | {"m/p.safetensors": pipe},
+        "p.safetensors: not a regular",
+    ),
     "index to half a character": (TRAIN, sharded(x="\ud800.safetensors"), "index.json", r"\ud800"),
     "tokenizer is huge": (TRAIN, {"m/tokenizer.json": link("/dev/zero")}, "no tokenizer.json"),
-    "tokenizer's regex never ends": (SHOW, {"m/tokenizer.json": lambda path: path.write_text(json.dumps(json.loads(
-        path.read_text()) | {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"(\w+\s?)+$"},
-                             "behavior": "Isolated", "invert": False}})), **row({"text": "a" * 60 + "!"})},
-        "tokenizer.json: cannot encode", "retry-limit"),
-    "tokenizer config is a pipe": (TRAIN, {"m/tokenizer_config.json": pipe}, "tokenizer_config.json: not a regular"),
+    "tokenizer's regex never ends": (
+        SHOW,
+        {
+            "m/tokenizer.json": lambda path: path.write_text(
+                json.dumps(
+                    json.loads(path.read_text())
+                    | {
+                        "pre_tokenizer": {
+                            "type": "Split",
+                            "pattern": {"Regex": r"(\w+\s?)+$"},
+                            "behavior": "Isolated",
+                            "invert": False,
+                        }
+                    }
+                )
+            ),
+            **row({"text": "a" * 60 + "!"}),
+        },
+        "tokenizer.json: cannot encode",
+        "retry-limit",
+    ),
+    "tokenizer config is a pipe": (
+        TRAIN,
+        {"m/tokenizer_config.json": pipe},
+        "tokenizer_config.json: not a regular",
+    ),
     # templates
-    "template with a loop in a loop": (SHOW, template("{% for i in range(99999) %}{% for j in range(99999) %}"
-                                                      "{% endfor %}{% endfor %}"), "rows.jsonl:1", "not done after"),
-    "template that writes and writes": (SHOW, template("{% for i in range(99999) %}{% for j in range(99999) %}aaaaaa"
-                                                       "{% endfor %}{% endfor %}"), "chat_template.jinja"),
-    "template of 10 GB": (SHOW, template("{{ 'a' * 10**10 }}"), "the chat template failed: line 1: MemoryError"),
-    "template that doubles": (SHOW, template("{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}"
-                                             "{% set n.x = n.x ~ n.x %}{% endfor %}"), "MemoryError"),
-    "template of a huge power": (SHOW, template("{{ 7 ** (10 ** 9) }}"), "chat_template.jinja", "not done after"),
+    "template with a loop in a loop": (
+        SHOW,
+        template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+        "rows.jsonl:1",
+        "not done after",
+    ),
+    "template that writes and writes": (
+        SHOW,
+        template(
+            "{% for i in range(99999) %}{% for j in range(99999) %}aaaaaa{% endfor %}{% endfor %}"
+        ),
+        "chat_template.jinja",
+    ),
+    "template of 10 GB": (
+        SHOW,
+        template("{{ 'a' * 10**10 }}"),
+        "the chat template failed: line 1: MemoryError",
+    ),
+    "template that doubles": (
+        SHOW,
+        template(
+            "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}"
+            "{% set n.x = n.x ~ n.x %}{% endfor %}"
+        ),
+        "MemoryError",
+    ),
+    "template of a huge power": (
+        SHOW,
+        template("{{ 7 ** (10 ** 9) }}"),
+        "chat_template.jinja",
+        "not done after",
+    ),
     "template that pads": (SHOW, template("{{ 'a'|center(10**10) }}"), "MemoryError"),
-    "template that calls itself": (SHOW, template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "recursion"),
+    "template that calls itself": (
+        SHOW,
+        template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        "recursion",
+    ),
     "template that reads files": (SHOW, template("{% include '/etc/passwd' %}"), "no loader"),
-    "template that looks behind": (SHOW, template("\n\n{{ cycler.__init__.__globals__ }}"), "line 3", "unsafe"),
+    "template that looks behind": (
+        SHOW,
+        template("\n\n{{ cycler.__init__.__globals__ }}"),
+        "line 3",
+        "unsafe",
+    ),
     "template that formats": (SHOW, template("{{ '{0.__class__.__mro__}'.format('') }}"), "unsafe"),
-    "template with a wrong line": (SHOW, template("a\nb\n{% endif %}"), "chat_template.jinja", "line 3"),
-    "template of a megabyte": (SHOW, template("x" * 2**21), "chat_template.jinja: larger than 1,048,576 bytes"),
-    "template that lists a billion": (SHOW, template("{{ [1]|slice(10**9)|list }}"), "chat_template.jinja"),
-    "template that asks in colour": (SHOW, template("{{ raise_exception('\x1b[2J' * 10000) }}"), r"line 1: \x1b[2J"),
+    "template with a wrong line": (
+        SHOW,
+        template("a\nb\n{% endif %}"),
+        "chat_template.jinja",
+        "line 3",
+    ),
+    "template of a megabyte": (
+        SHOW,
+        template("x" * 2**21),
+        "chat_template.jinja: larger than 1,048,576 bytes",
+    ),
+    "template that lists a billion": (
+        SHOW,
+        template("{{ [1]|slice(10**9)|list }}"),
+        "chat_template.jinja",
+    ),
+    "template that asks in colour": (
+        SHOW,
+        template("{{ raise_exception('\x1b[2J' * 10000) }}"),
+        r"line 1: \x1b[2J",
+    ),
     # rows and their files
     "row twice": (SHOW, row('{"text": "a", "text": "b"}'), "rows.jsonl:1: not JSON: 'text' twice"),
-    "row of a huge weight": (SHOW, row('{"text": "a", "weight": 1' + "0" * 400 + "}"), "rows.jsonl:1: 'weight'"),
-    "row of tools too deep": (SHOW, row(TALK | {"tools": "[" * 10**5}), "rows.jsonl:1: 'tools' must be"),
-    "row that renames the template's self": (SHOW, kwargs({"self": 1}), "rows.jsonl:1", "chat template failed"),
-    "row of a million keys": (SHOW, row({f"\x1bk{n}": 1 for n in range(10**5)}), "fits no schema: it has", "wanted is"),
-    "row of 10 MB": (SHOW, row({"text": ["a" * 10**7]}), "rows.jsonl:1: 'text' must be a string", "aaa…"),
+    "row of a huge weight": (
+        SHOW,
+        row('{"text": "a", "weight": 1' + "0" * 400 + "}"),
+        "rows.jsonl:1: 'weight'",
+    ),
+    "row of tools too deep": (
+        SHOW,
+        row(TALK | {"tools": "[" * 10**5}),
+        "rows.jsonl:1: 'tools' must be",
+    ),
+    "row that renames the template's self": (
+        SHOW,
+        kwargs({"self": 1}),
+        "rows.jsonl:1",
+        "chat template failed",
+    ),
+    "row of a million keys": (
+        SHOW,
+        row({f"\x1bk{n}": 1 for n in range(10**5)}),
+        "fits no schema: it has",
+        "wanted is",
+    ),
+    "row of 10 MB": (
+        SHOW,
+        row({"text": ["a" * 10**7]}),
+        "rows.jsonl:1: 'text' must be a string",
+        "aaa…",
+    ),
     "row cut at 10 MB": (SHOW, row('{"text": "' + "a" * 10**7), "rows.jsonl:1: not JSON"),
     "row of 10 MB of spaces": (SHOW, row({"text": " " * 10**7}), "cannot encode"),
-    "row of 5,000 messages": (SHOW, row({"messages": TALK["messages"] * 2500}), "rendering 5,000 messages: not done"),
-    "row of a line without end": (SHOW, row("x" * (2**26 + 1)), "rows.jsonl:1: a line of more than"),
+    "row of 5,000 messages": (
+        SHOW,
+        row({"messages": TALK["messages"] * 2500}),
+        "rendering 5,000 messages: not done",
+    ),
+    "row of a line without end": (
+        SHOW,
+        row("x" * (2**26 + 1)),
+        "rows.jsonl:1: a line of more than",
+    ),
     "rows from a pipe": (SHOW, {"rows.jsonl": pipe}, "rows.jsonl: not a regular file"),
-    "rows from a device": (SHOW, {"rows.jsonl": link("/dev/zero")}, "rows.jsonl: not a regular file"),
-    "rows with NULs in UTF-16": (SHOW, row('{"text": "a"}'.encode("utf-16")), "rows.jsonl:1: not UTF-8"),
-    "gzip that expands": ("data show --model m --data x.jsonl.gz", {"x.jsonl.gz": bomb}, "more than a hundred times"),
-    "gzip of a list that expands": ("data show --model m --data x.json.gz", {"x.json.gz": bomb}, "a hundred times"),
-    "gzip cut short": ("data show --model m --data x.jsonl.gz", {"x.jsonl.gz": cut_short}, "gz: cannot be read"),
-    "CSV with a column twice": ("data show --model m --data x.csv", {"x.csv": "text,text\na,b\n"}, "'text' twice"),
-    "parquet with a column twice": ("data show --model m --data x.parquet", {
-        "x.parquet": parquet(text=["a"], text_=["b"])}, "x.parquet: not a parquet file: 'text' twice"),
-    "parquet not in UTF-8": ("data show --model m --data x.parquet", {"x.parquet": not_utf8}, "x.parquet: not a"),
-    "parquet from a pipe": ("data show --model m --data x.parquet", {"x.parquet": pipe}, "not a regular file"),
+    "rows from a device": (
+        SHOW,
+        {"rows.jsonl": link("/dev/zero")},
+        "rows.jsonl: not a regular file",
+    ),
+    "rows with NULs in UTF-16": (
+        SHOW,
+        row('{"text": "a"}'.encode("utf-16")),
+        "rows.jsonl:1: not UTF-8",
+    ),
+    "gzip that expands": (
+        "data show --model m --data x.jsonl.gz",
+        {"x.jsonl.gz": bomb},
+        "more than a hundred times",
+    ),
+    "gzip of a list that expands": (
+        "data show --model m --data x.json.gz",
+        {"x.json.gz": bomb},
+        "a hundred times",
+    ),
+    "gzip cut short": (
+        "data show --model m --data x.jsonl.gz",
+        {"x.jsonl.gz": cut_short},
+        "gz: cannot be read",
+    ),
+    "CSV with a column twice": (
+        "data show --model m --data x.csv",
+        {"x.csv": "text,text\na,b\n"},
+        "'text' twice",
+    ),
+    "parquet with a column twice": (
+        "data show --model m --data x.parquet",
+        {"x.parquet": parquet(text=["a"], text_=["b"])},
+        "x.parquet: not a parquet file: 'text' twice",
+    ),
+    "parquet not in UTF-8": (
+        "data show --model m --data x.parquet",
+        {"x.parquet": not_utf8},
+        "x.parquet: not a",
+    ),
+    "parquet from a pipe": (
+        "data show --model m --data x.parquet",
+        {"x.parquet": pipe},
+        "not a regular file",
+    ),
     "data without a name": ("data show --model m --data=", {}, "'': a source of rows has a name"),
-    "data of nothing": ("sft --model m --output_dir out --data", {}, "--data: its values are missing"),
-    "data of a repeated dot": ("data show --model m --data org/na..me", {}, "org/na..me: no file here"),
+    "data of nothing": (
+        "sft --model m --output_dir out --data",
+        {},
+        "--data: its values are missing",
+    ),
+    "data of a repeated dot": (
+        "data show --model m --data org/na..me",
+        {},
+        "org/na..me: no file here",
+    ),
     "data of weight inf": ("data show --model m --data rows.jsonl@1e300", {}, "the weight after @"),
     "data of bytes": ("data show --model m --data \udcff.jsonl", {}, "--data: expected list[str]"),
-    "recipe of nested choices": (SHOW + "--recipe mcqa", row(
-        {"question": "q", "choices": [["a"], "b"], "answer": "b"}), "rows.jsonl:1: does not fit recipe mcqa"),
+    "recipe of nested choices": (
+        SHOW + "--recipe mcqa",
+        row({"question": "q", "choices": [["a"], "b"], "answer": "b"}),
+        "rows.jsonl:1: does not fit recipe mcqa",
+    ),
     # settings
-    "YAML of a billion": (TRAIN + "--config c.yaml", {"c.yaml": "recipe_args:\n  a: &a [x, x]\n  b: &b [*a, *a]\n"},
-                          "c.yaml: has aliases"),
-    "YAML that runs": (TRAIN + "--config c.yaml", {"c.yaml": "recipe_args: {a: !!python/name:os.system }"}, "c.yaml"),
-    "YAML of a long number": (TRAIN + "--config c.yaml", {"c.yaml": "seed: " + "9" * 5000}, "c.yaml: not YAML"),
+    "YAML of a billion": (
+        TRAIN + "--config c.yaml",
+        {"c.yaml": "recipe_args:\n  a: &a [x, x]\n  b: &b [*a, *a]\n"},
+        "c.yaml: has aliases",
+    ),
+    "YAML that runs": (
+        TRAIN + "--config c.yaml",
+        {"c.yaml": "recipe_args: {a: !!python/name:os.system }"},
+        "c.yaml",
+    ),
+    "YAML of a long number": (
+        TRAIN + "--config c.yaml",
+        {"c.yaml": "seed: " + "9" * 5000},
+        "c.yaml: not YAML",
+    ),
     "YAML from a pipe": ("sft --config c.yaml", {"c.yaml": pipe}, "c.yaml: not a regular file"),
     "config of nothing": (TRAIN + "--config", {}, "--config: its value is missing"),
-    "rank that is no number": (TRAIN + '--rank_pattern {"q_proj":2.5}', {}, "--rank_pattern: expected dict[str, int]"),
-    "rank beyond everything": (TRAIN + "--lora_r 1000000000", {}, "lora_r: 1000000000 is not below"),
-    "rank of a deep flag": (TRAIN + "--rank_pattern " + "[" * 10**5, {}, "--rank_pattern: expected dict"),
+    "rank that is no number": (
+        TRAIN + '--rank_pattern {"q_proj":2.5}',
+        {},
+        "--rank_pattern: expected dict[str, int]",
+    ),
+    "rank beyond everything": (
+        TRAIN + "--lora_r 1000000000",
+        {},
+        "lora_r: 1000000000 is not below",
+    ),
+    "rank of a deep flag": (
+        TRAIN + "--rank_pattern " + "[" * 10**5,
+        {},
+        "--rank_pattern: expected dict",
+    ),
     "regex that never ends": (TRAIN + f"--target_modules {BOMB}", {}, "matching target_modules"),
-    "steps without end": (TRAIN.replace("_steps 1", "_steps 1" + "0" * 30), {}, "--max_steps: expected int"),
+    "steps without end": (
+        TRAIN.replace("_steps 1", "_steps 1" + "0" * 30),
+        {},
+        "--max_steps: expected int",
+    ),
     "steps to infinity": (TRAIN.replace("_steps 1", "_steps inf"), {}, "--max_steps: expected int"),
-    "rate that is NaN": (TRAIN + "--learning_rate nan", {}, "--learning_rate: expected float, found 'nan'"),
-    "warmup of five runs": (TRAIN + "--warmup_ratio 5", {}, "--warmup_ratio: 5.0 is not from 0 to 1"),
+    "rate that is NaN": (
+        TRAIN + "--learning_rate nan",
+        {},
+        "--learning_rate: expected float, found 'nan'",
+    ),
+    "warmup of five runs": (
+        TRAIN + "--warmup_ratio 5",
+        {},
+        "--warmup_ratio: 5.0 is not from 0 to 1",
+    ),
     "samples below none": (TRAIN + "--max_samples -1", {}, "--max_samples: -1 is below 1"),
-    "a device that computes nothing": (TRAIN + "--device meta", {}, "device: meta can't be used here"),
-    "a run in a model's folder": (TRAIN.replace("out ", "m ") + "--overwrite_output_dir", {}, "m: holds files"),
+    "a device that computes nothing": (
+        TRAIN + "--device meta",
+        {},
+        "device: meta can't be used here",
+    ),
+    "a run in a model's folder": (
+        TRAIN.replace("out ", "m ") + "--overwrite_output_dir",
+        {},
+        "m: holds files",
+    ),
     "preference of no weight": (PAIRS + "--loss_weights 0", {}, "loss_weights: [0.0]"),
     "preference to infinity": (PAIRS + "--simpo_gamma inf", {}, "--simpo_gamma: expected float"),
     "preference without pairs": (PAIRS, {}, "rows.jsonl:1: fits no schema"),
     # adapters and 4 bits
-    "adapter of a bomb": (MERGE, adapter_config(target_modules=BOMB), "a: not an adapter", "not done after"),
-    "adapter of a bomb in ranks": (MERGE, adapter_config(rank_pattern={BOMB: 2}), "a: not an adapter", "not done"),
+    "adapter of a bomb": (
+        MERGE,
+        adapter_config(target_modules=BOMB),
+        "a: not an adapter",
+        "not done after",
+    ),
+    "adapter of a bomb in ranks": (
+        MERGE,
+        adapter_config(rank_pattern={BOMB: 2}),
+        "a: not an adapter",
+        "not done",
+    ),
     "adapter of a nested regex": (MERGE, adapter_config(target_modules="(" * 5000), "is no regex"),
     "adapter alpha NaN": (MERGE, adapter_config(lora_alpha=math.nan), "lora_alpha: nan"),
     "adapter rank 10^9": (MERGE, adapter_config(r=10**9), "lora_r: 1000000000 is not below 65536"),
-    "adapter of a base that is no name": (MERGE, adapter_config(base_model_name_or_path=5), "base_model_name_or_path"),
-    "adapter's weights a pipe": (MERGE, {"a/adapter_model.safetensors": pipe}, "not a regular file"),
-    "adapter of whole numbers": (MERGE, {"a/adapter_model.safetensors": tensors(
-        lambda t: t.update({key: x.int() for key, x in t.items()}))}, "missing base_model"),
-    "adapter that overflows": (MERGE, {"a/adapter_model.safetensors": tensors(
-        lambda t: [x.fill_(1e30) for x in t.values()])}, "out: is not written", "would hold NaN or infinity"),
+    "adapter of a base that is no name": (
+        MERGE,
+        adapter_config(base_model_name_or_path=5),
+        "base_model_name_or_path",
+    ),
+    "adapter's weights a pipe": (
+        MERGE,
+        {"a/adapter_model.safetensors": pipe},
+        "not a regular file",
+    ),
+    "adapter of whole numbers": (
+        MERGE,
+        {
+            "a/adapter_model.safetensors": tensors(
+                lambda t: t.update({key: x.int() for key, x in t.items()})
+            )
+        },
+        "missing base_model",
+    ),
+    "adapter that overflows": (
+        MERGE,
+        {"a/adapter_model.safetensors": tensors(lambda t: [x.fill_(1e30) for x in t.values()])},
+        "out: is not written",
+        "would hold NaN or infinity",
+    ),
     "adapter that is nowhere": (MERGE.replace("a --out", "x/y --out"), {}, "adapter x/y: no"),
-    "4 bits of offset NaN": (ASK4, state(nested_offset=math.nan), "does not describe 4-bit weights"),
+    "4 bits of offset NaN": (
+        ASK4,
+        state(nested_offset=math.nan),
+        "does not describe 4-bit weights",
+    ),
     "4 bits of blocks of 0": (ASK4, state(blocksize=0), "does not describe 4-bit weights"),
-    "4 bits in whole numbers": (ASK4, {"q/model.safetensors": tensors(lambda t: t.update(
-        {n: x.int() for n, x in t.items() if n.endswith("q_proj.weight")}))}, "of another kind"),
-    "4 bits onto something": ("qlora quantize --model m --output_dir m", {}, "--output_dir m: there is something"),
+    "4 bits in whole numbers": (
+        ASK4,
+        {
+            "q/model.safetensors": tensors(
+                lambda t: t.update(
+                    {n: x.int() for n, x in t.items() if n.endswith("q_proj.weight")}
+                )
+            )
+        },
+        "of another kind",
+    ),
+    "4 bits onto something": (
+        "qlora quantize --model m --output_dir m",
+        {},
+        "--output_dir m: there is something",
+    ),
     # evaluation, and what data.py writes
     "evaluation of an empty name": (ASK.replace("model m", "model="), {}, "--model: '' is empty"),
-    "evaluation of a name that leaves": (ASK.replace("model m", "model ../../x=m"), {}, "neither a folder nor"),
+    "evaluation of a name that leaves": (
+        ASK.replace("model m", "model ../../x=m"),
+        {},
+        "neither a folder nor",
+    ),
     "evaluation of an empty text": (ASK, row({"text": ""}), "rows.jsonl:1: an empty text"),
     "evaluation of half a character": (ASK, row('{"text": "\\ud800"}'), r"cannot encode '\ud800'"),
-    "evaluation of a damaged run": ("eval --model run --data rows.jsonl --output_dir out", {
-        "run/config.json": '{"bnb_4bit_quant_type": [1]}', "run/adapter_config.json": None}, "run/config.json: not"),
-    "samples that are a pipe": (ASK, {"out/samples_m_rows.jsonl": pipe}, "samples_m_rows.jsonl: not a regular file"),
-    "answers without end": (ASK.replace("tokens 3", "tokens 9999999"), {}, "--max_new_tokens: 9999999 is not from 1"),
-    "pairs of a number": ("data pairs --model m --data rows.jsonl --output o", row(
-        {"prompt": "a", "completion": "b", "choices": ["b", "c"], "answer": 5}), "'answer' must be the text"),
-    "histogram over a file": ("data audit --model m --data rows.jsonl --output precious.txt", {}, "is a .png"),
-    "mix over a file": ("data mix --model m --data rows.jsonl --output precious.txt", {}, "exists already"),
+    "evaluation of a damaged run": (
+        "eval --model run --data rows.jsonl --output_dir out",
+        {"run/config.json": '{"bnb_4bit_quant_type": [1]}', "run/adapter_config.json": None},
+        "run/config.json: not",
+    ),
+    "samples that are a pipe": (
+        ASK,
+        {"out/samples_m_rows.jsonl": pipe},
+        "samples_m_rows.jsonl: not a regular file",
+    ),
+    "answers without end": (
+        ASK.replace("tokens 3", "tokens 9999999"),
+        {},
+        "--max_new_tokens: 9999999 is not from 1",
+    ),
+    "pairs of a number": (
+        "data pairs --model m --data rows.jsonl --output o",
+        row({"prompt": "a", "completion": "b", "choices": ["b", "c"], "answer": 5}),
+        "'answer' must be the text",
+    ),
+    "histogram over a file": (
+        "data audit --model m --data rows.jsonl --output precious.txt",
+        {},
+        "is a .png",
+    ),
+    "mix over a file": (
+        "data mix --model m --data rows.jsonl --output precious.txt",
+        {},
+        "exists already",
+    ),
     "show of a number below 0": (SHOW + "--n -1", {}, "--n: -1 is below 0"),
 }
 
 
 def contents(root):
-    return {path: path.is_file() and path.read_bytes() for path in root.rglob("*") if not path.is_fifo()}
+    return {
+        path: path.is_file() and path.read_bytes() for path in root.rglob("*") if not path.is_fifo()
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -329,8 +666,17 @@ def test_it_is_told_and_nothing_is_lost(case, home, monkeypatch, capsys):
         errors.run_command(COMMANDS[command].main)
     seconds, told = time.perf_counter() - began, capsys.readouterr().err
     print(f"{case} -> {told.strip()} ({seconds:.1f} s)")
-    told = [text for text in told.splitlines() if not text.startswith(("thread '<unnamed>'", "note: run with"))]
-    assert ended.value.code == 2 and len(told) == 1 and told[0].startswith("error: ") and len(told[0]) < 1010
+    told = [
+        text
+        for text in told.splitlines()
+        if not text.startswith(("thread '<unnamed>'", "note: run with"))
+    ]
+    assert (
+        ended.value.code == 2
+        and len(told) == 1
+        and told[0].startswith("error: ")
+        and len(told[0]) < 1010
+    )
     assert all(part in told[0] for part in parts), told
     assert sanitize(told[0]) == told[0] and seconds < 8
     after = contents(home)
@@ -341,17 +687,27 @@ def test_it_is_told_and_nothing_is_lost(case, home, monkeypatch, capsys):
 def test_a_name_may_hold_control_characters_only_as_escapes(home, monkeypatch, capsys):
     """What `show` prints of rows and templates leaves the terminal as it is."""
     content = "a\x1b]0;pwned\x07\x1b[2J\u202eb\0c\ttab"
-    rows = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": content}]}
+    rows = {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": content},
+        ]
+    }
     (home / "rows.jsonl").write_text(json.dumps(rows))
     monkeypatch.setattr(sys, "argv", ["data.py", *SHOW.split()[1:]])
     errors.run_command(data.main)
     shown = capsys.readouterr().out
-    assert shown.count(r"a\x1b]0;pwned\x07\x1b[2J\u202eb\x00c" + "\ttab") == 2 and sanitize(shown) == shown
+    assert (
+        shown.count(r"a\x1b]0;pwned\x07\x1b[2J\u202eb\x00c" + "\ttab") == 2
+        and sanitize(shown) == shown
+    )
 
 
 def test_mixed_rows_keep_half_a_character_as_it_was(home, monkeypatch):
     (home / "rows.jsonl").write_text('{"text": "a", "x": "\\ud800"}\n')
-    monkeypatch.setattr(sys, "argv", "data.py mix --model m --data rows.jsonl --output o.jsonl".split())
+    monkeypatch.setattr(
+        sys, "argv", "data.py mix --model m --data rows.jsonl --output o.jsonl".split()
+    )
     errors.run_command(data.main)
     assert json.loads((home / "o.jsonl").read_text()) == {"text": "a", "x": "\ud800"}
 
@@ -360,7 +716,10 @@ def test_long_texts_are_encoded_a_part_at_a_time(monkeypatch):
     """However many texts a batch holds, no more than 2^22 characters are with the library at once; ids are the same."""
     tokenizer, sizes = data.Tokenizer(TINY), []
     texts = ["ab cd " * 200_000] * 4 + ["x", ""]
-    wanted = [tokenizer.backend.encode(text, add_special_tokens=False).ids for text in ("ab cd " * 200_000, "x", "")]
+    wanted = [
+        tokenizer.backend.encode(text, add_special_tokens=False).ids
+        for text in ("ab cd " * 200_000, "x", "")
+    ]
 
     class Counting:
         def encode_batch_fast(self, texts, **options):
@@ -369,7 +728,9 @@ def test_long_texts_are_encoded_a_part_at_a_time(monkeypatch):
 
     backend, tokenizer.backend = tokenizer.backend, Counting()
     found = list(tokenizer.encode_all(texts))
-    assert found == [wanted[0]] * 4 + wanted[1:] and max(sizes) < 2**22 + 1_200_000 and len(sizes) > 1
+    assert (
+        found == [wanted[0]] * 4 + wanted[1:] and max(sizes) < 2**22 + 1_200_000 and len(sizes) > 1
+    )
 
 
 def test_the_limits_leave_no_trace():
@@ -419,12 +780,17 @@ class Echo(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        asked, sent = re.search(r"answers-(\d+)", self.path), self.headers.get("Authorization", "nothing")
+        asked, sent = (
+            re.search(r"answers-(\d+)", self.path),
+            self.headers.get("Authorization", "nothing"),
+        )
         status = int(asked[1]) if asked else 404
         self.server.seen.append(sent)
         self.send_response(status)
         self.send_header("X-Error-Message", f"I was sent {sent}")
-        self.send_header("X-Error-Code", {403: "GatedRepo", 404: "RepoNotFound"}.get(status, "Other"))
+        self.send_header(
+            "X-Error-Code", {403: "GatedRepo", 404: "RepoNotFound"}.get(status, "Other")
+        )
         self.send_header("Location", f"{self.path}?{sent.split()[-1]}")
         self.send_header("Content-Length", str(len(sent)))
         self.end_headers()
@@ -440,10 +806,19 @@ def test_the_token_is_in_no_message_and_no_file(given, tmp_path):
     server.seen = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(tmp_path / "home")}
+    env |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HOME": str(tmp_path / "home"),
+    }
     (tmp_path / "token").write_text(TOKEN)
-    env |= {"HF_TOKEN": TOKEN} if given == "in the environment" else {"HF_TOKEN_PATH": str(tmp_path / "token")}
-    ran = subprocess.run([sys.executable, "-c", ASKING, ROOT], env=env, cwd=tmp_path, capture_output=True, text=True)
+    env |= (
+        {"HF_TOKEN": TOKEN}
+        if given == "in the environment"
+        else {"HF_TOKEN_PATH": str(tmp_path / "token")}
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", ASKING, ROOT], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     server.shutdown()
     told = ran.stdout + ran.stderr
     print(told)
@@ -457,28 +832,58 @@ def test_no_module_reads_pickles():
     """What unpickles appears nowhere, and torch's own reader neither."""
     for name in COMMANDS | {"model": M}:
         text = (ROOT / f"{name}.py").read_text()
-        assert not re.search(r"import pickle|pickle\.load|torch\.load|allow_pickle|joblib|yaml\.(unsafe_)?load\(", text)
+        assert not re.search(
+            r"import pickle|pickle\.load|torch\.load|allow_pickle|joblib|yaml\.(unsafe_)?load\(",
+            text,
+        )
         assert not re.search(r"(?<![\w.])(eval|exec|os\.system)\(", text)
 
 
 # --- fuzzing ----------------------------------------------------------------------------------------------------------
 
-steady = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+steady = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 WORDS = st.text(st.characters(exclude_categories=()), max_size=9)  # halves of characters too
 NUMBERS = st.integers() | st.floats() | st.sampled_from([10**30, -1, 2**63, math.nan, math.inf])
 SIMPLE = st.none() | st.booleans() | NUMBERS | WORDS
-VALUES = st.recursive(SIMPLE, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
-                      max_leaves=8)
+VALUES = st.recursive(
+    SIMPLE,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=8,
+)
 ROLES = st.sampled_from(["user", "assistant", "system", "tool"]) | VALUES
-MESSAGE = st.fixed_dictionaries({}, optional={
-    "role": ROLES, "content": WORDS | VALUES, "from": ROLES | st.sampled_from(["human", "gpt"]), "value": VALUES,
-    "tool_calls": VALUES, "reasoning_content": VALUES})
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": ROLES,
+        "content": WORDS | VALUES,
+        "from": ROLES | st.sampled_from(["human", "gpt"]),
+        "value": VALUES,
+        "tool_calls": VALUES,
+        "reasoning_content": VALUES,
+    },
+)
 TALKS = st.lists(MESSAGE, max_size=3) | VALUES
-ROWS = st.fixed_dictionaries({}, optional={
-    "messages": TALKS, "conversations": TALKS, "prompt": TALKS | WORDS, "completion": TALKS | WORDS,
-    "chosen": TALKS | WORDS, "rejected": TALKS | WORDS, "text": WORDS | VALUES, "instruction": WORDS | VALUES,
-    "output": WORDS | VALUES, "system": WORDS | VALUES, "weight": VALUES, "tools": VALUES, "choices": VALUES,
-    "chat_template_kwargs": VALUES})
+ROWS = st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": TALKS,
+        "conversations": TALKS,
+        "prompt": TALKS | WORDS,
+        "completion": TALKS | WORDS,
+        "chosen": TALKS | WORDS,
+        "rejected": TALKS | WORDS,
+        "text": WORDS | VALUES,
+        "instruction": WORDS | VALUES,
+        "output": WORDS | VALUES,
+        "system": WORDS | VALUES,
+        "weight": VALUES,
+        "tools": VALUES,
+        "choices": VALUES,
+        "chat_template_kwargs": VALUES,
+    },
+)
 fuzzed_tokenizer = data.Tokenizer(TINY)
 
 
@@ -499,11 +904,32 @@ def test_any_row_is_rendered_or_refused(row, preference, recipe):
 
 
 @settings(steady, max_examples=300)
-@given(st.dictionaries(st.sampled_from([*CONFIG, "head_dim", "dtype", "rope_parameters", "rope_scaling"]), VALUES,
-                       min_size=1, max_size=3), st.dictionaries(st.sampled_from(
-    ["rope_type", "factor", "rope_theta", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "low_freq_factor",
-     "high_freq_factor", "original_max_position_embeddings", "attention_factor"]),
-    NUMBERS | st.sampled_from(["yarn", "linear", "llama3", "default"])))
+@given(
+    st.dictionaries(
+        st.sampled_from([*CONFIG, "head_dim", "dtype", "rope_parameters", "rope_scaling"]),
+        VALUES,
+        min_size=1,
+        max_size=3,
+    ),
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "rope_type",
+                "factor",
+                "rope_theta",
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+                "mscale_all_dim",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+                "attention_factor",
+            ]
+        ),
+        NUMBERS | st.sampled_from(["yarn", "linear", "llama3", "default"]),
+    ),
+)
 def test_any_config_is_understood_or_refused(changes, rope):
     found = attempt(ModelConfig.from_dict, CONFIG | {"rope_scaling": rope or None} | changes)
     assert found is None or M.rope_frequencies(found)[0].isfinite().all()
@@ -512,20 +938,44 @@ def test_any_config_is_understood_or_refused(changes, rope):
 @settings(steady, max_examples=50)
 @given(st.data())
 def test_any_setting_is_taken_or_refused(tmp_path_factory, data_of):
-    kind = data_of.draw(st.sampled_from([sft.SFTConfig, dpo.DPOConfig, data.DataConfig, evaluation.EvalConfig]))
+    kind = data_of.draw(
+        st.sampled_from([sft.SFTConfig, dpo.DPOConfig, data.DataConfig, evaluation.EvalConfig])
+    )
     names = sorted(kind.__dataclass_fields__)
     flags = data_of.draw(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3))
     file = tmp_path_factory.getbasetemp() / "settings.json"
     file.write_text(json.dumps(flags))
     must = ["--model", "m", "--data", "d"]
     attempt(parse_config, kind, [*must, "--config", str(file)])
-    attempt(parse_config, kind, [*must, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))])
+    attempt(
+        parse_config,
+        kind,
+        [*must, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))],
+    )
     attempt(parse_config, kind, [*must, *map(str, flags.values())])
 
 
 @settings(steady, max_examples=200)
-@given(st.dictionaries(st.sampled_from(["r", "lora_alpha", "target_modules", "modules_to_save", "bias", "rank_pattern",
-                                        "peft_type", "layers_to_transform", "lora_dropout", "use_dora", "x"]), VALUES))
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "r",
+                "lora_alpha",
+                "target_modules",
+                "modules_to_save",
+                "bias",
+                "rank_pattern",
+                "peft_type",
+                "layers_to_transform",
+                "lora_dropout",
+                "use_dora",
+                "x",
+            ]
+        ),
+        VALUES,
+    )
+)
 def test_any_adapter_config_is_read_or_refused(tmp_path_factory, changes):
     folder = tmp_path_factory.getbasetemp()
     raw = {"peft_type": "LORA", "target_modules": ["q_proj"]} | changes
@@ -540,29 +990,47 @@ def test_any_adapter_config_is_read_or_refused(tmp_path_factory, changes):
 def small(tmp_path_factory):
     """(folder, bytes of its model.safetensors): a model small enough to be read a few hundred times."""
     folder = tmp_path_factory.mktemp("small")
-    raw = CONFIG | {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
-                    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
+    raw = CONFIG | {
+        "vocab_size": 8,
+        "hidden_size": 4,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+    }
     (folder / "config.json").write_text(json.dumps(raw))
     network = M.Transformer(ModelConfig.read(folder))
     return folder, save({name: tensor.detach() for name, tensor in network.state_dict().items()})
 
 
 @settings(steady, max_examples=300)
-@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4), st.floats(0, 2), st.binary(max_size=3))
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    st.floats(0, 2),
+    st.binary(max_size=3),
+)
 def test_any_header_is_read_or_refused(small, changes, cut, more):
     """Bytes of the length and the header changed, the file cut or longer: the model loads, or a UserError says why."""
     folder, whole = small
     whole, header = bytearray(whole), 8 + int.from_bytes(whole[:8], "little")
     for at, byte in changes:
         whole[int(at * (header - 1))] = byte
-    (folder / "model.safetensors").write_bytes(whole[: int(cut * len(whole)) if cut < 1 else None] + more)
+    (folder / "model.safetensors").write_bytes(
+        whole[: int(cut * len(whole)) if cut < 1 else None] + more
+    )
     found = attempt(load_model, folder)
     assert found is None or all(torch.isfinite(p).all() for p in found.parameters())
 
 
 @settings(steady, max_examples=100)
-@given(st.binary(max_size=60) | st.lists(st.lists(WORDS, max_size=4), max_size=4).map(
-    lambda cells: "\n".join(map(",".join, cells)).encode(errors="surrogatepass")), st.sampled_from(list(data.READERS)))
+@given(
+    st.binary(max_size=60)
+    | st.lists(st.lists(WORDS, max_size=4), max_size=4).map(
+        lambda cells: "\n".join(map(",".join, cells)).encode(errors="surrogatepass")
+    ),
+    st.sampled_from(list(data.READERS)),
+)
 def test_any_file_is_read_or_refused(tmp_path_factory, content, suffix):
     path = tmp_path_factory.getbasetemp() / f"fuzzed{suffix}"
     path.write_bytes(content)

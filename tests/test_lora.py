@@ -35,13 +35,23 @@ from model import Batch, Linear, ModelConfig, Segment, Transformer, load_model
 from support.errors import UserError, run_command
 
 SHARED = Path(__file__).parents[2] / "shared" / "models" / "configs"
-SHAPE = dict(vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, head_dim=8)
+SHAPE = dict(
+    vocab_size=67,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    head_dim=8,
+)
 FAMILIES = {
     "qwen3": dict(model_type="qwen3", tie_word_embeddings=False),
     "qwen3-tied": dict(model_type="qwen3", tie_word_embeddings=True),
     "qwen2-tied": dict(model_type="qwen2", tie_word_embeddings=True, head_dim=6),  # q, k, v biases
-    "llama": dict(model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    "llama": dict(
+        model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True
+    ),
 }
 DOCUMENTS = [np.random.default_rng(n).integers(0, 67, n) for n in (11, 7)]
 
@@ -54,7 +64,9 @@ def bases(tmp_path_factory):
     folders = {}
     for family, config in FAMILIES.items():
         torch.manual_seed(len(folders))
-        hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**{**SHAPE, **config}))
+        hf = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**{**SHAPE, **config})
+        )
         with torch.no_grad():
             for name, p in hf.named_parameters():
                 if p.dim() == 1:
@@ -86,7 +98,9 @@ def logits(model):
 
 
 def assert_close(a, b, tolerance=1e-5):
-    assert (a - b).abs().max() <= tolerance * b.abs().max(), f"{(a - b).abs().max() / b.abs().max():.1e}"
+    assert (a - b).abs().max() <= tolerance * b.abs().max(), (
+        f"{(a - b).abs().max() / b.abs().max():.1e}"
+    )
 
 
 @torch.no_grad()
@@ -113,31 +127,67 @@ CASES = {  # name: family, PEFT's settings
     "names": ("qwen3", dict(target_modules=["q_proj", "v_proj"])),
     "all-linear": ("llama", dict(target_modules="all-linear")),
     "regex": ("qwen3", dict(target_modules=r".*layers\.1\.(mlp|self_attn)\.(up|o)_proj")),
-    "paths": ("qwen3", dict(target_modules=["model.layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])),
+    "paths": (
+        "qwen3",
+        dict(target_modules=["model.layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"]),
+    ),
     "layers": ("qwen3", dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1])),
     "bias none": ("llama", dict(target_modules=["q_proj", "down_proj"])),
     "bias all": ("llama", dict(target_modules=["q_proj", "down_proj"], bias="all")),
     "bias lora_only": ("qwen2-tied", dict(target_modules=["q_proj", "up_proj"], bias="lora_only")),
-    "norms": ("qwen3", dict(target_modules=["q_proj"],
-                            modules_to_save=["input_layernorm", "post_attention_layernorm"])),
+    "norms": (
+        "qwen3",
+        dict(
+            target_modules=["q_proj"],
+            modules_to_save=["input_layernorm", "post_attention_layernorm"],
+        ),
+    ),
     "every norm": ("qwen3", dict(target_modules=["q_proj"], modules_to_save=["norm"])),
-    "both ends": ("qwen3", dict(target_modules=["o_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    "both ends": (
+        "qwen3",
+        dict(target_modules=["o_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    ),
     "embedding": ("llama", dict(target_modules=["o_proj"], modules_to_save=["embed_tokens"])),
-    "tied embedding": ("qwen3-tied", dict(target_modules=["k_proj"], modules_to_save=["embed_tokens"],
-                                          ensure_weight_tying=True)),
-    "tied head": ("qwen2-tied", dict(target_modules=["k_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)),
+    "tied embedding": (
+        "qwen3-tied",
+        dict(target_modules=["k_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
+    "tied head": (
+        "qwen2-tied",
+        dict(target_modules=["k_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True),
+    ),
     "rslora": ("qwen3", dict(target_modules="all-linear", use_rslora=True)),
     "dora": ("qwen3", dict(target_modules="all-linear", use_dora=True)),
-    "dora and biases": ("llama", dict(target_modules=["q_proj", "down_proj"], use_dora=True, bias="lora_only",
-                                      use_rslora=True)),
-    "patterns": ("qwen3", dict(target_modules=["q_proj", "k_proj", "up_proj"],
-                               alpha_pattern={r"layers\.1\..*": 5, "q_proj": 3},
-                               rank_pattern={"q_proj": 5, r"layers\.0\.self_attn\.k_proj": 2})),
+    "dora and biases": (
+        "llama",
+        dict(
+            target_modules=["q_proj", "down_proj"], use_dora=True, bias="lora_only", use_rslora=True
+        ),
+    ),
+    "patterns": (
+        "qwen3",
+        dict(
+            target_modules=["q_proj", "k_proj", "up_proj"],
+            alpha_pattern={r"layers\.1\..*": 5, "q_proj": 3},
+            rank_pattern={"q_proj": 5, r"layers\.0\.self_attn\.k_proj": 2},
+        ),
+    ),
     "whole layers": ("llama", dict(target_modules="all-linear", modules_to_save=["mlp", "k_proj"])),
-    "whole biases": ("llama", dict(target_modules=["q_proj"], modules_to_save=["k_proj"], bias="all")),
+    "whole biases": (
+        "llama",
+        dict(target_modules=["q_proj"], modules_to_save=["k_proj"], bias="all"),
+    ),
     "head": ("llama", dict(target_modules=["q_proj", "lm_head"])),
-    "everything": ("llama", dict(target_modules="all-linear", modules_to_save=["norm", "lm_head"], bias="all",
-                                 use_rslora=True, rank_pattern={"o_proj": 3})),
+    "everything": (
+        "llama",
+        dict(
+            target_modules="all-linear",
+            modules_to_save=["norm", "lm_head"],
+            bias="all",
+            use_rslora=True,
+            rank_pattern={"o_proj": 3},
+        ),
+    ),
 }
 for _, settings in CASES.values():
     settings |= dict(r=4, lora_alpha=6) | settings
@@ -146,7 +196,11 @@ for _, settings in CASES.values():
 def config_of(settings):
     """PEFT's settings as ours."""
     rename = {"r": "lora_r"}
-    config = {rename.get(key, key): value for key, value in settings.items() if key != "ensure_weight_tying"}
+    config = {
+        rename.get(key, key): value
+        for key, value in settings.items()
+        if key != "ensure_weight_tying"
+    }
     config["target_modules"] = [t] if isinstance(t := config["target_modules"], str) else t
     return LoRAConfig(**config)
 
@@ -165,8 +219,14 @@ def test_an_adapter_of_peft_opens_here_and_ours_in_peft(case, bases, tmp_path):
     assert not any(p.requires_grad for p in model.parameters())
 
     save_adapter(model, tmp_path / "ours", bases[family])
-    stray = (".base_layer.weight", ".modules_to_save.bias", ".original_module.bias")  # frozen, or there twice
-    assert set(stored(tmp_path / "ours")) == {key for key in stored(tmp_path / "theirs") if not key.endswith(stray)}
+    stray = (
+        ".base_layer.weight",
+        ".modules_to_save.bias",
+        ".original_module.bias",
+    )  # frozen, or there twice
+    assert set(stored(tmp_path / "ours")) == {
+        key for key in stored(tmp_path / "theirs") if not key.endswith(stray)
+    }
     for key, tensor in stored(tmp_path / "ours").items():
         assert torch.equal(tensor, stored(tmp_path / "theirs")[key]), key
     again = peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "ours").eval()
@@ -196,7 +256,9 @@ def test_an_adapter_made_here_opens_in_peft(case, bases, tmp_path):
     assert {p.dtype for p in stored(tmp_path / "ours").values()} == {torch.float32}
     trainable, total = count_parameters(model)
     tied = family.endswith("tied") and settings.get("modules_to_save")
-    assert trainable == sum(t.numel() for k, t in stored(tmp_path / "ours").items() if not (tied and "lm_head" in k))
+    assert trainable == sum(
+        t.numel() for k, t in stored(tmp_path / "ours").items() if not (tied and "lm_head" in k)
+    )
     assert total == sum(p.numel() for p in model.parameters())
 
 
@@ -216,8 +278,12 @@ def test_a_tied_pair_that_peft_trained_apart_is_untied(whole, bases, tmp_path):
 
 
 def test_a_list_of_targets_from_elsewhere_is_read_as_peft_reads_it(bases, tmp_path):
-    settings = dict(r=2, target_modules=["q_proj", "query_key_value"], rank_pattern={"wi": 3},
-                    exclude_modules=r".*\.1\..*")
+    settings = dict(
+        r=2,
+        target_modules=["q_proj", "query_key_value"],
+        rank_pattern={"wi": 3},
+        exclude_modules=r".*\.1\..*",
+    )
     reference = peft_model(bases["qwen3"], settings)
     reference.save_pretrained(tmp_path / "theirs")
     model = ours(bases["qwen3"])
@@ -227,12 +293,16 @@ def test_a_list_of_targets_from_elsewhere_is_read_as_peft_reads_it(bases, tmp_pa
     assert_close(logits(model), logits(reference))
 
 
-@pytest.mark.parametrize("case", ["all-linear", "norms", "tied embedding", "everything", "dora", "dora and biases"])
+@pytest.mark.parametrize(
+    "case", ["all-linear", "norms", "tied embedding", "everything", "dora", "dora and biases"]
+)
 def test_training_is_pefts(case, bases, tmp_path):
     """20 AdamW steps from the same adapter on the same batches."""
     family, settings = CASES[case]
     peft_model(bases[family], settings).save_pretrained(tmp_path / "start")
-    reference = peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "start", is_trainable=True)
+    reference = peft.PeftModel.from_pretrained(
+        theirs(bases[family]), tmp_path / "start", is_trainable=True
+    )
     model = ours(bases[family])
     load_adapter(model, tmp_path / "start", trainable=True)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -240,7 +310,9 @@ def test_training_is_pefts(case, bases, tmp_path):
     batches = [[rng.integers(0, 67, n) for n in rng.integers(4, 12, 2)] for _ in range(4)] * 5
 
     expected = adamw_steps(reference, their_loss, batches)
-    losses = adamw_steps(model, lambda model, documents: -model.logps(pack(documents)).sum(), batches)
+    losses = adamw_steps(
+        model, lambda model, documents: -model.logps(pack(documents)).sum(), batches
+    )
     assert expected[-4:].mean() < expected[:4].mean() - 0.1
     assert_close(losses, expected)
     reference.save_pretrained(tmp_path / "theirs")
@@ -262,18 +334,34 @@ def test_a_fresh_lora_changes_nothing_and_comes_from_its_seed_alone(dtype, bases
     before = logits(model)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert add_lora(model, LoRAConfig(bias="all", modules_to_save=["norm", "embed_tokens", "lm_head"]), seed=7) == []
+    assert (
+        add_lora(
+            model,
+            LoRAConfig(bias="all", modules_to_save=["norm", "embed_tokens", "lm_head"]),
+            seed=7,
+        )
+        == []
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(logits(model), before)
     add_lora(other, LoRAConfig(), seed=7)
     for a, b in zip(lora_layers(model).values(), lora_layers(other).values()):
         assert torch.equal(a.lora_A, b.lora_A)
         bound = a.in_features**-0.5  # kaiming_uniform_(a=sqrt(5)), as in PEFT
-        assert 0.9 * bound < a.lora_A.abs().max() <= bound and abs(a.lora_A.std() / bound * 3**0.5 - 1) < 0.15
-        assert a.lora_A.dtype == a.lora_B.dtype == torch.float32 and a.base_layer.weight.dtype == getattr(torch, dtype)
+        assert (
+            0.9 * bound < a.lora_A.abs().max() <= bound
+            and abs(a.lora_A.std() / bound * 3**0.5 - 1) < 0.15
+        )
+        assert (
+            a.lora_A.dtype == a.lora_B.dtype == torch.float32
+            and a.base_layer.weight.dtype == getattr(torch, dtype)
+        )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.get_parameter(n).dtype == torch.float32 for n in trained)
-    assert all(("lora_" in n or "norm" in n or n.endswith("bias") or "embed" in n or "lm_head" in n) for n in trained)
+    assert all(
+        ("lora_" in n or "norm" in n or n.endswith("bias") or "embed" in n or "lm_head" in n)
+        for n in trained
+    )
     assert torch.equal(logits(merge_lora(model)), before)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
@@ -287,7 +375,9 @@ def test_a_layer_by_hand():
         layer.lora_B.copy_(torch.tensor([[2.0], [1.0]]))
     x = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     expected = torch.tensor([[1.0 + 6, 0.0 + 3], [3.0, 1.0]])
-    assert torch.equal(layer(x), expected) and torch.equal(layer(x[None, :, None])[0, :, 0], expected)
+    assert torch.equal(layer(x), expected) and torch.equal(
+        layer(x[None, :, None])[0, :, 0], expected
+    )
     assert torch.equal(layer.weight, torch.tensor([[7.0, -4.0], [3.0, -2.0]]))
     assert LoRALinear(Linear(2, 2), 4, 3, use_rslora=True).scaling == 1.5
 
@@ -305,20 +395,32 @@ def test_dropout_is_on_the_update_alone():
 
 def test_merge_sums_in_fp32_and_rounds_once(bases):
     model = ours(bases["llama"], "bfloat16")
-    add_lora(model, LoRAConfig(lora_r=4, target_modules=["q_proj", "lm_head"], bias="all", modules_to_save=["norm"]))
+    add_lora(
+        model,
+        LoRAConfig(
+            lora_r=4, target_modules=["q_proj", "lm_head"], bias="all", modules_to_save=["norm"]
+        ),
+    )
     shake(model)
     expected = {}
     for path, layer in lora_layers(model).items():
-        W = layer.base_layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+        W = (
+            layer.base_layer.weight.double()
+            + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+        )
         expected[path + ".weight"] = W.float().bfloat16()
     expected |= {n: p.detach().bfloat16() for n, p in model.named_parameters() if "norm" in n}
     before = logits(model)
     merge_lora(model)
     for name, tensor in expected.items():
         wrong = model.get_parameter(name) != tensor
-        assert wrong.float().mean() < 0.01, name  # fp32 and fp64 sums fall on two sides of a tie now and then
+        assert wrong.float().mean() < 0.01, (
+            name
+        )  # fp32 and fp64 sums fall on two sides of a tie now and then
     assert not lora_layers(model) and not any(p.requires_grad for p in model.parameters())
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and type(model.lm_head) is Linear
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and type(
+        model.lm_head
+    ) is Linear
     assert (logits(model) - before).abs().max() < 0.1 * before.abs().max()
 
 
@@ -392,25 +494,40 @@ def test_rank_0_is_full_fine_tuning(bases):
 
 def test_targeted_norms_are_trained_whole_and_said_so(bases, tmp_path):
     model = ours(bases["qwen3"])
-    notices = add_lora(model, LoRAConfig(target_modules=["q_proj", "input_layernorm", "norm"], bias="all"))
+    notices = add_lora(
+        model, LoRAConfig(target_modules=["q_proj", "input_layernorm", "norm"], bias="all")
+    )
     assert [n.split()[1] for n in notices] == ["input_layernorm", "norm", "all"]
     assert model.adapter.target_modules == ["q_proj"]
-    assert model.adapter.modules_to_save == ["input_layernorm", "model.norm"]  # PEFT's `norm` would be every norm
+    assert model.adapter.modules_to_save == [
+        "input_layernorm",
+        "model.norm",
+    ]  # PEFT's `norm` would be every norm
     shake(model)
     save_adapter(model, tmp_path / "a", bases["qwen3"])
-    assert_close(logits(peft.PeftModel.from_pretrained(theirs(bases["qwen3"]), tmp_path / "a")), logits(model))
+    assert_close(
+        logits(peft.PeftModel.from_pretrained(theirs(bases["qwen3"]), tmp_path / "a")),
+        logits(model),
+    )
     model = ours(bases["qwen3"])
-    add_lora(model, LoRAConfig(target_modules=["q_proj", "input_layernorm"], layers_to_transform=[1]))
+    add_lora(
+        model, LoRAConfig(target_modules=["q_proj", "input_layernorm"], layers_to_transform=[1])
+    )
     assert model.adapter.modules_to_save == ["model.layers.1.input_layernorm"]
     assert [n for n, p in model.named_parameters() if p.requires_grad and "norm" in n] == [
-        "model.layers.1.input_layernorm.weight"]
+        "model.layers.1.input_layernorm.weight"
+    ]
 
 
 def test_one_of_a_tied_pair_trains_both(bases):
     for name in ("embed_tokens", "lm_head"):
         model = ours(bases["qwen3-tied"])
         (notice,) = add_lora(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=[name]))
-        assert "tied" in notice and model.model.embed_tokens.weight.requires_grad and model.lm_head is None
+        assert (
+            "tied" in notice
+            and model.model.embed_tokens.weight.requires_grad
+            and model.lm_head is None
+        )
         assert sum("embed" in n for n, p in model.named_parameters() if p.requires_grad) == 1
 
 
@@ -418,25 +535,50 @@ def count_lora(raw, config):
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
     add_lora(model, config)
-    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n), count_parameters(model)
+    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n), count_parameters(
+        model
+    )
 
 
 def test_parameter_counts_of_a_real_shape():
-    raw = dict(model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-               num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
+    raw = dict(
+        model_type="qwen3",
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     norms = ["input_layernorm", "post_attention_layernorm"]
-    number, (trainable, total) = count_lora(raw, LoRAConfig(lora_r=128, target_modules=targets + norms, bias="all"))
-    assert number == 66_060_288 and trainable == number + 28 * 2 * 1024 and total == 596_049_920 + number
+    number, (trainable, total) = count_lora(
+        raw, LoRAConfig(lora_r=128, target_modules=targets + norms, bias="all")
+    )
+    assert (
+        number == 66_060_288
+        and trainable == number + 28 * 2 * 1024
+        and total == 596_049_920 + number
+    )
 
 
-@pytest.mark.parametrize("shape, r, targets, number", [
-    ("qwen3-0.6b", 128, ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], 66_060_288),
-    ("llama-3.2-3b", 16, ["all-linear"], 24_313_856),
-    ("llama-3.2-1b", 16, ["q_proj", "k_proj", "v_proj", "o_proj"], 3_407_872),
-    ("qwen3-4b", 64, ["all-linear"], 132_120_576),
-    ("qwen3-0.6b", 16, ["all-linear"], 10_092_544),
-])
+@pytest.mark.parametrize(
+    "shape, r, targets, number",
+    [
+        (
+            "qwen3-0.6b",
+            128,
+            ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+            66_060_288,
+        ),
+        ("llama-3.2-3b", 16, ["all-linear"], 24_313_856),
+        ("llama-3.2-1b", 16, ["q_proj", "k_proj", "v_proj", "o_proj"], 3_407_872),
+        ("qwen3-4b", 64, ["all-linear"], 132_120_576),
+        ("qwen3-0.6b", 16, ["all-linear"], 10_092_544),
+    ],
+)
 def test_parameter_counts_of_the_recipes(shape, r, targets, number):
     if not SHARED.is_dir():
         pytest.skip("no ../shared folder beside the repository")
@@ -447,40 +589,63 @@ def test_parameter_counts_of_the_recipes(shape, r, targets, number):
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(target_modules=["q_proj", "layer_norm1"]), "'layer_norm1'.*nearest: input_layernorm, post_attention_layern"),
-    (dict(target_modules=["q_porj", "gate"]), "'q_porj' matches.*nearest: q_proj.*'gate' matches.*nearest: gate_proj"),
-    (dict(target_modules=["c_attn2"]), r"'c_attn2'"),
-    (dict(target_modules=["model.layers.9.self_attn.q_proj"]), "layers.9.*nearest: q_proj"),
-    (dict(target_modules=["embed_tokens"]), "no form for model.embed_tokens; modules_to_save"),
-    (dict(target_modules=["lm_head", "q_proj"]), "no form for lm_head"),
-    (dict(target_modules=["mlp"]), "no form for model.layers.0.mlp"),
-    (dict(target_modules=[r"q_proj|("]), "is no regex: missing"),
-    (dict(target_modules=[r".*q_projection$"]), "matches nothing"),
-    (dict(target_modules=["q_proj", ".*k_proj"]), "a regex stands alone"),
-    (dict(target_modules=["norm"]), "no linear layer is left"),
-    (dict(target_modules=[]), "no linear layer is left"),
-    (dict(target_modules=["q_proj"], modules_to_save=["q_proj"]), "no linear layer is left"),
-    (dict(target_modules=[".*q_proj"], layers_to_transform=[0]), "layers_to_transform goes with names"),
-    (dict(layers_to_transform=[0, 2]), "2 is not one of this model's layers 0 to 1"),
-    (dict(modules_to_save=["final_layernorm"]), "modules_to_save: 'final_layernorm'.*nearest: .*input_layernorm"),
-    (dict(modules_to_save=["embed_in"]), "'embed_in'.*nearest: .*embed_tokens"),
-    (dict(rank_pattern={"qproj": 4}), "rank_pattern: 'qproj' matches no adapted layer.*nearest: q_proj"),
-    (dict(target_modules=["q_proj"], alpha_pattern={"k_proj": 4}), "alpha_pattern: 'k_proj' matches no adapted"),
-    (dict(alpha_pattern={"(": 4}), "alpha_pattern: '\\(' is no regex"),
-    (dict(rank_pattern={"q_proj": 0}), "rank_pattern: 0 is not above 0, for 'q_proj'"),
-    (dict(lora_r=-1), "lora_r: -1 is not above 0"),
-    (dict(lora_alpha=0), "lora_alpha: 0 is not above 0"),
-    (dict(lora_dropout=1.0), "lora_dropout: 1.0 is not in"),
-    (dict(bias="yes"), "bias: 'yes' is not one of none, all, lora_only"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            dict(target_modules=["q_proj", "layer_norm1"]),
+            "'layer_norm1'.*nearest: input_layernorm, post_attention_layern",
+        ),
+        (
+            dict(target_modules=["q_porj", "gate"]),
+            "'q_porj' matches.*nearest: q_proj.*'gate' matches.*nearest: gate_proj",
+        ),
+        (dict(target_modules=["c_attn2"]), r"'c_attn2'"),
+        (dict(target_modules=["model.layers.9.self_attn.q_proj"]), "layers.9.*nearest: q_proj"),
+        (dict(target_modules=["embed_tokens"]), "no form for model.embed_tokens; modules_to_save"),
+        (dict(target_modules=["lm_head", "q_proj"]), "no form for lm_head"),
+        (dict(target_modules=["mlp"]), "no form for model.layers.0.mlp"),
+        (dict(target_modules=[r"q_proj|("]), "is no regex: missing"),
+        (dict(target_modules=[r".*q_projection$"]), "matches nothing"),
+        (dict(target_modules=["q_proj", ".*k_proj"]), "a regex stands alone"),
+        (dict(target_modules=["norm"]), "no linear layer is left"),
+        (dict(target_modules=[]), "no linear layer is left"),
+        (dict(target_modules=["q_proj"], modules_to_save=["q_proj"]), "no linear layer is left"),
+        (
+            dict(target_modules=[".*q_proj"], layers_to_transform=[0]),
+            "layers_to_transform goes with names",
+        ),
+        (dict(layers_to_transform=[0, 2]), "2 is not one of this model's layers 0 to 1"),
+        (
+            dict(modules_to_save=["final_layernorm"]),
+            "modules_to_save: 'final_layernorm'.*nearest: .*input_layernorm",
+        ),
+        (dict(modules_to_save=["embed_in"]), "'embed_in'.*nearest: .*embed_tokens"),
+        (
+            dict(rank_pattern={"qproj": 4}),
+            "rank_pattern: 'qproj' matches no adapted layer.*nearest: q_proj",
+        ),
+        (
+            dict(target_modules=["q_proj"], alpha_pattern={"k_proj": 4}),
+            "alpha_pattern: 'k_proj' matches no adapted",
+        ),
+        (dict(alpha_pattern={"(": 4}), "alpha_pattern: '\\(' is no regex"),
+        (dict(rank_pattern={"q_proj": 0}), "rank_pattern: 0 is not above 0, for 'q_proj'"),
+        (dict(lora_r=-1), "lora_r: -1 is not above 0"),
+        (dict(lora_alpha=0), "lora_alpha: 0 is not above 0"),
+        (dict(lora_dropout=1.0), "lora_dropout: 1.0 is not in"),
+        (dict(bias="yes"), "bias: 'yes' is not one of none, all, lora_only"),
+    ],
+)
 def test_a_wrong_setting_is_named(settings, message, bases):
     model = ours(bases["qwen3-tied"])
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(UserError, match=message) as caught:
         add_lora(model, LoRAConfig(**settings))
     assert "\n" not in str(caught.value)
-    assert not lora_layers(model) and all(torch.equal(model.get_parameter(n), p) for n, p in before.items())
+    assert not lora_layers(model) and all(
+        torch.equal(model.get_parameter(n), p) for n, p in before.items()
+    )
 
 
 def test_one_lora_at_a_time(bases):
@@ -498,27 +663,39 @@ def adapter(bases, tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(peft_type="LOHA"), 'peft_type is "LOHA"; "LORA" is supported'),
-    (dict(task_type="SEQ_CLS"), 'task_type is "SEQ_CLS"'),
-    (dict(use_dora=True), r"missing .*lora_magnitude_vector"),
-    (dict(fan_in_fan_out=True, lora_bias=True), "fan_in_fan_out = true is not.*lora_bias = true is not"),
-    (dict(megatron_config={"a": 1}), "megatron_config = .* is not supported"),
-    (dict(layer_replication=[[0, 2]]), "layer_replication"),
-    (dict(trainable_token_indices=[3]), "trainable_token_indices"),
-    (dict(a_field_of_next_year=2), "a_field_of_next_year = 2 is not supported"),
-    (dict(init_lora_weights="pissa"), "pissa.*base was changed too: save it as plain LoRA"),
-    (dict(r="16", bias=3), 'r is "16"; bias is 3'),
-    (dict(r=0), "a rank r from 1"),
-    (dict(target_modules=None), "target_modules are needed"),
-    (dict(rank_pattern={"q_proj": "8"}), "rank_pattern is"),
-    (dict(layers_pattern="h"), 'layers_pattern is "h"'),
-    (dict(bias="lora"), "not an adapter of this model: bias: 'lora'"),
-    (dict(target_modules=["c_attn"]), "not an adapter of this model: target_modules: no linear layer"),
-    (dict(target_modules="(("), "not an adapter of this model: .*no regex"),
-    (dict(r=3), r"8 tensor\(s\) do not fit: .*lora_A.weight is \[2, 24\], expected \[3, 24\]"),
-    (dict(target_modules=["q_proj", "down_proj"]), r"missing .*down_proj.*unexpected .*up_proj"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(peft_type="LOHA"), 'peft_type is "LOHA"; "LORA" is supported'),
+        (dict(task_type="SEQ_CLS"), 'task_type is "SEQ_CLS"'),
+        (dict(use_dora=True), r"missing .*lora_magnitude_vector"),
+        (
+            dict(fan_in_fan_out=True, lora_bias=True),
+            "fan_in_fan_out = true is not.*lora_bias = true is not",
+        ),
+        (dict(megatron_config={"a": 1}), "megatron_config = .* is not supported"),
+        (dict(layer_replication=[[0, 2]]), "layer_replication"),
+        (dict(trainable_token_indices=[3]), "trainable_token_indices"),
+        (dict(a_field_of_next_year=2), "a_field_of_next_year = 2 is not supported"),
+        (dict(init_lora_weights="pissa"), "pissa.*base was changed too: save it as plain LoRA"),
+        (dict(r="16", bias=3), 'r is "16"; bias is 3'),
+        (dict(r=0), "a rank r from 1"),
+        (dict(target_modules=None), "target_modules are needed"),
+        (dict(rank_pattern={"q_proj": "8"}), "rank_pattern is"),
+        (dict(layers_pattern="h"), 'layers_pattern is "h"'),
+        (dict(bias="lora"), "not an adapter of this model: bias: 'lora'"),
+        (
+            dict(target_modules=["c_attn"]),
+            "not an adapter of this model: target_modules: no linear layer",
+        ),
+        (dict(target_modules="(("), "not an adapter of this model: .*no regex"),
+        (dict(r=3), r"8 tensor\(s\) do not fit: .*lora_A.weight is \[2, 24\], expected \[3, 24\]"),
+        (
+            dict(target_modules=["q_proj", "down_proj"]),
+            r"missing .*down_proj.*unexpected .*up_proj",
+        ),
+    ],
+)
 def test_an_adapter_config_that_does_not_fit_is_named(changes, message, bases, adapter):
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -533,7 +710,9 @@ def test_all_faults_of_the_weights_at_once(bases, adapter):
     tensors[names[1]] = tensors[names[1]].T.contiguous()
     tensors["base_model.model.extra"] = torch.zeros(1)
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=f"3 tensor.*missing {names[0]}.*unexpected .*extra.*{names[1]} is"):
+    with pytest.raises(
+        UserError, match=f"3 tensor.*missing {names[0]}.*unexpected .*extra.*{names[1]} is"
+    ):
         load_adapter(ours(bases["qwen3"]), adapter)
 
 
@@ -547,7 +726,10 @@ def test_files_that_are_not_there_or_not_whole(bases, adapter, tmp_path):
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_adapter(ours(bases["qwen3"]), adapter)
     weights.rename(adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="no adapter_model.safetensors; adapter_model.bin is a pickle and never read"):
+    with pytest.raises(
+        UserError,
+        match="no adapter_model.safetensors; adapter_model.bin is a pickle and never read",
+    ):
         load_adapter(model, adapter)
     (adapter / "adapter_config.json").write_text('{"r": 2,')
     weights.touch()
@@ -583,14 +765,24 @@ def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
 
     command("--adapter", adapter, "--output-dir", tmp_path / "merged", "--model", bases["qwen3"])
     assert "merged" in capsys.readouterr().out
-    assert (tmp_path / "merged" / "config.json").read_text() == (bases["qwen3"] / "config.json").read_text()
+    assert (tmp_path / "merged" / "config.json").read_text() == (
+        bases["qwen3"] / "config.json"
+    ).read_text()
     with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt"}
-    assert_close(logits(theirs(tmp_path / "merged")), logits(theirs(bases["qwen3"])))  # its B is still zero
+    assert_close(
+        logits(theirs(tmp_path / "merged")), logits(theirs(bases["qwen3"]))
+    )  # its B is still zero
     for arguments, message in [
         (("--output_dir", tmp_path / "merged"), "merged: there is something already"),
-        (("--output_dir", tmp_path / "new", "--model", tmp_path / "nowhere"), "nowhere: neither a folder nor a hub id"),
-        (("--output_dir", tmp_path / "new", "--model", bases["qwen2-tied"]), "2 tensor.s. do not fit"),
+        (
+            ("--output_dir", tmp_path / "new", "--model", tmp_path / "nowhere"),
+            "nowhere: neither a folder nor a hub id",
+        ),
+        (
+            ("--output_dir", tmp_path / "new", "--model", bases["qwen2-tied"]),
+            "2 tensor.s. do not fit",
+        ),
     ]:
         with pytest.raises(SystemExit) as left:
             command("--adapter", adapter, *arguments)
@@ -612,12 +804,25 @@ def finished(tmp_path, monkeypatch):
     """A run folder as far as push looks at it, with a model in two shards; no wait lasts."""
     monkeypatch.setattr("support.hub.WAITS", (0, 0, 0, 0))
     run = tmp_path / "run"
-    config = {"lora_r": 4, "merge": True, "hub_model_id": "me/mine", "hub_commit_message": "of the run"}
+    config = {
+        "lora_r": 4,
+        "merge": True,
+        "hub_model_id": "me/mine",
+        "hub_commit_message": "of the run",
+    }
     for name, text in {
-        "config.json": json.dumps(config), "README.md": "# card", "log.jsonl": "", "adapter/README.md": "# adapter",
-        "adapter/adapter_config.json": "{}", "adapter/adapter_model.safetensors": "A B", "merged/README.md": "# merged",
-        "merged/config.json": "{}", "merged/model-00001-of-00002.safetensors": "first half",
-        "merged/model-00002-of-00002.safetensors": "second half", "merged/model.safetensors.index.json": "{}"}.items():
+        "config.json": json.dumps(config),
+        "README.md": "# card",
+        "log.jsonl": "",
+        "adapter/README.md": "# adapter",
+        "adapter/adapter_config.json": "{}",
+        "adapter/adapter_model.safetensors": "A B",
+        "merged/README.md": "# merged",
+        "merged/config.json": "{}",
+        "merged/model-00001-of-00002.safetensors": "first half",
+        "merged/model-00002-of-00002.safetensors": "second half",
+        "merged/model.safetensors.index.json": "{}",
+    }.items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(text)
     return run
@@ -638,13 +843,21 @@ def test_both_folders_become_roots_and_nothing_is_pushed_twice(finished, hub, ca
     """Each repository holds its folder's files, under the run's own message; a second push commits nothing; what was
     changed, or is gone from the hub, goes there again, and that alone."""
     pushed(finished)
-    assert hub.files == {"me/mine": contents(finished / "adapter"), "me/mine-merged": contents(finished / "merged")}
+    assert hub.files == {
+        "me/mine": contents(finished / "adapter"),
+        "me/mine-merged": contents(finished / "merged"),
+    }
     assert hub.commits == [("me/mine", "of the run"), ("me/mine-merged", "of the run")]
     pushed(finished)
-    assert len(hub.commits) == 2 and "me/mine-merged holds merged/ already" in capsys.readouterr().out
+    assert (
+        len(hub.commits) == 2 and "me/mine-merged holds merged/ already" in capsys.readouterr().out
+    )
     (finished / "adapter" / "README.md").write_text("# a better card")
     pushed(finished, "--hub_commit_message", "a better card")
-    assert hub.commits[2:] == [("me/mine", "a better card")] and hub.files["me/mine"]["README.md"] == b"# a better card"
+    assert (
+        hub.commits[2:] == [("me/mine", "a better card")]
+        and hub.files["me/mine"]["README.md"] == b"# a better card"
+    )
     hub.files["me/mine-merged"].clear()
     pushed(finished)
     assert hub.commits[3:] == [("me/mine-merged", "of the run")]
@@ -653,17 +866,26 @@ def test_both_folders_become_roots_and_nothing_is_pushed_twice(finished, hub, ca
 
 def test_weights_of_an_earlier_model_do_not_stay(finished, hub):
     """A repository that held one shard: beside two new ones it would be what is loaded. Other files are left alone."""
-    hub.files["me/mine-merged"] = {"model.safetensors": b"old", "notes.md": b"mine", "gguf/model.safetensors": b"too"}
+    hub.files["me/mine-merged"] = {
+        "model.safetensors": b"old",
+        "notes.md": b"mine",
+        "gguf/model.safetensors": b"too",
+    }
     pushed(finished)
     kept = {"notes.md": b"mine", "gguf/model.safetensors": b"too"}
     assert hub.files["me/mine-merged"] == contents(finished / "merged") | kept
 
 
-@pytest.mark.parametrize("changes, names", [
-    (dict(merge=False), {"me/mine": "adapter"}), (dict(lora_r=0), {"me/mine": "merged"}),
-    (dict(hub_model_id="short"), {"me/short": "adapter", "me/short-merged": "merged"}),
-    (dict(hub_model_id=""), {"me/run": "adapter", "me/run-merged": "merged"}),
-], ids=["not merged", "full", "without user", "unnamed"])
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        (dict(merge=False), {"me/mine": "adapter"}),
+        (dict(lora_r=0), {"me/mine": "merged"}),
+        (dict(hub_model_id="short"), {"me/short": "adapter", "me/short-merged": "merged"}),
+        (dict(hub_model_id=""), {"me/run": "adapter", "me/run-merged": "merged"}),
+    ],
+    ids=["not merged", "full", "without user", "unnamed"],
+)
 def test_where_a_run_goes(changes, names, finished, hub):
     config = json.loads((finished / "config.json").read_text())
     (finished / "config.json").write_text(json.dumps(config | changes))
@@ -693,7 +915,11 @@ def test_a_push_that_fails_for_good_is_taken_up_again(finished, hub, capsys):
     with pytest.raises(SystemExit) as left:
         pushed(finished)
     error = capsys.readouterr().err
-    assert left.value.code == 2 and error.startswith("error: push to me/mine-merged: ") and error.count("\n") == 1
+    assert (
+        left.value.code == 2
+        and error.startswith("error: push to me/mine-merged: ")
+        and error.count("\n") == 1
+    )
     assert f"`python lora.py push {finished}` goes on from here" in error
     assert all(path.read_bytes() == data for path, data in before.items())
     assert hub.commits == [("me/mine", "of the run")]
@@ -705,6 +931,7 @@ def test_a_push_that_fails_for_good_is_taken_up_again(finished, hub, capsys):
 
 def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
     """403 and 401 in one line, at once; the hub tells the token back, and it is not shown."""
+
     def refused():
         hub.asked.clear()
         with pytest.raises(SystemExit) as left:
@@ -723,9 +950,14 @@ def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
     assert "no token; set HF_TOKEN" in refused() and not hub.asked
 
 
-@pytest.mark.parametrize("part, missing, message", [
-    ("", "config.json", "config.json: no such file"), ("", "README.md", "run: no run's folder, or not finished"),
-    ("merged", "", "merged: no run's folder")])  # it has a config.json and a card too
+@pytest.mark.parametrize(
+    "part, missing, message",
+    [
+        ("", "config.json", "config.json: no such file"),
+        ("", "README.md", "run: no run's folder, or not finished"),
+        ("merged", "", "merged: no run's folder"),
+    ],
+)  # it has a config.json and a card too
 def test_what_is_no_finished_run_is_not_pushed(part, missing, message, finished, hub, capsys):
     if missing:
         (finished / missing).unlink()

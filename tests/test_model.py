@@ -1,6 +1,6 @@
 """model.py against transformers on configurations that break wrong code, and against the properties it promises.
 
-    pytest tests/test_model.py
+pytest tests/test_model.py
 """
 
 import errno
@@ -56,9 +56,19 @@ def trees():
     to what they continue, a chain that is adjacent all the way. Weights differ by segment, some labels are ignored."""
     document = [seg(tokens(7, 1))]
     single = [seg(tokens(1, 2))]
-    pair = [seg(tokens(5, 3), scored=slice(3, None)), seg(tokens(4, 4), 0, 0, 2.0), seg(tokens(3, 5), 0, 1, -0.5)]
-    deep = [seg(tokens(4, 6), sequence=2), seg(tokens(3, 7), 0), seg(tokens(2, 8), 0, weight=0.0),
-            seg(tokens(4, 9), 1, 1, 1.5), seg(tokens(1, 10), 2, 2), seg(tokens(2, 11), 3, 3, scored=slice(1, None))]
+    pair = [
+        seg(tokens(5, 3), scored=slice(3, None)),
+        seg(tokens(4, 4), 0, 0, 2.0),
+        seg(tokens(3, 5), 0, 1, -0.5),
+    ]
+    deep = [
+        seg(tokens(4, 6), sequence=2),
+        seg(tokens(3, 7), 0),
+        seg(tokens(2, 8), 0, weight=0.0),
+        seg(tokens(4, 9), 1, 1, 1.5),
+        seg(tokens(1, 10), 2, 2),
+        seg(tokens(2, 11), 3, 3, scored=slice(1, None)),
+    ]
     chain = [seg(tokens(3, 12)), seg(tokens(2, 13), 0), seg(tokens(4, 14), 1, 0, 3.0)]
     return [document, pair, single, deep, chain]
 
@@ -81,7 +91,9 @@ def unrolled(example):
 def reference_of(folder, dtype=torch.float32, attention="sdpa"):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention
+    ).eval()
 
 
 def logits_of(model, ids, positions=None):
@@ -120,16 +132,26 @@ def assert_same_gradients(ours, theirs, tolerance):
 
 NETWORKS = {
     "qwen3-tied": dict(),
-    "qwen3-biases-untied": dict(attention_bias=True, tie_word_embeddings=False, num_key_value_heads=3),
+    "qwen3-biases-untied": dict(
+        attention_bias=True, tie_word_embeddings=False, num_key_value_heads=3
+    ),
     "qwen2-tied": dict(model_type="qwen2", num_attention_heads=4, head_dim=10),
-    "qwen2-untied-head-dim": dict(model_type="qwen2", tie_word_embeddings=False, head_dim=14, rms_norm_eps=1e-3),
-    "llama-biases-untied": dict(model_type="llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "qwen2-untied-head-dim": dict(
+        model_type="qwen2", tie_word_embeddings=False, head_dim=14, rms_norm_eps=1e-3
+    ),
+    "llama-biases-untied": dict(
+        model_type="llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    ),
     "llama-one-kv-head": dict(model_type="llama", num_key_value_heads=1, vocab_size=331),
-    "llama-no-gqa-no-head-dim": dict(model_type="llama", num_attention_heads=4, num_key_value_heads=4, head_dim=None),
+    "llama-no-gqa-no-head-dim": dict(
+        model_type="llama", num_attention_heads=4, num_key_value_heads=4, head_dim=None
+    ),
 }
 
 
-@pytest.mark.parametrize("stored", [("new", "5GB"), ("old", "20KB")], ids=["one-file-new", "shards-old"])
+@pytest.mark.parametrize(
+    "stored", [("new", "5GB"), ("old", "20KB")], ids=["one-file-new", "shards-old"]
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_and_loss_equal_transformers(tiny_checkpoint, name, stored):
     """Every family, head and bias layout, one file or shards, either config dialect: logits and loss in fp32."""
@@ -163,8 +185,14 @@ YARN = dict(rope_type="yarn", factor=16.0, original_max_position_embeddings=8192
 ROPES = {
     "default": dict(rope_type="default", rope_theta=5e5),
     "linear": dict(rope_type="linear", factor=4.0, rope_theta=1e4),
-    "llama3": dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=5e5,
-                   original_max_position_embeddings=8192),
+    "llama3": dict(
+        rope_type="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        rope_theta=5e5,
+        original_max_position_embeddings=8192,
+    ),
     "yarn": YARN,
     "yarn-mscale": YARN | dict(mscale=0.7, mscale_all_dim=1.3),
     "yarn-attention-factor": YARN | dict(attention_factor=1.17),
@@ -178,10 +206,19 @@ ROPES = {
 def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
     """Positions with gaps up to 131,071: relative distances that only the right frequencies and magnitude get right."""
     rope = ROPES[name]
-    folder = tiny_checkpoint(model_type="llama", head_dim=64, num_attention_heads=2, num_key_value_heads=1,
-                             dialect=dialect, max_position_embeddings=131072, rope_parameters=dict(rope))
+    folder = tiny_checkpoint(
+        model_type="llama",
+        head_dim=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        dialect=dialect,
+        max_position_embeddings=131072,
+        rope_parameters=dict(rope),
+    )
     raw = json.loads((folder / "config.json").read_text())
-    if name == "yarn-default-original":  # as written by hand; transformers fills it in when it writes
+    if (
+        name == "yarn-default-original"
+    ):  # as written by hand; transformers fills it in when it writes
         (raw.get("rope_scaling") or raw["rope_parameters"]).pop("original_max_position_embeddings")
         (folder / "config.json").write_text(json.dumps(raw))
     model, reference = load_model(folder), reference_of(folder)
@@ -192,25 +229,35 @@ def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
     ids, rng = tokens(40), np.random.default_rng(0)
     far = rng.choice(np.arange(9000, 131000), 37, replace=False)
     positions = torch.from_numpy(np.sort(np.concatenate([[0, 8193, 131071], far])))
-    causal = torch.full((40, 40), float("-inf")).triu(1)[None, None]  # given, lest gaps be read as packed documents
+    causal = torch.full((40, 40), float("-inf")).triu(1)[
+        None, None
+    ]  # given, lest gaps be read as packed documents
     with torch.no_grad():
-        theirs = reference(torch.from_numpy(ids)[None].long(), position_ids=positions[None], attention_mask=causal)
+        theirs = reference(
+            torch.from_numpy(ids)[None].long(), position_ids=positions[None], attention_mask=causal
+        )
         theirs = theirs.logits[0]
     near = logits_of(model, ids)
     assert_close(logits_of(model, ids, positions), theirs, 1e-5)
-    assert (near - theirs).abs().max() > 1e-2 * theirs.abs().max(), "positions make no difference: the test is blind"
+    assert (near - theirs).abs().max() > 1e-2 * theirs.abs().max(), (
+        "positions make no difference: the test is blind"
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3-tied", "qwen2-untied-head-dim", "llama-biases-untied"])
 def test_bf16_is_as_near_the_truth_as_transformers(tiny_checkpoint, name):
     """bf16 rounds; our logits and gradients are no farther from fp32's than the reference's own (root mean square)."""
-    folder = tiny_checkpoint(dtype="bfloat16", hidden_size=96, num_hidden_layers=4, **NETWORKS[name])
+    folder = tiny_checkpoint(
+        dtype="bfloat16", hidden_size=96, num_hidden_layers=4, **NETWORKS[name]
+    )
     rows, found = [tokens(48, seed) for seed in range(6)], []
     for dtype in (torch.float32, torch.bfloat16):
         reference, labels = reference_of(folder, dtype), torch.from_numpy(np.stack(rows)).long()
         out = reference(labels, labels=labels)
         out.loss.backward()
-        found.append((out.logits.detach().float(), {n: p.grad for n, p in reference.named_parameters()}))
+        found.append(
+            (out.logits.detach().float(), {n: p.grad for n, p in reference.named_parameters()})
+        )
     (truth, true_gradients), (theirs, their_gradients) = found
     model = load_model(folder)
     assert model.dtype == torch.bfloat16 == next(model.parameters()).dtype
@@ -221,8 +268,10 @@ def test_bf16_is_as_near_the_truth_as_transformers(tiny_checkpoint, name):
     ours = torch.stack([logits_of(model, row) for row in rows])
     assert 0 < off(ours, truth) <= 1.02 * off(theirs, truth)  # measured: 0.87 to 0.95
     our_gradients, _ = gradients(model, [Batch.pack([[seg(row, weight=-1 / 282)] for row in rows])])
-    mine, reference = [torch.stack([off(g[n], true) for n, true in true_gradients.items()]) for g in
-                       (our_gradients, their_gradients)]
+    mine, reference = [
+        torch.stack([off(g[n], true) for n, true in true_gradients.items()])
+        for g in (our_gradients, their_gradients)
+    ]
     assert mine.mean() <= 1.02 * reference.mean()  # measured: 0.83 to 0.95
     assert (mine / reference).max() < 2  # of a single tensor; measured: 1.6
 
@@ -232,7 +281,9 @@ def test_both_attentions_equal_transformers_of_that_name(tiny_checkpoint, attent
     folder = tiny_checkpoint()
     ids = tokens(33)
     with torch.no_grad():
-        theirs = reference_of(folder, attention=attention)(torch.from_numpy(ids)[None].long()).logits[0]
+        theirs = reference_of(folder, attention=attention)(
+            torch.from_numpy(ids)[None].long()
+        ).logits[0]
     assert_close(logits_of(load_model(folder, attn_implementation=attention), ids), theirs, 1e-5)
 
 
@@ -247,9 +298,32 @@ def test_batch_says_who_predicts_what_for_whom():
     batch = Batch.pack([[seg(np.array([1, 2, 3]))], pair, late])
     assert batch.tokens.tolist() == [1, 2, 3, 10, 11, 12, 20, 21, 30, 7, 8, 9]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 0, 1, 2]
-    assert batch.segments == [(0, 3, -1), (3, 6, -1), (6, 8, 1), (8, 9, 1), (9, 10, -1), (10, 12, 4)]
-    assert batch.scored.tolist() == [0, 1, 4, 5, 6, 5, 10]  # the prompt's last token, 5, predicts both continuations
-    assert batch.targets.tolist() == [2, 3, 12, 20, 21, 30, 9]  # 1 and 7, a document's first, have no predictor
+    assert batch.segments == [
+        (0, 3, -1),
+        (3, 6, -1),
+        (6, 8, 1),
+        (8, 9, 1),
+        (9, 10, -1),
+        (10, 12, 4),
+    ]
+    assert batch.scored.tolist() == [
+        0,
+        1,
+        4,
+        5,
+        6,
+        5,
+        10,
+    ]  # the prompt's last token, 5, predicts both continuations
+    assert batch.targets.tolist() == [
+        2,
+        3,
+        12,
+        20,
+        21,
+        30,
+        9,
+    ]  # 1 and 7, a document's first, have no predictor
     assert batch.sequence.tolist() == [0, 0, 1, 1, 1, 2, 3] and batch.num_sequences == 4
     assert batch.weights.tolist() == [1, 1, 1, 2, 2, 0.5, 1]
 
@@ -258,13 +332,21 @@ def test_batch_invariants_hold_on_trees():
     examples = trees()
     batch = Batch.pack(examples)
     flat = [(example, index) for example in examples for index in range(len(example))]
-    assert [stop - start for start, stop, _ in batch.segments] == [len(example[i].ids) for example, i in flat]
+    assert [stop - start for start, stop, _ in batch.segments] == [
+        len(example[i].ids) for example, i in flat
+    ]
     assert batch.num_sequences == sum(1 + max(s.sequence for s in example) for example in examples)
-    assert len(batch.scored) == sum((s.labels != IGNORE)[s.prefix < 0 :].sum() for e in examples for s in e)
+    assert len(batch.scored) == sum(
+        (s.labels != IGNORE)[s.prefix < 0 :].sum() for e in examples for s in e
+    )
     owner = {t: i for i, (start, stop, _) in enumerate(batch.segments) for t in range(start, stop)}
-    for at, target in zip(batch.scored.tolist(), batch.targets.tolist()):  # a target stands right after its predictor
+    for at, target in zip(
+        batch.scored.tolist(), batch.targets.tolist()
+    ):  # a target stands right after its predictor
         sees = [t for t in owner if owner[at] in batch.lineage(owner[t])]
-        assert target in [batch.tokens[t] for t in sees if batch.positions[t] == batch.positions[at] + 1]
+        assert target in [
+            batch.tokens[t] for t in sees if batch.positions[t] == batch.positions[at] + 1
+        ]
     for (example, index), (start, stop, _) in zip(flat, batch.segments):
         before = sum(len(example[i].ids) for i in ancestors(example, index)[:-1])
         assert batch.positions[start:stop].tolist() == list(range(before, before + stop - start))
@@ -276,12 +358,16 @@ def test_packed_equals_one_by_one_equals_repeated_prefix(tiny_checkpoint, name, 
     """Log-probs and every weight's gradient: one packed stream with shared prefixes = each segment alone after a copy
     of its prefix, in eager attention. Weights per token included."""
     folder = tiny_checkpoint(**NETWORKS[name])
-    packed, packed_logps = gradients(load_model(folder, attn_implementation=attention), [Batch.pack(trees())])
+    packed, packed_logps = gradients(
+        load_model(folder, attn_implementation=attention), [Batch.pack(trees())]
+    )
     alone = [Batch.pack([document]) for example in trees() for document in unrolled(example)]
     single, single_logps = gradients(load_model(folder, attn_implementation="eager"), alone)
     assert_close(packed_logps, single_logps, 2e-6)
     assert_same_gradients(packed, single, 5e-6)
-    split, split_logps = gradients(load_model(folder), [Batch.pack([example]) for example in trees()])
+    split, split_logps = gradients(
+        load_model(folder), [Batch.pack([example]) for example in trees()]
+    )
     assert_close(split_logps, single_logps, 2e-6)
     assert_same_gradients(split, single, 5e-6)
 
@@ -303,7 +389,9 @@ def test_a_token_sees_its_lineage_and_nothing_else(tiny_checkpoint, attention):
     assert torch.equal(batch.mask, visible)
     embedded = model.model.embed_tokens(batch.tokens).requires_grad_()
     model.model.embed_tokens.register_forward_hook(lambda *_: embedded)
-    gradients = [torch.autograd.grad(row.sum(), embedded, retain_graph=True)[0] for row in model(batch)]
+    gradients = [
+        torch.autograd.grad(row.sum(), embedded, retain_graph=True)[0] for row in model(batch)
+    ]
     influence = torch.stack([gradient.abs().sum(-1) for gradient in gradients])
     assert torch.equal(influence != 0, visible)
 
@@ -326,7 +414,9 @@ def test_order_of_examples_changes_nothing(tiny_checkpoint):
     assert_close(torch.cat(backward.split(sizes[::-1])[::-1]), forward, 2e-6)
 
 
-@pytest.mark.parametrize("examples", [trees(), trees()[:1] + trees()[2:3]], ids=["trees", "documents"])
+@pytest.mark.parametrize(
+    "examples", [trees(), trees()[:1] + trees()[2:3]], ids=["trees", "documents"]
+)
 def test_varlen_describes_the_same_attention(monkeypatch, examples):
     """varlen_attn runs on CUDA alone. Here its contract (ragged, bottom-right causal, GQA) is played by a loop, called
     with the real one's signature; what is left under test is the gather, offsets and flags that model.py hands it."""
@@ -340,32 +430,49 @@ def test_varlen_describes_the_same_attention(monkeypatch, examples):
         a = a.arguments
         assert a["window_size"] == (-1, 0) and a["enable_gqa"] and a["scale"] is None
         assert a["cu_seq_q"].dtype == a["cu_seq_k"].dtype == torch.int32
-        assert a["cu_seq_q"][-1] == len(a["query"]) and a["cu_seq_k"][-1] == len(a["key"]) == len(a["value"])
+        assert a["cu_seq_q"][-1] == len(a["query"]) and a["cu_seq_k"][-1] == len(a["key"]) == len(
+            a["value"]
+        )
         assert a["max_q"] == a["cu_seq_q"].diff().max() and a["max_k"] == a["cu_seq_k"].diff().max()
         out = []
-        for q0, q1, k0, k1 in zip(a["cu_seq_q"], a["cu_seq_q"][1:], a["cu_seq_k"], a["cu_seq_k"][1:]):
-            q, k, v = a["query"][q0:q1].double(), a["key"][k0:k1].double(), a["value"][k0:k1].double()
+        for q0, q1, k0, k1 in zip(
+            a["cu_seq_q"], a["cu_seq_q"][1:], a["cu_seq_k"], a["cu_seq_k"][1:]
+        ):
+            q, k, v = (
+                a["query"][q0:q1].double(),
+                a["key"][k0:k1].double(),
+                a["value"][k0:k1].double(),
+            )
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
             future = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
-            out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v))
+            out.append(
+                torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+            )
         return torch.cat(out).float()
 
     monkeypatch.setattr(varlen, "varlen_attn", played)
     batch, generator = Batch.pack(examples), torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(len(batch.tokens), heads, 12, generator=generator) for heads in (6, 2, 2))
+    q, k, v = (
+        torch.randn(len(batch.tokens), heads, 12, generator=generator) for heads in (6, 2, 2)
+    )
     want = M.eager_attention(q, k, v, batch)
     assert_close(M.varlen_attention(q, k, v, batch), want, 2e-6)
     assert_close(M.sdpa_attention(q, k, v, batch), want, 2e-6)
 
 
-@pytest.mark.parametrize("examples", [trees(), [[seg(tokens(600)), seg(tokens(5), 0), seg(tokens(3), 0)], *trees()]],
-                         ids=["short", "long"])
+@pytest.mark.parametrize(
+    "examples",
+    [trees(), [[seg(tokens(600)), seg(tokens(5), 0), seg(tokens(3), 0)], *trees()]],
+    ids=["short", "long"],
+)
 def test_sdpa_equals_eager_forward_and_backward(examples):
     """Segments below and above the length at which sdpa_attention changes its way, with and without a prefix."""
     batch, found, generator = Batch.pack(examples), {}, torch.Generator().manual_seed(0)
     T = len(batch.tokens)
-    q, k, v = (torch.randn(T, heads, 12, generator=generator, requires_grad=True) for heads in (6, 2, 2))
+    q, k, v = (
+        torch.randn(T, heads, 12, generator=generator, requires_grad=True) for heads in (6, 2, 2)
+    )
     upstream = torch.randn(q.shape, generator=generator)
     for attend in (M.eager_attention, M.sdpa_attention):
         out = attend(q, k, v, batch)
@@ -403,7 +510,9 @@ def test_gradient_checkpointing_changes_memory_not_gradients(tiny_checkpoint):
         model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
 
         def logps(model, batch):
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: saved.append(t.numel()) or t, lambda t: t
+            ):
                 return model.logps(batch)
 
         found[on] = *gradients(model, [Batch.pack(trees())], logps), len(calls), sum(saved)
@@ -426,7 +535,10 @@ def test_gradient_checkpointing_reaches_what_trains_above_frozen_layers(tiny_che
 
 def head_case(S, V=997, C=24, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(S, C, generator=g).to(dtype), (0.5 * torch.randn(V, C, generator=g)).to(dtype)
+    hidden, weight = (
+        torch.randn(S, C, generator=g).to(dtype),
+        (0.5 * torch.randn(V, C, generator=g)).to(dtype),
+    )
     return hidden, weight, torch.randint(0, V, (S,), generator=g), torch.randn(S, generator=g)
 
 
@@ -439,7 +551,9 @@ def head_gradients(score, hidden, weight, targets, upstream, trains):
 
 def cross_entropy(hidden, weight, targets):
     logits = F.linear(hidden, weight)
-    return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+    return -F.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none"
+    )
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
@@ -449,7 +563,9 @@ def test_token_logps_equal_cross_entropy(S, V, trains):
     gradient that differs by row, a vocabulary large enough that the CPU splits a chunk's rows."""
     case = head_case(S, V)
     ours = head_gradients(token_logps, *case, trains)
-    truth = head_gradients(cross_entropy, *(x.double() if x.is_floating_point() else x for x in case), trains)
+    truth = head_gradients(
+        cross_entropy, *(x.double() if x.is_floating_point() else x for x in case), trains
+    )
     assert ours[0].dtype == torch.float32 == ours[1].dtype
     for mine, true in zip(ours, truth):
         assert (mine - true).abs().max() <= 1e-5 * max(true.abs().max(), 1)
@@ -466,7 +582,9 @@ def test_token_logps_in_bf16_within_the_references_error(trains, confident):
         p = F.linear(hidden.float(), weight.float()).softmax(-1).gather(1, targets[:, None])
         assert 0.9 < p.median() < 0.9999
     ours, theirs = [head_gradients(score, *case, trains) for score in (token_logps, cross_entropy)]
-    truth = head_gradients(cross_entropy, *(x.double() if x.is_floating_point() else x for x in case), trains)
+    truth = head_gradients(
+        cross_entropy, *(x.double() if x.is_floating_point() else x for x in case), trains
+    )
     assert ours[0].dtype == torch.float32 and ours[1].dtype == torch.bfloat16
     for mine, reference, true in zip(ours, theirs, truth):
         error, allowed = ((x.double() - true).pow(2).mean().sqrt() for x in (mine, reference))
@@ -484,7 +602,9 @@ def test_token_logps_of_nothing_is_nothing():
 
 def saved_for_backward(run):
     shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+    ):
         run()
     return shapes
 
@@ -519,8 +639,14 @@ def transformers_greedy(reference, prompts, new, ends):
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = reference.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0,
-                             eos_token_id=list(ends) or None)[:, width:].tolist()
+    out = reference.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=new,
+        pad_token_id=0,
+        eos_token_id=list(ends) or None,
+    )[:, width:].tolist()
     return [row[: next((i for i, t in enumerate(row) if t in ends), new)] for row in out]
 
 
@@ -528,16 +654,24 @@ def transformers_greedy(reference, prompts, new, ends):
 def test_greedy_equals_transformers_token_for_token(tiny_checkpoint, name):
     """Prompts of different lengths; then with end tokens that stop rows at different steps, one of them at once."""
     folder = tiny_checkpoint(**NETWORKS[name])
-    model, reference, prompts = load_model(folder), reference_of(folder), prompts_of(9, 1, 23, 4, 14)
+    model, reference, prompts = (
+        load_model(folder),
+        reference_of(folder),
+        prompts_of(9, 1, 23, 4, 14),
+    )
     free = generate(model, prompts, 20)
-    assert free == transformers_greedy(reference, prompts, 20, ()) and {len(row) for row in free} == {20}
+    assert free == transformers_greedy(reference, prompts, 20, ()) and {
+        len(row) for row in free
+    } == {20}
     ends = {free[0][0], free[2][7], free[4][12]}
     stopped = generate(model, prompts, 20, eos_ids=ends)
     assert stopped == transformers_greedy(reference, prompts, 20, ends)
     assert stopped[0] == [] and len({len(row) for row in stopped}) >= 3
     model.config.eos_token_id = tuple(ends)  # what the config names is the default
     assert generate(model, prompts, 20) == stopped
-    assert [generate(model, [p], 20)[0] for p in prompts] == stopped  # the company a prompt is in changes nothing
+    assert [
+        generate(model, [p], 20)[0] for p in prompts
+    ] == stopped  # the company a prompt is in changes nothing
     assert generate(model, prompts, 0) == [[]] * 5 and generate(model, []) == []
     with pytest.raises(UserError, match="empty prompt"):
         generate(model, [[1], []])
@@ -552,18 +686,30 @@ def test_seeded_sampling(tiny_checkpoint):
     assert one != generate(model, prompts, 12, seed=2, **options)
     twice = generate(model, prompts[:1] * 2, 12, seed=1, **options)
     assert twice[0] != twice[1], "two rows with one prompt drew the same numbers"
-    others = generate(model, [prompts[2], prompts[1], prompts[0], prompts[0]], 12, seed=1, **options)
+    others = generate(
+        model, [prompts[2], prompts[1], prompts[0], prompts[0]], 12, seed=1, **options
+    )
     assert others[1] == one[1]
     assert generate(model, prompts, 5, seed=1, **options) == [row[:5] for row in one]
     for ends in ({one[0][3]}, {one[2][0]}):  # a row that ends leaves the others' draws alone
         cut = generate(model, prompts, 12, seed=1, eos_ids=ends, **options)
         assert cut == [row[: next((i for i, t in enumerate(row) if t in ends), 12)] for row in one]
-    assert generate(model, prompts, 12, temperature=0.7, top_k=1, seed=3) == generate(model, prompts, 12)
+    assert generate(model, prompts, 12, temperature=0.7, top_k=1, seed=3) == generate(
+        model, prompts, 12
+    )
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [
-    (1.0, 0, 1.0), (0.6, 0, 1.0), (1.3, 7, 1.0), (1.0, 0, 0.8), (1.4, 9, 0.7), (1.0, 500, 0.05),
-])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [
+        (1.0, 0, 1.0),
+        (0.6, 0, 1.0),
+        (1.3, 7, 1.0),
+        (1.0, 0, 0.8),
+        (1.4, 9, 0.7),
+        (1.0, 500, 0.05),
+    ],
+)
 def test_sampling_distribution_is_that_of_transformers(temperature, top_k, top_p):
     """Over a fine grid of uniforms the picks' frequencies are the probabilities that transformers' warpers leave."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -595,7 +741,12 @@ def test_generation_draws_follow_the_model(tiny_checkpoint):
     model, N = load_model(tiny_checkpoint()), 4000
     prompt = tokens(3).tolist()
     want = logits_of(model, np.array(prompt))[-1].softmax(-1)
-    found = torch.bincount(torch.tensor(generate(model, [prompt] * N, 1, temperature=1.0))[:, 0], minlength=199) / N
+    found = (
+        torch.bincount(
+            torch.tensor(generate(model, [prompt] * N, 1, temperature=1.0))[:, 0], minlength=199
+        )
+        / N
+    )
     assert ((found - want).abs() < 5 * (want * (1 - want) / N).sqrt() + 1e-3).all()
 
 
@@ -617,10 +768,16 @@ def test_dtype_and_nothing_left_on_meta(tiny_checkpoint, stored, wanted):
     model = load_model(folder, wanted)
     dtype = getattr(torch, stored if wanted == "auto" else wanted)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    assert {(t.device.type, t.dtype, t.requires_grad) for t in tensors.values()} == {("cpu", dtype, False)}
+    assert {(t.device.type, t.dtype, t.requires_grad) for t in tensors.values()} == {
+        ("cpu", dtype, False)
+    }
     assert model.dtype == dtype
-    on_disk = {n: t.clone() for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
-    assert tensors.keys() == on_disk.keys() and all(torch.equal(tensors[n], t.to(dtype)) for n, t in on_disk.items())
+    on_disk = {
+        n: t.clone() for file in folder.glob("*.safetensors") for n, t in load_file(file).items()
+    }
+    assert tensors.keys() == on_disk.keys() and all(
+        torch.equal(tensors[n], t.to(dtype)) for n, t in on_disk.items()
+    )
     for file in folder.glob("*.safetensors"):  # what is loaded is a copy: the files may change now
         file.write_bytes(bytes(file.stat().st_size))
     assert all(torch.equal(tensors[n], t.to(dtype)) for n, t in on_disk.items())
@@ -631,7 +788,9 @@ def test_all_tensor_faults_are_told_at_once(tiny_checkpoint):
     """Missing (with the nearest name), unexpected and misshapen, in one message."""
 
     def change(t):
-        t["model.layers.0.self_attn.q_projj.weight"] = t.pop("model.layers.0.self_attn.q_proj.weight")
+        t["model.layers.0.self_attn.q_projj.weight"] = t.pop(
+            "model.layers.0.self_attn.q_proj.weight"
+        )
         t["model.layers.1.mlp.up_proj.weight"] = t["model.layers.1.mlp.up_proj.weight"][:-1].clone()
         t["model.layers.7.mlp.up_proj.weight"] = torch.zeros(3)
         del t["model.norm.weight"]
@@ -639,16 +798,23 @@ def test_all_tensor_faults_are_told_at_once(tiny_checkpoint):
     with pytest.raises(UserError) as error:
         load_model(rewrite(tiny_checkpoint(), change))
     message = str(error.value)
-    for part in ("5 tensor(s)", "missing model.norm.weight", "unexpected model.layers.7.mlp.up_proj.weight",
-                 "missing model.layers.0.self_attn.q_proj.weight (nearest: model.layers.0.self_attn.q_projj.weight",
-                 "model.layers.1.mlp.up_proj.weight is [55, 48], expected [56, 48]"):
+    for part in (
+        "5 tensor(s)",
+        "missing model.norm.weight",
+        "unexpected model.layers.7.mlp.up_proj.weight",
+        "missing model.layers.0.self_attn.q_proj.weight (nearest: model.layers.0.self_attn.q_projj.weight",
+        "model.layers.1.mlp.up_proj.weight is [55, 48], expected [56, 48]",
+    ):
         assert part in message
     assert message.count("\n") <= 1
 
 
 def test_tied_head_stored_twice(tiny_checkpoint):
     """Equal: one tensor with one owner. Different: the config or the file is wrong, and it says so."""
-    folder = rewrite(tiny_checkpoint(), lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    folder = rewrite(
+        tiny_checkpoint(),
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+    )
     model = load_model(folder)
     assert model.lm_head is None and model.head_weight() is model.model.embed_tokens.weight
     rewrite(folder, lambda t: t["lm_head.weight"].add_(1))
@@ -691,7 +857,9 @@ def test_peak_memory_is_the_model_and_one_tensor(tiny_checkpoint):
     with torch.device("meta"):
         shapes = M.Transformer(M.ModelConfig.read(big)).state_dict()
     save_file({name: torch.zeros(t.shape) for name, t in shapes.items()}, big / "model.safetensors")
-    run = subprocess.run([sys.executable, "-c", PEAK, ROOT, small, big], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, ROOT, small, big], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     for line, least in zip(run.stdout.splitlines(), (70, 140), strict=True):
         peak, size = map(float, line.split())
@@ -711,10 +879,14 @@ def companions(folder):
     return folder
 
 
-@pytest.mark.parametrize("dtype, shard", [("float32", 10**9), ("bfloat16", 12_000), ("bfloat16", 1)])
+@pytest.mark.parametrize(
+    "dtype, shard", [("float32", 10**9), ("bfloat16", 12_000), ("bfloat16", 1)]
+)
 def test_saved_checkpoint_is_the_loaded_one(tiny_checkpoint, tmp_path, dtype, shard):
     """Bit-equal tensors, companions byte for byte, transformers opens it with the same logits; one file or an index."""
-    source = companions(tiny_checkpoint(dtype=dtype, tie_word_embeddings=False, eos_token_id=[3, 5]))
+    source = companions(
+        tiny_checkpoint(dtype=dtype, tie_word_embeddings=False, eos_token_id=[3, 5])
+    )
     out = tmp_path / "out"
     model = load_model(source)
     save_model(model.named_parameters(), out, source, max_shard_bytes=shard)
@@ -730,7 +902,10 @@ def test_saved_checkpoint_is_the_loaded_one(tiny_checkpoint, tmp_path, dtype, sh
         assert all(len(tensors) == 1 or sum(t.nbytes for t in tensors) <= shard for tensors in held)
         assert (max(map(len, held)) > 1) == (shard > 1)
     again = load_model(out)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters())) and again.dtype == model.dtype
+    assert (
+        all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+        and again.dtype == model.dtype
+    )
     before, after = files_of(source), files_of(out)
     kept = {n for n in before if n.endswith((".json", ".jinja")) and "index" not in n}
     assert len(kept) == 5 and all(after[n] == before[n] for n in kept)
@@ -747,7 +922,11 @@ def test_saving_holds_one_shard_and_shows_nothing_until_done(tiny_checkpoint, tm
     def stream():
         for pair in tensors:
             assert not out.exists()
-            seen.append(sum(len(list(p.iterdir())) for p in out.parent.iterdir()) if out.parent.exists() else 0)
+            seen.append(
+                sum(len(list(p.iterdir())) for p in out.parent.iterdir())
+                if out.parent.exists()
+                else 0
+            )
             yield pair
 
     save_model(stream(), out, source, max_shard_bytes=12_000)
@@ -757,7 +936,9 @@ def test_saving_holds_one_shard_and_shows_nothing_until_done(tiny_checkpoint, tm
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["tensors", "rename", "killed before"])
-def test_interrupted_save_leaves_the_old_folder_whole(tiny_checkpoint, tmp_path, monkeypatch, where, stop):
+def test_interrupted_save_leaves_the_old_folder_whole(
+    tiny_checkpoint, tmp_path, monkeypatch, where, stop
+):
     """A failure amid the tensors; at the last step, when the old folder has already stepped aside; and amid the tensors
     of the run after one that was killed at that step."""
     source, out = tiny_checkpoint(), tmp_path / "out"
@@ -791,7 +972,11 @@ def test_disk_that_fills_up_ends_in_one_line(tiny_checkpoint, tmp_path, capsys):
     resource = pytest.importorskip("resource", reason="file size limits are a thing of Unix")
     source, out = tiny_checkpoint(), tmp_path / "out"
     shutil.copytree(source, out)
-    model, before, limits = load_model(source), files_of(out), resource.getrlimit(resource.RLIMIT_FSIZE)
+    model, before, limits = (
+        load_model(source),
+        files_of(out),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(SystemExit) as ended:
@@ -857,37 +1042,81 @@ def integers(folder):
     rewrite(folder, lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int64)}))
 
 
-NORM, WEIGHTS, ORIGINAL = "model.norm.weight", "model.safetensors", "original_max_position_embeddings"
+NORM, WEIGHTS, ORIGINAL = (
+    "model.norm.weight",
+    "model.safetensors",
+    "original_max_position_embeddings",
+)
 LLAMA3 = ROPES["llama3"]
 BAD_CHECKPOINTS = {
     "no folder": (shutil.rmtree, "neither a folder nor a hub id"),
     "no config": (file("config.json", None), "no config.json"),
-    "broken json": (file("config.json", '{"model_type": "qwen3",\n "vocab_size": }'), "config.json", "line 2"),
+    "broken json": (
+        file("config.json", '{"model_type": "qwen3",\n "vocab_size": }'),
+        "config.json",
+        "line 2",
+    ),
     "json list": (file("config.json", "[1]"), "config.json", "list"),
-    "json in latin-1": (file("config.json", '{"é": 1}'.encode("latin-1")), "config.json", "not valid JSON"),
+    "json in latin-1": (
+        file("config.json", '{"é": 1}'.encode("latin-1")),
+        "config.json",
+        "not valid JSON",
+    ),
     "json too deep": (file("config.json", "[" * 200_000), "config.json", "not valid JSON"),
-    "json long number": (file("config.json", '{"vocab_size": ' + "9" * 5000 + "}"), "config.json", "not valid JSON"),
+    "json long number": (
+        file("config.json", '{"vocab_size": ' + "9" * 5000 + "}"),
+        "config.json",
+        "not valid JSON",
+    ),
     "unknown model": (config(model_type="gemma3"), "config.json", "gemma3", "qwen3"),
     "no model type": (config(model_type=None), "config.json", "model_type"),
     "model type no string": (config(model_type=["llama"]), "config.json", "model_type"),
     "rope dynamic": (config(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic", "yarn"),
-    "rope longrope": (config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "longrope"),
-    "rope type no string": (config(rope_scaling={"rope_type": ["yarn"]}), "config.json", "rope type"),
+    "rope longrope": (
+        config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
+        "longrope",
+    ),
+    "rope type no string": (
+        config(rope_scaling={"rope_type": ["yarn"]}),
+        "config.json",
+        "rope type",
+    ),
     "rope no object": (config(rope_scaling="yarn"), "rope_scaling"),
     "rope without factor": (config(rope_scaling={"rope_type": "linear"}), "rope factor"),
-    "rope factor text": (config(rope_scaling={"rope_type": "linear", "factor": "4"}), "rope factor", "'4'"),
-    "rope llama3 half": (config(rope_scaling=LLAMA3 | {"low_freq_factor": None}), "rope low_freq_factor"),
-    "rope llama3 equal bounds": (config(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), "high_freq_factor"),
+    "rope factor text": (
+        config(rope_scaling={"rope_type": "linear", "factor": "4"}),
+        "rope factor",
+        "'4'",
+    ),
+    "rope llama3 half": (
+        config(rope_scaling=LLAMA3 | {"low_freq_factor": None}),
+        "rope low_freq_factor",
+    ),
+    "rope llama3 equal bounds": (
+        config(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}),
+        "high_freq_factor",
+    ),
     "rope yarn text": (config(rope_scaling=YARN | {"beta_fast": "32"}), "rope beta_fast"),
     "rope yarn original text": (config(rope_scaling=YARN | {ORIGINAL: "8k"}), f"rope {ORIGINAL}"),
     "rope theta zero": (config(rope_theta=0), "rope_theta"),
     "partial rotary": (config(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "gelu": (config(hidden_act="gelu"), "hidden_act", "gelu"),
     "sliding window": (config(sliding_window=128, use_sliding_window=True), "sliding-window"),
-    "sliding layers": (config(layer_types=["full_attention", "sliding_attention"]), "sliding-window"),
+    "sliding layers": (
+        config(layer_types=["full_attention", "sliding_attention"]),
+        "sliding-window",
+    ),
     "layer types no list": (config(layer_types=3), "layer_types"),
-    "quantised": (config(quantization_config={"quant_method": "gptq"}), "quantization_config", "4-bit"),
-    "in 4 bit": (config(quantization_config={"load_in_4bit": True}), "holds 4-bit weights", "16-bit"),
+    "quantised": (
+        config(quantization_config={"quant_method": "gptq"}),
+        "quantization_config",
+        "4-bit",
+    ),
+    "in 4 bit": (
+        config(quantization_config={"load_in_4bit": True}),
+        "holds 4-bit weights",
+        "16-bit",
+    ),
     "negative size": (config(hidden_size=-8), "hidden_size", "-8"),
     "huge size": (config(num_hidden_layers=10**9), "num_hidden_layers"),
     "fractional size": (config(intermediate_size=56.5), "intermediate_size", "56.5"),
@@ -895,7 +1124,11 @@ BAD_CHECKPOINTS = {
     "size is true": (config(num_attention_heads=True), "num_attention_heads"),
     "size missing": (config(num_hidden_layers=None), "num_hidden_layers"),
     "epsilon": (config(rms_norm_eps=0), "rms_norm_eps"),
-    "heads not a multiple": (config(num_key_value_heads=4), "num_attention_heads 6", "num_key_value_heads 4"),
+    "heads not a multiple": (
+        config(num_key_value_heads=4),
+        "num_attention_heads 6",
+        "num_key_value_heads 4",
+    ),
     "odd head dim": (config(head_dim=13), "head_dim 13"),
     "dtype": (config(torch_dtype="int8"), "int8", "bfloat16"),
     "end token is text": (config(eos_token_id="</s>"), "eos_token_id"),
@@ -904,21 +1137,59 @@ BAD_CHECKPOINTS = {
     "truncated": (file(WEIGHTS, lambda b: b[:-100]), WEIGHTS, "not a whole safetensors file"),
     "truncated header": (file(WEIGHTS, lambda b: b[:60]), WEIGHTS, "not a whole safetensors file"),
     "empty": (file(WEIGHTS, ""), WEIGHTS, "not a whole safetensors file"),
-    "header length": (file(WEIGHTS, lambda b: b"\xff" * 8 + b[8:]), WEIGHTS, "not a whole safetensors file"),
-    "header garbage": (file(WEIGHTS, lambda b: b[:8] + b"x" * 50 + b[58:]), WEIGHTS, "not a whole safetensors file"),
+    "header length": (
+        file(WEIGHTS, lambda b: b"\xff" * 8 + b[8:]),
+        WEIGHTS,
+        "not a whole safetensors file",
+    ),
+    "header garbage": (
+        file(WEIGHTS, lambda b: b[:8] + b"x" * 50 + b[58:]),
+        WEIGHTS,
+        "not a whole safetensors file",
+    ),
     "pickle": (only_pickle, "neither model.safetensors nor", "pickle"),
     "no weights": (file(WEIGHTS, None), "neither model.safetensors nor"),
     "integer tensor": (integers, NORM, "of another kind"),
-    "one missing": (lambda folder: rewrite(folder, lambda t: t.pop(NORM)), "missing model.norm.weight"),
-    "index up": (index(**{NORM: "../a/model.safetensors"}), "index.json", "'../a/model.safetensors'", "same folder"),
-    "index absolute": (index(**{NORM: "/a/model.safetensors"}), "index.json", "'/a/model.safetensors'", "same folder"),
-    "index other file": (index(**{NORM: "config.json"}), "index.json", "'config.json'", "same folder"),
+    "one missing": (
+        lambda folder: rewrite(folder, lambda t: t.pop(NORM)),
+        "missing model.norm.weight",
+    ),
+    "index up": (
+        index(**{NORM: "../a/model.safetensors"}),
+        "index.json",
+        "'../a/model.safetensors'",
+        "same folder",
+    ),
+    "index absolute": (
+        index(**{NORM: "/a/model.safetensors"}),
+        "index.json",
+        "'/a/model.safetensors'",
+        "same folder",
+    ),
+    "index other file": (
+        index(**{NORM: "config.json"}),
+        "index.json",
+        "'config.json'",
+        "same folder",
+    ),
     "index number": (index(**{NORM: 7}), "index.json", "'7'"),
     "index object": (index(**{NORM: {"a": 1}}), "index.json", "'a'"),
-    "index missing shard": (index(**{NORM: "model-9.safetensors"}), "index.json", "model-9.safetensors"),
+    "index missing shard": (
+        index(**{NORM: "model-9.safetensors"}),
+        "index.json",
+        "model-9.safetensors",
+    ),
     "index wrong shard": (index(**{NORM: "model-00001-of-00011.safetensors"}), "index.json", NORM),
-    "index invents": (index(**{"model.more": "model-00001-of-00011.safetensors"}), "index.json", "model.more"),
-    "index no map": (file("model.safetensors.index.json", '{"weight_map": []}'), "index.json", "weight_map"),
+    "index invents": (
+        index(**{"model.more": "model-00001-of-00011.safetensors"}),
+        "index.json",
+        "model.more",
+    ),
+    "index no map": (
+        file("model.safetensors.index.json", '{"weight_map": []}'),
+        "index.json",
+        "weight_map",
+    ),
     "index broken": (file("model.safetensors.index.json", "{"), "index.json", "line 1"),
 }
 
@@ -927,7 +1198,9 @@ BAD_CHECKPOINTS = {
 def test_bad_checkpoint_is_named_in_one_line(good, tmp_path, name):
     """A checkpoint is untrusted input: each fault ends in a UserError that names the file or key."""
     breaks, *parts = BAD_CHECKPOINTS[name]
-    folder = shutil.copytree(good / ("shards" if name.startswith("index") else "one"), tmp_path / "broken")
+    folder = shutil.copytree(
+        good / ("shards" if name.startswith("index") else "one"), tmp_path / "broken"
+    )
     load_model(folder)  # good until broken
     breaks(folder)
     with pytest.raises(UserError) as error:
@@ -939,12 +1212,15 @@ def test_bad_checkpoint_is_named_in_one_line(good, tmp_path, name):
         assert part in message
 
 
-@pytest.mark.parametrize("options, parts", [
-    (dict(dtype="bf16"), ["dtype", "'bf16'", "bfloat16"]),
-    (dict(dtype=torch.float64), ["dtype", "float64"]),
-    (dict(attn_implementation="spda"), ["attn_implementation", "'spda'", "nearest: sdpa"]),
-    (dict(attn_implementation="flash_attention_2"), ["attn_implementation", "flash"]),
-])
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (dict(dtype="bf16"), ["dtype", "'bf16'", "bfloat16"]),
+        (dict(dtype=torch.float64), ["dtype", "float64"]),
+        (dict(attn_implementation="spda"), ["attn_implementation", "'spda'", "nearest: sdpa"]),
+        (dict(attn_implementation="flash_attention_2"), ["attn_implementation", "flash"]),
+    ],
+)
 def test_bad_flag_is_named_before_weights_are_read(good, monkeypatch, options, parts):
     monkeypatch.setattr(M, "read_tensor", lambda *_: pytest.fail("weights were read first"))
     with pytest.raises(UserError) as error:
@@ -952,7 +1228,9 @@ def test_bad_flag_is_named_before_weights_are_read(good, monkeypatch, options, p
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["no/such/model", "Qwen", "~no-user/a", "a" * 99, "org/na me", "org/a..b", "-org/a"])
+@pytest.mark.parametrize(
+    "name", ["no/such/model", "Qwen", "~no-user/a", "a" * 99, "org/na me", "org/a..b", "-org/a"]
+)
 def test_name_that_is_no_model(name):
     with pytest.raises(UserError, match=f"^model {re.escape(name)}: n[^\n]*$"):
         load_model(name)
@@ -965,13 +1243,32 @@ def fails(error):
     return main
 
 
-@pytest.mark.parametrize("error, status, told", [
-    (UserError("data.jsonl: line 3 is no object"), 2, "error: data.jsonl: line 3 is no object\n"),
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/log"), 2, "error: No space left on device: out/log\n"),
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "error: [Errno 28] No space left on device\n"),
-    (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out"), 2, "error: Permission denied: out\n"),
-    (KeyboardInterrupt(), 130, ""),
-])
+@pytest.mark.parametrize(
+    "error, status, told",
+    [
+        (
+            UserError("data.jsonl: line 3 is no object"),
+            2,
+            "error: data.jsonl: line 3 is no object\n",
+        ),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/log"),
+            2,
+            "error: No space left on device: out/log\n",
+        ),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            2,
+            "error: [Errno 28] No space left on device\n",
+        ),
+        (
+            PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out"),
+            2,
+            "error: Permission denied: out\n",
+        ),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
 def test_cli_ends_in_one_line(capsys, error, status, told):
     with pytest.raises(SystemExit) as ended:
         errors.run_command(fails(error))
@@ -994,7 +1291,9 @@ def test_stories260k_writes_what_its_readme_quotes(shared):
 
     folder = shared / "models" / "stories260K"
     model, tokenizer = load_model(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
-    quoted = re.search(r'greedy from BOS it writes "(.+?)"', " ".join((shared / "README.md").read_text().split()))[1]
+    quoted = re.search(
+        r'greedy from BOS it writes "(.+?)"', " ".join((shared / "README.md").read_text().split())
+    )[1]
     written = tokenizer.decode(generate(model, [[1]], 64)[0])
     assert written.strip().startswith(quoted)
     ids = np.array([1, *tokenizer.encode(quoted, add_special_tokens=False).ids])
@@ -1023,13 +1322,23 @@ def test_hub_names(shared, tiny_checkpoint, tmp_path):
     root, home = tmp_path / "root", tmp_path / "home"
     folder = companions(tiny_checkpoint("root/models/Qwen/Qwen3-0.6B", max_shard_size="20KB"))
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    for name, file in (("org/no-config", "generation_config.json"), ("org/breaks-off", "config.json")):
+    for name, file in (
+        ("org/no-config", "generation_config.json"),
+        ("org/breaks-off", "config.json"),
+    ):
         (root / "models" / name).mkdir(parents=True)
         shutil.copy(folder / file, root / "models" / name)
     started = []
 
     def serve(port, *options):
-        command = [sys.executable, shared / "tools" / "minihub.py", root, "--port", str(port), *options]
+        command = [
+            sys.executable,
+            shared / "tools" / "minihub.py",
+            root,
+            "--port",
+            str(port),
+            *options,
+        ]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         return int(started[-1].stdout.readline().rsplit(":", 1)[1])
 
@@ -1040,14 +1349,30 @@ def test_hub_names(shared, tiny_checkpoint, tmp_path):
     def ask(name):
         print(name, file=client.stdin, flush=True)
         kind, answer = json.loads(client.stdout.readline())
-        assert kind == "loaded" or "\n" not in answer and len(answer) < 400 and name.split("/")[1] in answer, answer
+        assert (
+            kind == "loaded"
+            or "\n" not in answer
+            and len(answer) < 400
+            and name.split("/")[1] in answer
+        ), answer
         return answer
 
     try:
         port = serve(0)
-        hub = dict(HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HOME=str(home), HF_HUB_OFFLINE="0", HF_TOKEN="local")
-        client = subprocess.Popen([sys.executable, "-c", HUB, ROOT], env=os.environ | hub, text=True,
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        hub = dict(
+            HF_ENDPOINT=f"http://127.0.0.1:{port}",
+            HF_HOME=str(home),
+            HF_HUB_OFFLINE="0",
+            HF_TOKEN="local",
+        )
+        client = subprocess.Popen(
+            [sys.executable, "-c", HUB, ROOT],
+            env=os.environ | hub,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         started.append(client)
         assert set(ask("Qwen/Qwen3-0.6B")) == set(files_of(folder)) - {"pytorch_model.bin"}
         assert "no such folder here and no such model on the hub" in ask("Qwen/Qwen3-0.6C")
@@ -1058,7 +1383,9 @@ def test_hub_names(shared, tiny_checkpoint, tmp_path):
         assert "breaks off" in ask("org/breaks-off")
         stop(started[-1])
         assert "can't be reached" in ask("org/silent")
-        assert set(ask("Qwen/Qwen3-0.6B")) == set(files_of(folder)) - {"pytorch_model.bin"}  # from the cache
+        assert set(ask("Qwen/Qwen3-0.6B")) == set(files_of(folder)) - {
+            "pytorch_model.bin"
+        }  # from the cache
     finally:
         for process in started:
             stop(process)

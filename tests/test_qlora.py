@@ -34,7 +34,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SHAPES = {  # head_dim != C/H, K < H, an odd vocabulary (conftest), and rows that are no multiple of a block
     "qwen3": dict(),
     "qwen3-untied": dict(tie_word_embeddings=False, dtype="bfloat16", max_shard_size="60KB"),
-    "llama": dict(model_type="llama", tie_word_embeddings=False, head_dim=8, attention_bias=True, mlp_bias=True),
+    "llama": dict(
+        model_type="llama",
+        tie_word_embeddings=False,
+        head_dim=8,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
 }
 DOCUMENTS = [np.random.default_rng(n).integers(0, 199, n) for n in (23, 9)]
 KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
@@ -42,8 +48,10 @@ KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    return {name: write_checkpoint(tmp_path_factory.mktemp("base") / name, **options)
-            for name, options in SHAPES.items()}
+    return {
+        name: write_checkpoint(tmp_path_factory.mktemp("base") / name, **options)
+        for name, options in SHAPES.items()
+    }
 
 
 def pack(documents=DOCUMENTS):
@@ -52,9 +60,18 @@ def pack(documents=DOCUMENTS):
 
 def theirs(folder, quant=None, dtype=torch.float32):
     """transformers' model, in bitsandbytes' 4 bits if `quant`; in training mode, where a CPU computes in fp32 too."""
-    options = {"quantization_config": transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quant.bnb_4bit_quant_type, bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=quant.bnb_4bit_use_double_quant)} if quant else {}
+    options = (
+        {
+            "quantization_config": transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quant.bnb_4bit_quant_type,
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_use_double_quant=quant.bnb_4bit_use_double_quant,
+            )
+        }
+        if quant
+        else {}
+    )
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).train()
 
 
@@ -66,7 +83,9 @@ def logits(model):
 
 
 def assert_close(a, b, tolerance=1e-5):
-    assert (a - b).abs().max() <= tolerance * b.abs().max(), f"{(a - b).abs().max() / b.abs().max():.1e}"
+    assert (a - b).abs().max() <= tolerance * b.abs().max(), (
+        f"{(a - b).abs().max() / b.abs().max():.1e}"
+    )
 
 
 @torch.no_grad()
@@ -100,9 +119,16 @@ def a_layer(out, inside, kind="nf4", double=True, dtype=torch.float32, bias=Fals
 @pytest.mark.parametrize("shape", [(64, 128), (7, 33), (5, 3), (300, 172)])
 def test_bits_and_values_are_those_of_bitsandbytes_modules(shape, kind, double, dtype):
     layer, plain = a_layer(*shape, kind, double, dtype)
-    module = bitsandbytes.nn.Linear4bit(*shape[::-1], bias=False, quant_type=kind, compress_statistics=double)
-    module.weight = bitsandbytes.nn.Params4bit(plain.weight.data.to(dtype), requires_grad=False, quant_type=kind,
-                                               compress_statistics=double, blocksize=64).to("cpu")
+    module = bitsandbytes.nn.Linear4bit(
+        *shape[::-1], bias=False, quant_type=kind, compress_statistics=double
+    )
+    module.weight = bitsandbytes.nn.Params4bit(
+        plain.weight.data.to(dtype),
+        requires_grad=False,
+        quant_type=kind,
+        compress_statistics=double,
+        blocksize=64,
+    ).to("cpu")
     stored = module.state_dict()
     assert set(stored) == set(layer.state_dict())
     for name, tensor in layer.state_dict().items():
@@ -128,7 +154,9 @@ def test_forward_and_gradients_are_those_of_the_dequantised_layer_and_no_weight_
     x = torch.randn(11, 72, requires_grad=True)
     same = x.detach().clone().requires_grad_(True)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         y = layer(x)
     kind = layer.compute_dtype or x.dtype
     expected = nn.functional.linear(same.to(kind), W.to(kind)).to(x.dtype) + bias
@@ -173,7 +201,9 @@ def test_4bit_checkpoints_go_both_ways(base, kind, double, bases, tmp_path):
     quant = QuantConfig(True, kind, double, "float32")
     reference = theirs(bases[base], quant)
     reference.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
-    model = load_4bit(tmp_path / "theirs", dtype="float32")  # that it holds 4 bits is told by the files alone
+    model = load_4bit(
+        tmp_path / "theirs", dtype="float32"
+    )  # that it holds 4 bits is told by the files alone
     assert_close(logits(model), logits(reference))
 
     ours = load_4bit(bases[base], quant, dtype="float32")
@@ -204,27 +234,46 @@ def our_loss(model, documents):
     return -model.logps(pack(documents)).sum()
 
 
-@pytest.mark.parametrize("base,settings", [
-    ("qwen3", dict(target_modules="all-linear", r=4, lora_alpha=8)),
-    ("llama", dict(target_modules=["q_proj", "up_proj"], r=3, lora_alpha=8, bias="all", modules_to_save=["norm"])),
-    ("qwen3-untied", dict(target_modules="all-linear", r=4, use_dora=True)),
-])
+@pytest.mark.parametrize(
+    "base,settings",
+    [
+        ("qwen3", dict(target_modules="all-linear", r=4, lora_alpha=8)),
+        (
+            "llama",
+            dict(
+                target_modules=["q_proj", "up_proj"],
+                r=3,
+                lora_alpha=8,
+                bias="all",
+                modules_to_save=["norm"],
+            ),
+        ),
+        ("qwen3-untied", dict(target_modules="all-linear", r=4, use_dora=True)),
+    ],
+)
 def test_qlora_training_is_pefts(base, settings, bases, tmp_path):
     """20 steps in fp32 beside PEFT on transformers' 4-bit model, from one adapter. The maths is the same, so is the
     tolerance; DoRA gets 1e-4, since PEFT takes the rows' lengths from the whole W + BA and here they are summed."""
     quant, tolerance = QuantConfig(True), 1e-4 if settings.get("use_dora") else 1e-5
     torch.manual_seed(0)
-    start = peft.get_peft_model(theirs(bases[base], quant), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    start = peft.get_peft_model(
+        theirs(bases[base], quant), peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
     shake(start)
     start.save_pretrained(tmp_path / "start")
-    reference = peft.PeftModel.from_pretrained(theirs(bases[base], quant), tmp_path / "start", is_trainable=True)
+    reference = peft.PeftModel.from_pretrained(
+        theirs(bases[base], quant), tmp_path / "start", is_trainable=True
+    )
     model = load_4bit(bases[base], quant, dtype="float32")
     load_adapter(model, tmp_path / "start", trainable=True)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     rng = np.random.default_rng(0)
     batches = [[rng.integers(0, 199, n) for n in rng.integers(6, 20, 2)] for _ in range(4)] * 5
-    expected, losses = adamw_steps(reference, their_loss, batches), adamw_steps(model, our_loss, batches)
+    expected, losses = (
+        adamw_steps(reference, their_loss, batches),
+        adamw_steps(model, our_loss, batches),
+    )
     assert expected[-4:].mean() < expected[:4].mean() - 0.1
     assert_close(losses, expected, tolerance)
     reference.save_pretrained(tmp_path / "theirs")
@@ -251,8 +300,15 @@ def test_checkpointing_changes_no_gradient(bases):
 # --- the measured merge -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(target_modules=["q_proj", "up_proj"]), dict(use_dora=True),
-                                      dict(init_lora_weights="pissa")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(target_modules=["q_proj", "up_proj"]),
+        dict(use_dora=True),
+        dict(init_lora_weights="pissa"),
+    ],
+)
 @pytest.mark.parametrize("base", ["qwen3", "llama"])
 def test_a_merge_is_measured_as_it_comes_out(base, settings, bases, tmp_path):
     """KL and agreement that `measure_merge` tells are those of the merged folders, opened in transformers."""
@@ -274,7 +330,9 @@ def test_a_merge_is_measured_as_it_comes_out(base, settings, bases, tmp_path):
         other = logits(merged)[pack().scored].log_softmax(-1)
         kl = (held.exp() * (held - other)).sum(-1).mean()
         assert abs(kl - figures[name]["kl"]) < 1e-5 + 1e-3 * kl
-        assert (held.argmax(-1) == other.argmax(-1)).float().mean() == pytest.approx(figures[name]["top1"])
+        assert (held.argmax(-1) == other.argmax(-1)).float().mean() == pytest.approx(
+            figures[name]["top1"]
+        )
     assert figures["original"]["kl"] > 1e-3
     if "dequantized" in figures:
         assert abs(figures["dequantized"]["kl"]) < 1e-6 and figures["dequantized"]["top1"] == 1.0
@@ -297,7 +355,9 @@ def test_a_start_is_pefts(kind, bases):
     """Singular vectors are the same up to their sign, so B A is compared, and with it what is left of the base. The
     randomised SVD draws numbers, which PEFT takes from the global state: there torch's function is the reference."""
     settings = dict(target_modules=["k_proj", "down_proj"], lora_alpha=6, init_lora_weights=kind)
-    reference = peft.get_peft_model(theirs(bases["qwen3"]), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **settings))
+    reference = peft.get_peft_model(
+        theirs(bases["qwen3"]), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **settings)
+    )
     model, base = (load_model(bases["qwen3"], dtype="float32") for _ in range(2))
     plain = logits(model)
     add_lora(model, LoRAConfig(lora_r=4, **settings), seed=11)
@@ -306,7 +366,10 @@ def test_a_start_is_pefts(kind, bases):
         other = reference.get_submodule(f"base_model.model.{path}")
         A, B = other.lora_A["default"].weight, other.lora_B["default"].weight
         if kind == "gaussian":
-            assert abs(layer.lora_A.std() * 4 - 1) < 0.25 > abs(A.std() * 4 - 1) and not layer.lora_B.any()
+            assert (
+                abs(layer.lora_A.std() * 4 - 1) < 0.25 > abs(A.std() * 4 - 1)
+                and not layer.lora_B.any()
+            )
             continue
         rest = other.base_layer.weight
         if kind == "pissa_niter_4":
@@ -316,12 +379,23 @@ def test_a_start_is_pefts(kind, bases):
             rest = W - 1.5 * B @ A
         assert_close(layer.lora_B @ layer.lora_A, B @ A)
         assert_close(layer.base_layer.weight, rest)
-        assert_close(layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B)  # the root of S on either side
-    assert kind != "gaussian" or len({layer.lora_A[0, 0].item() for layer in lora_layers(model).values()}) == 4
+        assert_close(
+            layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B
+        )  # the root of S on either side
+    assert (
+        kind != "gaussian"
+        or len({layer.lora_A[0, 0].item() for layer in lora_layers(model).values()}) == 4
+    )
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(use_rslora=True), dict(
-    rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3.0})])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(use_rslora=True),
+        dict(rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3.0}),
+    ],
+)
 def test_pissa_is_told_to_others_as_plain_lora(settings, bases, tmp_path):
     model = load_model(bases["llama"], dtype="float32")
     add_lora(model, LoRAConfig(lora_r=4, init_lora_weights="pissa", **settings), seed=1)
@@ -349,8 +423,12 @@ def test_loftq_makes_up_for_what_4_bits_lose(bases, tmp_path):
         assert_close(layer.lora_B @ layer.lora_A, found["L"] @ found["R"])
         assert (W - layer.weight).norm() < 0.9 * (W - held).norm()
         assert_close(lora_layers(other)[path].weight, layer.weight)  # whatever the scale
-    save_adapter(model, tmp_path / "ours", bases["qwen3"])  # a plain LoRA of the 4-bit base as it is
-    reference = peft.PeftModel.from_pretrained(theirs(bases["qwen3"], QuantConfig(True)), tmp_path / "ours").train()
+    save_adapter(
+        model, tmp_path / "ours", bases["qwen3"]
+    )  # a plain LoRA of the 4-bit base as it is
+    reference = peft.PeftModel.from_pretrained(
+        theirs(bases["qwen3"], QuantConfig(True)), tmp_path / "ours"
+    ).train()
     assert_close(logits(reference), logits(model))
 
 
@@ -361,29 +439,50 @@ def test_pissa_on_4_bits_quantises_the_rest(bases):
         held = layer.base_layer.weight.clone()
         rest = layer.base_layer.original_weight() - 0.5 * layer.lora_B @ layer.lora_A
         layer.base_layer.replace_weight(rest.detach())
-        assert (layer.base_layer.weight == held).float().mean() > 0.999  # a value between two may fall either way
+        assert (
+            layer.base_layer.weight == held
+        ).float().mean() > 0.999  # a value between two may fall either way
 
 
 def test_loraplus_steps_are_pefts(bases, tmp_path):
-    settings = dict(target_modules=["q_proj", "down_proj"], r=4, bias="all",
-                    modules_to_save=["embed_tokens", "lm_head"])
+    settings = dict(
+        target_modules=["q_proj", "down_proj"],
+        r=4,
+        bias="all",
+        modules_to_save=["embed_tokens", "lm_head"],
+    )
     torch.manual_seed(0)
-    start = peft.get_peft_model(theirs(bases["llama"]), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    start = peft.get_peft_model(
+        theirs(bases["llama"]), peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
     shake(start)
     start.save_pretrained(tmp_path / "start")
-    reference = peft.PeftModel.from_pretrained(theirs(bases["llama"]), tmp_path / "start", is_trainable=True)
+    reference = peft.PeftModel.from_pretrained(
+        theirs(bases["llama"]), tmp_path / "start", is_trainable=True
+    )
     optimizer = create_loraplus_optimizer(
-        reference, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1, eps=1e-5)
+        reference,
+        torch.optim.AdamW,
+        lr=1e-3,
+        loraplus_lr_ratio=16.0,
+        loraplus_weight_decay=0.1,
+        eps=1e-5,
+    )
     model = load_model(bases["llama"], dtype="float32")
     load_adapter(model, tmp_path / "start", trainable=True)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    config = sft.SFTConfig(learning_rate=1e-3, loraplus_lr_ratio=16.0, weight_decay=0.1, adam_epsilon=1e-5)
+    config = sft.SFTConfig(
+        learning_rate=1e-3, loraplus_lr_ratio=16.0, weight_decay=0.1, adam_epsilon=1e-5
+    )
     mine = sft.make_optimizer(parameters, config)
     assert sorted({group["ratio"] for group in mine.param_groups}) == [1.0, 16.0]
     for group in mine.param_groups:
         group["lr"] *= group["ratio"]  # as the loop does at every step
     for _ in range(5):
-        for network, loss_fn, steps in ((reference, their_loss, optimizer), (model, our_loss, mine)):
+        for network, loss_fn, steps in (
+            (reference, their_loss, optimizer),
+            (model, our_loss, mine),
+        ):
             steps.zero_grad()
             loss_fn(network, DOCUMENTS).backward()
             steps.step()
@@ -391,7 +490,9 @@ def test_loraplus_steps_are_pefts(bases, tmp_path):
     save_adapter(model, tmp_path / "ours")
     end = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     for key, tensor in load_file(tmp_path / "ours" / "adapter_model.safetensors").items():
-        assert_close(tensor, end[key], 1e-4 if "bias" in key else 2e-5)  # some biases' gradients are rounding alone
+        assert_close(
+            tensor, end[key], 1e-4 if "bias" in key else 2e-5
+        )  # some biases' gradients are rounding alone
 
 
 # --- optimizers and fp16 in the loop ----------------------------------------------------------------------------------
@@ -408,8 +509,17 @@ def trained(folder, base, output, stop_at=None, monkeypatch=None, **settings):
     for n in rng.integers(8, 30, 24):
         ids = rng.integers(0, 199, n).astype(np.int32)
         examples.append([Segment(ids, ids)])
-    config = sft.SFTConfig(model=str(base), data=["-"], output_dir=str(folder / output), max_steps=6, save_steps=3,
-                           per_device_train_batch_size=4, logging_steps=1, learning_rate=1e-2, **settings)
+    config = sft.SFTConfig(
+        model=str(base),
+        data=["-"],
+        output_dir=str(folder / output),
+        max_steps=6,
+        save_steps=3,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        learning_rate=1e-2,
+        **settings,
+    )
     (folder / output).mkdir(exist_ok=True)
     model = load_4bit(base, config, dtype=config.dtype)
     add_lora(model, config, config.seed)
@@ -425,12 +535,20 @@ def trained(folder, base, output, stop_at=None, monkeypatch=None, **settings):
     return model
 
 
-@pytest.mark.parametrize("settings", [
-    dict(load_in_4bit=True, optim="adamw_8bit", lora_r=128, lora_dropout=0.2),  # r 128: matrices big enough for 8 bit
-    dict(load_in_4bit=True, optim="paged_adamw_8bit", loraplus_lr_ratio=4.0, lora_r=96),
-    dict(lora_r=0, optim="adamw_8bit"), dict(dtype="float16", lora_r=4), dict(init_lora_weights="pissa", lora_r=2),
-    dict(load_in_4bit=True, use_dora=True, init_lora_weights="gaussian", bias="all"),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(
+            load_in_4bit=True, optim="adamw_8bit", lora_r=128, lora_dropout=0.2
+        ),  # r 128: matrices big enough for 8 bit
+        dict(load_in_4bit=True, optim="paged_adamw_8bit", loraplus_lr_ratio=4.0, lora_r=96),
+        dict(lora_r=0, optim="adamw_8bit"),
+        dict(dtype="float16", lora_r=4),
+        dict(init_lora_weights="pissa", lora_r=2),
+        dict(load_in_4bit=True, use_dora=True, init_lora_weights="gaussian", bias="all"),
+    ],
+    ids=str,
+)
 def test_stopped_and_gone_on_with_is_the_same_run(settings, bases, tmp_path):
     trained(tmp_path, bases["llama"], "whole", **settings)
     with pytest.raises(Halfway):
@@ -443,10 +561,14 @@ def test_stopped_and_gone_on_with_is_the_same_run(settings, bases, tmp_path):
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
             if "optimizer" in file and "8bit" in settings.get("optim", ""):
                 assert any(t.dtype == torch.uint8 for t in a.values())
-    states = [json.loads((tmp_path / run / "checkpoint-000006" / "state.json").read_text())
-              for run in ("whole", "halves")]
+    states = [
+        json.loads((tmp_path / run / "checkpoint-000006" / "state.json").read_text())
+        for run in ("whole", "halves")
+    ]
     assert [state.pop("log_bytes") > 0 for state in states]  # lines of the log tell the speed too
-    assert states[0] == states[1] and bool(states[0]["scaler"]) == (settings.get("dtype") == "float16")
+    assert states[0] == states[1] and bool(states[0]["scaler"]) == (
+        settings.get("dtype") == "float16"
+    )
 
 
 def test_adamw_8bit_is_bitsandbytes(bases):
@@ -454,9 +576,13 @@ def test_adamw_8bit_is_bitsandbytes(bases):
     add_lora(model, LoRAConfig(lora_r=128), seed=1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     copies = [nn.Parameter(p.detach().clone()) for p in parameters.values()]
-    config = sft.SFTConfig(optim="adamw_8bit", learning_rate=1e-3, weight_decay=0.1, adam_beta2=0.95)
+    config = sft.SFTConfig(
+        optim="adamw_8bit", learning_rate=1e-3, weight_decay=0.1, adam_beta2=0.95
+    )
     ours = sft.make_optimizer(parameters, config)
-    theirs = bitsandbytes.optim.AdamW8bit(copies, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    theirs = bitsandbytes.optim.AdamW8bit(
+        copies, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+    )
     for _ in range(3):
         ours.zero_grad()
         our_loss(model, DOCUMENTS).backward()
@@ -468,20 +594,34 @@ def test_adamw_8bit_is_bitsandbytes(bases):
 
 def test_fp16_scales_its_loss_and_skips_what_overflows(bases, tmp_path):
     """With gradients that overflow at first, the scale is halved and those steps change nothing."""
+
     def run(output, scale):
         def loss(model, batch):
             return sft.sft_loss(model, batch)[0] * scale, {}
 
-        config = sft.SFTConfig(model="-", data=["-"], output_dir=str(tmp_path / output), max_steps=4, dtype="float16",
-                               lora_r=4, logging_steps=1, learning_rate=1e-2, warmup_ratio=0)
+        config = sft.SFTConfig(
+            model="-",
+            data=["-"],
+            output_dir=str(tmp_path / output),
+            max_steps=4,
+            dtype="float16",
+            lora_r=4,
+            logging_steps=1,
+            learning_rate=1e-2,
+            warmup_ratio=0,
+        )
         (tmp_path / output).mkdir()
         model = load_model(bases["qwen3"], dtype="float16")
         add_lora(model, config, 1)
-        start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        start = {
+            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+        }
         examples = [[Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in DOCUMENTS]
         sft.train(model, sft.Plan(examples, config), loss, config)
         state = json.loads((tmp_path / output / "checkpoint-000004" / "state.json").read_text())
-        return state["scaler"], {name: not torch.equal(model.get_parameter(name), p) for name, p in start.items()}
+        return state["scaler"], {
+            name: not torch.equal(model.get_parameter(name), p) for name, p in start.items()
+        }
 
     calm, moved = run("calm", 1.0)
     assert calm["scale"] >= 2.0**14 and any(moved.values())
@@ -494,7 +634,10 @@ def test_dtype_is_the_devices_matter(monkeypatch, bases, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     config, cuda = sft.SFTConfig(), torch.device("cuda")
     assert sft.pick_dtype(config, bases["qwen3-untied"], cuda) == "float16"
-    assert capsys.readouterr().out == "dtype: Tesla T4 has no bfloat16; float16 with a gradient scaler\n"
+    assert (
+        capsys.readouterr().out
+        == "dtype: Tesla T4 has no bfloat16; float16 with a gradient scaler\n"
+    )
     assert sft.pick_dtype(config, bases["qwen3"], cuda) == "auto"  # a checkpoint in fp32
     assert sft.pick_dtype(config, bases["qwen3-untied"], torch.device("cpu")) == "auto"
 
@@ -525,22 +668,50 @@ def described(text):
     return change
 
 
-@pytest.mark.parametrize("change,parts", [
-    (lambda t: t.pop(f"{Q}.absmax"), ("missing", "q_proj.weight.absmax")),
-    (lambda t: t.pop(f"{Q}.nested_quant_map"), ("missing", "nested_quant_map")),
-    (lambda t: t.pop(STATE), ("unexpected", "q_proj.weight.absmax")),
-    (lambda t: t.update({Q: t[Q][:7].clone()}), ("q_proj.weight is [7, 1], expected [1728, 1]",)),
-    (lambda t: t.update({Q: t[Q].reshape(-1).view(torch.bfloat16)[:, None].clone()}), ("q_proj.weight is [864, 1]",)),
-    (lambda t: t.update({f"{Q}.absmax": t[f"{Q}.absmax"].float()}), ("q_proj.weight.absmax (F32)", "another kind")),
-    (described("{"), ("does not describe 4-bit weights of shape [72, 48]",)),
-    (described('{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [48, 72]}'), ("shape [72, 48]",)),
-    (described('{"quant_type": "nf4", "blocksize": 63, "dtype": "float32", "shape": [72, 48]}'),
-     ("does not describe",)),
-    (described('{"quant_type": "fp4", "blocksize": 64, "dtype": "float32", "shape": [72, 48]}'),
-     ("does not describe",)),
-    (described('{"quant_type": "nf4", "blocksize": 64, "dtype": "int8", "shape": [72, 48]}'),
-     ("does not describe",)),
-], ids=range(11))
+@pytest.mark.parametrize(
+    "change,parts",
+    [
+        (lambda t: t.pop(f"{Q}.absmax"), ("missing", "q_proj.weight.absmax")),
+        (lambda t: t.pop(f"{Q}.nested_quant_map"), ("missing", "nested_quant_map")),
+        (lambda t: t.pop(STATE), ("unexpected", "q_proj.weight.absmax")),
+        (
+            lambda t: t.update({Q: t[Q][:7].clone()}),
+            ("q_proj.weight is [7, 1], expected [1728, 1]",),
+        ),
+        (
+            lambda t: t.update({Q: t[Q].reshape(-1).view(torch.bfloat16)[:, None].clone()}),
+            ("q_proj.weight is [864, 1]",),
+        ),
+        (
+            lambda t: t.update({f"{Q}.absmax": t[f"{Q}.absmax"].float()}),
+            ("q_proj.weight.absmax (F32)", "another kind"),
+        ),
+        (described("{"), ("does not describe 4-bit weights of shape [72, 48]",)),
+        (
+            described(
+                '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [48, 72]}'
+            ),
+            ("shape [72, 48]",),
+        ),
+        (
+            described(
+                '{"quant_type": "nf4", "blocksize": 63, "dtype": "float32", "shape": [72, 48]}'
+            ),
+            ("does not describe",),
+        ),
+        (
+            described(
+                '{"quant_type": "fp4", "blocksize": 64, "dtype": "float32", "shape": [72, 48]}'
+            ),
+            ("does not describe",),
+        ),
+        (
+            described('{"quant_type": "nf4", "blocksize": 64, "dtype": "int8", "shape": [72, 48]}'),
+            ("does not describe",),
+        ),
+    ],
+    ids=range(11),
+)
 def test_a_stored_weight_that_does_not_fit_is_named(change, parts, bases, tmp_path):
     folder = stored_4bit(bases["qwen3"], tmp_path / "stored")
     rewritten(folder, change)
@@ -558,29 +729,39 @@ def test_what_does_not_go_together_is_said(bases, tmp_path, monkeypatch, capsys)
     save_adapter(save_adapter_of, tmp_path / "adapter", folder)
     for message, mistake in {
         "bnb_4bit_quant_type: 'nf5' is not one of nf4, fp4": lambda: load_4bit(
-            bases["qwen3"], QuantConfig(True, "nf5")),
+            bases["qwen3"], QuantConfig(True, "nf5")
+        ),
         "bnb_4bit_compute_dtype: 'bf16'": lambda: load_4bit(
-            bases["qwen3"], QuantConfig(True, bnb_4bit_compute_dtype="bf16")),
+            bases["qwen3"], QuantConfig(True, bnb_4bit_compute_dtype="bf16")
+        ),
         "lora_r: 0 trains every weight": lambda: sft.SFTConfig(load_in_4bit=True, lora_r=0),
         "holds 4-bit weights": lambda: load_model(folder),
         "name the 16-bit model": lambda: merge(tmp_path / "adapter", tmp_path / "out"),
         "modules_to_save: model.layers.0.self_attn.k_proj is held in 4 bit": lambda: add(
-            held(), modules_to_save=["k_proj"]),
+            held(), modules_to_save=["k_proj"]
+        ),
         "loftq makes up for what 4 bits lose; give --load_in_4bit": lambda: add(
-            load_model(bases["qwen3"]), init_lora_weights="loftq"),
-        "the checkpoint holds 4 bits; name the 16-bit model": lambda: add(load_4bit(folder), init_lora_weights="pissa"),
+            load_model(bases["qwen3"]), init_lora_weights="loftq"
+        ),
+        "the checkpoint holds 4 bits; name the 16-bit model": lambda: add(
+            load_4bit(folder), init_lora_weights="pissa"
+        ),
         "init_lora_weights: 'pisa' is not one of": lambda: add(held(), init_lora_weights="pisa"),
-        "lora_r: 49 singular values are wanted of model.layers.0.self_attn.q_proj, which has 48": lambda: add(
-            held(), init_lora_weights="pissa", lora_r=49),
+        "lora_r: 49 singular values are wanted of model.layers.0.self_attn.q_proj, which has 48": lambda: (
+            add(held(), init_lora_weights="pissa", lora_r=49)
+        ),
         "use_dora does not go with init_lora_weights pissa": lambda: add(
-            held(), init_lora_weights="pissa", use_dora=True),
+            held(), init_lora_weights="pissa", use_dora=True
+        ),
     }.items():
         with pytest.raises(UserError, match=message):
             mistake()
     assert not (tmp_path / "out").exists()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     qlora.bitsandbytes.cache_clear()
-    with pytest.raises(UserError, match="4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"):
+    with pytest.raises(
+        UserError, match="4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"
+    ):
         held()
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         sft.make_optimizer({"a": nn.Parameter(torch.zeros(2))}, sft.SFTConfig(optim="adamw_8bit"))
@@ -598,8 +779,12 @@ def test_the_commands(bases, tmp_path, monkeypatch, capsys):
     add_lora(model, LoRAConfig(lora_r=2))
     shake(model)
     save_adapter(model, tmp_path / "adapter", tmp_path / "stored")
-    assert "merged" in run("merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
-    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "merged" in run(
+        "merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"
+    )
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "merged" / "config.json").read_text()
+    )
     assert_close(logits(theirs(tmp_path / "merged").eval()), logits(model))
     with pytest.raises(SystemExit) as caught:
         run("quantize", "--model", bases["qwen3"], "--output_dir", tmp_path / "merged")
