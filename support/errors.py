@@ -1,4 +1,4 @@
-"""Mistakes that are the user's, told in a line or two, and what every command does with them."""
+"""A user's mistakes, reported in one or two lines, and how every command ends."""
 
 import difflib
 import json
@@ -13,21 +13,26 @@ from huggingface_hub.utils import disable_progress_bars, get_token
 
 from support.memory import tune_allocator
 
+# characters that a terminal would obey (control, change of direction) and halves of surrogate pairs
+UNPRINTABLE = "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+TEMPLATES = "<template>", "<unknown>"  # the file names of jinja's frames
+
 
 class UserError(Exception):
-    """A user's mistake. Its text is one or two lines: the file, row, key or flag, and the way out."""
+    """A user's mistake, in one or two lines: the file, row, key or flag, and the way out."""
 
 
 def nearest(name, options) -> str:
-    """' (nearest: X, Y)', the up to two options that look most like name; '' where none does."""
-    close = difflib.get_close_matches(str(name), list(map(str, options)), n=2, cutoff=0.5)
+    """' (nearest: X, Y)', the up to two options most similar to `name`; '' if none is similar."""
+    close = difflib.get_close_matches(str(name), map(str, options), n=2, cutoff=0.5)
     return f" (nearest: {', '.join(close)})" if close else ""
 
 
 def run_command(main):
-    """Runs a command: a UserError, or a disk that refuses, ends in 'error: ...' and exit status 2, no traceback."""
+    """Runs a command. A UserError, a lack of memory or an error of the disk ends it with the line
+    'error: ...' and exit status 2, without a traceback."""
     try:
-        for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is escaped
+        for stream in (sys.stdout, sys.stderr):  # escapes what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
         if not sys.stderr.isatty():
             disable_progress_bars()
@@ -35,73 +40,63 @@ def run_command(main):
         return main()
     except UserError as error:
         message = str(error)
-    except (
-        MemoryError,
-        torch.OutOfMemoryError,
-    ) as error:  # not in a step, which would be done again in parts
-        message = f"out of memory ({str(error).partition('. ')[0]}): take a smaller model or batch, or --load_in_4bit"
-    except (
-        BrokenPipeError
-    ):  # `python data.py show ... | head`: whoever read has gone, and there is nobody to tell
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = str(error).partition(". ")[0]
+        message = f"out of memory ({reason}): take a smaller model or batch, or --load_in_4bit"
+    except BrokenPipeError:  # the reader of `python data.py show ... | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         if error.errno is None:
             raise
-        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        message = str(error)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.stdout.flush()
     message = sanitize(message).replace("\n", " ")
-    print(f"error: {message[:1000]}{'…' * (len(message) > 1000)}", file=sys.stderr)
+    print(f"error: {shorten(message, 1000)}", file=sys.stderr)
     sys.exit(2)
 
 
 def sanitize(text):
-    """`text` without the hub's token, and with what a terminal would obey (control characters, changes of direction)
-    and halves of characters written as escapes."""
-    if token := get_token():
+    """`text` without the hub's token, and with unprintable characters escaped."""
+    token = get_token()
+    if token:
         text = text.replace(token, "***")
-    return re.sub(
-        "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
-        lambda found: ascii(found[0])[1:-1],
-        text,
-    )
+    return re.sub(UNPRINTABLE, lambda match: ascii(match[0])[1:-1], text)
+
+
+def shorten(text, width):
+    """`text`, cut off after `width` characters."""
+    return text if len(text) <= width else f"{text[:width]}…"
 
 
 def brief(value, width=60):
     """`value` as one short quoted line, for messages."""
-    text = " ".join(
-        (
-            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        ).split()
-    )
-    return repr(text[:width] + "…" if len(text) > width else text)
-
-
-TEMPLATES = "<template>", "<unknown>"  # how jinja's frames name their file
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return repr(shorten(" ".join(value.split()), width))
 
 
 @contextmanager
 def as_user_error(where, *kinds, on=None):
-    """Errors of these kinds become a UserError: `where` is wrong, the error's words, what was found there (`on`)."""
+    """Errors of these kinds become a UserError: `where`, line, reason, and the value `on` if any.
+
+    The line is that of a YAML file, or of the jinja template that was being rendered.
+    """
     try:
         yield
     except kinds as error:
-        told = [getattr(error, name, None) for name in ("strerror", "problem", "msg")]
-        words = next(filter(None, [*told, str(error)]), type(error).__name__)
-        words = words if isinstance(error, UserError) else " ".join(sanitize(words).split())[:160]
-        lines = [
-            line
-            for frame, line in walk_tb(error.__traceback__)
-            if frame.f_code.co_filename in TEMPLATES
-        ]
-        if (
-            line := lines[-1]
-            if lines
-            else getattr(getattr(error, "problem_mark", None), "line", -1) + 1
-        ):  # YAML's
-            words = f"line {line}: {words}"
-        raise UserError(
-            f"{where}: {words}" + (f": {brief(on)}" if on is not None else "")
-        ) from None
+        strerror, problem = getattr(error, "strerror", ""), getattr(error, "problem", "")
+        reason = strerror or problem or str(error) or type(error).__name__
+        if not isinstance(error, UserError):
+            reason = " ".join(sanitize(reason).split())[:160]
+        mark = getattr(error, "problem_mark", None)  # YAML's
+        line = mark.line + 1 if mark else 0
+        for frame, number in walk_tb(error.__traceback__):
+            if frame.f_code.co_filename in TEMPLATES:
+                line = number
+        if line:
+            where = f"{where}: line {line}"
+        value = "" if on is None else f": {brief(on)}"
+        raise UserError(f"{where}: {reason}{value}") from None

@@ -1,4 +1,8 @@
-"""Files and folders: read with care, written aside and renamed into place, locked."""
+"""Files and folders: untrusted ones read within limits, ours written aside and renamed into place.
+
+A folder is locked by flock on the folder itself. The lock ends with the process, however that ends,
+and leaves no file behind; `filelock` locks a file of its own, which stays.
+"""
 
 import fcntl
 import json
@@ -16,33 +20,33 @@ from support.errors import UserError, as_user_error, brief
 
 
 def regular_file(path, most=math.inf):
-    """`path`, unless it is there and no file of at most so many bytes: a pipe waits for ever, a device never ends."""
-    if (path := Path(path)).exists() and not (path.is_file() and path.stat().st_size <= most):
-        raise UserError(
-            f"{path}: larger than {most:,} bytes"
-            if path.is_file()
-            else f"{path}: not a regular file"
-        )
+    """`path` if it is missing or a file of at most `most` bytes, else UserError.
+
+    A pipe would block for ever, a device never end.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
+    if path.exists() and path.stat().st_size > most:
+        raise UserError(f"{path}: larger than {most:,} bytes")
     return path
 
 
 def unique_keys(pairs):
-    """A JSON object's pairs as a dict. ValueError: a key is given twice, of which some readers take the other one."""
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(f"{brief(Counter(key for key, _ in pairs).most_common(1)[0][0])} twice")
-    return found
+    """A JSON object's pairs as a dict; ValueError: a repeated key, where readers differ."""
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{brief(key)} twice")
+    return unique
 
 
 def read_json(path):
-    """The object in a JSON file; UserError with the file and line where it is missing, broken or no object."""
-    try:
-        value = json.loads(
-            regular_file(path, 2**26).read_text(encoding="utf-8"), object_pairs_hook=unique_keys
-        )
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    """The object in a JSON file; UserError: it is missing, broken or something else."""
+    missing = as_user_error(path, FileNotFoundError)
+    with missing, as_user_error(f"{path}: not valid JSON", ValueError, RecursionError):
+        text = regular_file(path, 2**26).read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=unique_keys)
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
@@ -50,64 +54,67 @@ def read_json(path):
 
 def read_header(file):
     """{tensor name: (file, shape, dtype name)} of a safetensors file."""
-    with (
-        as_user_error(
-            f"{regular_file(file)}: not a whole safetensors file", SafetensorError, OSError
-        ),
-        safe_open(file, "pt") as f,
-    ):
-        if len(names := f.keys()) > 10**5:
-            raise UserError(f"{file}: holds {len(names):,} tensors, which no model has")
-        parts = ((name, f.get_slice(name)) for name in names)
-        return {name: (file, tuple(part.get_shape()), part.get_dtype()) for name, part in parts}
+    header, where = {}, f"{regular_file(file)}: not a whole safetensors file"
+    with as_user_error(where, SafetensorError, OSError), safe_open(file, "pt") as tensors:
+        names = tensors.keys()
+        if len(names) > 10**5:
+            raise UserError(f"{file}: holds {len(names):,} tensors, more than any model")
+        for name in names:
+            tensor = tensors.get_slice(name)
+            header[name] = file, tuple(tensor.get_shape()), tensor.get_dtype()
+    return header
 
 
 def read_tensor(file, name):
-    """One tensor. The file is opened for it alone: a mapping kept open would count every page read so far as memory."""
-    with safe_open(file, "pt") as f:
-        tensor = f.get_tensor(name)
+    """One tensor; UserError: it holds NaN or infinity.
+
+    The file is opened anew: a mapping kept open would count every page read so far as memory.
+    """
+    with safe_open(file, "pt") as tensors:
+        tensor = tensors.get_tensor(name)
     if not finite(tensor):
-        raise UserError(
-            f"{file}: {name} holds NaN or infinity; it is damaged, or what trained it diverged"
-        )
+        raise UserError(f"{file}: {name} holds NaN or infinity; it is damaged, or its run diverged")
     return tensor
 
 
 def finite(tensor):
-    """False where it holds NaN or positive infinity, in fp32 too. One pass, a tenth of the time that reading takes."""
-    return (
-        not tensor.is_floating_point()
-        or tensor.numel() == 0
-        or math.isfinite(tensor.amax().float())
-    )
+    """False: it holds NaN or positive infinity, in fp32 too. One pass, a tenth of a read's time."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    return math.isfinite(tensor.amax().float())
 
 
 def write_tensors(tensors, file):
-    """save_file; UserError where the write is refused."""
+    """Writes a safetensors file; UserError: the write is refused."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with as_user_error(f"{file}: could not be written", SafetensorError):
-        save_file(
-            {name: t.detach().contiguous() for name, t in tensors.items()},
-            file,
-            metadata={"format": "pt"},
-        )
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def write_text(path, text):
+    """Writes a file aside and renames it into place: a stop leaves the old one or the new one."""
+    aside = Path(path).with_name(f".{Path(path).name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 @contextmanager
 def atomic_folder(target):
-    """A folder to write into. It is synced and takes target's place when the block ends well, else it is removed."""
+    """A new folder to write into, synced and renamed to `target` if the block ends well.
+
+    A block that raises leaves `target` as it was.
+    """
     target = Path(target)
-    aside, old = (
-        target.with_name(f".{target.name}.partial"),
-        target.with_name(f".{target.name}.old"),
-    )
+    aside = target.with_name(f".{target.name}.partial")
+    old = target.with_name(f".{target.name}.old")
 
-    def put_back():  # a stop between the two renames leaves the old folder beside its place
+    def clean_up():
         shutil.rmtree(aside, ignore_errors=True)
-        if old.exists() and not target.exists():
+        if old.exists() and not target.exists():  # stopped between the two renames
             old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
-    put_back()
-    shutil.rmtree(old, ignore_errors=True)
+    clean_up()
     aside.mkdir(parents=True)
     try:
         yield aside
@@ -117,14 +124,12 @@ def atomic_folder(target):
             target.rename(old)
         aside.rename(target)
         sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        put_back()
-        raise
+    finally:
+        clean_up()
 
 
 def sync(path):
-    """Waits until a file, or which names a folder has, is on the disk."""
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -132,21 +137,23 @@ def sync(path):
 
 @contextmanager
 def locked_folder(folder):
-    """While the block runs `folder`, made if need be, is this process's; UserError where it is another's. The lock goes
-    with the process, however that ends, and a new folder in which nothing was left goes too."""
+    """While the block runs, `folder` is this process's alone; UserError: another process has it.
+
+    It is made if it is missing, and removed if the block leaves nothing in it.
+    """
     folder = Path(folder)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks has to do without
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{folder}: another run is at work there; wait for its end, or choose another "
-                    "--output_dir"
-                ) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is using this folder; wait for it or choose --output_dir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""What memory a process holds, and how its allocators keep or return it."""
+"""The memory that a process holds, and how its allocators keep or return it."""
 
 import ctypes
 import math
@@ -13,32 +13,36 @@ import torch
 
 
 def tune_allocator():
-    """Called by every command. On a CPU oneDNN keeps the last 1,024 products it compiled, 0.6 GB of them where each
-    batch has another length, and scatters them among the tensors; a batch of one length needs about 100. Left alone,
-    glibc keeps freed blocks of up to 32 MB: a model read tensor by tensor then lay among up to 2 GB of holes."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # read before its first product
+    """Called once by every command.
+
+    On a CPU oneDNN keeps the last 1,024 kernels it compiled, 0.6 GB where each batch has another
+    length, scattered among the tensors; batches of one length need about 100. glibc by default
+    keeps freed blocks of up to 32 MB, which left 2 GB of holes around a model read by tensors.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # read at its first product
     set_malloc_threshold(2**22)
 
 
 def glibc():
-    """The C library where it is glibc, else None."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "mallopt") else None
+    """The C library if it is glibc, else None."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") else None
 
 
 def set_malloc_threshold(size):
-    """From here on glibc keeps freed blocks of up to `size` bytes for itself."""
-    if libc := glibc():
-        (
-            libc.mallopt(-3, size),
-            libc.mallopt(-1, min(16 * size, 2**31 - 1)),
-        )  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    """From here on glibc keeps freed blocks of up to `size` bytes, and returns larger ones."""
+    libc = glibc()
+    if libc:
+        libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, min(16 * size, 2**31 - 1))  # M_TRIM_THRESHOLD
 
 
 @contextmanager
 def keep_freed_memory():
-    """While the block runs, glibc keeps freed memory of any size. To get it again from the system page by page takes
-    4 % of a training step on a CPU."""
+    """While the block runs, glibc keeps freed memory of any size.
+
+    Getting it back from the system page by page takes 4 % of a training step on a CPU.
+    """
     set_malloc_threshold(2**30)
     try:
         yield
@@ -48,35 +52,35 @@ def keep_freed_memory():
 
 
 def free_cached_memory():
-    """Freed memory that CUDA's allocator or glibc still holds goes back to the system."""
+    """Returns to the system the freed memory that CUDA's allocator or glibc holds."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    if libc := glibc():
+    libc = glibc()
+    if libc:
         libc.malloc_trim(0)
 
 
 def peak_memory_gb(device):
-    """Peak memory in GB (10^9 bytes) since this was last asked (outside CUDA and Linux: so far): what CUDA's allocator
-    handed out, elsewhere the process's resident set."""
+    """Peak memory in GB (10^9 bytes) since the last call; outside CUDA and Linux since the start.
+
+    On CUDA it is what the allocator handed out, elsewhere the process's resident set.
+    """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the mark goes down to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the resident set
     return peak / 1e9
 
 
 def free_memory_gb(device):
-    """GB that this machine has free; infinite where it doesn't tell."""
+    """GB (10^9 bytes) of free memory; infinite if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
     file = Path("/proc/meminfo")
-    return (
-        int(re.search(r"MemAvailable:\s+(\d+)", file.read_text())[1]) * 1024 / 1e9
-        if file.exists()
-        else math.inf
-    )
+    if not file.exists():
+        return math.inf
+    return int(re.search(r"MemAvailable:\s+(\d+)", file.read_text())[1]) * 1024 / 1e9

@@ -1,4 +1,4 @@
-"""Limits of time and memory for what comes from strangers: chat templates, regexes, tokenizers."""
+"""Limits on time and memory for untrusted chat templates, regular expressions and tokenizers."""
 
 import resource
 import signal
@@ -11,34 +11,36 @@ from support.errors import UserError
 
 
 class Overrun(BaseException):
-    """What stops a block of `bounded`; no Exception, so that nothing inside takes it for its own."""
+    """Ends a block of `bounded`. No Exception, so that the code in it does not catch it."""
 
 
 @contextmanager
 def bounded(where, seconds=5, more=2**30):
-    """Untrusted code runs in this block: UserError after so many seconds (in the main thread), MemoryError where it
-    wants so many bytes more than there are (on Linux). A block within another one is a part of it."""
+    """A block for untrusted code: UserError after `seconds`, MemoryError above `more` bytes.
+
+    Time is limited in the main thread alone, memory on Linux alone. A block inside another one
+    shares the outer one's limits.
+    """
 
     def stop(*_):
         raise Overrun
 
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getitimer(signal.ITIMER_REAL)[0]
-    ):
+    nested = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    if nested or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_DATA)
-    if sys.platform == "linux":
-        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        most = min(limit for limit in (held + more, *limits) if limit >= 0)
+    handler = signal.signal(signal.SIGALRM, stop)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    if sys.platform == "linux" and limits[0] == resource.RLIM_INFINITY:  # else the user's own limit
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        most = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     except Overrun:
-        raise UserError(f"{where}: not done after {seconds} s, so it is stopped") from None
+        raise UserError(f"{where}: timed out after {seconds} s") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
         resource.setrlimit(resource.RLIMIT_DATA, limits)

@@ -1237,10 +1237,15 @@ class Settings(Base):
     data: list[str] = field(default_factory=lambda: ["a.jsonl", "b.jsonl"])  # files
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decays
     merge: bool = True  # write merged/
-    target_modules: str | list[str] = "all-linear"  # which layers
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"]
+    )  # which layers
     rank_pattern: dict = field(default_factory=dict)  # ranks by name
     kind: Literal["linear", "cosine"] = "cosine"  # of schedule
-    val_size: float | int = 0.0  # share or count
+    val_size: float = 0.0  # share or count
+    shape: str = "round"  # of schedule
+
+    CHOICES = {"shape": ("round", "square")}
 
 
 def test_flags_and_files_make_a_config(tmp_path):
@@ -1265,13 +1270,13 @@ def test_flags_and_files_make_a_config(tmp_path):
         Settings, ["--data", "x"]
     ).data == ["x"]
     for words, modules in (
-        (["all-linear"], "all-linear"),
+        (["all-linear"], ["all-linear"]),
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         (["q_proj,v_proj"], ["q_proj", "v_proj"]),
     ):
         assert parse_config(Settings, ["--target_modules", *words]).target_modules == modules
     assert parse_config(Settings, ["--rank_pattern", '{"q_proj": 4}']).rank_pattern == {"q_proj": 4}
-    assert parse_config(Settings, ["--data", "x", "--seed", "1", "--data=y", "z"]).data == [
+    assert parse_config(Settings, ["--data", "x", "--seed", "1", "--data", "y", "z"]).data == [
         "x",
         "y",
         "z",
@@ -1348,25 +1353,30 @@ def test_a_partial_file_and_dotted_flags_override(tmp_path):
 
 
 @pytest.mark.parametrize("words, file, message", [
-    (["--lora_rr", "3"], None, r"unknown flag --lora_rr \(nearest: lora_r"),
+    (["--lora_rr", "3"], None, r"unknown argument --lora_rr \(nearest: lora_r"),
     (["--learning_rate", "fast"], None, "--learning_rate: expected float, found 'fast'"),
     (["--seed", "1.5"], None, "--seed: expected int, found '1.5'"),
     (["--merge", "perhaps"], None, "--merge: expected bool, found 'perhaps'"),
     (["--kind", "round"], None, "--kind: expected .*linear.*found 'round'"),
     (["--rank_pattern", "{x"], None, "--rank_pattern: expected dict, found"),
-    (["stray"], None, "unrecognized arguments: stray"),
-    (["--seed"], None, "--seed: expected int"),
-    (["--config", "nowhere.yaml"], None, "--config nowhere.yaml: No such file"),
+    (["stray"], None, "unknown argument stray"),
+    (["--seed"], None, "--seed: expected one argument"),
+    (["--data"], None, "--data: expected at least one argument"),
+    (["--lora_rr", "3", "--sed=1", "--seed", "x"], None,
+     r"unknown argument --lora_rr \(nearest: .*unknown argument --sed=1 \(nearest: seed\); --seed: expected int"),
+    (["--config", "nowhere.yaml"], None, "--config nowhere.yaml: cannot be read: No such file"),
     ([], "lora: {rr: 3}", r"c.yaml:1: unknown key 'lora.rr' \(nearest: lora_r"),
-    ([], "seed: true", "c.yaml: seed: expected int, found 'true'"),
-    ([], "seed: [1]", r"c.yaml: seed: expected int, found '\[1\]'"),
-    ([], "learning_rate: null", "c.yaml: learning_rate: expected float, found 'null'"),
+    ([], "seed: true", "c.yaml:1: seed: expected int, found 'true'"),
+    ([], "seed: [1]", r"c.yaml:1: seed: expected int, found '\[1\]'"),
+    ([], "learning_rate: null", "c.yaml:1: learning_rate: expected float, found 'null'"),
     ([], "data: {a: 1}", "c.yaml:1: unknown key 'data.a'"),
     ([], "seed: 1\nseed: 2", "c.yaml:2: seed is given twice"),
     ([], "lora: {r: 1}\nlora_r: 2", "c.yaml:2: lora_r is given twice, the second time as 'lora_r'"),
-    ([], "- 1", r"c.yaml: expected settings, found '\[1\]'"),
-    ([], "a: [1\nb: 2", "c.yaml: not YAML: line 2"),
-    ([], "", "c.yaml: expected settings, found 'null'"),
+    ([], "lora: {rr: 3}\nsed: 1\nseed: x", r"c.yaml:1: unknown key 'lora.rr'.*c.yaml:2: unknown key 'sed' \(nearest: seed.*"
+     "c.yaml:3: seed: expected int"),
+    ([], "- 1", "c.yaml: holds no settings"),
+    ([], "a: [1\nb: 2", "c.yaml: cannot be read: line 2"),
+    ([], "", "c.yaml: holds no settings"),
 ])  # fmt: skip
 def test_settings_that_are_wrong_are_named(tmp_path, words, file, message):
     if file is not None:
@@ -1383,7 +1393,8 @@ def test_help_explains_every_field_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0 and "What it does." in text
     for part in ("--lora_r INT rank; 0: full fine-tuning (default: 16)", "folder or hub id, 100 % (default: tiny)",
-                 "files (default: a.jsonl b.jsonl)", "tokens of an example # not more (default: None)", "--config FILE"):  # fmt: skip
+                 "files (default: a.jsonl b.jsonl)", "tokens of an example # not more (default: None)", "--config FILE",
+                 "which layers (default: all-linear)", "of schedule; one of round, square (default: round)"):  # fmt: skip
         assert part in text
 
 
@@ -1422,7 +1433,7 @@ def test_show_prints_rows_and_ledger(tmp_path, chatml, run, monkeypatch):
     assert "\033[32msat<|im_end|>\033[0m" in run("show")
     mix = ["mix", "--model", "x", "--data", "y"]
     for words, message in (
-        (["show", "--dta", "x"], r"unknown flag --dta \(nearest: data"),
+        (["show", "--dta", "x"], r"unknown argument --dta \(nearest: data"),
         (["shw"], r"unknown command 'shw' \(nearest: show"),
         (["show", "--data", "x"], "--model is needed"),
         (mix, "--output : is needed; name a new one"),

@@ -916,7 +916,7 @@ def test_a_model_that_fails_leaves_the_others(base, data_dir, tmp_path):
             "99 few-shot examples can't be drawn from 10 rows",
         ),
         (["--data", "winogrande=x.jsonl"], "a benchmark's name"),
-        (["--tsks", "x"], "unknown flag --tsks.*tasks"),
+        (["--tsks", "x"], "unknown argument --tsks.*tasks"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )

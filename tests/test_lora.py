@@ -953,7 +953,7 @@ def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "part, missing, message",
     [
-        ("", "config.json", "config.json: no such file"),
+        ("", "config.json", "config.json: No such file"),
         ("", "README.md", "run: no run's folder, or not finished"),
         ("merged", "", "merged: no run's folder"),
     ],

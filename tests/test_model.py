@@ -1376,7 +1376,7 @@ def test_hub_names(shared, tiny_checkpoint, tmp_path):
         started.append(client)
         assert set(ask("Qwen/Qwen3-0.6B")) == set(files_of(folder)) - {"pytorch_model.bin"}
         assert "no such folder here and no such model on the hub" in ask("Qwen/Qwen3-0.6C")
-        assert "config.json: no such file" in ask("org/no-config")
+        assert "config.json: No such file" in ask("org/no-config")
         assert ".." in ask("org/bad..name")
         stop(started[0])
         serve(port, "--fail-after", "300")

@@ -356,7 +356,7 @@ def test_two_runs_do_not_work_in_one_folder(base, rows, tmp_path, capsys):
     assert held.stdout.readline() == "held\n"
     argv = flags(base, rows, tmp_path / "run", num_train_epochs=1)
     for extra in ([], ["--overwrite_output_dir"]):
-        assert "another run is at work there" in refuse([*argv, *extra], capsys)
+        assert "another run is using this folder" in refuse([*argv, *extra], capsys)
     held.kill()
     held.wait()
     sft.main(argv)
