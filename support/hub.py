@@ -1,18 +1,29 @@
-"""The hub: models and data sets that are read from it, runs that are pushed to it."""
+"""Reads models and data sets from Hugging Face's hub, and pushes runs to it.
+
+A push is one commit a repository, made by create_commit: upload_folder may cut it into several,
+between which a repository holds shards of two models.
+"""
 
 import json
-import os
 import re
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    list_repo_files,
+    snapshot_download,
+)
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from support.errors import UserError, as_user_error, sanitize
-from support.files import read_json
+from support.errors import UserError, sanitize
+from support.files import read_json, write_text
 
 COMPANIONS = (
     "config.json",
@@ -28,174 +39,138 @@ COMPANIONS = (
 )
 
 
-def resolve(name, revision=None, kind="model"):
-    """The folder of a model: a folder as it stands, or a hub id 'org/name', downloaded (safetensors and text alone)."""
-    folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise UserError(
-                f"{folder}: no config.json in it; a model is a folder in Hugging Face's layout or a hub id"
-            )
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise UserError(f"{kind} {name}: neither a folder nor a hub id of the form org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        wanted = ["*.safetensors", "*.json", *COMPANIONS]
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
-    except GatedRepoError:
-        raise UserError(
-            f"{kind} {name}: accept its licence on the hub first, then set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{kind} {name}: no such folder here and no such {kind} on the hub "
-            "(a private one needs HF_TOKEN)"
-        ) from None
-    except (
-        Exception
-    ) as error:  # the client's own errors and those of whichever http library it stands on
-        reason = (sanitize(str(error)).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(
-            f"{kind} {name}: no folder here, and the hub can't be reached or breaks off ({reason})"
-        ) from None
-
-
-def hub_files(source, readable):
-    """`org/name[#revision][:config][:split]` -> local paths of its files, downloaded into the hub's cache. The split
-    defaults to train, the configuration to `default` or the only one. readable(file): whether rows can be read from it."""
-    import huggingface_hub
-
-    name, *wanted = source.split(":")
-    repo, _, revision = name.partition("#")
-    where = {"repo_type": "dataset", "revision": revision or None}
-    lost = f"{source}: no file here, and the hub does not give it (a private one needs HF_TOKEN)"
-    with as_user_error(
-        lost, Exception
-    ):  # the client's errors and those of whichever http library it stands on
-        info = huggingface_hub.HfApi().dataset_info(repo, revision=where["revision"])
-        files = sorted(file.rfilename for file in info.siblings)
-    found = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl], [x/train/0.parquet]
-    for file in filter(readable, files):
-        *folders, name = file.split("/")
-        split = re.split(r"-\d{5}-of-|\.", name)[0]
-        split = folders.pop() if split.isdigit() and folders else split
-        config = folders[-1] if folders not in ([], ["data"]) else "default"
-        found.setdefault((config, split), []).append(file)
-    keys = [key for key in found if set(wanted) <= set(key)]
-    for default in ("train", "default"):
-        keys = [key for key in keys if default in key] or keys if len(keys) > 1 else keys
-    if len(keys) != 1:
-        what = "has several parts" if keys else "has no such part"
-        there = (
-            ", ".join(f"{repo}:{config}:{split}" for config, split in keys or found)
-            or "no data file"
-        )
-        raise UserError(f"{source} {what}; name one of: {there}")
-    with as_user_error(lost, Exception):
-        folder = huggingface_hub.snapshot_download(repo, allow_patterns=found[keys[0]], **where)
-    return [Path(folder) / file for file in found[keys[0]]]
+NOT_LOADED = "not loaded from the hub (a private repository needs HF_TOKEN)"
+WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a push
 
 
 @dataclass
 class HubConfig:
-    """Where a run is pushed to; names are those of transformers' TrainingArguments and push_to_hub."""
+    """Where a run is pushed to; names as in transformers' TrainingArguments and push_to_hub."""
 
-    hub_model_id: str = ""  # user/name, where adapter/ goes; merged/ goes to user/name-merged; none: the folder's name
-    hub_commit_message: str = "Trained with plaintune"  # of what is pushed
-    hub_private_repo: bool | None = (
-        None  # whether a repository that has to be made is private; none: as the hub has it
-    )
-
-
-WAITS = (1, 2, 4, 8, 16)  # seconds before a push is tried again
+    hub_model_id: str = ""  # user/name of adapter/; merged/: user/name-merged; none: folder's name
+    hub_commit_message: str = "Trained with plaintune"  # message of the commits
+    hub_private_repo: bool | None = None  # of a new repository: private; none: the hub's default
 
 
 def call_hub(what, ask, waits=(), advice=""):
-    """ask()'s answer, asked again after each of `waits` seconds while the hub is out of reach or at fault (5xx, 429).
-    Else UserError: `what`, the hub's words in a line, and the advice."""
-    if not get_token():
-        raise UserError(
-            f"{what}: no token; set HF_TOKEN to one that may write, or log in (hf auth login){advice}"
-        )
+    """ask()'s result, retried after each of `waits` seconds on connection errors, 429 and 5xx.
+
+    UserError: `what`, the reason in a line, and the advice.
+    """
     for wait in (*waits, None):
         try:
             return ask()
-        except (
-            Exception
-        ) as error:  # the client's own errors and those of whichever http library it stands on
-            words = " ".join(sanitize(str(error)).split()).partition(" For more information")[0]
-            reason = words[:200] or type(error).__name__
+        except Exception as error:  # huggingface_hub's, or those of its http library
+            reason = " ".join(sanitize(str(error)).split()).partition(" For more information")[0]
+            reason = reason[:200] or type(error).__name__
+            if isinstance(error, RepositoryNotFoundError):
+                reason = "no such repository"
+            if isinstance(error, GatedRepoError):
+                reason = "accept its licence on the hub first, then set HF_TOKEN"
             status = getattr(getattr(error, "response", None), "status_code", 500)
-            if (
-                wait is None
-                or isinstance(error, ValueError)
-                or 400 <= status < 500
-                and status != 429
-            ):
+            refused = status < 500 and status != 429 or isinstance(error, (ValueError, UserError))
+            if refused or wait is None:
                 raise UserError(f"{what}: {reason}{advice}") from None
-            print(f"{what}: {reason}; again in {wait} s", flush=True)
+            print(f"{what}: {reason}; retrying in {wait} s", flush=True)
             time.sleep(wait)
 
 
+def resolve(name, revision=None, kind="model"):
+    """The folder of a model: a local one as it is, or that of a hub id 'org/name', downloaded.
+
+    Only safetensors and text files are downloaded.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder}: not a model in Hugging Face's layout: no config.json in it")
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise UserError(f"{kind} {name}: neither a folder nor a hub id of the form org/name")
+    patterns = ["*.safetensors", "*.json", *COMPANIONS]
+    download = partial(snapshot_download, str(name), revision=revision, allow_patterns=patterns)
+    return Path(call_hub(f"{kind} {name}: no folder here, and {NOT_LOADED}", download))
+
+
+def hub_files(source, readable):
+    """`org/name[#revision][:config][:split]` -> local paths of its files, downloaded to the cache.
+
+    The split defaults to train, the configuration to `default` or the only one. readable(file):
+    whether rows can be read from it.
+    """
+    name, *parts = source.split(":")
+    repo, _, revision = name.partition("#")
+    where = {"repo_type": "dataset", "revision": revision or None}
+    ask = partial(call_hub, f"{source}: no file here, and {NOT_LOADED}")
+    groups = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl]
+    for file in filter(readable, ask(partial(list_repo_files, repo, **where))):
+        *folders, stem = file.split("/")
+        split = re.split(r"-\d{5}-of-|\.", stem)[0]
+        if split.isdigit() and folders:  # main/train/0.parquet
+            split = folders.pop()
+        config = "default" if folders in ([], ["data"]) else folders[-1]
+        groups.setdefault((config, split), []).append(file)
+    keys = [key for key in groups if set(parts) <= set(key)]
+    for default in ("train", "default"):
+        if len(keys) > 1:
+            keys = [key for key in keys if default in key] or keys
+    if len(keys) != 1:
+        problem = "has several parts" if keys else "has no such part"
+        options = [f"{repo}:{config}:{split}" for config, split in keys or groups]
+        raise UserError(f"{source} {problem}; name one of: {', '.join(options) or 'no data file'}")
+    files = sorted(groups[keys[0]])
+    folder = ask(partial(snapshot_download, repo, allow_patterns=files, **where))
+    return [Path(folder, file) for file in files]
+
+
 def create_repositories(config, run):
-    """{folder of the run: repository that has it as its root, so that PEFT, transformers and vLLM open it by its id}.
-    They are made where they are not there, and asked for what a commit begins with, which takes the right to write."""
+    """{folder of the run: its repository}, made if missing; an error without the right to write.
+
+    Each folder is the root of a repository, so that PEFT, transformers and vLLM open it by its id.
+    """
+    if not get_token():
+        raise UserError("no token; set HF_TOKEN to one that may write, or log in (hf auth login)")
     api, name = HfApi(), config.hub_model_id or Path(run).resolve().name
     user = api.whoami()["name"]
     name = name if "/" in name else f"{user}/{name}"
-    parts = ["adapter"] * bool(config.lora_r) + ["merged"] * (config.merge or not config.lora_r)
-    names = dict(zip(parts, (name, f"{name}-merged")))
+    names = {"adapter" if config.lora_r else "merged": name}
+    if config.lora_r and config.merge:
+        names["merged"] = f"{name}-merged"
     for name in names.values():
         api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
-        api.preupload_lfs_files(name, [CommitOperationAdd("README.md", b"-")])
+        api.preupload_lfs_files(name, [CommitOperationAdd("README.md", b"-")])  # a commit's start
     return names
 
 
-def push(run, given=HubConfig()):
-    """Brings to the hub what it lacks of a finished run's adapter/ and merged/; what is `given` wins over the run's
-    config.json. pushed.json keeps {repository: commit and files}. UserError: an unfinished run, or a hub that refuses
-    or fails for good, which takes nothing from the run."""
+def push(run, flags=HubConfig()):
+    """Uploads what the hub lacks of a finished run's adapter/ and merged/.
+
+    flags: what differs from HubConfig's defaults overrides the run's config.json. pushed.json
+    keeps {repository: commit and files}. UserError: an unfinished run, or a refusal of the hub.
+    """
     run, api = Path(run), HfApi()
-    ask = partial(
-        call_hub,
-        waits=WAITS,
-        advice=f"; nothing is lost: `python lora.py push {run}` goes on from here",
-    )
-    config = vars(HubConfig()) | read_json(run / "config.json")
-    if (
-        not {"lora_r", "merge"} <= config.keys() or not (run / "README.md").exists()
-    ):  # the last that a run writes
-        raise UserError(
-            f"{run}: no run's folder, or not finished; then the command that began it goes on, and pushes"
-        )
-    config |= {
-        f.name: getattr(given, f.name)
-        for f in fields(HubConfig)
-        if getattr(given, f.name) != f.default
-    }
-    names = ask("push", lambda: create_repositories(SimpleNamespace(**config), run))
-    pushed = read_json(run / "pushed.json") if (run / "pushed.json").exists() else {}
-    for part, name in names.items():
-        files = {file.name: file.stat().st_mtime_ns for file in sorted((run / part).iterdir())}
-        there = ask(f"push to {name}", lambda: api.list_repo_files(name))
-        if pushed.get(name, {}).get("files") == files and files.keys() <= set(there):
-            print(f"{name} holds {part}/ already")
+    advice = f"; nothing is lost: `python lora.py push {run}` goes on from here"
+    ask = partial(call_hub, waits=WAITS, advice=advice)
+    saved, defaults = read_json(run / "config.json"), vars(HubConfig())
+    if not {"lora_r", "merge"} <= saved.keys() or not (run / "README.md").exists():
+        raise UserError(f"{run}: not a finished run; run the command that began it again")
+    flags = {key: getattr(flags, key) for key in defaults if getattr(flags, key) != defaults[key]}
+    config = SimpleNamespace(**defaults | saved | flags)
+    names = ask("push", partial(create_repositories, config, run))
+    record = run / "pushed.json"
+    pushed = read_json(record) if record.exists() else {}
+    for folder, name in names.items():
+        files = {file.name: file.stat().st_mtime_ns for file in sorted((run / folder).iterdir())}
+        on_hub = set(ask(f"push to {name}", partial(api.list_repo_files, name)))
+        if pushed.get(name, {}).get("files") == files and files.keys() <= on_hub:
+            print(f"{name} holds {folder}/ already")
             continue
-        others = [
-            file
-            for file in {*there} - {*files}
-            if re.fullmatch(r"[^/]*\.safetensors(\.index\.json)?", file)
-        ]
-        changes = [CommitOperationAdd(file, run / part / file) for file in files]
-        changes += map(CommitOperationDelete, others)
-        commit = ask(
-            f"push to {name}",
-            lambda: api.create_commit(name, changes, commit_message=config["hub_commit_message"]),
-        )
-        pushed[name] = {"commit": commit.oid, "files": files}
-        (run / ".pushed.json").write_text(json.dumps(pushed, indent=2))
-        (run / ".pushed.json").replace(run / "pushed.json")
-        print(f"pushed {part}/ to {name}", flush=True)
+        changes = [CommitOperationAdd(file, run / folder / file) for file in files]
+        for file in on_hub - files.keys():
+            if re.fullmatch(r"[^/]*\.safetensors(\.index\.json)?", file):  # of an earlier model
+                changes.append(CommitOperationDelete(file))
+        commit = partial(api.create_commit, commit_message=config.hub_commit_message)
+        result = ask(f"push to {name}", partial(commit, name, changes))
+        pushed[name] = {"commit": result.oid, "files": files}
+        write_text(record, json.dumps(pushed, indent=2))
+        print(f"pushed {folder}/ to {name}", flush=True)

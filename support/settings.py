@@ -66,13 +66,14 @@ def convert(value, kind):
 
     ValueError or TypeError: it is no value of that type.
     """
-    if isinstance(kind, types.UnionType) and str(value).lower() in ("none", "null"):
+    word = str(value).lower()
+    if isinstance(kind, types.UnionType) and word in ("none", "null"):
         return None
     kind, item_types = type_of(kind)
-    if kind is bool and str(value).lower() in BOOLS:
-        return BOOLS[str(value).lower()]
+    if kind is bool and word in BOOLS:
+        return BOOLS[word]
     if kind in (int, float):
-        number = float(str(value))  # YAML 1.1 reads 2e-4 as a string
+        number = float(word)  # YAML 1.1 reads 2e-4 as a string
         if abs(number) < 2**53 and kind(number) == number:  # neither NaN nor infinity
             return kind(number)
     if kind is str and isinstance(value, (str, int, float)) and b"\0" not in str(value).encode():
@@ -82,8 +83,8 @@ def convert(value, kind):
     if kind is list:
         items = []
         for item in value if isinstance(value, list) else [value]:
-            names = isinstance(item, str) and re.fullmatch(NAME_LIST, item)
-            items += re.split(r"\s*,\s*", item) if names else [item]
+            is_list = re.fullmatch(NAME_LIST, str(item))
+            items += re.split(r"\s*,\s*", item) if is_list else [item]
         return [convert(item, item_types[0]) for item in items]
     if kind is dict:
         pairs = json.loads(value) if isinstance(value, str) else value
@@ -142,12 +143,14 @@ def make_parser(cls, description):
         exit_on_error=False,
     )
     note = "settings in YAML or JSON, flat or in sections; later files win, flags win over files"
-    parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help=note)
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--config", default=[], metavar="FILE", help=note, **several)
     source = "\n".join(getsource(base) for base in cls.__mro__[-2::-1])
     comments, choices = dict(re.findall(FIELD, source, re.MULTILINE)), choices_of(cls)
-    options = {list: {"nargs": "+", "action": "extend"}, bool: {"nargs": "?", "const": "true"}}
+    options = {list: several, bool: {"nargs": "?", "const": "true"}}
     for field in fields(cls):
-        note, (kind, _) = comments.get(field.name, ""), type_of(field.type)
+        kind, _ = type_of(field.type)
+        note = comments.get(field.name, "")
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if isinstance(default, list):
             default = " ".join(map(str, default))

@@ -1,5 +1,7 @@
-"""configs/: each recipe loads, has the projects' numbers and trains as many parameters as they did at the full shape;
-each runs for two steps on a tiny model and a few rows of its own kind of data."""
+"""configs/: each recipe loads, has the projects' numbers and trains as many parameters at the full shape.
+
+Each runs for two steps on a tiny model and a few rows of its own kind of data.
+"""
 
 import json
 import shutil
@@ -31,7 +33,8 @@ QUESTION = {
 }
 PAIR = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 FILM = {"history": [["A", 5], ["B", 1]], "title": "C", "rating": 4}
-CONFIGS = {  # name: (shape, LoRA parameters at it, what its data looks like, some of the project's numbers)
+# name: (shape, LoRA parameters at it, a row of its data, some of the project's numbers)
+CONFIGS = {
     "qwen3-0.6b-mcqa": (
         "qwen3-0.6b",
         66_060_288,
@@ -189,8 +192,10 @@ def test_recipes_run_for_two_steps(name, base, tmp_path):
 
 
 def test_a_recipe_that_draws_and_weights_resume_bit_for_bit(base, tmp_path):
-    """Three epochs, each with wordings and rows of its own, against the same gone on with from the second's middle; a
-    second look at an epoch's examples is the first."""
+    """Three epochs, each with wordings and rows of its own, equal the same resumed in the second epoch.
+
+    A second reading of an epoch's examples gives the same ones.
+    """
     for name in "ab":
         rows = [json.dumps(QUESTION | {"question": f"Where is {name}{n}?"}) for n in range(10)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))

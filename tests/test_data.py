@@ -894,7 +894,7 @@ def test_a_data_set_of_the_hub(tmp_path):
         "error: org/none: no file here"
     )
     assert "local" not in lines[6] and lines[7:] == ["['lines']"]
-    assert re.match("error: org/one: no file here.*a private one needs HF_TOKEN", refused.stdout), (
+    assert re.match("error: org/one: no file here.*repository needs HF_TOKEN", refused.stdout), (
         refused.stderr
     )
 
@@ -1347,9 +1347,9 @@ def test_a_partial_file_and_dotted_flags_override(tmp_path):
         "8",
         "--training.learning_rate=1e-3",
     ]
-    assert parse_config(Settings, words) == Settings(
-        lora_r=8, learning_rate=1e-3, seed=2, max_length=9
-    )
+    want = Settings(lora_r=8, learning_rate=1e-3, seed=2, max_length=9)
+    assert parse_config(Settings, words) == want
+    assert parse_config(Settings, [*words[:2], "--config", *words[2:]]) == want
 
 
 @pytest.mark.parametrize("words, file, message", [

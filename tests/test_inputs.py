@@ -1,6 +1,6 @@
-"""Hostile input, over all commands: told in a line that names file, row, key or flag, soon, and nothing is lost.
+"""Hostile input to all commands: one line that names file, row, key or flag, soon; nothing is lost.
 
-`pytest tests/test_inputs.py -rP` prints the fault list: each case, its message, the seconds it took.
+`pytest tests/test_inputs.py -rP` prints the fault list: each case, its message and its seconds.
 """
 
 import csv
@@ -59,7 +59,7 @@ def adapter(tmp_path_factory):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, adapter):
-    """A folder to stand in: m, the tiny model; a, an adapter; q, a model in 4 bit; rows.jsonl; precious.txt."""
+    """The working directory: m, the tiny model; a, an adapter; q, a model in 4 bit; rows.jsonl."""
     for source, name in ((TINY, "m"), (adapter / "a", "a"), (adapter / "q", "q")):
         shutil.copytree(source, tmp_path / name)
     (tmp_path / "rows.jsonl").write_text(4 * (json.dumps(TALK) + "\n"))
@@ -71,7 +71,7 @@ def home(tmp_path, monkeypatch, adapter):
     return tmp_path
 
 
-# --- the fault list ---------------------------------------------------------------------------------------------------
+# --- the fault list -------------------------------------------------------------------------------
 
 
 def pipe(path):
@@ -645,9 +645,11 @@ def contents(root):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_told_and_nothing_is_lost(case, home, monkeypatch, capsys):
-    """Exit status 2 and one line: the parts that name what is wrong, nothing that a terminal would obey; within
-    seconds; whatever was there is there."""
+def test_it_ends_in_one_line_and_nothing_is_lost(case, home, monkeypatch, capsys):
+    """Exit status 2 and one line that names what is wrong and is safe to print, within seconds.
+
+    Every file that was there is there.
+    """
     line, files, *parts = CASES[case]
     for name, content in files.items():
         path = home / name
@@ -713,7 +715,7 @@ def test_mixed_rows_keep_half_a_character_as_it_was(home, monkeypatch):
 
 
 def test_long_texts_are_encoded_a_part_at_a_time(monkeypatch):
-    """However many texts a batch holds, no more than 2^22 characters are with the library at once; ids are the same."""
+    """The library is given at most 2^22 characters and a text at a time; the ids are the same."""
     tokenizer, sizes = data.Tokenizer(TINY), []
     texts = ["ab cd " * 200_000] * 4 + ["x", ""]
     wanted = [
@@ -734,8 +736,10 @@ def test_long_texts_are_encoded_a_part_at_a_time(monkeypatch):
 
 
 def test_the_limits_leave_no_trace():
-    """After a block that was stopped, as after one that was not, the timer, its handler and the memory limit are as
-    before; a block inside another one has no time of its own."""
+    """After a block, stopped or not, the timer, its handler and the memory limit are as before.
+
+    A block inside another one has no time limit of its own.
+    """
     import resource
     import signal
 
@@ -756,18 +760,19 @@ def test_the_limits_leave_no_trace():
     assert state() == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-# --- secrets and pickles ----------------------------------------------------------------------------------------------
+# --- secrets and pickles --------------------------------------------------------------------------
 
 TOKEN = "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"
 ASKING = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import model, data, lora
+import data, lora
+from support import errors, hub
 
-for ask in (model.resolve, data.read_rows, lora.find_adapter):
+for ask in (hub.resolve, data.read_rows, lora.find_adapter):
     for status in ("401", "403", "404", "500", "200", "302"):
         try:
-            model.run_command(lambda: ask(f"org/answers-{status}"))
+            errors.run_command(lambda: ask(f"org/answers-{status}"))
         except SystemExit as ended:
             assert ended.code == 2
 """
@@ -801,7 +806,7 @@ class Echo(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("given", ["in the environment", "in a file"])
 def test_the_token_is_in_no_message_and_no_file(given, tmp_path):
-    """Whatever a hub answers: the token that it was sent is neither printed, not even a part of it, nor written."""
+    """Whatever a hub answers, no part of the token that it was sent is printed or written."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
     server.seen = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -830,8 +835,8 @@ def test_the_token_is_in_no_message_and_no_file(given, tmp_path):
 
 def test_no_module_reads_pickles():
     """What unpickles appears nowhere, and torch's own reader neither."""
-    for name in COMMANDS | {"model": M}:
-        text = (ROOT / f"{name}.py").read_text()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
+        text = path.read_text()
         assert not re.search(
             r"import pickle|pickle\.load|torch\.load|allow_pickle|joblib|yaml\.(unsafe_)?load\(",
             text,
@@ -839,7 +844,7 @@ def test_no_module_reads_pickles():
         assert not re.search(r"(?<![\w.])(eval|exec|os\.system)\(", text)
 
 
-# --- fuzzing ----------------------------------------------------------------------------------------------------------
+# --- fuzzing --------------------------------------------------------------------------------------
 
 steady = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -988,7 +993,7 @@ def test_any_adapter_config_is_read_or_refused(tmp_path_factory, changes):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(folder, bytes of its model.safetensors): a model small enough to be read a few hundred times."""
+    """(folder, bytes of its model.safetensors): a model so small that it is read in no time."""
     folder = tmp_path_factory.mktemp("small")
     raw = CONFIG | {
         "vocab_size": 8,
@@ -1011,7 +1016,7 @@ def small(tmp_path_factory):
     st.binary(max_size=3),
 )
 def test_any_header_is_read_or_refused(small, changes, cut, more):
-    """Bytes of the length and the header changed, the file cut or longer: the model loads, or a UserError says why."""
+    """Bytes of the header changed, the file cut or longer: it loads, or a UserError says why."""
     folder, whole = small
     whole, header = bytearray(whole), 8 + int.from_bytes(whole[:8], "little")
     for at, byte in changes:

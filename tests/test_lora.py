@@ -896,7 +896,7 @@ def test_where_a_run_goes(changes, names, finished, hub):
 def test_a_push_survives_a_hub_that_fails_for_a_while(finished, hub, capsys):
     hub.faults += [503, 500, 429]
     pushed(finished)
-    assert len(hub.commits) == 2 and capsys.readouterr().out.count("; again in") == 3
+    assert len(hub.commits) == 2 and capsys.readouterr().out.count("; retrying in") == 3
 
 
 def test_a_push_that_fails_for_good_is_taken_up_again(finished, hub, capsys):
@@ -937,7 +937,7 @@ def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
         with pytest.raises(SystemExit) as left:
             pushed(finished)
         shown = "".join(capsys.readouterr())
-        assert left.value.code == 2 and "again in" not in shown and not hub.commits
+        assert left.value.code == 2 and "retrying in" not in shown and not hub.commits
         assert "hf_" not in shown and "Traceback" not in shown
         return shown
 
@@ -954,8 +954,8 @@ def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
     "part, missing, message",
     [
         ("", "config.json", "config.json: No such file"),
-        ("", "README.md", "run: no run's folder, or not finished"),
-        ("merged", "", "merged: no run's folder"),
+        ("", "README.md", "run: not a finished run"),
+        ("merged", "", "merged: not a finished run"),
     ],
 )  # it has a config.json and a card too
 def test_what_is_no_finished_run_is_not_pushed(part, missing, message, finished, hub, capsys):
