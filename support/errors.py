@@ -15,6 +15,7 @@ from support.memory import tune_allocator
 
 # characters that a terminal would obey (control, change of direction) and halves of surrogate pairs
 UNPRINTABLE = "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+LACK_OF_MEMORY = "out of memory; take a smaller model or batch, or --load_in_4bit"
 TEMPLATES = "<template>", "<unknown>"  # the file names of jinja's frames
 
 
@@ -37,12 +38,10 @@ def run_command(main):
         if not sys.stderr.isatty():
             disable_progress_bars()
         tune_allocator()
-        return main()
+        with as_user_error(LACK_OF_MEMORY, MemoryError, torch.OutOfMemoryError):
+            return main()
     except UserError as error:
         message = str(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = str(error).partition(". ")[0]
-        message = f"out of memory ({reason}): take a smaller model or batch, or --load_in_4bit"
     except BrokenPipeError:  # the reader of `python data.py show ... | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

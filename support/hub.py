@@ -5,6 +5,7 @@ between which a repository holds shards of two models.
 """
 
 import json
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def call_hub(what, ask, waits=(), advice=""):
             if isinstance(error, GatedRepoError):
                 reason = "accept its licence on the hub first, then set HF_TOKEN"
             status = getattr(getattr(error, "response", None), "status_code", 500)
-            refused = status < 500 and status != 429 or isinstance(error, (ValueError, UserError))
+            refused = isinstance(error, (ValueError, UserError)) or (status < 500 and status != 429)
             if refused or wait is None:
                 raise UserError(f"{what}: {reason}{advice}") from None
             print(f"{what}: {reason}; retrying in {wait} s", flush=True)
@@ -80,7 +81,7 @@ def resolve(name, revision=None, kind="model"):
 
     Only safetensors and text files are downloaded.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: not a model in Hugging Face's layout: no config.json in it")

@@ -1,4 +1,4 @@
-"""configs/: each recipe loads, has the projects' numbers and trains as many parameters at the full shape.
+"""configs/: each recipe loads, with the projects' numbers and numbers of trained parameters.
 
 Each runs for two steps on a tiny model and a few rows of its own kind of data.
 """
@@ -192,7 +192,7 @@ def test_recipes_run_for_two_steps(name, base, tmp_path):
 
 
 def test_a_recipe_that_draws_and_weights_resume_bit_for_bit(base, tmp_path):
-    """Three epochs, each with wordings and rows of its own, equal the same resumed in the second epoch.
+    """Three epochs, each with its own wordings and rows, equal the same resumed in the second one.
 
     A second reading of an epoch's examples gives the same ones.
     """
