@@ -86,8 +86,9 @@ def as_user_error(where, *kinds, on=None):
     try:
         yield
     except kinds as error:
-        strerror, problem = getattr(error, "strerror", ""), getattr(error, "problem", "")
-        reason = strerror or problem or str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
+        for attribute in ("strerror", "problem", "msg"):  # of the system, YAML and JSON
+            reason = getattr(error, attribute, None) or reason
         if not isinstance(error, UserError):
             reason = " ".join(sanitize(reason).split())[:160]
         mark = getattr(error, "problem_mark", None)  # YAML's

@@ -155,7 +155,8 @@ def push(run, flags=HubConfig()):
     saved, defaults = read_json(run / "config.json"), vars(HubConfig())
     if not {"lora_r", "merge"} <= saved.keys() or not (run / "README.md").exists():
         raise UserError(f"{run}: not a finished run; run the command that began it again")
-    flags = {key: getattr(flags, key) for key in defaults if getattr(flags, key) != defaults[key]}
+    changed = [key for key in defaults if getattr(flags, key) != defaults[key]]
+    flags = {key: getattr(flags, key) for key in changed}
     config = SimpleNamespace(**defaults | saved | flags)
     names = ask("push", partial(create_repositories, config, run))
     record = run / "pushed.json"

@@ -1254,7 +1254,7 @@ def fails(error):
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/log"),
             2,
-            "error: No space left on device: out/log\n",
+            "error: [Errno 28] No space left on device: 'out/log'\n",
         ),
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
@@ -1264,7 +1264,7 @@ def fails(error):
         (
             PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out"),
             2,
-            "error: Permission denied: out\n",
+            "error: [Errno 13] Permission denied: 'out'\n",
         ),
         (KeyboardInterrupt(), 130, ""),
     ],

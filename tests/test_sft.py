@@ -350,7 +350,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
 
 def test_two_runs_do_not_work_in_one_folder(base, rows, tmp_path, capsys):
     """The second says so and leaves all as it is; the lock goes with the process that had it, even one killed."""
-    holder = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from model import locked\nwith locked_folder(sys.argv[1]):"
+    holder = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from support.files import locked_folder\nwith locked_folder(sys.argv[1]):"
     held = subprocess.Popen([sys.executable, "-c", f"{holder} print('held', flush=True); time.sleep(60)",
                              str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert held.stdout.readline() == "held\n"
