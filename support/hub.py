@@ -104,7 +104,7 @@ def hub_files(source, readable):
     where = {"repo_type": "dataset", "revision": revision or None}
     ask = partial(call_hub, f"{source}: no file here, and {NOT_LOADED}")
     groups = {}  # (config, split): [data/train-00000-of-00002.parquet, ...], [main/test.jsonl]
-    for file in filter(readable, ask(partial(list_repo_files, repo, **where))):
+    for file in sorted(filter(readable, ask(partial(list_repo_files, repo, **where)))):
         *folders, stem = file.split("/")
         split = re.split(r"-\d{5}-of-|\.", stem)[0]
         if split.isdigit() and folders:  # main/train/0.parquet
@@ -119,7 +119,7 @@ def hub_files(source, readable):
         problem = "has several parts" if keys else "has no such part"
         options = [f"{repo}:{config}:{split}" for config, split in keys or groups]
         raise UserError(f"{source} {problem}; name one of: {', '.join(options) or 'no data file'}")
-    files = sorted(groups[keys[0]])
+    files = groups[keys[0]]
     folder = ask(partial(snapshot_download, repo, allow_patterns=files, **where))
     return [Path(folder, file) for file in files]
 
@@ -155,9 +155,9 @@ def push(run, flags=HubConfig()):
     saved, defaults = read_json(run / "config.json"), vars(HubConfig())
     if not {"lora_r", "merge"} <= saved.keys() or not (run / "README.md").exists():
         raise UserError(f"{run}: not a finished run; run the command that began it again")
-    changed = [key for key in defaults if getattr(flags, key) != defaults[key]]
-    flags = {key: getattr(flags, key) for key in changed}
-    config = SimpleNamespace(**defaults | saved | flags)
+    settings = {key: getattr(flags, key) for key in defaults}
+    changed = dict(settings.items() - defaults.items())
+    config = SimpleNamespace(**defaults | saved | changed)
     names = ask("push", partial(create_repositories, config, run))
     record = run / "pushed.json"
     pushed = read_json(record) if record.exists() else {}
@@ -171,8 +171,7 @@ def push(run, flags=HubConfig()):
         for file in on_hub - files.keys():
             if re.fullmatch(r"[^/]*\.safetensors(\.index\.json)?", file):  # of an earlier model
                 changes.append(CommitOperationDelete(file))
-        commit = partial(api.create_commit, commit_message=config.hub_commit_message)
-        result = ask(f"push to {name}", partial(commit, name, changes))
-        pushed[name] = {"commit": result.oid, "files": files}
+        commit = partial(api.create_commit, name, changes, commit_message=config.hub_commit_message)
+        pushed[name] = {"commit": ask(f"push to {name}", commit).oid, "files": files}
         write_text(record, json.dumps(pushed, indent=2))
         print(f"pushed {folder}/ to {name}", flush=True)

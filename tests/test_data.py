@@ -1237,9 +1237,7 @@ class Settings(Base):
     data: list[str] = field(default_factory=lambda: ["a.jsonl", "b.jsonl"])  # files
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decays
     merge: bool = True  # write merged/
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"]
-    )  # which layers
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # which layers
     rank_pattern: dict = field(default_factory=dict)  # ranks by name
     kind: Literal["linear", "cosine"] = "cosine"  # of schedule
     val_size: float = 0.0  # share or count
