@@ -1242,6 +1242,9 @@ class Settings(Base):
     kind: Literal["linear", "cosine"] = "cosine"  # of schedule
     val_size: float = 0.0  # share or count
     shape: str = "round"  # of schedule
+    layers: list[str] = field(
+        default_factory=lambda: ["a_long_name_of_a_layer", "the_long_name_of_another_layer"]
+    )  # behind a wrapped default
 
     CHOICES = {"shape": ("round", "square")}
 
@@ -1392,7 +1395,7 @@ def test_help_explains_every_field_with_its_default(capsys):
     assert caught.value.code == 0 and "What it does." in text
     for part in ("--lora_r INT rank; 0: full fine-tuning (default: 16)", "folder or hub id, 100 % (default: tiny)",
                  "files (default: a.jsonl b.jsonl)", "tokens of an example # not more (default: None)", "--config FILE",
-                 "which layers (default: all-linear)", "of schedule; one of round, square (default: round)"):  # fmt: skip
+                 "which layers (default: all-linear)", "behind a wrapped default (default: a_long", "of schedule; one of round, square (default: round)"):  # fmt: skip
         assert part in text
 
 
