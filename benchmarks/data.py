@@ -11,7 +11,7 @@ ru_maxrss; it loads the examples and reads 50 steps of 20 scattered examples, as
 does.
 
     python benchmarks/data.py speed [--shared ../shared] [--repeats 5]  # rows per second, medians
-    python benchmarks/data.py memory [--rows 1000,100000,1000000]       # peak, first and second start
+    python benchmarks/data.py memory [--rows 1000,100000,1000000]      # peak MB, two starts
 """
 
 import argparse
