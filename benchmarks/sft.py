@@ -1,25 +1,32 @@
 """plaintune beside TRL's SFTTrainer + PEFT: the same rows, checkpoint and LoRA, in one run.
 
-Every measurement is a fresh process, and the sides take turns (A B C A B C), so that a machine that slows down slows
-down for all. A measurement's rows are exactly one optimizer step, taken again and again: each step has the same work
-and the same examples on every side, shuffled or packed as they may be, so losses can be laid side by side, and leaving
-out the first step (allocation, choice of kernels) favours nobody. Each round takes the next rows.
+Every measurement is a fresh process, and the sides take turns (A B C A B C), so that a machine that
+slows down slows down all of them. A measurement's rows are exactly one optimizer step, repeated:
+every step has the same work and the same examples on every side, however they are shuffled or
+packed, so losses can be compared, and leaving out the first step (allocation, choice of kernels)
+favours no side. Each round takes the next rows.
 
-Nobody times himself: both sides write a line of `log.jsonl` per step; this process notes when the lines appear, and how
-far the other's memory rises (VmHWM). The sides:
+Both sides write a line of `log.jsonl` per step; this process measures from outside when the lines
+appear and how far the memory of the other process rises (VmHWM). The sides:
+
 - plaintune   `python sft.py` as a user runs it
-- trl         SFTTrainer with its defaults: batches of 8, padded, gradient checkpointing, bf16 autocast
-- trl-packed  SFTTrainer with its best settings (PACKED; --trl_packed '{"max_length": 1024}' tries others)
-- trl-tuned   trl-packed, with transformers' own loss for TRL's fused head. Without Triton that head scores every
-              position, with products in fp32, and takes as long as all the layers. Not a setting: three lines of code
-Any of them with -4bit behind its name (plaintune-4bit, trl-packed-4bit) holds the base in NF4, doubly quantised.
-All of them: bf16 weights, LoRA (r 16, alpha 32) on the seven projections, AdamW at 2e-4 falling linearly, loss on the
-completion through its end token (TRL would also score the newline that the template writes after that; here it is told
-not to, so that the first losses must agree).
+- trl         SFTTrainer with its defaults: batches of 8, padded, gradient checkpointing, bf16
+              autocast
+- trl-packed  SFTTrainer with its best settings (PACKED; --trl_packed '{"max_length": 1024}' tries
+              others)
+- trl-tuned   trl-packed, with transformers' own loss in place of TRL's fused head. Without Triton
+              that head scores every position, with products in fp32, and takes as long as all the
+              layers. Not a setting: three lines of code
+
+A side with -4bit appended (plaintune-4bit, trl-packed-4bit) holds the base in NF4, doubly
+quantised. All sides: bf16 weights, LoRA (r 16, alpha 32) on the seven projections, AdamW at 2e-4
+with linear decay, loss on the completion up to its end token. (TRL would also score the newline
+that the template writes after that token; its labels are cut here, so that the first losses must
+agree.)
 
 Needs trl, peft and transformers, and `shared/` beside the repository unless --shared says where.
 
-    python benchmarks/sft.py [--model FOLDER] [--sets ecqa,alpaca] [--sides plaintune,trl-packed] [--repeats 3]
+    python benchmarks/sft.py [--model FOLDER] [--sets ecqa,alpaca] [--sides plaintune,trl-packed]
 """
 
 import argparse
@@ -39,34 +46,22 @@ from statistics import median
 
 HERE = Path(__file__).resolve()
 BATCH = 8  # per_device_train_batch_size: TRL's default
-LONGEST = 1800  # characters of a row, under 512 tokens: no side cuts one off
-# Found by trial. On a CPU attention computes a pack's masked squares too, so one short pack at a time is fastest;
-# `wrapped` would be about as fast, but lets examples see each other.
-PACKED = {
-    "cpu": {
-        "packing": True,
-        "max_length": 512,
-        "per_device_train_batch_size": 1,
-        "gradient_checkpointing": False,
-    },
-    "cuda": {
-        "packing": True,
-        "max_length": 2048,
-        "per_device_train_batch_size": 2,
-        "gradient_checkpointing": False,
-    },
-}
+LONGEST = 1800  # characters of a row, under 512 tokens: no side truncates it
+# Found by trial. On a CPU attention also computes the masked part of a pack, so one short pack at a
+# time is fastest; `wrapped` would be about as fast, but lets examples see each other.
+SMALL_PACKS = {"max_length": 512, "per_device_train_batch_size": 1}
+LARGE_PACKS = {"max_length": 2048, "per_device_train_batch_size": 2}
+PACKED = {"packing": True, "gradient_checkpointing": False}
 
 
 def ecqa(shared):
     """ECQA: a question and five choices -> the free-flow explanation and the answer's letter."""
-    for row in csv.DictReader((shared / "data/ecqa/val.csv").open(newline="", encoding="utf-8")):
-        choices = [row[f"q_op{i}"] for i in range(1, 6)]
-        lines = [f"{letter}. {choice}" for letter, choice in zip("ABCDE", choices)]
-        yield (
-            "\n".join([row["q_text"], *lines]),
-            f"{row['taskB']}\nAnswer: {'ABCDE'[choices.index(row['q_ans'])]}",
-        )
+    with open(shared / "data/ecqa/val.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            choices = [row[f"q_op{i}"] for i in range(1, 6)]
+            lines = [f"{letter}. {choice}" for letter, choice in zip("ABCDE", choices)]
+            right = "ABCDE"[choices.index(row["q_ans"])]
+            yield "\n".join([row["q_text"], *lines]), f"{row['taskB']}\nAnswer: {right}"
 
 
 def alpaca(shared):
@@ -78,85 +73,143 @@ def alpaca(shared):
 SETS = {"ecqa": ecqa, "alpaca": alpaca}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sides. Each writes log.jsonl and data_report.json into `out`
 
 
+def script_command(name, **settings):
+    """`python NAME --key value ...` of this repository, with what both benchmarks set."""
+    settings |= {
+        "per_device_train_batch_size": BATCH,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "merge": "false",
+        "report_to": "none",
+    }
+    flags = []
+    for key, value in settings.items():
+        flags += [f"--{key}", str(value)]
+    return [sys.executable, HERE.parents[1] / name, *flags]
+
+
 def plaintune_command(side, model, data, out, steps, rows):
-    settings = dict(
-        model=model, data=data, output_dir=out, max_steps=steps, per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=rows // BATCH, learning_rate=2e-4, lr_scheduler_type="linear", warmup_ratio=0,
-        lora_r=16, lora_alpha=32, max_length=1024, logging_steps=1,
-        save_strategy="no", eval_strategy="no", merge="false", report_to="none",
+    return script_command(
+        "sft.py",
+        model=model,
+        data=data,
+        output_dir=out,
+        max_steps=steps,
+        gradient_accumulation_steps=rows // BATCH,
+        learning_rate=2e-4,
+        max_length=1024,
         load_in_4bit=side.endswith("-4bit"),
-    )  # fmt: skip
-    return [
-        sys.executable,
-        HERE.parents[1] / "sft.py",
-        *(str(x) for k, v in settings.items() for x in (f"--{k}", v)),
-    ]
-
-
-def trl_side(side, model, data, out, steps, rows, **settings):
-    """SFTTrainer, in a process of its own. `settings` go over those of the side."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, Trainer, TrainerCallback
-    from transformers.utils import is_flash_attn_2_available
-    from trl import SFTConfig, SFTTrainer
-
-    out, cuda = Path(out), torch.cuda.is_available()
-    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                               bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
-    quant = {"quantization_config": quant} if side.endswith("-4bit") else {}
-    side = side.removesuffix("-4bit")
-    attention = (
-        "flash_attention_2" if cuda and side != "trl" and is_flash_attn_2_available() else "sdpa"
     )
-    fixed = dict(
-        output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=2e-4, logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not cuda,
-        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": attention, **quant},
-    )  # fmt: skip
-    settings = fixed | ({} if side == "trl" else PACKED["cuda" if cuda else "cpu"] | settings)
-    # one step is one pass over the rows, however many packs they make: the Trainer ends a step with the epoch
-    each = 1 if settings.get("packing") else settings["per_device_train_batch_size"]
-    settings["gradient_accumulation_steps"] = rows // each
 
-    class OwnLoss(SFTTrainer):
-        def compute_loss(
-            self, model, inputs, **kwargs
-        ):  # with a cache, the mask would not see where examples end
-            return Trainer.compute_loss(self, model, inputs | {"use_cache": False}, **kwargs)
+
+def trl_settings(out, steps, **settings):
+    """What both benchmarks set of TRL's config."""
+    import torch
+
+    return {
+        "output_dir": str(out),
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    } | settings
+
+
+def log_callback(out, *keys):
+    """A callback that writes log.jsonl: step, the values of `keys`, peak GPU memory"""
+    import torch
+    from transformers import TrainerCallback
 
     class Log(TrainerCallback):
         def on_log(self, args, state, control, logs, **_):
-            if "loss" in logs:
-                line = {"step": state.global_step, "loss": logs["loss"]}
-                if cuda:
-                    line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+            if "loss" not in logs:
+                return
+            line = {"step": state.global_step} | {key: logs[key] for key in keys}
+            if torch.cuda.is_available():
+                line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    return Log()
+
+
+def trl_data(model, data):
+    """What both benchmarks give a TRL trainer besides its config."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    with open(data, encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return {"model": str(model), "train_dataset": Dataset.from_list(rows), "peft_config": lora}
+
+
+def model_options(side):
+    """from_pretrained's arguments: bf16 or NF4, the fastest attention that is installed"""
+    import torch
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_flash_attn_2_available
+
+    options = {"dtype": "bfloat16", "attn_implementation": "sdpa"}
+    packs = side.removesuffix("-4bit") != "trl"
+    if packs and torch.cuda.is_available() and is_flash_attn_2_available():
+        options["attn_implementation"] = "flash_attention_2"
+    if side.endswith("-4bit"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return options
+
+
+def trl_side(side, model, data, out, steps, rows, **overrides):
+    """SFTTrainer, in its own process. `overrides` replace settings of a packed side."""
+    import torch
+    from transformers import Trainer
+    from trl import SFTConfig, SFTTrainer
+
+    out = Path(out)
+    options = model_options(side)
+    settings = trl_settings(out, steps, learning_rate=2e-4, model_init_kwargs=options)
+    side = side.removesuffix("-4bit")
+    if side != "trl":
+        packs = LARGE_PACKS if torch.cuda.is_available() else SMALL_PACKS
+        settings |= PACKED | packs | overrides
+    # one step is one pass over the rows, however many packs they make: the Trainer ends a step with
+    # the epoch
+    batch = 1 if settings.get("packing") else settings["per_device_train_batch_size"]
+    settings["gradient_accumulation_steps"] = rows // batch
+
+    class OwnLoss(SFTTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            # with a cache, the mask would not see where examples end
+            return Trainer.compute_loss(self, model, inputs | {"use_cache": False}, **kwargs)
 
     trainer = (OwnLoss if side == "trl-tuned" else SFTTrainer)(
-        model=str(model),
-        args=SFTConfig(**settings),
-        train_dataset=Dataset.from_list(
-            [json.loads(line) for line in open(data, encoding="utf-8")]
-        ),
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
-        callbacks=[Log()],
+        args=SFTConfig(**settings), callbacks=[log_callback(out, "loss")], **trl_data(model, data)
     )
     end = trainer.processing_class.eos_token_id
 
     def until_end(row):
-        ids, labels = row["input_ids"], row["labels"]
-        return {
-            "labels": [-100 if i and ids[i - 1] == end else label for i, label in enumerate(labels)]
-        }
+        labels = list(row["labels"])
+        for i, token in enumerate(row["input_ids"][:-1]):
+            if token == end:
+                labels[i + 1] = -100
+        return {"labels": labels}
 
     trainer.train_dataset = trainer.train_dataset.map(until_end)
     labels = [label for row in trainer.train_dataset["labels"] for label in row]
@@ -167,40 +220,35 @@ def trl_side(side, model, data, out, steps, rows, **settings):
 
 
 def roof_side():
-    """FLOP/s of a bf16 product of the model's own shape: the most that training could reach on this machine now."""
+    """FLOP/s of a bf16 product of the model's shape: the most that training could reach now."""
     import torch
 
     cuda = torch.cuda.is_available()
-    x, w = (
-        torch.randn(n, 1024, device="cuda" if cuda else "cpu", dtype=torch.bfloat16)
-        for n in (2048, 3072)
-    )
-    many, seconds = 50 if cuda else 5, []
+    options = {"device": "cuda" if cuda else "cpu", "dtype": torch.bfloat16}
+    x, w = torch.randn(2048, 1024, **options), torch.randn(3072, 1024, **options)
+    products, seconds = 50 if cuda else 5, []
     for _ in range(12):
-        began = time.perf_counter()
-        for _ in range(many):
+        start = time.perf_counter()
+        for _ in range(products):
             y = torch.nn.functional.linear(x, w)
         y[0, 0].item()  # waits for a GPU
-        seconds.append((time.perf_counter() - began) / many)
+        seconds.append((time.perf_counter() - start) / products)
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     flops = 2 * 2048 * 1024 * 3072 / median(seconds[2:])
-    print(
-        json.dumps(
-            {"flops": flops, "cuda": cuda, "machine": f"{device}, torch {torch.__version__}"}
-        )
-    )
+    machine = f"{device}, torch {torch.__version__}"
+    print(json.dumps({"flops": flops, "cuda": cuda, "machine": machine}))
 
 
 def child_command(**task):
     return [sys.executable, HERE, "--child", json.dumps(task, default=str)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measuring
 
 
 def memory_of(pid):
-    """[(VmHWM, kB), (RssAnon, kB)] of a process; [] once it has ended, and on systems without /proc."""
+    """[(VmHWM, kB), (RssAnon, kB)] of a process; [] once it has ended, or without /proc."""
     try:
         return re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
@@ -208,179 +256,212 @@ def memory_of(pid):
 
 
 def watch(command, out, env):
-    """Runs `command`, which logs to out/log.jsonl. -> (when each line appeared, {VmHWM, RssAnon: peak in GB})"""
+    """Runs `command`, logging to out/log.jsonl -> (second of each line, {VmHWM, RssAnon: GB})"""
     out.mkdir()
-    log, seen, peak, began = out / "log.jsonl", [], {"VmHWM": 0, "RssAnon": 0}, time.perf_counter()
-    with open(out.with_suffix(".txt"), "w+") as console:
-        process = subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT, env=env)
+    log, console = out / "log.jsonl", out.with_suffix(".txt")
+    seconds, peak, start = [], {"VmHWM": 0, "RssAnon": 0}, time.perf_counter()
+    with open(console, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
         try:
             while process.poll() is None:
                 lines = log.read_bytes().count(b"\n") if log.exists() else 0
-                seen += [time.perf_counter() - began] * (lines - len(seen))
+                seconds += [time.perf_counter() - start] * (lines - len(seconds))
                 for key, kb in memory_of(process.pid):
                     peak[key] = max(peak[key], int(kb) * 1024 / 1e9)
                 time.sleep(0.02)
         finally:
             process.kill()
-        console.seek(0)
-        if process.returncode:
-            sys.exit(
-                f"{' '.join(map(str, command))}\nended with {process.returncode}:\n{console.read()[-3000:]}"
-            )
-    return seen, peak
+    if process.returncode:
+        text = " ".join(map(str, command))
+        sys.exit(f"{text}\nexit status {process.returncode}:\n{console.read_text()[-3000:]}")
+    return seconds, peak
 
 
-def useful_flops(c, tokens, scored):
-    """FLOPs that a step cannot do without, of a config.json `c`: 2 per weight and token forward, 2 backward (a frozen
-    weight has no gradient of its own), LoRA's 2 + 4, the head's 2 + 2 on scored tokens alone. Attention's products,
-    norms, padding and recomputation are not counted."""
-    size, wide = c["hidden_size"], c["intermediate_size"]
-    head = c.get("head_dim") or size // c["num_attention_heads"]
-    q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
-    linears = [
-        (size, q),
-        (size, kv),
-        (size, kv),
-        (q, size),
-        (size, wide),
-        (size, wide),
-        (wide, size),
-    ]
-    layer = sum(4 * i * o + 6 * 16 * (i + o) for i, o in linears)
-    return c["num_hidden_layers"] * layer * tokens + 4 * c["vocab_size"] * size * scored
+def read_run(side, out, steps, seconds):
+    """-> (log lines with a loss, the ledger of data_report.json); stops if steps are missing"""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    ledger = json.loads((out / "data_report.json").read_text())["train"]
+    shutil.rmtree(out)
+    if len(lines) != steps or len(seconds) < steps:
+        sys.exit(f"{side}: {len(lines)} steps in its log, expected {steps}")
+    return lines, ledger
+
+
+def useful_flops(config, tokens, scored):
+    """FLOPs that a step cannot do without, from a config.json: 2 per weight and token forward, 2
+    backward (a frozen weight has no gradient of its own), 2 + 4 for LoRA, 2 + 2 for the head, on
+    scored tokens alone. Attention's products, norms, padding and recomputation are not counted."""
+    size, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or size // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    attention = [(size, q), (size, kv), (size, kv), (q, size)]
+    mlp = [(size, inner), (size, inner), (inner, size)]
+    layer = sum(4 * i * o + 6 * 16 * (i + o) for i, o in attention + mlp)
+    layers = config["num_hidden_layers"] * layer
+    return layers * tokens + 4 * config["vocab_size"] * size * scored
 
 
 def measure(side, name, n, pairs, folder, args, env, roof):
-    """One measurement -> what it found, for its JSON line."""
+    """One measurement -> the values of its JSON line."""
     data, out, rows = folder / f"{name}-{n}.jsonl", folder / f"{name}-{n}-{side}", len(pairs)
-    roles = {"prompt": "user", "completion": "assistant"}
-    chats = [
-        {k: [{"role": role, "content": text}] for (k, role), text in zip(roles.items(), pair)}
-        for pair in pairs
-    ]
-    data.write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
+    with open(data, "w", encoding="utf-8") as file:
+        for prompt, completion in pairs:
+            row = {
+                "prompt": [{"role": "user", "content": prompt}],
+                "completion": [{"role": "assistant", "content": completion}],
+            }
+            file.write(json.dumps(row) + "\n")
     task = dict(model=args.model, data=data, out=out, steps=args.steps + 1, rows=rows)
-    ours = plaintune_command(side, **task)
-    theirs = child_command(side=side, **task, **args.trl_packed)
-    seen, peak = watch(ours if side.startswith("plaintune") else theirs, out, env)
-    lines = [
-        line
-        for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        if "loss" in line
-    ]
-    ledger = json.loads((out / "data_report.json").read_text())["train"]
-    shutil.rmtree(out)
-    if len(lines) != task["steps"] or len(seen) < task["steps"]:
-        sys.exit(f"{side}: {len(lines)} steps in its log, expected {task['steps']}")
+    if side.startswith("plaintune"):
+        command = plaintune_command(side, **task)
+    else:
+        command = child_command(side=side, **task, **args.trl_packed)
+    seen, peak = watch(command, out, env)
+    lines, ledger = read_run(side, out, task["steps"], seen)
     seconds, tokens = (seen[args.steps] - seen[0]) / args.steps, ledger["scored"] + ledger["masked"]
-    flops = useful_flops(
-        json.loads((args.model / "config.json").read_text()), tokens, ledger["scored"]
-    )
+    config = json.loads((args.model / "config.json").read_text())
+    flops = useful_flops(config, tokens, ledger["scored"])
     gpu = {"peak_gpu_gb": lines[-1]["peak_memory_gb"]} if roof["cuda"] else {}
     return {
-        "set": name, "round": n, "side": side, "examples_per_second": rows / seconds,
-        "tokens_per_second": tokens / seconds, "step_seconds": seconds, "first_step_done": seen[0],
-        "peak_gb": peak["VmHWM"], "peak_anon_gb": peak["RssAnon"], **gpu, "roof_share": flops / seconds / roof["flops"],
-        "examples": rows, "tokens": tokens, "scored_tokens": ledger["scored"],
-        "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"],
-    }  # fmt: skip
+        "set": name,
+        "round": n,
+        "side": side,
+        "examples_per_second": rows / seconds,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "first_step_done": seen[0],
+        "peak_gb": peak["VmHWM"],
+        "peak_anon_gb": peak["RssAnon"],
+        **gpu,
+        "roof_share": flops / seconds / roof["flops"],
+        "examples": rows,
+        "tokens": tokens,
+        "scored_tokens": ledger["scored"],
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+    }
+
+
+COLUMNS = {
+    "examples/s": "examples_per_second",
+    "tokens/s": "tokens_per_second",
+    "step s": "step_seconds",
+    "1st step at": "first_step_done",
+    "peak GB": "peak_gb",
+    "anon GB": "peak_anon_gb",
+    "of roof": "roof_share",
+    "tokens": "tokens",
+    "scored": "scored_tokens",
+    "first loss": "first_loss",
+    "last loss": "last_loss",
+}
+
+
+def by_set(results):
+    """{set: {side: its results, one per round}}"""
+    sets = {}
+    for result in results:
+        sides = sets.setdefault(result["set"], {})
+        sides.setdefault(result["side"], []).append(result)
+    return sets
+
+
+def print_medians(title, sides, columns):
+    rounds = len(next(iter(sides.values())))
+    print(f"\n{title}, median of {rounds}")
+    print(f"{'':>15}" + "".join(f"{heading:>12}" for heading in columns))
+    for side, runs in sides.items():
+        cells = [f"{median(run[key] for run in runs):>12.5g}" for key in columns.values()]
+        print(f"{side:>15}" + "".join(cells))
+
+
+def ratios(ours, theirs, key):
+    return [a[key] / b[key] for a, b in zip(ours, theirs)]
 
 
 def report(results, cuda):
     """Prints the median of every side, and the medians of the rounds' ratios."""
     memory = "peak_gpu_gb" if cuda else "peak_gb"
-    columns = {
-        "examples/s": "examples_per_second", "tokens/s": "tokens_per_second", "step s": "step_seconds",
-        "1st step at": "first_step_done", "peak GB": memory, "anon GB": "peak_anon_gb", "of roof": "roof_share",
-        "tokens": "tokens", "scored": "scored_tokens", "first loss": "first_loss", "last loss": "last_loss",
-    }  # fmt: skip
-    for name in dict.fromkeys(r["set"] for r in results):
-        sides = {}
-        for r in results:
-            if r["set"] == name:
-                sides.setdefault(r["side"], []).append(r)
-        print(
-            f"\n{name}, {results[0]['examples']} examples a step, median of {len(next(iter(sides.values())))}"
-        )
-        print("".join(f"{title:>12}" for title in ("", *columns)))
+    for name, sides in by_set(results).items():
+        title = f"{name}, {results[0]['examples']} examples a step"
+        print_medians(title, sides, COLUMNS | {"peak GB": memory})
+        ours = sides.pop("plaintune", None)
+        if ours is None:
+            continue
         for side, runs in sides.items():
-            print(
-                f"{side:>12}"
-                + "".join(f"{median(r[key] for r in runs):>12.5g}" for key in columns.values())
-            )
-        ours = sides.pop("plaintune", [])
-        for side, runs in sides.items() if ours else ():
-            speed = [
-                a["examples_per_second"] / b["examples_per_second"] for a, b in zip(ours, runs)
-            ]
-            space = median(a[memory] / b[memory] for a, b in zip(ours, runs))
+            speed = ratios(ours, runs, "examples_per_second")
+            space = median(ratios(ours, runs, memory))
             apart = max(abs(a["first_loss"] - b["first_loss"]) for a, b in zip(ours, runs))
-            print(f"plaintune / {side}: {median(speed):.2f} x the speed ({min(speed):.2f} to {max(speed):.2f}), "
-                  f"{space:.2f} x the memory, first losses within {apart:.4f}")  # fmt: skip
+            print(
+                f"plaintune / {side}: {median(speed):.2f} x the speed ({min(speed):.2f} to "
+                f"{max(speed):.2f}), {space:.2f} x the memory, first losses within {apart:.4f}"
+            )
+
+
+def make_parser(description, shown="(default: %(default)s)", **defaults):
+    """The flags of both benchmarks."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--shared", type=Path, default=HERE.parents[2] / "shared", help="where data/ and tools/ are"
+    )
+    add("--model", type=Path, help="checkpoint folder (default: random weights at --shape)")
+    add("--shape", default="qwen3-0.6b", help=f"shape to make without --model {shown}")
+    add("--sets", help=shown)
+    add("--sides", help=shown)
+    add("--steps", type=int, default=2, help=f"steps measured after the first {shown}")
+    add("--repeats", type=int, default=3, help=f"rounds, each with other rows {shown}")
+    add("--child", type=json.loads, help=argparse.SUPPRESS)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def set_up(args, folder):
+    """Makes the checkpoint if none is named -> the environment of the sides, without network"""
+    if args.model is None:
+        args.model = folder / "model"
+        tool = args.shared / "tools/make_checkpoint.py"
+        subprocess.run([sys.executable, tool, args.shape, args.model], check=True)
+    return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, sets="ecqa,alpaca", sides="plaintune,trl,trl-packed,trl-tuned")
     parser.add_argument(
-        "--shared", type=Path, default=HERE.parents[2] / "shared", help="where data/ and tools/ are"
-    )
-    parser.add_argument(
-        "--model", type=Path, help="checkpoint folder (default: random weights at --shape)"
-    )
-    parser.add_argument(
-        "--shape", default="qwen3-0.6b", help="shape to make without --model (default: %(default)s)"
-    )
-    parser.add_argument("--sets", default="ecqa,alpaca", help="(default: %(default)s)")
-    parser.add_argument(
-        "--sides", default="plaintune,trl,trl-packed,trl-tuned", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rows",
-        type=int,
-        default=16,
-        help="examples a step, a multiple of 8 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=2, help="steps measured after the first (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="rounds, each with other rows (default: %(default)s)"
+        "--rows", type=int, default=16, help="examples a step, a multiple of 8 (default: 16)"
     )
     parser.add_argument(
         "--trl_packed", type=json.loads, default={}, help="JSON: SFTConfig fields over PACKED"
     )
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
         return trl_side(**args.child) if args.child else roof_side()
     if args.rows < BATCH or args.rows % BATCH:
-        parser.error(f"--rows {args.rows}: give a multiple of {BATCH}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no child and no folder behind
+        parser.error(f"--rows {args.rows}: must be a multiple of {BATCH}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # remove child and folder
+    results, roofs = [], []
     with tempfile.TemporaryDirectory() as folder:
-        folder, results, roofs = Path(folder), [], []
-        env = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(folder / "hf"),
-        }  # nothing cached, nothing fetched
-        if args.model is None:
-            args.model = folder / "model"
-            tool = args.shared / "tools/make_checkpoint.py"
-            subprocess.run([sys.executable, tool, args.shape, args.model], check=True)
+        folder = Path(folder)
+        env = set_up(args, folder)
         for n in range(args.repeats):
             for name in args.sets.split(","):
                 pairs = [pair for pair in SETS[name](args.shared) if sum(map(len, pair)) <= LONGEST]
                 random.Random(0).shuffle(pairs)
-                roofs.append(json.loads(subprocess.check_output(child_command(), env=env)))
+                rows = pairs[n * args.rows : (n + 1) * args.rows]
+                roof = json.loads(subprocess.check_output(child_command(), env=env))
+                roofs.append(roof)
                 for side in args.sides.split(","):
-                    rows = pairs[n * args.rows : (n + 1) * args.rows]
-                    results.append(measure(side, name, n, rows, folder, args, env, roofs[-1]))
+                    results.append(measure(side, name, n, rows, folder, args, env, roof))
                     print(json.dumps(results[-1]), flush=True)
-    report(results, roofs[0]["cuda"])
-    flops = [r["flops"] / 1e9 for r in roofs]
-    print(f"\nroof: {median(flops):.0f} GFLOP/s ({min(flops):.0f} to {max(flops):.0f}), a bf16 product of "
-          f"(2048 x 1024) and (1024 x 3072) on {roofs[0]['machine']}")  # fmt: skip
+    report(results, roof["cuda"])
+    flops = [roof["flops"] / 1e9 for roof in roofs]
+    print(
+        f"\nroof: {median(flops):.0f} GFLOP/s ({min(flops):.0f} to {max(flops):.0f}), a bf16 "
+        f"product of (2048 x 1024) and (1024 x 3072) on {roof['machine']}"
+    )
 
 
 if __name__ == "__main__":

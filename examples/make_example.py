@@ -1,16 +1,17 @@
 """
-Everything in examples/, made again from nothing: a small world of true facts, the text a tiny Qwen3 learns them from,
-its tokenizer and random weights, and a multiple-choice set with rationales.
+Everything in examples/, made from nothing: a small world of true facts, the text from which a tiny
+Qwen3 learns them, its tokenizer and random weights, and a multiple-choice set with rationales.
 
-The one decision that is not obvious: the pretraining text holds every fact and every skill the questions need (knowing,
-and picking one of several), but no question with choices and no `Answer:`. So the base model sits at about chance,
-and what fine-tuning adds is the task. What is held out are questions, not only rows.
+The one decision that is not obvious: the pretraining text holds every fact and every skill that the
+questions need (knowing, and choosing among several), but no question with choices and no `Answer:`.
+So the base model is about at chance, and what fine-tuning adds is the task. The evaluation set
+holds out questions, not only rows.
 
-    python examples/make_example.py                       # tokenizer, questions; text and random weights in runs/
-    python sft.py --config examples/pretrain.yaml         # full fine-tuning from the random weights, about ten minutes
+    python examples/make_example.py                # tokenizer, questions; text and weights in runs/
+    python sft.py --config examples/pretrain.yaml  # full fine-tuning, about ten minutes
     cp runs/tiny-qwen3/merged/model.safetensors examples/tiny-qwen3/
-    python sft.py                                         # LoRA on the questions
-    python dpo.py                                         # and on pairs of answers, from there
+    python sft.py                                  # LoRA on the questions
+    python dpo.py                                  # continues from there, on pairs of answers
 """
 
 import json
@@ -21,9 +22,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The world. One line is one thing; columns are its attributes; "-" is "not asked, because the answer is not clear".
-# A leading ~ says that the name takes no article (rice, France).
+# --------------------------------------------------------------------------------------------------
+# 1. The world. A line is a thing, its columns are attributes; "-" is not asked, because the answer
+# is not clear. A leading ~ marks a name without an article (rice, France).
 
 ANIMALS = """
 robin       | bird       | in gardens       | worms     | feathers    | two legs   | -         | -
@@ -79,7 +80,7 @@ scorpion    | arachnid   | in the desert    | insects   | -           | eight le
 crab        | crustacean | by the sea       | -         | a shell     | ten legs   | -         | -
 lobster     | crustacean | in the sea       | -         | a shell     | ten legs   | -         | -
 snail       | mollusc    | in gardens       | leaves    | a shell     | no legs    | -         | -
-"""
+"""  # noqa: E501
 
 PLANTS = """
 apple      | fruit     | -      | on trees
@@ -397,7 +398,7 @@ hexagon  | six corners
 octagon  | eight corners
 """
 
-# why a thing is of its kind: also said in the pretraining text
+# why a thing is of its kind: stated in the pretraining text too
 REASONS = {
     "bird": "has feathers and lays eggs",
     "fish": "lives in water and breathes with gills",
@@ -418,344 +419,186 @@ REASONS = {
 
 # `says` are statements, the first of which is the rationale; {e} is the thing, {v} the attribute.
 # `asks` want the attribute of a thing, `which` wants the thing with an attribute.
-# `close` are attributes that could both be defended: they never stand beside each other as choices.
+# `close` are groups of attributes that could all be defended: never choices of the same question.
 Relation = namedtuple("Relation", "key table column says asks which close", defaults=((),))
 
+# fmt: off
 RELATIONS = [
-    Relation(
-        "class",
-        ANIMALS,
-        1,
+    Relation("class", ANIMALS, 1,
         ["{e} is {a} {v}", "{e} belongs to the {vs}"],
         ["What kind of animal is {e}?", "Which group does {e} belong to?"],
-        ["Which of these is {a} {v}?", "Which animal is {a} {v}?"],
-    ),
-    Relation(
-        "home",
-        ANIMALS,
-        2,
+        ["Which of these is {a} {v}?", "Which animal is {a} {v}?"]),
+    Relation("home", ANIMALS, 2,
         ["{e} lives {v}", "The home of {e} is {v}"],
         ["Where does {e} live?", "Where would you find {e}?"],
         ["Which of these lives {v}?", "Which animal would you find {v}?"],
-        [
-            "in gardens|in meadows|in the woods|in burrows|in small holes|in nests|in hives|in webs|in caves|in ponds",
-            "in the sea|by the sea|on the ice",
-            "in rivers|on rivers|in ponds|on ponds|in glass tanks",
-            "on farms|in stables|in houses|in gardens|in meadows|in small holes|on ponds|in the mountains",
-            "in the woods|in the mountains|in the jungle|in caves|on the plains",
-            "in the desert|in the jungle|in the mountains",
-            "on the plains|in the desert|in meadows|in burrows",
-            "in houses|in webs|in glass tanks|in small holes|in burrows",
-        ],
-    ),
-    Relation(
-        "food",
-        ANIMALS,
-        3,
+        ["in gardens|in meadows|in the woods|in burrows|in small holes|in nests|in hives|in webs|in caves|in ponds",  # noqa: E501
+         "in the sea|by the sea|on the ice",
+         "in rivers|on rivers|in ponds|on ponds|in glass tanks",
+         "on farms|in stables|in houses|in gardens|in meadows|in small holes|on ponds|in the mountains",  # noqa: E501
+         "in the woods|in the mountains|in the jungle|in caves|on the plains",
+         "in the desert|in the jungle|in the mountains",
+         "on the plains|in the desert|in meadows|in burrows",
+         "in houses|in webs|in glass tanks|in small holes|in burrows"]),
+    Relation("food", ANIMALS, 3,
         ["{e} eats {v}", "The food of {e} is {v}"],
         ["What does {e} eat?", "What is the food of {e}?"],
         ["Which of these eats {v}?", "Which animal feeds on {v}?"],
-        [
-            "meat|fish|mice",
-            "grass|hay|leaves|bamboo",
-            "grain|seeds|nuts|fruit|leaves|grass",
-            "worms|insects|fruit|nectar|grain|seeds",
-        ],
-    ),
-    Relation(
-        "cover",
-        ANIMALS,
-        4,
+        ["meat|fish|mice", "grass|hay|leaves|bamboo", "grain|seeds|nuts|fruit|leaves|grass",
+         "worms|insects|fruit|nectar|grain|seeds"]),
+    Relation("cover", ANIMALS, 4,
         ["{e} is covered with {v}", "The body of {e} has {v}"],
         ["What covers the body of {e}?", "What is {e} covered with?"],
         ["Which of these is covered with {v}?", "Which animal has {v}?"],
-        ["fur|wool", "a shell|a hard case"],
-    ),
-    Relation(
-        "legs",
-        ANIMALS,
-        5,
+        ["fur|wool", "a shell|a hard case"]),
+    Relation("legs", ANIMALS, 5,
         ["{e} has {v}", "Count and see: {e} has {v}"],
         ["How many legs does {e} have?"],
-        ["Which of these has {v}?", "Which animal has {v}?"],
-    ),
-    Relation(
-        "young",
-        ANIMALS,
-        6,
+        ["Which of these has {v}?", "Which animal has {v}?"]),
+    Relation("young", ANIMALS, 6,
         ["The child of {e} is {a} {v}", "A young {n} is called {a} {v}"],
         ["What is a young {n} called?", "What is the child of {e}?"],
-        ["Which animal has {a} {v} as its child?"],
-    ),
-    Relation(
-        "sound",
-        ANIMALS,
-        7,
+        ["Which animal has {a} {v} as its child?"]),
+    Relation("sound", ANIMALS, 7,
         ["{e} {v}", "The animal that {v} is {e}"],
         ["What sound does {e} make?"],
-        ["Which of these {v}?", "Which animal {v}?"],
-    ),
-    Relation(
-        "kind",
-        PLANTS,
-        1,
+        ["Which of these {v}?", "Which animal {v}?"]),
+    Relation("kind", PLANTS, 1,
         ["{e} is {a} {v}", "{e} belongs to the {vs}"],
         ["What kind of plant is {e}?", "Which group does {e} belong to?"],
         ["Which of these is {a} {v}?", "Which plant is {a} {v}?"],
-        ["fruit|vegetable|nut|grain"],
-    ),
-    Relation(
-        "colour",
-        PLANTS,
-        2,
+        ["fruit|vegetable|nut|grain"]),
+    Relation("colour", PLANTS, 2,
         ["{e} is {v}", "The colour of {e} is {v}"],
         ["What colour is {e}?", "What is the colour of {e}?"],
         ["Which of these is {v}?", "Which plant is coloured {v}?"],
-        ["yellow|golden|orange|brown", "red|purple|blue"],
-    ),
-    Relation(
-        "grows",
-        PLANTS,
-        3,
+        ["yellow|golden|orange|brown", "red|purple|blue"]),
+    Relation("grows", PLANTS, 3,
         ["{e} grows {v}", "To gather {e}, look {v}"],
         ["Where does {e} grow?", "Where do you look to gather {e}?"],
         ["Which of these grows {v}?", "Which plant grows {v}?"],
-        ["on vines|in pods|on bushes|close to the ground"],
-    ),
-    Relation(
-        "source",
-        STUFF,
-        1,
+        ["on vines|in pods|on bushes|close to the ground"]),
+    Relation("source", STUFF, 1,
         ["{e} is made from {v}", "People turn {v} into {e}"],
         ["What is {e} made from?", "What do people turn into {e}?"],
         ["Which of these is made from {v}?", "What do people make from {v}?"],
-        ["fruit|grapes|apples|nectar", "pork|animal skin|eggs|milk", "flour|eggs|milk"],
-    ),
-    Relation(
-        "taste",
-        STUFF,
-        2,
+        ["fruit|grapes|apples|nectar", "pork|animal skin|eggs|milk", "flour|eggs|milk"]),
+    Relation("taste", STUFF, 2,
         ["{e} tastes {v}", "The taste of {e} is {v}"],
         [],
         ["Which of these tastes {v}?", "Which one has a {v} taste?"],
-        ["sweet|sour"],
-    ),
-    Relation(
-        "look",
-        STUFF,
-        3,
+        ["sweet|sour"]),
+    Relation("look", STUFF, 3,
         ["{e} is {v}", "The colour of {e} is {v}"],
         ["What colour is {e}?", "What is the colour of {e}?"],
         ["Which of these is {v}?"],
-        ["yellow|golden|brown", "white|clear|grey", "pink|brown"],
-    ),
-    Relation(
-        "use",
-        TOOLS,
-        1,
+        ["yellow|golden|brown", "white|clear|grey", "pink|brown"]),
+    Relation("use", TOOLS, 1,
         ["{e} is used for {v}", "For {v} you need {e}"],
         ["What is {e} used for?", "What do you need {e} for?"],
         ["Which of these is used for {v}?", "What do you need for {v}?"],
-        [
-            "washing the body|drying the body|washing the hair|tidying hair",
-            "sleeping|resting the head|keeping warm|camping|sitting together",
-            "drawing|showing lessons|measuring lines",
-            "baking food|serving food|keeping food cold",
-            "digging holes|gathering leaves",
-            "looking at stars|seeing your face|taking pictures|letting in light",
-            "carrying water|boiling water|holding jam",
-        ],
-    ),
-    Relation(
-        "material",
-        TOOLS,
-        2,
+        ["washing the body|drying the body|washing the hair|tidying hair",
+         "sleeping|resting the head|keeping warm|camping|sitting together",
+         "drawing|showing lessons|measuring lines", "baking food|serving food|keeping food cold",
+         "digging holes|gathering leaves",
+         "looking at stars|seeing your face|taking pictures|letting in light",
+         "carrying water|boiling water|holding jam"]),
+    Relation("material", TOOLS, 2,
         ["{e} is made of {v}", "People use {v} to make {e}"],
         ["What is {e} made of?", "What do people use to make {e}?"],
         ["Which of these is made of {v}?", "What is made out of {v}?"],
-        [
-            "steel|metal|plastic",
-            "clay|glass|plastic|metal|steel",
-            "wool|cotton",
-            "wood|plastic|steel",
-        ],
-    ),
-    Relation(
-        "room",
-        TOOLS,
-        3,
+        ["steel|metal|plastic", "clay|glass|plastic|metal|steel", "wool|cotton",
+         "wood|plastic|steel"]),
+    Relation("room", TOOLS, 3,
         ["{e} is kept in {v}", "In {v} there is {e}"],
         ["Where is {e} kept?", "In which room is {e}?"],
         ["Which of these is kept in {v}?", "What would you look for in {v}?"],
-        ["the bedroom|the living room|the bathroom"],
-    ),
-    Relation(
-        "work",
-        JOBS,
-        1,
+        ["the bedroom|the living room|the bathroom"]),
+    Relation("work", JOBS, 1,
         ["{e} {v}", "The person who {v} is {e}"],
         ["What does {e} do?", "What is the work of {e}?"],
         ["Which of these {v}?", "Who {v}?"],
-        [
-            "treats sick people|operates on people|looks after teeth",
-            "cooks meals|serves meals|bakes bread",
-        ],
-    ),
-    Relation(
-        "workplace",
-        JOBS,
-        2,
+        ["treats sick people|operates on people|looks after teeth",
+         "cooks meals|serves meals|bakes bread"]),
+    Relation("workplace", JOBS, 2,
         ["{e} works {v}", "You will find {e} {v}"],
         ["Where does {e} work?", "Where will you find {e}?"],
         ["Which of these works {v}?", "Who works {v}?"],
-        [
-            "in a workshop|in a studio|in a forge|in a garage",
-            "on a farm|in a garden",
-            "in a restaurant|in a bakery",
-            "in the air|in space",
-            "on a building site|in a garage",
-        ],
-    ),
-    Relation(
-        "tool",
-        JOBS,
-        3,
+        ["in a workshop|in a studio|in a forge|in a garage", "on a farm|in a garden",
+         "in a restaurant|in a bakery", "in the air|in space", "on a building site|in a garage"]),
+    Relation("tool", JOBS, 3,
         ["{e} uses {v}", "The tool of {e} is {v}"],
         ["What does {e} use?", "What is the tool of {e}?"],
         ["Which of these uses {v}?", "Who needs {v}?"],
-        [
-            "a needle|scissors|a scalpel|a brush|a camera",
-            "a saw|a spanner|a wrench|an anvil",
-            "a spade|a pickaxe|a tractor|a hose",
-            "a pan|an oven|a tray",
-        ],
-    ),
-    Relation(
-        "capital",
-        COUNTRIES,
-        1,
+        ["a needle|scissors|a scalpel|a brush|a camera", "a saw|a spanner|a wrench|an anvil",
+         "a spade|a pickaxe|a tractor|a hose", "a pan|an oven|a tray"]),
+    Relation("capital", COUNTRIES, 1,
         ["The capital of {e} is {v}", "{v} is the capital of {e}"],
         ["What is the capital of {e}?", "Which city is the capital of {e}?"],
-        ["Which country has {v} as its capital?", "{v} is the capital of which country?"],
-    ),
-    Relation(
-        "continent",
-        COUNTRIES,
-        2,
+        ["Which country has {v} as its capital?", "{v} is the capital of which country?"]),
+    Relation("continent", COUNTRIES, 2,
         ["{e} is in {v}", "You can find {e} in {v}"],
         ["Where is {e}?", "Which part of the world is {e} in?"],
-        ["Which of these is in {v}?", "Which country is in {v}?"],
-    ),
-    Relation(
-        "language",
-        COUNTRIES,
-        3,
+        ["Which of these is in {v}?", "Which country is in {v}?"]),
+    Relation("language", COUNTRIES, 3,
         ["The people of {e} speak {v}", "In {e} you hear {v}"],
         ["What do the people of {e} speak?", "Which language do you hear in {e}?"],
-        ["Where do people speak {v}?", "In which country do you hear {v}?"],
-    ),
-    Relation(
-        "way",
-        VEHICLES,
-        1,
+        ["Where do people speak {v}?", "In which country do you hear {v}?"]),
+    Relation("way", VEHICLES, 1,
         ["{e} travels {v}", "To go {v} you can take {e}"],
         ["Where does {e} travel?", "How does {e} go?"],
         ["Which of these travels {v}?", "What goes {v}?"],
-        ["through the air|into space"],
-    ),
-    Relation(
-        "power",
-        VEHICLES,
-        2,
+        ["through the air|into space"]),
+    Relation("power", VEHICLES, 2,
         ["{e} is moved by {v}", "The power of {e} comes from {v}"],
         ["What moves {e}?", "Where does the power of {e} come from?"],
         ["Which of these is moved by {v}?"],
-        ["an engine|electricity|the wind", "oars|a paddle"],
-    ),
-    Relation(
-        "playing",
-        INSTRUMENTS,
-        1,
+        ["an engine|electricity|the wind", "oars|a paddle"]),
+    Relation("playing", INSTRUMENTS, 1,
         ["You play {e} by {v}", "By {v} you make music on {e}"],
         ["How do you play {e}?", "How do you make music on {e}?"],
         ["Which of these do you play by {v}?", "Which instrument do you play by {v}?"],
-        ["plucking strings|drawing a bow"],
-    ),
-    Relation(
-        "worn",
-        CLOTHES,
-        1,
+        ["plucking strings|drawing a bow"]),
+    Relation("worn", CLOTHES, 1,
         ["{e} is worn on {v}", "On {v} you can put {e}"],
         ["Where is {e} worn?", "Where do you put {e}?"],
         ["Which of these is worn on {v}?", "What can you put on {v}?"],
-        ["the hand|the finger|the wrist"],
-    ),
-    Relation(
-        "ground",
-        SPORTS,
-        1,
+        ["the hand|the finger|the wrist"]),
+    Relation("ground", SPORTS, 1,
         ["People go in for {e} {v}", "The place for {e} is {v}"],
         ["Where do people go in for {e}?", "What is the place for {e}?"],
         ["Which of these takes place {v}?", "Which sport takes place {v}?"],
-        ["on a pitch|on a court|on a course", "on snow|on ice", "in a pool|on a river"],
-    ),
-    Relation(
-        "kit",
-        SPORTS,
-        2,
+        ["on a pitch|on a court|on a course", "on snow|on ice", "in a pool|on a river"]),
+    Relation("kit", SPORTS, 2,
         ["For {e} you need {v}", "With {v} you can go in for {e}"],
         ["What do you need for {e}?"],
         ["For which of these do you need {v}?", "Which sport needs {v}?"],
-        ["a ball|a racket|a club"],
-    ),
-    Relation(
-        "visit",
-        PLACES,
-        1,
+        ["a ball|a racket|a club"]),
+    Relation("visit", PLACES, 1,
         ["People go to {e} to {v}", "To {v} you go to {e}"],
         ["Why do people go to {e}?", "What can you do at {e}?"],
         ["Where do people go to {v}?", "Where can you {v}?"],
-        [
-            "get well|buy medicine",
-            "learn|borrow books|see old things",
-            "watch films|watch plays|watch matches",
-            "keep money|send parcels",
-        ],
-    ),
-    Relation(
-        "organ",
-        BODY,
-        1,
+        ["get well|buy medicine", "learn|borrow books|see old things",
+         "watch films|watch plays|watch matches", "keep money|send parcels"]),
+    Relation("organ", BODY, 1,
         ["{e} is for {v}", "For {v} you have {e}"],
         ["What is {e} for?", "What do you have {e} for?"],
         ["Which part of the body is for {v}?", "What do you have for {v}?"],
-        ["tasting|chewing|digesting food|smelling|breathing"],
-    ),
-    Relation(
-        "season",
-        MONTHS,
-        1,
+        ["tasting|chewing|digesting food|smelling|breathing"]),
+    Relation("season", MONTHS, 1,
         ["{e} is in {v}", "The season of {e} is {v}"],
         ["In which season is {e}?", "What is the season of {e}?"],
-        ["Which of these months is in {v}?", "Which month is in {v}?"],
-    ),
-    Relation(
-        "next",
-        MONTHS,
-        2,
+        ["Which of these months is in {v}?", "Which month is in {v}?"]),
+    Relation("next", MONTHS, 2,
         ["After {e} comes {v}", "The month after {e} is {v}"],
         ["Which month comes after {e}?", "What comes after {e}?"],
-        ["Which month is just before {v}?"],
-    ),
-    Relation(
-        "corners",
-        SHAPES,
-        1,
+        ["Which month is just before {v}?"]),
+    Relation("corners", SHAPES, 1,
         ["{e} has {v}", "A shape with {v} is {e}"],
         ["How many corners does {e} have?"],
-        ["Which of these has {v}?", "Which shape has {v}?"],
-    ),
+        ["Which of these has {v}?", "Which shape has {v}?"]),
 ]
+# fmt: on
 
 Fact = namedtuple("Fact", "relation name article value")  # relation by its place in RELATIONS
 
@@ -766,12 +609,9 @@ def facts():
         for line in relation.table.strip().splitlines():
             cells = [cell.strip() for cell in line.split("|")]
             if cells[relation.column] != "-":
-                bare = cells[0].lstrip("~")
-                out.append(
-                    Fact(
-                        r, bare, "" if cells[0].startswith("~") else a(bare), cells[relation.column]
-                    )
-                )
+                name = cells[0].lstrip("~")
+                article = "" if cells[0].startswith("~") else a(name)
+                out.append(Fact(r, name, article, cells[relation.column]))
     return out
 
 
@@ -785,32 +625,24 @@ def capital(text):
 
 def fill(template, fact):
     e = f"{fact.article} {fact.name}".strip()
-    return capital(
-        template.format(
-            e=e,
-            n=fact.name,
-            v=fact.value,
-            a=a(fact.value),
-            vs=fact.value if fact.value == "fish" else fact.value + "s",
-        )
-    )
+    vs = fact.value if fact.value == "fish" else fact.value + "s"
+    return capital(template.format(e=e, n=fact.name, v=fact.value, a=a(fact.value), vs=vs))
 
 
 def rivals(fact, own):
-    """Of the facts `own` of a relation, those that can't be mistaken for `fact`: a thing is no rival where its
-    attribute is the same or close, nor an attribute where the thing has it too."""
-    close = RELATIONS[fact.relation].close
-    return [
-        f
-        for f in own
-        if f.value != fact.value
-        and f.name != fact.name
-        and not any({f.value, fact.value} <= set(group.split("|")) for group in close)
-    ]
+    """Of the facts `own` of a relation, those that are certainly wrong in place of `fact`: another
+    thing, whose attribute is neither the same nor close."""
+    groups = [set(group.split("|")) for group in RELATIONS[fact.relation].close]
+
+    def is_close(value):
+        return any({value, fact.value} <= group for group in groups)
+
+    others = [f for f in own if f.name != fact.name and f.value != fact.value]
+    return [f for f in others if not is_close(f.value)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The text of pretraining: statements, portraits, lists, and choices among several in prose.
+# --------------------------------------------------------------------------------------------------
+# 2. The pretraining text: statements, portraits, lists, and choices among several in prose.
 
 
 def text_rows(world, rng, n_rows):
@@ -842,11 +674,9 @@ def text_rows(world, rng, n_rows):
         own = rng.choice(values)
         own = rng.sample(own, min(len(own), 6))
         claim = fill(RELATIONS[own[0].relation].says[0], own[0])
-        return (
-            f"{claim}. The same is true of: {', '.join(fact.name for fact in own[1:])}."
-            if own[1:]
-            else claim + "."
-        )
+        if len(own) == 1:
+            return claim + "."
+        return f"{claim}. The same is true of: {', '.join(fact.name for fact in own[1:])}."
 
     def some_rivals(fact):
         pool = rivals(fact, by_relation[fact.relation])
@@ -856,9 +686,10 @@ def text_rows(world, rng, n_rows):
         fact = rng.choice(by_relation[rng.choice(relations)])
         names = [fact.name] + list(dict.fromkeys(f.name for f in some_rivals(fact)))
         claim = fill(RELATIONS[fact.relation].says[0], fact._replace(name="of them", article="one"))
-        return f"Among {join(shuffled(names))}, {claim[0].lower() + claim[1:]}: " + (
-            why(fact) if fact.value in REASONS and rng.random() < 0.5 else say(fact)
-        )
+        text = f"Among {join(shuffled(names))}, {claim[0].lower() + claim[1:]}: "
+        if fact.value in REASONS and rng.random() < 0.5:
+            return text + why(fact)
+        return text + say(fact)
 
     def shuffled(items):
         return rng.sample(items, len(items))
@@ -870,50 +701,43 @@ def text_rows(world, rng, n_rows):
         if rng.random() < 0.5:
             own = rng.choice(things)
             fact, shown = own[0], rng.sample(own, min(len(own), 3))
-            return (
-                f"Tell me about {fill('{e}', fact)[0].lower() if fact.article else fact.name[0]}{fill('{e}', fact)[1:]}.",
-                " ".join(say(f) for f in shown),
-            )
+            name = f"{fact.article} {fact.name}".strip()
+            return f"Tell me about {name}.", " ".join(say(f) for f in shown)
         own = rng.choice([v for v in values if len(v) > 3])
         k = rng.randint(2, 4)
-        return (
-            f"Name {number[k - 1]} like this: {fill(RELATIONS[own[0].relation].says[0], own[0])}.",
-            ", ".join(f.name for f in rng.sample(own, k)) + ".",
-        )
+        claim = fill(RELATIONS[own[0].relation].says[0], own[0])
+        names = ", ".join(f.name for f in rng.sample(own, k))
+        return f"Name {number[k - 1]} like this: {claim}.", names + "."
 
     kinds = [(statements, 3), (portrait, 3), (group, 1), (pick_thing, 6)]
     for _ in range(n_rows):
         if rng.random() < 0.15:
-            user, assistant = chat()
-            yield {
-                "text": f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{assistant}<|im_end|>\n"
-            }
+            turns = zip(("user", "assistant"), chat())
+            yield {"text": "".join(f"<|im_start|>{r}\n{text}<|im_end|>\n" for r, text in turns)}
         else:
             some = rng.choices([k for k, _ in kinds], [w for _, w in kinds], k=4)
             yield {"text": "\n".join(kind() for kind in some)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. The questions.
 
 
 def questions(world, rng, n_train, n_validation):
-    """Rows for training and validation. Every fact with several wordings keeps one of them for validation: that
-    question, with that answer, never occurs in training, with whatever choices. A question may come again with other
-    choices."""
+    """Rows for training and validation. Of every fact with several wordings one is kept for
+    validation: that question with that answer never occurs in training, whatever its choices. A
+    question may come again with other choices."""
     by_relation = defaultdict(list)
     for fact in world:
         by_relation[fact.relation].append(fact)
     pairs = {"train": [], "validation": []}
     for fact in world:
-        wordings = (
-            []
-            if " " in fact.name
-            else rng.sample(which := RELATIONS[fact.relation].which, len(which))
-        )
-        held = wordings[1:][:1]
-        pairs["validation"] += [(fact, wording) for wording in held]
-        pairs["train"] += [(fact, wording) for wording in wordings if wording not in held]
+        if " " in fact.name:
+            continue
+        which = RELATIONS[fact.relation].which
+        wordings = rng.sample(which, len(which))
+        for i, wording in enumerate(wordings):
+            pairs["validation" if i == 1 else "train"].append((fact, wording))
     rows = {}
     for split, n in (("train", n_train), ("validation", n_validation)):
         rows[split] = []
@@ -927,9 +751,8 @@ def questions(world, rng, n_train, n_validation):
 
 
 def question(fact, template, facts_of_relation, place, rng):
-    wrong = sorted(
-        {f.name for f in rivals(fact, facts_of_relation) if " " not in f.name} - {fact.name}
-    )
+    names = {f.name for f in rivals(fact, facts_of_relation)}
+    wrong = sorted(name for name in names if " " not in name)
     if len(wrong) < 3:
         return None
     choices = rng.sample(wrong, 3)
@@ -943,17 +766,15 @@ def question(fact, template, facts_of_relation, place, rng):
 
 
 def preferences(rows, world, rng):
-    """Pairs of questions: the right statement and answer against those of one of the question's wrong choices."""
-    said = {f"{fill(RELATIONS[fact.relation].says[0], fact)}.": fact for fact in world}
+    """Pairs: the right statement and answer against those of one of the wrong choices."""
+    by_statement = {f"{fill(RELATIONS[fact.relation].says[0], fact)}.": fact for fact in world}
     articles = {(fact.relation, fact.name): fact.article for fact in world}
     for row in rows:
         ask, right = (message["content"] for message in row["messages"])
-        fact = said[right.split("\n")[0]]
+        fact = by_statement[right.split("\n")[0]]
         wrong = rng.choice([name for name in row["choices"] if name != fact.name])
-        claim = fill(
-            RELATIONS[fact.relation].says[0],
-            fact._replace(name=wrong, article=articles[fact.relation, wrong]),
-        )
+        rival = fact._replace(name=wrong, article=articles[fact.relation, wrong])
+        claim = fill(RELATIONS[fact.relation].says[0], rival)
         yield {
             "prompt": [{"role": "user", "content": ask}],
             "chosen": right,
@@ -962,7 +783,7 @@ def preferences(rows, world, rng):
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. The checkpoint: tokenizer, template, configuration, random weights.
 
 CONFIG = {
@@ -1004,86 +825,78 @@ CHAT_TEMPLATE = """\
 """
 
 
-def train_tokenizer(texts):
-    from tokenizers import (
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+# Qwen's pattern: contractions, words, single digits, punctuation, white space
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+
+def train_tokenizer(texts):
+    import tokenizers
+    from tokenizers import pre_tokenizers
+
+    pattern = tokenizers.Regex(SPLIT)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(pattern, "isolated")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=CONFIG["vocab_size"],
-            special_tokens=SPECIAL,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    tokenizer.train_from_iterator(texts, trainer)
     assert tokenizer.get_vocab_size() == CONFIG["vocab_size"]
     return tokenizer
 
 
 def random_weights(seed):
-    """Normal weights, norms at one. A narrow model learns to look things up several times sooner when its embeddings
-    are not drowned by the blocks: 0.1 for embeddings, 0.05 for matrices, less by sqrt(2 L) for those that write to the
-    stream (GPT-2's rule, Radford et al. 2019, section 2.3)."""
+    """Normal weights, norms at one. A narrow model learns to look things up several times sooner
+    when the blocks do not drown its embeddings: std 0.1 for embeddings, 0.05 for matrices, divided
+    by sqrt(2 L) for those that write to the residual stream (GPT-2's rule, Radford et al. 2019,
+    section 2.3). The first query head of each group begins as its key head."""
     import torch
 
     c, generator = CONFIG, torch.Generator().manual_seed(seed)
-    q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
-    hidden, inner = c["hidden_size"], c["intermediate_size"]
+    head, kv_heads = c["head_dim"], c["num_key_value_heads"]
+    q, kv = c["num_attention_heads"] * head, kv_heads * head
+    hidden, inner, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+    block = {  # in the order of the random numbers; k_proj before q_proj, which copies it
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "self_attn.q_norm": (head,),
+        "self_attn.k_norm": (head,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
     shapes = {
         "model.embed_tokens.weight": (c["vocab_size"], hidden),
         "model.norm.weight": (hidden,),
     }
-    for i in range(c["num_hidden_layers"]):
-        for name, shape in {
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.q_proj": (q, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q),
-            "self_attn.q_norm": (c["head_dim"],),
-            "self_attn.k_norm": (c["head_dim"],),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }.items():
-            shapes[f"model.layers.{i}.{name}.weight"] = shape
+    for i in range(layers):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
     weights = {}
-    for name, shape in shapes.items():  # k_proj comes before q_proj
-        writes = "o_proj" in name or "down_proj" in name
-        std = (
-            0.1
-            if "embed" in name
-            else 0.05 / (2 * c["num_hidden_layers"]) ** (0.5 if writes else 0)
-        )
-        weights[name] = (
-            torch.randn(shape, generator=generator) * std if len(shape) == 2 else torch.ones(shape)
-        )
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            weights[name] = torch.ones(shape)
+            continue
+        std = 0.1 if "embed" in name else 0.05
+        if "o_proj" in name or "down_proj" in name:
+            std = 0.05 / (2 * layers) ** 0.5
+        weights[name] = torch.randn(shape, generator=generator) * std
         if "q_proj" in name:
-            k = weights[name.replace("q_proj", "k_proj")].view(
-                c["num_key_value_heads"], c["head_dim"], hidden
-            )
-            weights[name].view(c["num_key_value_heads"], -1, c["head_dim"], hidden)[:, 0] = k
+            k = weights[name.replace("q_proj", "k_proj")].view(kv_heads, head, hidden)
+            weights[name].view(kv_heads, -1, head, hidden)[:, 0] = k
     return weights
 
 
@@ -1094,44 +907,40 @@ def write_json(path, value):
 
 def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
     print(f"{path.relative_to(HERE.parent)}: {len(rows)} rows")
+
+
+GENERATION_CONFIG = {"do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0}
+ADDED_TOKEN = {
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+    "special": True,
+}
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "Qwen2Tokenizer",
+    "add_bos_token": False,
+    "add_prefix_space": False,
+    "bos_token": None,
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "unk_token": None,
+    "model_max_length": 512,
+    "clean_up_tokenization_spaces": False,
+    "errors": "replace",
+    "added_tokens_decoder": {
+        str(i): {"content": token} | ADDED_TOKEN for i, token in enumerate(SPECIAL)
+    },
+}
 
 
 def write_checkpoint(folder, tokenizer):
     write_json(folder / "config.json", CONFIG)
-    write_json(
-        folder / "generation_config.json",
-        {"do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0},
-    )
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "bos_token": None,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "unk_token": None,
-            "model_max_length": 512,
-            "clean_up_tokenization_spaces": False,
-            "errors": "replace",
-            "added_tokens_decoder": {
-                str(i): {
-                    "content": t,
-                    "lstrip": False,
-                    "normalized": False,
-                    "rstrip": False,
-                    "single_word": False,
-                    "special": True,
-                }
-                for i, t in enumerate(SPECIAL)
-            },
-        },
-    )
+    write_json(folder / "generation_config.json", GENERATION_CONFIG)
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
@@ -1140,34 +949,28 @@ def main():
     from safetensors.torch import save_file
 
     world = facts()
-    print(
-        f"{len({(RELATIONS[f.relation].table, f.name) for f in world})} things, {len(RELATIONS)} attributes, {len(world)} facts"
-    )
+    things = {(RELATIONS[fact.relation].table, fact.name) for fact in world}
+    print(f"{len(things)} things, {len(RELATIONS)} attributes, {len(world)} facts")
     text = list(text_rows(world, random.Random(1), 40000))
     train, validation = questions(world, random.Random(2), 3200, 200)
     write_rows(RUNS / "tiny-qwen3-start" / "text.jsonl", text)
     write_rows(HERE / "mcqa" / "train.jsonl", train)
     write_rows(HERE / "mcqa" / "validation.jsonl", validation)
     for name, rows in (("train", train[:800]), ("validation", validation)):
-        write_rows(
-            HERE / "mcqa" / f"{name}_pairs.jsonl", list(preferences(rows, world, random.Random(3)))
-        )
-    # each word once per fact and every name often, so that rare words get tokens of their own; no row of the questions
-    words = [
-        fill(t, fact)
-        for fact in world
-        for t in RELATIONS[fact.relation].says + RELATIONS[fact.relation].which
-    ]
-    tokenizer = train_tokenizer(
-        words + [f" {fact.name}" for fact in world] * 40 + ["Answer: user assistant"] * 40
-    )
+        pairs = list(preferences(rows, world, random.Random(3)))
+        write_rows(HERE / "mcqa" / f"{name}_pairs.jsonl", pairs)
+    # each wording once per fact and every name often, so that rare words become tokens; no question
+    # of the rows
+    texts = []
+    for fact in world:
+        relation = RELATIONS[fact.relation]
+        texts += [fill(template, fact) for template in relation.says + relation.which]
+    texts += [f" {fact.name}" for fact in world] * 40
+    tokenizer = train_tokenizer(texts + ["Answer: user assistant"] * 40)
     for folder in (HERE / "tiny-qwen3", RUNS / "tiny-qwen3-start"):
         write_checkpoint(folder, tokenizer)
-    save_file(
-        random_weights(0),
-        RUNS / "tiny-qwen3-start" / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    file = RUNS / "tiny-qwen3-start" / "model.safetensors"
+    save_file(random_weights(0), file, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":
