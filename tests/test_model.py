@@ -79,6 +79,12 @@ def ancestors(example, index):
     return (ancestors(example, prefix) if prefix >= 0 else []) + [index]
 
 
+def lineage(batch, index):
+    """`ancestors`, of a packed batch."""
+    prefix = batch.segments[index][2]
+    return (lineage(batch, prefix) if prefix >= 0 else []) + [index]
+
+
 def unrolled(example):
     """The same example without sharing: per segment one document that repeats its prefix, with its own labels alone."""
     for index, segment in enumerate(example):
@@ -343,7 +349,7 @@ def test_batch_invariants_hold_on_trees():
     for at, target in zip(
         batch.scored.tolist(), batch.targets.tolist()
     ):  # a target stands right after its predictor
-        sees = [t for t in owner if owner[at] in batch.lineage(owner[t])]
+        sees = [t for t in owner if owner[at] in lineage(batch, owner[t])]
         assert target in [
             batch.tokens[t] for t in sees if batch.positions[t] == batch.positions[at] + 1
         ]
@@ -835,6 +841,9 @@ import gc, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from model import load_model
+from support.memory import tune_allocator
+
+tune_allocator()
 
 def memory(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
@@ -1149,7 +1158,7 @@ BAD_CHECKPOINTS = {
     ),
     "pickle": (only_pickle, "neither model.safetensors nor", "pickle"),
     "no weights": (file(WEIGHTS, None), "neither model.safetensors nor"),
-    "integer tensor": (integers, NORM, "of another kind"),
+    "integer tensor": (integers, NORM, "another dtype"),
     "one missing": (
         lambda folder: rewrite(folder, lambda t: t.pop(NORM)),
         "missing model.norm.weight",
