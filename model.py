@@ -75,27 +75,26 @@ class Batch:
     def pack(cls, examples, device="cpu"):
         """examples: a list of lists of Segment. A segment's first token is scored only if a prefix
         predicts it."""
-        segments, lengths, rows = [], [], []
+        segments, rows = [], []
+        stops, lengths = {-1: 0}, {-1: 0}  # of segments; lengths with all that they continue
         start = num_sequences = 0
         for example in examples:
             first = len(segments)
             for segment in example:
                 stop = start + len(segment.ids)
+                prefix = first + segment.prefix if segment.prefix >= 0 else -1
+                length = lengths[prefix] + stop - start
                 predictors = np.arange(start - 1, stop - 1)
-                prefix, offset, predictors[:1] = -1, 0, -1
-                if segment.prefix >= 0:
-                    prefix = first + segment.prefix
-                    offset = lengths[prefix]
-                    predictors[:1] = segments[prefix][1] - 1
+                predictors[:1] = stops[prefix] - 1
                 labels = np.asarray(segment.labels)
                 scored = (labels != IGNORE) & (predictors >= 0)
+                stops[len(segments)], lengths[len(segments)] = stop, length
                 segments.append((start, stop, prefix))
-                lengths.append(offset + stop - start)  # with all that it continues
                 per_token = num_sequences + segment.sequence, segment.weight, segment.reference
                 rows.append(
                     (
                         segment.ids,
-                        np.arange(offset, lengths[-1]),
+                        np.arange(lengths[prefix], length),
                         predictors[scored],
                         labels[scored],
                         *(np.full(scored.sum(), value) for value in per_token),
@@ -277,7 +276,7 @@ class Linear(nn.Linear):
 
 
 class Normalise(torch.autograd.Function):
-    """x / rms(x) * weight in fp32. Saves x and 1 / rms; autograd would save two fp32 copies of x."""
+    """x / rms(x) * weight in fp32. Saves x and 1 / rms, where autograd saves two fp32 copies."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -701,17 +700,7 @@ DEFAULTS = {
     "hidden_act": "silu",
     "eos_token_id": [],
 }
-LIMITS = {  # the largest value of each whole number
-    "vocab_size": 2**24,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**22,
-    "num_hidden_layers": 2**12,
-    "num_attention_heads": 2**16,
-    "num_key_value_heads": 2**16,
-    "head_dim": 2**16,
-    "max_position_embeddings": 2**31,
-}
-FLAGS = "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"
+LIMIT = 2**20  # of every size: larger ones would overflow a tensor's byte count
 
 
 @dataclass
@@ -752,9 +741,11 @@ class ModelConfig:
                 f"{where}: model_type {brief(kind)} is not supported; {', '.join(FAMILIES)} are"
             )
         raw = {key: value for key, value in raw.items() if value is not None}
+        bias = raw.get("attention_bias", False)
         values = DEFAULTS | {
-            "qkv_bias": raw.get("attention_bias", False),
-            "o_bias": raw.get("attention_bias", False),
+            "attention_bias": bias,
+            "qkv_bias": bias,
+            "o_bias": bias,
             "num_key_value_heads": raw.get("num_attention_heads"),
             "dtype": raw.get("torch_dtype", "float32"),
         }
@@ -765,15 +756,14 @@ class ModelConfig:
         faults += unsupported(values)
         if faults:
             raise UserError(f"{where}: " + "; ".join(faults))
-        config = cls(
-            model_type=kind,
-            rope=rope,
-            rms_norm_eps=float(values["rms_norm_eps"]),
-            dtype=values["dtype"].removeprefix("torch."),
-            eos_token_id=tuple(as_list(values["eos_token_id"])),
-            quantized=bool(values.get("quantization_config")),
-            **{key: values[key] for key in {*LIMITS, *FLAGS}},
-        )
+        values |= {
+            "rope": rope,
+            "rms_norm_eps": float(values["rms_norm_eps"]),
+            "dtype": values["dtype"].removeprefix("torch."),
+            "eos_token_id": tuple(as_list(values["eos_token_id"])),
+            "quantized": bool(values.get("quantization_config")),
+        }
+        config = cls(**{key: values[key] for key in cls.__annotations__})
         fault = f"{where}: rope can't be computed from these numbers"
         with torch.device("cpu"), as_user_error(fault, ArithmeticError, ValueError):
             frequencies, scale = rope_frequencies(config)
@@ -790,16 +780,22 @@ def unsupported(values):
         if not valid:
             faults.append(f"{key} is {str(values.get(key))[:40]!r}, not {expected}")
 
-    for key, most in LIMITS.items():
-        number = values.get(key)
-        valid = type(number) is int and 1 <= number <= most
-        expect(key, valid, f"a whole number from 1 to {most}")
-    for key in ("attention_bias", *FLAGS):
-        expect(key, isinstance(values.get(key, False), bool), "true or false")
+    types = ModelConfig.__annotations__ | {"attention_bias": bool}
+    del types["quantized"]
+    for key, kind in types.items():
+        value = values.get(key)
+        if kind is int:
+            most = 2**31 if key == "max_position_embeddings" else LIMIT
+            valid = type(value) is int and 1 <= value <= most
+            expect(key, valid, f"a whole number from 1 to {most}")
+        if kind is bool:
+            expect(key, isinstance(value, bool), "true or false")
     expect("rms_norm_eps", positive(values["rms_norm_eps"]), "a positive number")
     expect("hidden_act", values["hidden_act"] == "silu", "silu, the only one supported")
     tokens = as_list(values["eos_token_id"])
-    expect("eos_token_id", all(type(token) is int for token in tokens), "a token id or a list")
+    expect(
+        "eos_token_id", all(type(token) is int for token in tokens), "a token id or a list of them"
+    )
     if str(values["dtype"]).removeprefix("torch.") not in DTYPES:
         faults.append(f"dtype {brief(values['dtype'])} is not one of {', '.join(DTYPES)}")
     sliding = values.get("sliding_window") and values.get("use_sliding_window")
@@ -942,8 +938,7 @@ def rope_frequencies(config):
 def pick_device(name):
     """torch.device of a device's name; 'auto' is CUDA, then MPS, then the CPU."""
     if name == "auto":
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = next((device for device, is_there in available.items() if is_there), "cpu")
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with as_user_error(f"device: {name} can't be used here", RuntimeError, AssertionError):
         torch.zeros(1, device=name).item()
     return torch.device(name)
