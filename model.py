@@ -1,13 +1,15 @@
 """Qwen3, Llama (2, 3, 3.1, 3.2) and Qwen2 in plain PyTorch, straight from Hugging Face safetensors.
 
-The decision that is not obvious: there is no batch dimension and no padding. A batch is one stream of T tokens cut into
-segments; a segment may continue another one (its prefix), whose tokens it then sees too. Documents are segments without
-a prefix, a preference pair is a prompt with two continuations, a multiple-choice question is one context with k
-continuations: what they share is computed once. Module paths are the checkpoint's tensor names, so loading needs no
-mapping.
+The decision that is not obvious: there is no batch dimension and no padding. A batch is one stream
+of T tokens cut into segments; a segment may continue another one (its prefix), whose tokens it then
+sees too. Documents are segments without a prefix, a preference pair is a prompt with two
+continuations, a multiple-choice question is one context with k continuations: what they share is
+computed once. Module paths are the checkpoint's tensor names, so loading needs no mapping.
 
-Shape letters, here and in the other modules: T packed tokens, S scored positions, B sequences, C hidden size, H heads,
-K key/value heads, D head dim, V vocabulary, L layers, R LoRA rank.
+To add a model family or a rope type, see the tables FAMILIES and ROPE_TYPES.
+
+Shape letters, here and in the other modules: T packed tokens, S scored positions, B sequences,
+C hidden size, H heads, K key/value heads, D head dim, V vocabulary, L layers, R LoRA rank.
 
     model = load_model("Qwen/Qwen3-0.6B")
     generate(model, [prompt_ids], max_new_tokens=32)
@@ -19,8 +21,10 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,476 +35,229 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from support.errors import UserError, as_user_error, brief, nearest
-from support.files import (
-    atomic_folder,
-    finite,
-    read_header,
-    read_json,
-    read_tensor,
-    write_tensors,
-)
+from support.files import atomic_folder, finite, read_header, read_json, read_tensor, write_tensors
 from support.hub import COMPANIONS, resolve
-from support.memory import set_malloc_threshold
 
-# --- the packed batch -------------------------------------------------------------------------------------------------
+# --- the packed batch -----------------------------------------------------------------------------
 
 IGNORE = -100  # the label of a token that is not scored
 
 
 class Segment(NamedTuple):
-    """A run of tokens. An example is a list of segments: one for SFT, a prompt and two continuations for a DPO pair."""
+    """A run of tokens. An example is a list of segments: one for SFT, three for a DPO pair (a
+    prompt and two continuations)."""
 
-    ids: np.ndarray  # int32 token ids
-    labels: np.ndarray  # int32: the id again where the token is scored, IGNORE where it is not
-    prefix: int = -1  # which segment of the example, earlier than this one, it continues; -1: none
-    sequence: int = 0  # which of the example's sequences its scored tokens count for
-    weight: float = 1.0  # what each of its scored tokens counts
-    reference: np.ndarray | float = (
-        0.0  # (n,) log-probs of its n scored tokens under DPO's reference
-    )
+    ids: np.ndarray  # (n,) int32 token ids
+    labels: np.ndarray  # (n,) int32: the id where the token is scored, else IGNORE
+    prefix: int = -1  # index in the example of the earlier segment it continues; -1: none
+    sequence: int = 0  # which of the example's sequences its scored tokens belong to
+    weight: float = 1.0  # weight of each of its scored tokens in the loss
+    reference: np.ndarray | float = 0.0  # log-probs of its scored tokens under DPO's reference
 
 
 @dataclass
 class Batch:
-    """Examples packed into one stream.
+    """Examples packed into one stream. Built by `pack`."""
 
-    tokens (T,), positions (T,); segments [(start, stop, prefix)], prefix the index of a segment or -1; and for every
-    scored token: scored (S,) the position whose hidden state predicts it, targets (S,) its id, sequence (S,) the
-    sequence it belongs to, numbered over the batch up to num_sequences, weights (S,) what it counts, reference (S,) its
-    segment's.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    segments: list
-    scored: Tensor
-    targets: Tensor
-    sequence: Tensor
-    weights: Tensor
-    reference: Tensor
+    tokens: Tensor  # (T,)
+    positions: Tensor  # (T,) position in the sequence: a continuation counts on from its prefix
+    segments: list  # [(start, stop, prefix)], prefix: index of a segment, or -1
+    scored: Tensor  # (S,) for each scored token, the position whose hidden state predicts it
+    targets: Tensor  # (S,) its id
+    sequence: Tensor  # (S,) the sequence it belongs to, numbered over the batch
+    weights: Tensor  # (S,) fp32
+    reference: Tensor  # (S,) fp32
     num_sequences: int
-    largest: int = 0  # of the token ids
+    largest: int = 0  # token id of the batch
     biases: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def pack(cls, examples, device="cpu"):
-        """examples: a list of lists of Segment. A segment's first token is scored only where its prefix predicts it."""
-        segments, rows, start, num_sequences = [], [], 0, 0
+        """examples: a list of lists of Segment. A segment's first token is scored only if a prefix
+        predicts it."""
+        segments, rows = [], []
+        stops, lengths = {-1: 0}, {-1: 0}  # of segments; lengths with all that they continue
+        start = num_sequences = 0
         for example in examples:
             first = len(segments)
             for segment in example:
-                labels, stop = np.asarray(segment.labels), start + len(segment.ids)
+                stop = start + len(segment.ids)
                 prefix = first + segment.prefix if segment.prefix >= 0 else -1
-                before, offset = (
-                    (segments[prefix][1], rows[prefix][1][-1] + 1) if prefix >= 0 else (0, 0)
-                )
-                at = np.flatnonzero(labels != IGNORE)
-                at = at if prefix >= 0 else at[at > 0]
+                length = lengths[prefix] + stop - start
+                predictors = np.arange(start - 1, stop - 1)
+                predictors[:1] = stops[prefix] - 1
+                labels = np.asarray(segment.labels)
+                scored = (labels != IGNORE) & (predictors >= 0)
+                stops[len(segments)], lengths[len(segments)] = stop, length
                 segments.append((start, stop, prefix))
+                per_token = num_sequences + segment.sequence, segment.weight, segment.reference
                 rows.append(
                     (
                         segment.ids,
-                        np.arange(offset, offset + stop - start),
-                        np.where(at > 0, start + at - 1, before - 1),
-                        labels[at],
-                        *(
-                            np.full(len(at), value)
-                            for value in (
-                                num_sequences + segment.sequence,
-                                segment.weight,
-                                segment.reference,
-                            )
-                        ),
+                        np.arange(lengths[prefix], length),
+                        predictors[scored],
+                        labels[scored],
+                        *(np.full(scored.sum(), value) for value in per_token),
                     )
                 )
                 start = stop
             num_sequences += 1 + max(segment.sequence for segment in example)
-        kinds = [np.int64] * 5 + [np.float32] * 2
-        tokens, positions, *scored = (
-            torch.from_numpy(np.concatenate(parts).astype(kind)).to(device)
-            for parts, kind in zip(zip(*rows), kinds)
+        columns = [np.concatenate(column) for column in zip(*rows)]
+        dtypes = [torch.int64] * 5 + [torch.float32] * 2
+        tokens, positions, *per_score = (
+            torch.from_numpy(column).to(dtype).to(device) for column, dtype in zip(columns, dtypes)
         )
-        return cls(
-            tokens,
-            positions,
-            segments,
-            *scored,
-            num_sequences,
-            int(max(np.max(row[0]) for row in rows)),
-        )
+        return cls(tokens, positions, segments, *per_score, num_sequences, int(columns[0].max()))
 
-    def lineage(self, index):
-        """The segments that segment `index` sees, oldest first, itself last."""
-        line = [index]
-        while (index := self.segments[index][2]) >= 0:
-            line.append(index)
-        return line[::-1]
+    @cached_property
+    def spans(self):
+        """Per segment the ranges (start, stop) that it sees, oldest first, adjacent ones merged."""
+        spans = []
+        for start, stop, prefix in self.segments:
+            *before, last = spans[prefix] if prefix >= 0 else [(start, start)]
+            merged = [(last[0], stop)] if last[1] == start else [last, (start, stop)]
+            spans.append(before + merged)
+        return spans
+
+    def indices(self, spans):
+        """The positions (n,) in these ranges."""
+        positions = np.concatenate([np.arange(*span) for span in spans])
+        return torch.from_numpy(positions).to(self.tokens.device)
 
     @cached_property
     def keys(self):
-        """Per segment the positions it sees, ancestors first: a slice where they are adjacent, else (n,)."""
-        found = []
-        for index in range(len(self.segments)):
-            spans = [self.segments[i][:2] for i in self.lineage(index)]
-            if all(a[1] == b[0] for a, b in zip(spans, spans[1:])):
-                found.append(slice(spans[0][0], spans[-1][1]))
-            else:
-                found.append(
-                    torch.cat([torch.arange(*span, device=self.tokens.device) for span in spans])
-                )
-        return found
+        """Per segment the positions it sees: a slice if they are adjacent, else an index (n,)."""
+        return [
+            slice(*spans[0]) if len(spans) == 1 else self.indices(spans) for spans in self.spans
+        ]
 
     @cached_property
     def mask(self):
-        """(T, T) bool: who sees whom, spelled out. A token sees the tokens of its lineage that do not come after it."""
+        """(T, T) bool: whether a query (row) sees a key (column)."""
         sees = torch.zeros(2 * [len(self.tokens)], dtype=torch.bool, device=self.tokens.device)
         for (start, stop, _), keys in zip(self.segments, self.keys):
             sees[start:stop, keys] = True
         return sees & (self.positions <= self.positions[:, None])
 
     def bias(self, own, seen, dtype):
-        """(own, seen): -inf where one of a segment's `own` tokens would see what comes after it, 0 elsewhere."""
-        if (own, seen, dtype) not in self.biases:
-            future = torch.full((own, seen), float("-inf"), dtype=dtype, device=self.tokens.device)
-            self.biases[own, seen, dtype] = future.triu(seen - own + 1)
-        return self.biases[own, seen, dtype]
+        """(own, seen): -inf where one of the last `own` of `seen` tokens would see a later one."""
+        key = own, seen, dtype
+        if key not in self.biases:
+            future = torch.full((own, seen), -torch.inf, dtype=dtype, device=self.tokens.device)
+            self.biases[key] = future.triu(seen - own + 1)
+        return self.biases[key]
 
     @cached_property
     def varlen(self):
-        """What varlen_attn is told: key positions (None: the stream itself), cu_q, cu_k, max_q, max_k."""
+        """Arguments of varlen_attn: key positions (None: the stream itself), cu_q, cu_k, max_q,
+        max_k."""
         queries = [stop - start for start, stop, _ in self.segments]
-        spans = [
-            [self.segments[i][:2] for i in self.lineage(index)]
-            for index in range(len(self.segments))
-        ]
-        lengths = [sum(stop - start for start, stop in line) for line in spans]
-        gather = (
-            None
-            if lengths == queries
-            else torch.from_numpy(
-                np.concatenate([np.arange(*span) for line in spans for span in line])
-            ).to(self.tokens.device)
+        keys = [sum(stop - start for start, stop in spans) for spans in self.spans]
+        gather = None
+        if keys != queries:
+            gather = self.indices([span for spans in self.spans for span in spans])
+        cu_q, cu_k = (
+            torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(self.tokens.device)
+            for lengths in (queries, keys)
         )
-        cu = [
-            torch.tensor(
-                np.concatenate([[0], np.cumsum(n)]), dtype=torch.int32, device=self.tokens.device
-            )
-            for n in (queries, lengths)
-        ]
-        return gather, *cu, max(queries), max(lengths)
+        return gather, cu_q, cu_k, max(queries), max(keys)
 
 
-# --- attention: three ways to the same numbers ------------------------------------------------------------------------
+# --- attention: three implementations, the same numbers -------------------------------------------
 
 
 def eager_attention(q, k, v, batch):
-    """The maths, for readers and tests. q (T, H, D), k and v (T, K, D) -> (T, H, D); softmax in fp32."""
+    """The maths, for readers and tests. q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
     group = q.shape[1] // k.shape[1]  # query head h reads key/value head h // group
-    q, k, v = (
-        x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
-    )
+    k = k.repeat_interleave(group, 1)
+    v = v.repeat_interleave(group, 1)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     scores = (q @ k.transpose(1, 2)).float() / math.sqrt(q.shape[-1])  # (H, T, T)
-    weights = scores.masked_fill(~batch.mask, float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~batch.mask, -torch.inf).softmax(-1)
     return (weights.to(v.dtype) @ v).transpose(0, 1)
 
 
 def sdpa_attention(q, k, v, batch):
-    """One segment at a time over what it sees; never a (T, T) mask. Short ones on a CPU: product_attention."""
+    """One segment at a time over what it sees, never with a (T, T) mask."""
     outputs = []
-    for (start, stop, _), keys in zip(batch.segments, batch.keys):
-        one = q[start:stop], k[keys], v[keys]
-        own, seen = len(one[0]), len(one[1])
-        if q.device.type == "cpu" and (seen <= 512 or not torch.is_grad_enabled()):
-            for at in range(0, own, 512):  # so the products with what comes after are not made
-                rows, stop = one[0][at : at + 512], seen - own + min(at + 512, own)
-                bias = batch.bias(len(rows), stop, q.dtype)
-                outputs.append(product_attention(rows, one[1][:stop], one[2][:stop], bias))
+    for (start, stop, _), seen in zip(batch.segments, batch.keys):
+        queries, keys, values = q[start:stop], k[seen], v[seen]
+        past = len(keys) - len(queries)
+        if q.is_cpu and (len(keys) <= 512 or not torch.is_grad_enabled()):
+            for block in queries.split(512):  # a block is not multiplied with what comes after it
+                past += len(block)
+                bias = batch.bias(len(block), past, q.dtype)
+                outputs.append(product_attention(block, keys[:past], values[:past], bias))
             continue
-        mask = None if own == seen else batch.bias(own, seen, q.dtype)
-        one = (x.transpose(0, 1)[None] for x in one)  # (1, heads, tokens, D)
+        mask = batch.bias(len(queries), len(keys), q.dtype) if past else None
+        heads = (x.transpose(0, 1)[None] for x in (queries, keys, values))  # (1, heads, tokens, D)
         out = F.scaled_dot_product_attention(
-            *one, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            *heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
 def product_attention(q, k, v, bias):
-    """One segment as plain matrix products, a group's query heads stacked on their key head. On a CPU with 16-bit
-    products up to 2.8 times as fast, forward and backward, as the flash kernel, made for long sequences."""
+    """One segment as plain matrix products, a group's query heads stacked on their key head. On a
+    CPU with 16-bit products up to 2.8 times as fast, forward and backward, as the flash kernel,
+    which is made for long sequences."""
     (own, H, D), K = q.shape, k.shape[1]
-    rows = q.view(own, K, H // K, D).permute(1, 2, 0, 3).reshape(K, -1, D)  # (K, H/K · own, D)
-    scores = torch.baddbmm(bias.repeat(H // K, 1), rows, k.permute(1, 2, 0), alpha=D**-0.5)
-    return (
-        (scores.softmax(-1) @ v.transpose(0, 1))
-        .view(K, H // K, own, D)
-        .permute(2, 0, 1, 3)
-        .reshape(own, H, D)
-    )
+    q = q.view(own, K, H // K, D).permute(1, 2, 0, 3).reshape(K, -1, D)  # (K, H/K · own, D)
+    scores = torch.baddbmm(bias.repeat(H // K, 1), q, k.permute(1, 2, 0), alpha=D**-0.5)
+    out = (scores.softmax(-1) @ v.transpose(0, 1)).view(K, H // K, own, D)
+    return out.permute(2, 0, 1, 3).reshape(own, H, D)
 
 
 def varlen_attention(q, k, v, batch):
-    """PyTorch's variable-length flash attention (CUDA, 16 bit): bottom-right causal, so prefixes are just more keys."""
+    """PyTorch's variable-length flash attention (CUDA, 16 bit). It is causal from the bottom right,
+    so a prefix is just more keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    gather, cu_q, cu_k, max_q, max_k = batch.varlen
+    gather, *lengths = batch.varlen
     if gather is not None:
         k, v = k[gather], v[gather]
-    return varlen_attn(
-        q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
-    )
+    gqa = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=gqa)
 
 
 ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "varlen": varlen_attention}
 
 
 def choose_attention(wanted, config, dtype, device):
-    """(name, notice): 'auto' is varlen where it runs (tried on two tokens), else sdpa; notice is '' or a line."""
-    if wanted not in ("auto", "flash", *ATTENTION):
-        raise UserError(
-            f"attn_implementation: {wanted!r} is not one of auto, flash, {', '.join(ATTENTION)}"
-            + nearest(wanted, ATTENTION)
-        )
-    if wanted in ("eager", "sdpa") or wanted == "auto" and torch.device(device).type != "cuda":
-        return ("sdpa" if wanted == "auto" else wanted), ""
+    """(name, notice): 'auto' is varlen where it works (tried on two tokens), else sdpa; notice is
+    '' or a line for the user."""
+    check_choice("attn_implementation", wanted, ("auto", "flash", *ATTENTION))
+    if wanted == "auto" and torch.device(device).type != "cuda":
+        return "sdpa", ""
+    if wanted in ("eager", "sdpa"):
+        return wanted, ""
     try:
-        one = [Segment(np.zeros(2, np.int32), np.full(2, IGNORE, np.int32))]
-        q = torch.zeros(2, config.num_attention_heads, config.head_dim, dtype=dtype, device=device)
-        k = torch.zeros(2, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device)
-        varlen_attention(q, k, k, Batch.pack([one], device))
+        batch = Batch.pack([[unscored([0, 0])]], device)
+        q, k = (
+            torch.zeros(2, heads, config.head_dim, dtype=dtype, device=device)
+            for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        varlen_attention(q, k, k, batch)
         return "varlen", ""
     except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        return "sdpa", f"attention: varlen does not run here ({reason}); using sdpa"
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        return "sdpa", f"attention: varlen does not work here ({reason[:80]}); using sdpa"
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ModelConfig:
-    """What config.json says of a model, in either of its two dialects. `from_dict` names everything it can't honour."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: dict  # rope_type, rope_theta and the type's own numbers
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    dtype: str  # of the checkpoint's tensors
-    eos_token_id: tuple
-    quantized: bool  # the checkpoint holds bitsandbytes' 4-bit weights, which qlora.py reads
-
-    @classmethod
-    def read(cls, folder):
-        return cls.from_dict(read_json(Path(folder) / "config.json"), Path(folder) / "config.json")
-
-    @classmethod
-    def from_dict(cls, raw, where="config.json"):
-        """Raises UserError with one line for all that this code does not compute."""
-        faults, kind = [], raw.get("model_type")
-        if kind not in ("llama", "qwen2", "qwen3"):
-            raise UserError(
-                f"{where}: model_type {brief(kind)} is not supported; llama, qwen2 and qwen3 are"
-            )
-
-        def take(key, default, fine, wanted):
-            value = default if raw.get(key) is None else raw[key]
-            if fine(value):
-                return value
-            faults.append(f"{key} is {str(value)[:40]!r}, not {wanted}")
-            return 1
-
-        def number(key, default=None, most=2**31):
-            return take(
-                key,
-                default,
-                lambda n: type(n) is int and 1 <= n <= most,
-                f"a whole number from 1 to {most}",
-            )
-
-        def flag(key):
-            return take(key, False, lambda value: isinstance(value, bool), "true or false")
-
-        hidden, heads = number("hidden_size", most=2**20), number("num_attention_heads", most=2**16)
-        kv_heads = number("num_key_value_heads", heads, most=2**16)
-        head_dim = number(
-            "head_dim", 128 if kind == "qwen3" else max(hidden // heads, 1), most=2**16
+def check_choice(key, value, choices):
+    if value not in choices:
+        raise UserError(
+            f"{key}: {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}"
         )
-        rope = rope_parameters(raw, faults)
-        if heads % kv_heads:
-            faults.append(
-                f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-            )
-        if head_dim % 2:
-            faults.append(f"head_dim {head_dim} is odd, rotary positions need an even one")
-        if raw.get("hidden_act", "silu") != "silu":
-            faults.append(f"hidden_act {brief(raw['hidden_act'])} is not supported (silu is)")
-        layers = raw.get("layer_types") or []
-        if (
-            raw.get("sliding_window")
-            and raw.get("use_sliding_window")
-            or not isinstance(layers, list)
-            or any(layer != "full_attention" for layer in layers)
-        ):
-            faults.append(
-                "sliding-window attention (use_sliding_window, layer_types) is not supported"
-            )
-        quantization = raw.get("quantization_config") or {}
-        if quantization and not (
-            isinstance(quantization, dict) and quantization.get("load_in_4bit")
-        ):
-            faults.append(
-                "quantization_config: only bitsandbytes' 4-bit weights are read; take those, or 16-bit ones"
-            )
-        bias, eos = flag("attention_bias"), raw.get("eos_token_id")
-        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        if any(type(token) is not int for token in eos):
-            faults.append(f"eos_token_id is {str(eos)[:40]}, not a token id or a list of them")
-        config = cls(
-            model_type=kind,
-            vocab_size=number("vocab_size", most=2**24),
-            hidden_size=hidden,
-            intermediate_size=number("intermediate_size", most=2**22),
-            num_hidden_layers=number("num_hidden_layers", most=2**12),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rope=rope,
-            rms_norm_eps=float(take("rms_norm_eps", 1e-6, positive, "a positive number")),
-            max_position_embeddings=number("max_position_embeddings", 2048),
-            tie_word_embeddings=flag("tie_word_embeddings"),
-            qkv_bias=kind == "qwen2" or bias,
-            o_bias=kind != "qwen2" and bias,
-            mlp_bias=kind == "llama" and flag("mlp_bias"),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix(
-                "torch."
-            ),
-            eos_token_id=eos,
-            quantized=bool(quantization),
-        )
-        if config.dtype not in DTYPES:
-            faults.append(f"dtype {brief(config.dtype)} is not one of {', '.join(DTYPES)}")
-        if faults:
-            raise UserError(f"{where}: " + "; ".join(faults))
-        fault = f"{where}: rope can't be computed from these numbers"
-        with torch.device("cpu"), as_user_error(fault, ArithmeticError, ValueError):
-            frequencies, scale = rope_frequencies(config)
-            if not math.isfinite(frequencies.sum() * scale):
-                raise ValueError(config.rope)
-        return config
 
 
-FLOATS = "BF16", "F16", "F32", "F64"  # in a safetensors header
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-ROPE_NUMBERS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-ROPE_OPTIONS = (
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "attention_factor",
-)  # of yarn, which has defaults
-
-
-def positive(value):
-    return type(value) in (int, float) and 0 < value < 1e30
-
-
-def rope_parameters(raw, faults):
-    """The rope settings of both dialects as one dict: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        faults.append("rope_parameters / rope_scaling is not an object")
-        rope = {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    rope = {**rope, "rope_type": kind, "rope_theta": 10000.0 if theta is None else theta}
-    if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
-        faults.append(f"rope type {brief(kind)} is not supported ({', '.join(ROPE_NUMBERS)} are)")
-        kind = "default"
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        faults.append("partial_rotary_factor is not supported")
-    if kind == "yarn":
-        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    numbers = ("rope_theta", *ROPE_NUMBERS[kind], *filter(rope.get, ROPE_OPTIONS))
-    wrong = [key for key in numbers if not positive(rope.get(key))]
-    faults += [f"rope {key} is {str(rope.get(key))[:40]!r}, not a positive number" for key in wrong]
-    if kind == "llama3" and not wrong and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        faults.append("rope low_freq_factor is not below high_freq_factor")
-    return rope
-
-
-def rope_frequencies(config):
-    """(inv_freq (D/2,) fp32, the factor on cos and sin). Plain and linear: Su et al. 2021, arXiv:2104.09864, Chen et
-    al. 2023, arXiv:2306.15595; yarn: Peng et al. 2023, arXiv:2309.00071, eqs. 17-22; llama3: as Llama 3.1's reference
-    code scales."""
-    rope, dim = config.rope, config.head_dim
-    kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor") or 1.0
-    plain = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    if (
-        kind == "llama3"
-    ):  # long wavelengths are stretched by factor, short ones kept, those between blended
-        old, low, high = (
-            rope["original_max_position_embeddings"],
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-        )
-        wavelength = 2 * math.pi / plain
-        blend = (old / wavelength - low) / (high - low)
-        blended = (1 - blend) * plain / factor + blend * plain
-        stretched = torch.where(wavelength > old / low, plain / factor, plain)
-        return torch.where(
-            (wavelength >= old / high) & (wavelength <= old / low), blended, stretched
-        ), 1.0
-    if kind == "yarn":
-
-        def magnitude(m=1.0):
-            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-        turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1  # over the original context
-        waves = [rope["original_max_position_embeddings"] / (n * 2 * math.pi) for n in turns]
-        low, high = (
-            dim * math.log(wave) / (2 * math.log(theta)) for wave in waves
-        )  # the dimensions that turn so
-        if rope.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, dim - 1)
-        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(
-            0, 1
-        )
-        scale = rope.get("attention_factor")
-        if scale is None:
-            both = rope.get("mscale") and rope.get("mscale_all_dim")
-            scale = (
-                magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
-                if both
-                else magnitude()
-            )
-        return plain / factor * ramp + plain * (1 - ramp), scale
-    return plain / (factor if kind == "linear" else 1.0), 1.0
-
-
-# --- the network ------------------------------------------------------------------------------------------------------
+# --- the network ----------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
-    """The matmul runs in the stream's dtype: a weight that trains is held in fp32 and cast here. The other members are
-    what lora.py asks of a layer that can be adapted, see AdaptableLinear there."""
+    """Multiplies in x's dtype: a weight that trains is stored in fp32 and cast here. The other
+    members are what lora.py needs of a layer that can be adapted, see AdaptableLinear there."""
 
     quantized = False
 
@@ -514,13 +271,12 @@ class Linear(nn.Linear):
         self.weight.copy_(weight)
 
     def forward(self, x):
-        return F.linear(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Normalise(torch.autograd.Function):
-    """x / rms(x) * weight in fp32. Keeps x and 1 / rms where autograd would keep two fp32 copies of x."""
+    """x / rms(x) * weight in fp32. Saves x and 1 / rms, where autograd saves two fp32 copies."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -533,21 +289,17 @@ class Normalise(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         unit, grad = x.float() * scale, grad.float()
-        d_weight = (
-            (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
-            if ctx.needs_input_grad[1]
-            else None
-        )
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
         grad = grad * weight
-        return (
-            (scale * (grad - unit * (grad * unit).mean(-1, keepdim=True))).to(x.dtype),
-            d_weight,
-            None,
-        )
+        d_x = scale * (grad - unit * (grad * unit).mean(-1, keepdim=True))
+        return d_x.to(x.dtype), d_weight, None
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation, statistics in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """Root mean square normalisation, statistics in fp32 (Zhang & Sennrich 2019,
+    arXiv:1910.07467)."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -560,8 +312,8 @@ class RMSNorm(nn.Module):
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary positions on x (T, heads, D), halves paired; cos and sin (T, 1, D/2) fp32, the product rounded once to
-    x.dtype. A rotation's gradient is the rotation back, so x need not be kept."""
+    """Rotary positions on x (T, heads, D), halves paired; cos and sin (T, 1, D/2) fp32, the product
+    rounded once to x.dtype. A rotation's gradient is the rotation back, so x need not be saved."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -577,7 +329,7 @@ class Rotate(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202); silu(gate) is made again in backward rather than kept."""
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202); backward recomputes silu(gate)."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -591,33 +343,27 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
-        if (
-            c.model_type == "qwen3"
-        ):  # normalises each head's queries and keys before they are rotated
-            self.q_norm, self.k_norm = (
-                RMSNorm(c.head_dim, c.rms_norm_eps),
-                RMSNorm(c.head_dim, c.rms_norm_eps),
-            )
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_size, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
     def forward(self, x, rope, attend):
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if hasattr(self, "q_norm"):
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in projections)
+        if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v).flatten(-2))
 
 
 class MLP(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c):
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
@@ -628,7 +374,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -640,7 +386,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
@@ -648,18 +394,17 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The causal language model. Its state_dict is the checkpoint: with tied embeddings there is no lm_head."""
+    """The causal language model of a ModelConfig. Its state_dict is the checkpoint: with tied
+    embeddings there is no lm_head."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
-        self.dtype = torch.float32  # of the stream and the matmuls
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.dtype = torch.float32  # of hidden states and matrix products
         self.attention = "sdpa"
         self.gradient_checkpointing = False
         self.folder = None  # where config and tokenizer came from
@@ -672,83 +417,83 @@ class Transformer(nn.Module):
         """(V, C): the matrix that turns hidden states into logits, whoever owns it."""
         return (self.lm_head if self.lm_head is not None else self.model.embed_tokens).weight
 
-    def forward(self, batch, cache=None):
-        """Final, normalised hidden states (T, C). With a cache, keys and values are kept and seen as `KVCache` says."""
+    def forward(self, batch, attend=None):
+        """Final, normalised hidden states (T, C). attend(layer, q, k, v) replaces the attention
+        within the batch (see KVCache)."""
         if batch.largest >= self.config.vocab_size:
             raise UserError(
-                f"token {batch.largest} is beyond the model's vocabulary of {self.config.vocab_size}: "
-                "its tokenizer is another model's"
+                f"token {batch.largest} is outside the model's vocabulary of "
+                f"{self.config.vocab_size}: the tokenizer belongs to another model"
             )
         inv_freq, scale = rope_frequencies(self.config)
-        angles = batch.positions[:, None, None].float() * inv_freq.to(
-            batch.positions.device
-        )  # (T, 1, D/2)
+        inv_freq = inv_freq.to(batch.positions.device)
+        angles = batch.positions[:, None, None].float() * inv_freq  # (T, 1, D/2)
         rope = angles.cos() * scale, angles.sin() * scale
-        attend = partial(ATTENTION[self.attention], batch=batch)
+        within_batch = partial(ATTENTION[self.attention], batch=batch)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         x = self.model.embed_tokens(batch.tokens).to(self.dtype)
-        for i, layer in enumerate(self.model.layers):
-            if cache is not None:
-                x = layer(x, rope, partial(cache.attend, i, attend, batch))
-            elif self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, attend, use_reentrant=False)
+        for index, layer in enumerate(self.model.layers):
+            attention = partial(attend, index) if attend else within_batch
+            if recompute:
+                x = checkpoint(layer, x, rope, attention, use_reentrant=False)
             else:
-                x = layer(x, rope, attend)
+                x = layer(x, rope, attention)
         return self.model.norm(x)
 
     def logits(self, hidden):
-        """fp32 logits (..., V) of hidden states (..., C). Training never calls it: see token_logps."""
+        """fp32 logits (..., V) of hidden states (..., C). Training never calls it: see
+        token_logps."""
         return F.linear(hidden, self.head_weight().to(hidden.dtype)).float()
 
     def logps(self, batch):
-        """Log-probabilities (S,) fp32 of the batch's scored tokens. The head runs on those positions alone."""
+        """Log-probabilities (S,) fp32 of the scored tokens. The head sees their positions alone."""
         return token_logps(self(batch)[batch.scored], self.head_weight(), batch.targets)
 
 
-# --- the one primitive that scores tokens -----------------------------------------------------------------------------
+# --- the one primitive that scores tokens ---------------------------------------------------------
 
-CHUNK = 256  # scored positions whose logits exist at a time: (256, V) in the stream's dtype
+CHUNK = 256  # scored positions whose logits exist at a time: (256, V) in the dtype of the products
 
 
 def log_softmax_(logits, targets, keep_grad):
-    """Log-probabilities (n,) fp32 of targets under logits (n, V). keep_grad: logits become d logp / d logits, in place.
-    On a CPU a few rows at a time, whose fp32 copy stays in cache: half the time of the head would go there else."""
-    rows, found = (
-        len(logits) if logits.device.type != "cpu" else max(1, 2**21 // logits.shape[1]),
-        [],
-    )
-    for part, target in zip(logits.split(rows), targets.split(rows)):
-        logps = F.log_softmax(part, -1, dtype=torch.float32)
-        found.append(logps.gather(1, target[:, None])[:, 0])
+    """Log-probabilities (n,) fp32 of targets under logits (n, V). keep_grad: logits become
+    d logp / d logits, in place. On a CPU a few rows at a time, so that their fp32 copy stays in
+    cache: all at once, half the head's time would go there."""
+    rows = max(1, 2**21 // logits.shape[1]) if logits.is_cpu else len(logits)
+    results = []
+    for block, target in zip(logits.split(rows), targets.split(rows)):
+        logps = F.log_softmax(block, -1, dtype=torch.float32)
+        results.append(logps.gather(1, target[:, None])[:, 0])
         if keep_grad:
-            part.copy_(logps.exp_().neg_())
-    found = torch.cat(found)
+            block.copy_(logps.exp_().neg_())
+    results = torch.cat(results)
     if keep_grad:  # 1 - p from log p: a 16-bit p near 1 has no digits left for it
-        logits[torch.arange(len(targets), device=logits.device), targets] = -torch.expm1(found).to(
-            logits.dtype
-        )
-    return found
+        row = torch.arange(len(targets), device=logits.device)
+        logits[row, targets] = -torch.expm1(results).to(logits.dtype)
+    return results
 
 
 class FrozenHead(torch.autograd.Function):
-    """token_logps of a head that does not train. d logp_s / d hidden_s = W[target] - softmax W is known in the forward
-    pass, a row per position, so backward is one multiplication by the upstream gradient and saves (S, C) alone."""
+    """token_logps of a head that does not train. d logp_s / d hidden_s = W[target] - softmax W is
+    known in the forward pass, a row per position, so backward is one multiplication by the upstream
+    gradient and saves (S, C) alone."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        keep, weight, found = ctx.needs_input_grad[0], weight.to(hidden.dtype), []
-        rows = torch.empty_like(hidden) if keep else None
-        wide = (
-            {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype != torch.float32 else {}
-        )
-        for at in range(0, len(hidden), CHUNK):
-            logits = torch.mm(
-                hidden[at : at + CHUNK], weight.T, **wide
-            )  # CUDA keeps the fp32 accumulator
-            found.append(log_softmax_(logits, targets[at : at + CHUNK], keep))
-            if keep:
-                rows[at : at + CHUNK] = logits.to(hidden.dtype) @ weight
+        keep_grad, weight = ctx.needs_input_grad[0], weight.to(hidden.dtype)
+        rows = torch.empty_like(hidden) if keep_grad else None
+        wide = {}
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            wide["out_dtype"] = torch.float32  # CUDA keeps the fp32 accumulator
+        logps = []
+        for start in range(0, len(hidden), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = torch.mm(hidden[chunk], weight.T, **wide)
+            logps.append(log_softmax_(logits, targets[chunk], keep_grad))
+            if keep_grad:
+                rows[chunk] = logits.to(hidden.dtype) @ weight
         ctx.save_for_backward(rows)
-        return torch.cat(found)
+        return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad):
@@ -757,101 +502,99 @@ class FrozenHead(torch.autograd.Function):
 
 
 def token_logps(hidden, weight, targets):
-    """Log-probabilities (S,) fp32 of targets (S,) given hidden (S, C) and the head's weight (V, C). Never holds (S, V):
-    chunks of CHUNK positions; a head that trains is recomputed chunk by chunk in backward. Reference: cross entropy
-    over the whole logits, torch.nn.functional.cross_entropy(reduction='none'), negated."""
+    """Log-probabilities (S,) fp32 of targets (S,) given hidden (S, C) and the head's weight (V, C).
+    Never holds (S, V): chunks of CHUNK positions; a head that trains is recomputed chunk by chunk
+    in backward. Reference: cross entropy over the whole logits,
+    torch.nn.functional.cross_entropy(reduction='none'), negated."""
     if len(targets) == 0:
         return hidden.sum(-1).float()
     if not weight.requires_grad:
         return FrozenHead.apply(hidden, weight, targets)
 
-    def score(hidden, weight, targets):
+    def score(hidden, targets):
         logits = F.linear(hidden, weight.to(hidden.dtype)).float()
         return -F.cross_entropy(logits, targets, reduction="none")
 
-    return torch.cat(
-        [
-            checkpoint(score, h, weight, t, use_reentrant=False)
-            for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK))
-        ]
-    )
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK))
+    return torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-# --- generation -------------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
+
+
+def unscored(ids, prefix=-1):
+    return Segment(np.asarray(ids, np.int32), np.full(len(ids), IGNORE), prefix)
 
 
 class KVCache:
-    """Keys and values of B rows of up to N tokens, per layer (B, K, N, D). A pass over prompts is a packed batch, which
-    attends as any batch does; every other pass adds one token to each row and attends over the row. A header that all
-    rows begin with is read once and stands in every row."""
+    """Keys and values (L, B, K, N, D) of B rows of up to N tokens. A header, with which all prompts
+    begin, is computed once and copied into every row."""
 
-    def __init__(self, model, rows, room, header=()):
+    def __init__(self, model, rows, length, header):
         c = model.config
-        shape = rows, c.num_key_value_heads, room, c.head_dim
-        self.keys = [
-            torch.zeros(shape, dtype=model.dtype, device=model.device)
-            for _ in range(c.num_hidden_layers)
-        ]
-        self.values, self.header = [torch.zeros_like(k) for k in self.keys], []
-        if len(header):
-            model(self.read([header], [0], model.device), self)
-            for x in self.keys + self.values:
-                x[:, :, : len(header)] = x[:1, :, : len(header)].clone()
+        shape = c.num_hidden_layers, rows, c.num_key_value_heads, length, c.head_dim
+        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.values = torch.zeros_like(self.keys)
+        self.model, self.header = model, []
+        if header:
+            self.add_prompts([header], [0])
+            for x in (self.keys, self.values):
+                x[:, 1:, :, : len(header)] = x[:, :1, :, : len(header)]
             self.header = header
 
-    def read(self, prompts, rows, device):
-        """The batch of the next pass: id lists, each behind the header, into these rows."""
-        head, none = len(self.header), np.full(len(self.header) + max(map(len, prompts)), IGNORE)
-        segments = [
-            Segment(np.asarray(p, np.int32), none[: len(p)], 0 if head else -1) for p in prompts
-        ]
-        first = [Segment(np.asarray(self.header, np.int32), none[:head])] if head else []
-        self.batch = Batch.pack([first + segments], device)
-        lengths = torch.tensor([len(p) for p in prompts])
-        self.decoding, self.rows = False, torch.tensor(rows).repeat_interleave(lengths).to(device)
-        return replace(
-            self.batch, tokens=self.batch.tokens[head:], positions=self.batch.positions[head:]
-        )
+    def add_prompts(self, prompts, rows):
+        """Stores prompts (id lists without the header) in `rows`. Returns their last tokens' hidden
+        states (len(rows), C)."""
+        device, head = self.model.device, len(self.header)
+        header = [unscored(self.header)] if head else []
+        prompts = [unscored(ids, len(header) - 1) for ids in prompts]
+        batch = Batch.pack([header + prompts], device)
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
+        rows = torch.tensor(rows, device=device).repeat_interleave(lengths)
+        tokens, positions = batch.tokens[head:], batch.positions[head:]
+        within_batch = ATTENTION[self.model.attention]
 
-    def attend(self, layer, attend, batch, q, k, v):
-        keys, values, head = self.keys[layer], self.values[layer], len(self.header)
-        keys[self.rows, :, batch.positions], values[self.rows, :, batch.positions] = k, v
-        if (
-            not self.decoding
-        ):  # the header's queries are left blank, and what comes of them is dropped
-            q, k, v = (
-                torch.cat([x, y])
-                for x, y in zip(
-                    (
-                        q.new_zeros(head, *q.shape[1:]),
-                        *(x[0, :, :head].transpose(0, 1) for x in (keys, values)),
-                    ),
-                    (q, k, v),
-                )
-            )
-            return attend(q, k, v, batch=self.batch)[head:]
-        q, head_dim = q.unflatten(1, (keys.shape[1], -1)), q.shape[-1]  # (B, K, H/K, D)
-        mask = (torch.arange(keys.shape[2], device=q.device) <= batch.positions[:, None])[
-            :, None, None
-        ]  # (B, 1, 1, N)
-        if q.device.type != "cpu":
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
-        scores = (q @ keys.transpose(2, 3) * head_dim**-0.5).masked_fill_(~mask, float("-inf"))
-        return (scores.softmax(-1) @ values).flatten(
-            1, 2
-        )  # plain products: a tenth of the kernel's time
+        def attend(layer, q, k, v):
+            keys, values = self.keys[layer], self.values[layer]
+            keys[rows, :, positions], values[rows, :, positions] = k, v
+            # the batch begins with the header: its keys are cached, its queries are left blank
+            q = F.pad(q, (0, 0, 0, 0, head, 0))
+            k = torch.cat([keys[0, :, :head].transpose(0, 1), k])
+            v = torch.cat([values[0, :, :head].transpose(0, 1), v])
+            return within_batch(q, k, v, batch)[head:]
+
+        self.batch = replace(batch, tokens=tokens, positions=positions)
+        return self.model(self.batch, attend)[lengths.cumsum(0) - 1]
+
+    def add_tokens(self, tokens, positions):
+        """Stores one more token in each row and returns their hidden states (B, C)."""
+        tokens, positions = torch.tensor([tokens, positions], device=self.model.device)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        mask = torch.arange(self.keys.shape[3], device=tokens.device) <= positions[:, None]
+        mask = mask[:, None, None]  # (B, 1, 1, N)
+
+        def attend(layer, q, k, v):
+            keys, values = self.keys[layer], self.values[layer]
+            keys[rows, :, positions], values[rows, :, positions] = k, v
+            q = q.unflatten(1, (keys.shape[1], -1))  # (B, K, H/K, D)
+            if not q.is_cpu:
+                out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            else:  # plain products: a tenth of the kernel's time
+                scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+                out = scores.masked_fill_(~mask, -torch.inf).softmax(-1) @ values
+            return out.flatten(1, 2)
+
+        return self.model(replace(self.batch, tokens=tokens, positions=positions), attend)
 
     def keep(self, rows):
-        """Drops all other rows; the next pass adds one token to each of these."""
-        if len(rows) < len(self.keys[0]):
-            self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-        self.decoding, self.rows = True, torch.arange(len(rows), device=self.keys[0].device)
+        """Drops all other rows."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
 def sample(logits, uniform, temperature, top_k, top_p):
-    """One token per row of logits (B, V) by inverse transform of uniform (B,) in [0, 1). temperature 0 is greedy. Order
-    as in transformers: temperature, the top_k likeliest, the smallest set of them whose mass reaches top_p (Holtzman et
-    al. 2020, arXiv:1904.09751)."""
+    """One token per row of logits (B, V) by inverse transform of uniform (B,) in [0, 1).
+    temperature 0 is greedy. Order as in transformers: temperature, the top_k likeliest, the
+    smallest set of them whose mass reaches top_p (Holtzman et al. 2020, arXiv:1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
@@ -861,14 +604,16 @@ def sample(logits, uniform, temperature, top_k, top_p):
     if top_p < 1:
         probs[probs.cumsum(-1) - probs >= top_p] = 0
     mass = probs.cumsum(-1)
-    pick = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1).minimum((probs > 0).sum(-1) - 1)
-    return order.gather(1, pick[:, None])[:, 0]
+    below = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1)
+    choice = below.minimum((probs > 0).sum(-1) - 1)  # rounding must not leave the set
+    return order.gather(1, choice[:, None])[:, 0]
 
 
 def generate(model, prompts, max_new_tokens=128, *args, **options):
-    """Continues prompts, B id lists of any lengths -> B lists of new ids. Options and ends as in `generate_each`."""
-    found = dict(generate_each(model, prompts, max_new_tokens, *args, **options))
-    return [found[row] for row in range(len(prompts))]
+    """Continues prompts, B id lists of any lengths -> B lists of new ids. Options: see
+    `generate_each`."""
+    outputs = dict(generate_each(model, prompts, max_new_tokens, *args, **options))
+    return [outputs[row] for row in range(len(prompts))]
 
 
 @torch.inference_mode()
@@ -884,102 +629,337 @@ def generate_each(
     stop=None,
     batch_size=64,
 ):
-    """Yields (row, its new ids) as the rows end. batch_size of them are written at a time; one that ends makes room for
-    the next, and what all prompts begin with is read once.
+    """Yields (row, its new ids) as rows end. Up to batch_size of them are generated at a time; one
+    that ends makes room for the next, and the header that all prompts share is computed once.
 
-    eos_ids: end tokens (default: the config's), left out of what is yielded; stop(ids): whether a row ends otherwise.
-    Row i draws from (seed, i), whatever else is in the batch.
+    eos_ids: end tokens (default: the config's), left out of the result; stop(ids) -> bool ends a
+    row otherwise. Row i draws from (seed, i), whatever else is in the batch.
     """
-    if any(len(p) == 0 for p in prompts):
+    if not all(map(len, prompts)):
         raise UserError("generate: an empty prompt has nothing to continue")
-    ends, device = set(model.config.eos_token_id if eos_ids is None else eos_ids), model.device
     outputs, waiting = [[] for _ in prompts], list(range(len(prompts)))
     if not prompts or max_new_tokens < 1:
         yield from enumerate(outputs)
         return
+    ends = set(model.config.eos_token_id if eos_ids is None else eos_ids)
     draws = [np.random.default_rng((seed, row)) for row in waiting]
-    head = (
-        min(len(os.path.commonprefix(prompts)), *(len(p) - 1 for p in prompts))
-        if len(prompts) > 1
-        else 0
-    )
-    head = head if head >= 16 else 0  # a shorter one costs more in bookkeeping than it saves
-    cache = KVCache(
-        model,
-        min(batch_size, len(prompts)),
-        max(map(len, prompts)) + max_new_tokens,
-        prompts[0][:head],
-    )
-    rows = [None] * len(cache.keys[0])  # the prompt that each row of the cache holds
-    tokens, positions = torch.zeros(2, len(rows), dtype=torch.long)
-    while waiting or any(row is not None for row in rows):
-        ats = [at for at, row in enumerate(rows) if row is None]
-        if ats and waiting:
-            room = np.cumsum([len(prompts[row]) - head for row in waiting[: len(ats)]])
-            ats = ats[: max(1, int((room <= 4096).sum()))][: len(waiting)]  # tokens a pass
-            for at in ats:
-                rows[at] = waiting.pop(0)
-            batch = cache.read([prompts[rows[at]][head:] for at in ats], ats, device)
-            last = torch.tensor(
-                [stop - 1 - head for _, stop, _ in batch.segments[bool(head) :]], device=device
-            )
-            positions[ats] = batch.positions[last].cpu()
+    lengths = [len(prompt) for prompt in prompts]
+    shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
+    if shared < 16 or len(prompts) == 1:  # a shorter header costs more than it saves
+        shared = 0
+    slots = [None] * min(batch_size, len(prompts))  # the row in each row of the cache
+    cache = KVCache(model, len(slots), max(lengths) + max_new_tokens, prompts[0][:shared])
+    while waiting or slots.count(None) < len(slots):
+        free = [slot for slot, row in enumerate(slots) if row is None]
+        if free and waiting:
+            sizes = np.cumsum([lengths[row] - shared for row in waiting[: len(free)]])
+            count = max(1, int((sizes <= 4096).sum()))  # tokens a pass
+            rows, waiting, active = waiting[:count], waiting[count:], free[:count]
+            for slot, row in zip(active, rows):
+                slots[slot] = row
+            hidden = cache.add_prompts([prompts[row][shared:] for row in rows], active)
         else:
-            live = [at for at, row in enumerate(rows) if row is not None]
-            cache.keep(live)
-            rows, tokens, positions = [rows[at] for at in live], tokens[live], positions[live] + 1
-            ats, last = list(range(len(rows))), slice(None)
-            batch = replace(cache.batch, tokens=tokens.to(device), positions=positions.to(device))
-        logits = model.logits(model(batch, cache)[last])
-        uniform = torch.tensor(
-            [draws[rows[at]].random(dtype=np.float32) for at in ats], device=device
-        )
-        tokens[ats] = sample(logits, uniform, temperature, top_k, top_p).cpu()
-        for at in ats:
-            ids, token = outputs[rows[at]], int(tokens[at])
+            if free:
+                cache.keep([slot for slot, row in enumerate(slots) if row is not None])
+                slots = [row for row in slots if row is not None]
+            rows, active = list(slots), range(len(slots))
+            hidden = cache.add_tokens(
+                [outputs[row][-1] for row in rows],
+                [lengths[row] + len(outputs[row]) - 1 for row in rows],
+            )
+        uniform = [draws[row].random(dtype=np.float32) for row in rows]
+        uniform = torch.tensor(uniform, device=model.device)
+        tokens = sample(model.logits(hidden), uniform, temperature, top_k, top_p).tolist()
+        for slot, row, token in zip(active, rows, tokens):
+            ids = outputs[row]
             if token not in ends:
                 ids.append(token)
             if token in ends or len(ids) == max_new_tokens or stop and stop(ids):
-                yield rows[at], ids
-                rows[at] = None
+                yield row, ids
+                slots[slot] = None
 
 
-# --- checkpoints: read strictly, streamed; written aside and renamed --------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+FLOATS = "BF16", "F16", "F32", "F64"  # in a safetensors header
+
+# A model family: {model_type: the settings, in ModelConfig's names, that its config.json leaves
+# unsaid}. A family with another block also changes `Block`.
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True, "o_bias": False, "mlp_bias": False},
+    "qwen3": {"head_dim": 128, "qk_norm": True, "mlp_bias": False},
+}
+DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "hidden_act": "silu",
+    "eos_token_id": [],
+}
+LIMIT = 2**20  # of every size: larger ones would overflow a tensor's byte count
+
+
+@dataclass
+class ModelConfig:
+    """A model's config.json, in either of its two dialects."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: dict  # rope_type, and the arguments of its function in ROPE_TYPES
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # each head's queries and keys are normalised before they are rotated
+    dtype: str  # of the checkpoint's tensors
+    eos_token_id: tuple
+    quantized: bool  # the checkpoint holds bitsandbytes' 4-bit weights, which qlora.py reads
+
+    @classmethod
+    def read(cls, folder):
+        file = Path(folder) / "config.json"
+        return cls.from_dict(read_json(file), file)
+
+    @classmethod
+    def from_dict(cls, raw, where="config.json"):
+        """Raises one UserError for everything in it that this code does not compute."""
+        kind = raw.get("model_type")
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise UserError(
+                f"{where}: model_type {brief(kind)} is not supported; {', '.join(FAMILIES)} are"
+            )
+        raw = {key: value for key, value in raw.items() if value is not None}
+        bias = raw.get("attention_bias", False)
+        values = DEFAULTS | {
+            "attention_bias": bias,
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "num_key_value_heads": raw.get("num_attention_heads"),
+            "dtype": raw.get("torch_dtype", "float32"),
+        }
+        with suppress(KeyError, TypeError, ZeroDivisionError):  # reported below
+            values["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+        values |= FAMILIES[kind] | raw
+        rope, faults = rope_settings(values)
+        faults += unsupported(values)
+        if faults:
+            raise UserError(f"{where}: " + "; ".join(faults))
+        values |= {
+            "rope": rope,
+            "rms_norm_eps": float(values["rms_norm_eps"]),
+            "dtype": values["dtype"].removeprefix("torch."),
+            "eos_token_id": tuple(as_list(values["eos_token_id"])),
+            "quantized": bool(values.get("quantization_config")),
+        }
+        config = cls(**{key: values[key] for key in cls.__annotations__})
+        fault = f"{where}: rope can't be computed from these numbers"
+        with torch.device("cpu"), as_user_error(fault, ArithmeticError, ValueError):
+            frequencies, scale = rope_frequencies(config)
+            if not math.isfinite(frequencies.sum() * scale):
+                raise ValueError(rope)
+        return config
+
+
+def unsupported(values):
+    """A line for each setting that is malformed, or that this code does not compute."""
+    faults = []
+
+    def expect(key, valid, expected):
+        if not valid:
+            faults.append(f"{key} is {str(values.get(key))[:40]!r}, not {expected}")
+
+    types = ModelConfig.__annotations__ | {"attention_bias": bool}
+    del types["quantized"]
+    for key, kind in types.items():
+        value = values.get(key)
+        if kind is int:
+            most = 2**31 if key == "max_position_embeddings" else LIMIT
+            valid = type(value) is int and 1 <= value <= most
+            expect(key, valid, f"a whole number from 1 to {most}")
+        if kind is bool:
+            expect(key, isinstance(value, bool), "true or false")
+    expect("rms_norm_eps", positive(values["rms_norm_eps"]), "a positive number")
+    expect("hidden_act", values["hidden_act"] == "silu", "silu, the only one supported")
+    tokens = as_list(values["eos_token_id"])
+    expect(
+        "eos_token_id", all(type(token) is int for token in tokens), "a token id or a list of them"
+    )
+    if str(values["dtype"]).removeprefix("torch.") not in DTYPES:
+        faults.append(f"dtype {brief(values['dtype'])} is not one of {', '.join(DTYPES)}")
+    sliding = values.get("sliding_window") and values.get("use_sliding_window")
+    layers = as_list(values.get("layer_types", []))
+    if sliding or any(layer != "full_attention" for layer in layers):
+        faults.append("sliding-window attention (use_sliding_window, layer_types) is not supported")
+    quantization = values.get("quantization_config") or {"load_in_4bit": True}
+    if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
+        faults.append("quantization_config: only bitsandbytes' 4-bit weights can be read")
+    if not faults:
+        heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
+        if heads % kv_heads:
+            faults.append(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+            )
+        if values["head_dim"] % 2:
+            faults.append(
+                f"head_dim {values['head_dim']} is odd; rotary positions need an even one"
+            )
+    return faults
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def positive(value):
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
+# --- rotary frequencies ---------------------------------------------------------------------------
+# A rope type: a function (plain frequencies (D/2,), rope_theta, the type's own numbers in the names
+# of config.json) -> (frequencies (D/2,), factor on cos and sin).
+
+
+def default_rope(plain, rope_theta):
+    """Su et al. 2021, arXiv:2104.09864."""
+    return plain, 1.0
+
+
+def linear_rope(plain, rope_theta, factor):
+    """Chen et al. 2023, arXiv:2306.15595."""
+    return plain / factor, 1.0
+
+
+def llama3_rope(
+    plain, rope_theta, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+):
+    """Llama 3.1's reference code: long wavelengths are stretched by factor, short ones kept, those
+    between blended."""
+    if low_freq_factor >= high_freq_factor:
+        raise ValueError("low_freq_factor is not below high_freq_factor")
+    turns = original_max_position_embeddings / (2 * math.pi / plain)
+    blend = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    blended = (1 - blend) * plain / factor + blend * plain
+    stretched = torch.where(turns < low_freq_factor, plain / factor, blended)
+    return torch.where(turns > high_freq_factor, plain, stretched), 1.0
+
+
+def yarn_rope(
+    plain,
+    rope_theta,
+    factor,
+    original_max_position_embeddings,
+    beta_fast=32,
+    beta_slow=1,
+    mscale=None,
+    mscale_all_dim=None,
+    attention_factor=None,
+    truncate=True,
+):
+    """Peng et al. 2023, arXiv:2309.00071, eqs. 17-22."""
+
+    def dimension(turns):  # the one that turns so often over the original context
+        wave = original_max_position_embeddings / (turns * 2 * math.pi)
+        return 2 * len(plain) * math.log(wave) / (2 * math.log(rope_theta))
+
+    def magnitude(scale):
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    low, high = dimension(beta_fast), dimension(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * len(plain) - 1)
+    ramp = (torch.arange(len(plain), dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = ramp.clamp(0, 1)
+    if attention_factor is None:
+        attention_factor = magnitude(1.0)
+        if mscale and mscale_all_dim:
+            attention_factor = magnitude(mscale) / magnitude(mscale_all_dim)
+    return plain / factor * ramp + plain * (1 - ramp), attention_factor
+
+
+ROPE_TYPES = {
+    "default": default_rope,
+    "linear": linear_rope,
+    "llama3": llama3_rope,
+    "yarn": yarn_rope,
+}
+
+
+def rope_settings(values):
+    """(rope_type and the arguments of its function, faults) of config.json in both dialects:
+    `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    raw = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(raw, dict):
+        return {}, ["rope_parameters / rope_scaling is not an object"]
+    raw = {"rope_theta": values.get("rope_theta", 10000.0)} | {
+        key: value for key, value in raw.items() if value is not None
+    }
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        types = ", ".join(ROPE_TYPES)
+        return {}, [f"rope type {brief(kind)} is not supported ({types} are)"]
+    if kind == "yarn":
+        raw.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    rope, faults = {"rope_type": kind}, []
+    if raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
+        faults.append("partial_rotary_factor is not supported")
+    for key, parameter in list(signature(ROPE_TYPES[kind]).parameters.items())[1:]:
+        if key not in raw and parameter.default is not parameter.empty:
+            continue
+        value = rope[key] = raw.get(key)
+        if not positive(value) and not isinstance(parameter.default, bool):
+            faults.append(f"rope {key} is {str(value)[:40]!r}, not a positive number")
+    return rope, faults
+
+
+def rope_frequencies(config):
+    """(inv_freq (D/2,) fp32, the factor on cos and sin)."""
+    rope = dict(config.rope)
+    function = ROPE_TYPES[rope.pop("rope_type")]
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    return function(1.0 / rope["rope_theta"] ** exponents, **rope)
+
+
+# --- checkpoints: read strictly, a tensor at a time -----------------------------------------------
 
 
 def pick_device(name):
-    """torch.device of 'auto' (CUDA, then MPS, then the CPU) or of a device's name."""
+    """torch.device of a device's name; 'auto' is CUDA, then MPS, then the CPU."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with as_user_error(f"device: {name} can't be used here", RuntimeError, AssertionError):
         torch.zeros(1, device=name).item()
     return torch.device(name)
 
 
 def checkpoint_tensors(folder):
-    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or sharded."""
+    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or
+    sharded."""
     folder = Path(folder)
-    index, single, found = folder / "model.safetensors.index.json", folder / "model.safetensors", {}
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists():
         return read_header(single)
     if not index.exists():
-        pickled = (
-            " (pickle files are never read: convert them to safetensors)"
-            if list(folder.glob("*.bin"))
-            else ""
-        )
-        raise UserError(
-            f"{folder}: neither model.safetensors nor model.safetensors.index.json{pickled}"
-        )
+        hint = ""
+        if list(folder.glob("*.bin")):
+            hint = " (pickle files are never read: convert them to safetensors)"
+        raise UserError(f"{folder}: neither {single.name} nor {index.name} in it{hint}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no weight_map in it")
+    tensors = {}
     for file in sorted(set(map(str, weight_map.values()))):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(
@@ -987,190 +967,168 @@ def checkpoint_tensors(folder):
             )
         if not (folder / file).exists():
             raise UserError(f"{index}: names {file}, which is not there")
-        found |= {
-            name: at
-            for name, at in read_header(folder / file).items()
-            if weight_map.get(name) == file
-        }
-    if lost := sorted(set(weight_map) - set(found)):
+        for name, entry in read_header(folder / file).items():
+            if weight_map.get(name) == file:
+                tensors[name] = entry
+    if missing := sorted(weight_map.keys() - tensors):
         raise UserError(
-            f"{index}: {len(lost)} tensors are not in the files it names, {lost[0]} first"
+            f"{index}: {len(missing)} tensors are not in the files it names, first: {missing[0]}"
         )
-    return found
+    return tensors
 
 
-def check_names(wanted, found, where):
-    """Raises one UserError for all missing, unexpected and misshapen tensors; wanted and found are {name: shape}."""
-    missing, odd = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
-    faults = [
-        f"missing {name}" + (nearest(name, odd[:1000]) if at < 8 else "")
-        for at, name in enumerate(missing)
-    ]
-    faults += [f"unexpected {name}" for name in odd]
-    faults += [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
+def check_names(expected, actual, where):
+    """Raises one UserError for all missing, unexpected and misshapen tensors; expected and actual
+    are {name: shape}."""
+    missing = [name for name in expected if name not in actual]
+    unexpected = [name for name in actual if name not in expected]
+    faults = [f"missing {name}" for name in missing]
+    for n, name in enumerate(missing[:8]):
+        faults[n] += nearest(name, unexpected[:1000])
+    faults += [f"unexpected {name}" for name in unexpected]
+    for name, shape in expected.items():
+        if name in actual and tuple(actual[name]) != tuple(shape):
+            faults.append(f"{name} is {list(actual[name])}, expected {list(shape)}")
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise UserError(
-            f"{where}: {len(faults)} tensor(s) do not fit: " + "; ".join(faults[:8]) + more
-        )
+        shown = "; ".join(faults[:8])
+        raise UserError(f"{where}: {len(faults)} tensor(s) do not fit: {shown}{more}")
 
 
 def open_model(name, revision=None, swap_layers=None):
-    """(a Transformer on `meta`, where its tensors are: {name: (file, shape, dtype name)}) of folder or hub id `name`.
-    Every name, shape and kind is checked against the model, all faults in one UserError; no weight is read.
-    swap_layers(model, found) may put other layers in place first, those of 4-bit weights say."""
+    """(a Transformer on `meta`, {tensor name: (file, shape, dtype name)}) of folder or hub id
+    `name`. Every name, shape and dtype is checked against the model, all faults in one UserError;
+    no weight is read. swap_layers(model, tensors) may replace layers first, as 4-bit ones need."""
     folder = resolve(name, revision)
     config = ModelConfig.read(folder)
     if config.quantized and swap_layers is None:
+        raise UserError(f"{folder}: holds 4-bit weights, not usable here; name the 16-bit model")
+    tensors = checkpoint_tensors(folder)
+    if config.num_hidden_layers > len(tensors):
+        layers = config.num_hidden_layers
         raise UserError(
-            f"{folder}: holds 4-bit weights, which have no place here; name the 16-bit model"
-        )
-    found = checkpoint_tensors(folder)
-    if config.num_hidden_layers > len(found):
-        raise UserError(
-            f"{folder}: num_hidden_layers is {config.num_hidden_layers}, of {len(found)} tensors in all"
+            f"{folder}: num_hidden_layers is {layers}, of {len(tensors)} tensors in all"
         )
     with torch.device("meta"):
         model = Transformer(config)
-    found = {
-        n: at for n, at in found.items() if not n.endswith("rotary_emb.inv_freq")
-    }  # old Llama files carry it
-    ends = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and found.keys() >= {
-        *ends
-    }:  # some tied checkpoints store the one tensor twice
-        if not torch.equal(*(read_tensor(found[end][0], end) for end in ends)):
+    for key in list(tensors):
+        if key.endswith("rotary_emb.inv_freq"):  # in old Llama files
+            del tensors[key]
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and {head, embedding} <= tensors.keys():  # stored twice
+        first, second = (read_tensor(tensors[key][0], key) for key in (head, embedding))
+        if not torch.equal(first, second):
             raise UserError(
-                f"{found[ends[0]][0]}: {ends[0]} differs from {ends[1]}, yet config.json ties them; "
+                f"{tensors[head][0]}: {head} differs from {embedding}, yet config.json ties them; "
                 "set tie_word_embeddings to false there"
             )
-        del found["lm_head.weight"]
+        del tensors[head]
     if swap_layers:
-        swap_layers(model, found)
-    wanted = model.state_dict()
-    check_names(
-        {n: tuple(t.shape) for n, t in wanted.items()},
-        {n: at[1] for n, at in found.items()},
-        folder,
-    )
-    if odd := [
-        f"{n} ({kind})"
-        for n, (_, _, kind) in found.items()
-        if kind not in (FLOATS if wanted[n].is_floating_point() else ("U8",))
-    ]:
+        swap_layers(model, tensors)
+    expected = model.state_dict()
+    shapes = {key: shape for key, (_, shape, _) in tensors.items()}
+    check_names({key: tensor.shape for key, tensor in expected.items()}, shapes, folder)
+    wrong = [
+        f"{key} ({dtype})"
+        for key, (_, _, dtype) in tensors.items()
+        if dtype not in (FLOATS if expected[key].is_floating_point() else ["U8"])
+    ]
+    if wrong:
         raise UserError(
-            f"{folder}: {len(odd)} tensors are of another kind than the model's, {odd[0]} first; "
-            "use a 16-bit checkpoint"
+            f"{folder}: {len(wrong)} tensors have another dtype than the model needs, first: "
+            f"{wrong[0]}; use a 16-bit checkpoint"
         )
     model.folder = folder
-    return model, found
+    return model, tensors
 
 
 def set_tensor(model, name, tensor, device, dtype):
-    """Puts a tensor where its name says: frozen, on the device, in dtype; a layer with a `place` of its own decides."""
+    """Makes `tensor` the frozen parameter `name`, on device, in dtype; a quantized layer stores it
+    its own way."""
     path, leaf = re.fullmatch(r"(.+?)\.(weight.*|bias|lora_\w+)", name).groups()
     module = model.get_submodule(path)
-    if hasattr(module, "set_tensor"):
-        module.set_tensor(leaf, tensor, device, dtype)
-    else:
-        setattr(
-            module,
-            leaf,
-            nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False),
-        )
+    if getattr(module, "quantized", False):
+        return module.set_tensor(leaf, tensor, device, dtype)
+    tensor = tensor.to(device=device, dtype=dtype, copy=True)
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def load_model(
     name, dtype="auto", device="cpu", attn_implementation="auto", revision=None, swap_layers=None
 ):
-    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the checkpoint's own). Made
-    by `open_model`, which see, and filled a tensor at a time: peak memory is the model and one tensor."""
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(
-            f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}" + nearest(dtype, DTYPES)
-        )
-    model, found = open_model(name, revision, swap_layers)
+    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the
+    checkpoint's). Checked by `open_model`, then filled a tensor at a time: peak memory is the model
+    and one tensor."""
+    check_choice("dtype", dtype, ("auto", *DTYPES))
+    model, tensors = open_model(name, revision, swap_layers)
     model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
     model.attention, notice = choose_attention(
         attn_implementation, model.config, model.dtype, device
     )
     if notice:
         print(notice, file=sys.stderr)
-    for name, (file, _, _) in found.items():
-        set_tensor(model, name, read_tensor(file, name), device, model.dtype)
+    for key, (file, _, _) in tensors.items():
+        set_tensor(model, key, read_tensor(file, key), device, model.dtype)
     return model
 
 
-# on a CPU oneDNN keeps the last 1,024 products it compiled, 0.6 GB of them where each batch has another length, and
-# scatters them among the tensors; a batch of one length needs about 100. It reads this before its first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-
-
-set_malloc_threshold(
-    2**22
-)  # left alone it goes up to 32 MB: a model read tensor by tensor then lay among up to 2 GB of holes
+# --- checkpoints: written a shard at a time, then renamed into place ------------------------------
 
 
 def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
     """Writes a checkpoint in the Hugging Face layout; it opens in transformers.
 
-    tensors: (name, tensor) pairs, taken one at a time: a shard of them is held, and its bytes once more. Weights and
-    biases are stored in the dtype that the config of `source` names; its tokenizer and chat template are copied as they
-    are, its config with `changes` (None takes a key out).
+    tensors: (name, tensor) pairs, taken one at a time; memory holds one shard, twice while it is
+    written. Weights and biases are stored in the dtype that the config of `source` names; its
+    tokenizer and chat template are copied, and its config with `changes` (None removes a key).
     """
     dtype = DTYPES[ModelConfig.read(source).dtype]
-    with atomic_folder(folder) as aside:
-        shard, total, shards = {}, 0, []
 
-        def flush():
-            shards.append(list(shard))
-            write_tensors(shard, aside / f"shard-{len(shards)}")
-            shard.clear()
-
+    def converted():
         for name, tensor in tensors:
-            whole = tensor.is_floating_point() and name.endswith(
-                (".weight", ".bias")
-            )  # else a part of 4-bit weights
-            tensor = tensor.detach().to(device="cpu", dtype=dtype if whole else tensor.dtype)
+            # other names and dtypes belong to 4-bit weights
+            plain = tensor.is_floating_point() and name.endswith((".weight", ".bias"))
+            tensor = tensor.detach().to(device="cpu", dtype=dtype if plain else tensor.dtype)
             if not finite(tensor):
                 raise UserError(
-                    f"{folder}: is not written, {name} would hold NaN or infinity (in {tensor.dtype})"
+                    f"{folder}: not written, {name} would hold NaN or infinity (in {tensor.dtype})"
                 )
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_bytes:
-                flush()
-            shard[name], total = tensor, total + tensor.nbytes
-        flush()
-        files = (
-            ["model.safetensors"]
-            if len(shards) == 1
-            else [
-                f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
-            ]
-        )
-        for n, file in enumerate(files, 1):
+            yield name, tensor
+
+    with atomic_folder(folder) as aside:
+        names, total = [], 0  # of each shard; bytes of all
+        for shard in in_shards(converted(), max_shard_bytes):
+            names.append(list(shard))
+            total += sum(tensor.nbytes for tensor in shard.values())
+            write_tensors(shard, aside / f"shard-{len(names)}")
+        weight_map = {}
+        for n, shard_names in enumerate(names, 1):
+            file = f"model-{n:05d}-of-{len(names):05d}.safetensors"
+            file = file if len(names) > 1 else "model.safetensors"
             (aside / f"shard-{n}").rename(aside / file)
-        if len(files) > 1:
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {name: file for file, names in zip(files, shards) for name in names},
-            }
+            weight_map |= dict.fromkeys(shard_names, file)
+        if len(names) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         for file in COMPANIONS:
             if (Path(source) / file).is_file():
                 shutil.copyfile(Path(source) / file, aside / file)
         if changes:
             raw = read_json(aside / "config.json") | changes
-            raw = {
-                key: value for key, value in raw.items() if value is not None or key not in changes
-            }
+            removed = {key for key, value in changes.items() if value is None}
+            raw = {key: value for key, value in raw.items() if key not in removed}
             (aside / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
 
-# --- what every command shares: mistakes that are the user's ----------------------------------------------------------
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
+def in_shards(tensors, max_bytes):
+    """The (name, tensor) pairs as dicts of up to max_bytes. One dict, filled again and again: the
+    last shard's memory is free before the next one fills."""
+    shard, size = {}, 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard.clear()
+            size = 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard

@@ -1,7 +1,5 @@
-"""model.py against transformers on configurations that break wrong code, and against the properties it promises.
-
-pytest tests/test_model.py
-"""
+"""model.py against transformers on configurations that break wrong code, and against the properties
+it promises. pytest tests/test_model.py"""
 
 import errno
 import inspect
@@ -37,7 +35,7 @@ from model import (
 from support import errors
 from support.errors import UserError
 
-# --- helpers --------------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def tokens(n, seed=0, vocab=TINY["vocab_size"]):
@@ -52,8 +50,9 @@ def seg(ids, prefix=-1, sequence=0, weight=1.0, scored=slice(None)):
 
 
 def trees():
-    """Examples of every form: documents (one of a single token), a pair, a tree of depth 3 whose leaves aren't adjacent
-    to what they continue, a chain that is adjacent all the way. Weights differ by segment, some labels are ignored."""
+    """Examples of every form: documents (one of a single token), a pair, a tree of depth 3 whose
+    leaves aren't adjacent to what they continue, a chain that is adjacent all the way. Weights
+    differ by segment, some labels are ignored."""
     document = [seg(tokens(7, 1))]
     single = [seg(tokens(1, 2))]
     pair = [
@@ -79,8 +78,15 @@ def ancestors(example, index):
     return (ancestors(example, prefix) if prefix >= 0 else []) + [index]
 
 
+def lineage(batch, index):
+    """`ancestors`, of a packed batch."""
+    prefix = batch.segments[index][2]
+    return (lineage(batch, prefix) if prefix >= 0 else []) + [index]
+
+
 def unrolled(example):
-    """The same example without sharing: per segment one document that repeats its prefix, with its own labels alone."""
+    """The same example without sharing: per segment one document that repeats its prefix, with its
+    own labels alone."""
     for index, segment in enumerate(example):
         before = [example[i].ids for i in ancestors(example, index)[:-1]]
         hidden = np.full(sum(map(len, before)), IGNORE, np.int32)
@@ -128,7 +134,7 @@ def assert_same_gradients(ours, theirs, tolerance):
         assert_close(ours[name], theirs[name], tolerance)
 
 
-# --- the network = transformers -------------------------------------------------------------------------------------
+# --- the network = transformers -------------------------------------------------------------------
 
 NETWORKS = {
     "qwen3-tied": dict(),
@@ -154,7 +160,8 @@ NETWORKS = {
 )
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_and_loss_equal_transformers(tiny_checkpoint, name, stored):
-    """Every family, head and bias layout, one file or shards, either config dialect: logits and loss in fp32."""
+    """Every family, head and bias layout, one file or shards, either config dialect: logits and
+    loss in fp32."""
     dialect, shard = stored
     folder = tiny_checkpoint(dialect=dialect, max_shard_size=shard, **NETWORKS[name])
     assert (folder / "model.safetensors").exists() == (shard == "5GB")
@@ -172,7 +179,8 @@ def test_logits_and_loss_equal_transformers(tiny_checkpoint, name, stored):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_equal_transformers(tiny_checkpoint, name):
-    """What each weight learns from a loss in fp32: the backward passes written by hand are held against autograd's."""
+    """What each weight learns from a loss in fp32: the backward passes written by hand are held
+    against autograd's."""
     folder, ids = tiny_checkpoint(**NETWORKS[name]), tokens(40)
     model, reference = load_model(folder), reference_of(folder)
     labels = torch.from_numpy(ids)[None].long()
@@ -204,7 +212,8 @@ ROPES = {
 @pytest.mark.parametrize("dialect", ["new", "old"])
 @pytest.mark.parametrize("name", ROPES)
 def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
-    """Positions with gaps up to 131,071: relative distances that only the right frequencies and magnitude get right."""
+    """Positions with gaps up to 131,071: relative distances that only the right frequencies and
+    magnitude get right."""
     rope = ROPES[name]
     folder = tiny_checkpoint(
         model_type="llama",
@@ -246,7 +255,8 @@ def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
 
 @pytest.mark.parametrize("name", ["qwen3-tied", "qwen2-untied-head-dim", "llama-biases-untied"])
 def test_bf16_is_as_near_the_truth_as_transformers(tiny_checkpoint, name):
-    """bf16 rounds; our logits and gradients are no farther from fp32's than the reference's own (root mean square)."""
+    """bf16 rounds; our logits and gradients are no farther from fp32's than the reference's own
+    (root mean square)."""
     folder = tiny_checkpoint(
         dtype="bfloat16", hidden_size=96, num_hidden_layers=4, **NETWORKS[name]
     )
@@ -287,7 +297,7 @@ def test_both_attentions_equal_transformers_of_that_name(tiny_checkpoint, attent
     assert_close(logits_of(load_model(folder, attn_implementation=attention), ids), theirs, 1e-5)
 
 
-# --- the packed batch -----------------------------------------------------------------------------------------------
+# --- the packed batch -----------------------------------------------------------------------------
 
 
 def test_batch_says_who_predicts_what_for_whom():
@@ -343,7 +353,7 @@ def test_batch_invariants_hold_on_trees():
     for at, target in zip(
         batch.scored.tolist(), batch.targets.tolist()
     ):  # a target stands right after its predictor
-        sees = [t for t in owner if owner[at] in batch.lineage(owner[t])]
+        sees = [t for t in owner if owner[at] in lineage(batch, owner[t])]
         assert target in [
             batch.tokens[t] for t in sees if batch.positions[t] == batch.positions[at] + 1
         ]
@@ -355,8 +365,8 @@ def test_batch_invariants_hold_on_trees():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["qwen3-tied", "llama-biases-untied"])
 def test_packed_equals_one_by_one_equals_repeated_prefix(tiny_checkpoint, name, attention):
-    """Log-probs and every weight's gradient: one packed stream with shared prefixes = each segment alone after a copy
-    of its prefix, in eager attention. Weights per token included."""
+    """Log-probs and every weight's gradient: one packed stream with shared prefixes = each segment
+    alone after a copy of its prefix, in eager attention. Weights per token included."""
     folder = tiny_checkpoint(**NETWORKS[name])
     packed, packed_logps = gradients(
         load_model(folder, attn_implementation=attention), [Batch.pack(trees())]
@@ -374,8 +384,8 @@ def test_packed_equals_one_by_one_equals_repeated_prefix(tiny_checkpoint, name, 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_token_sees_its_lineage_and_nothing_else(tiny_checkpoint, attention):
-    """d hidden[t] / d embedding[j] is exactly zero unless j is in t's lineage and not after it, and never zero there:
-    no document sees another, no continuation its sibling, nobody the future."""
+    """d hidden[t] / d embedding[j] is exactly zero unless j is in t's lineage and not after it, and
+    never zero there: no document sees another, no continuation its sibling, nobody the future."""
     model, batch = load_model(tiny_checkpoint(), attn_implementation=attention), Batch.pack(trees())
     visible = torch.zeros(len(batch.tokens), len(batch.tokens), dtype=torch.bool)
     start = 0
@@ -418,8 +428,9 @@ def test_order_of_examples_changes_nothing(tiny_checkpoint):
     "examples", [trees(), trees()[:1] + trees()[2:3]], ids=["trees", "documents"]
 )
 def test_varlen_describes_the_same_attention(monkeypatch, examples):
-    """varlen_attn runs on CUDA alone. Here its contract (ragged, bottom-right causal, GQA) is played by a loop, called
-    with the real one's signature; what is left under test is the gather, offsets and flags that model.py hands it."""
+    """varlen_attn runs on CUDA alone. Here its contract (ragged, bottom-right causal, GQA) is
+    played by a loop, called with the real one's signature; what is left under test is the gather,
+    offsets and flags that model.py hands it."""
     from torch.nn.attention import varlen
 
     signature = inspect.signature(varlen.varlen_attn)
@@ -467,7 +478,8 @@ def test_varlen_describes_the_same_attention(monkeypatch, examples):
     ids=["short", "long"],
 )
 def test_sdpa_equals_eager_forward_and_backward(examples):
-    """Segments below and above the length at which sdpa_attention changes its way, with and without a prefix."""
+    """Segments below and above the length at which sdpa_attention changes its way, with and without
+    a prefix."""
     batch, found, generator = Batch.pack(examples), {}, torch.Generator().manual_seed(0)
     T = len(batch.tokens)
     q, k, v = (
@@ -522,7 +534,8 @@ def test_gradient_checkpointing_changes_memory_not_gradients(tiny_checkpoint):
 
 
 def test_gradient_checkpointing_reaches_what_trains_above_frozen_layers(tiny_checkpoint):
-    """With everything below frozen no input of a block asks for a gradient; its weights still get theirs."""
+    """With everything below frozen no input of a block asks for a gradient; its weights still get
+    theirs."""
     model = load_model(tiny_checkpoint())
     model.gradient_checkpointing = True
     trains = model.model.layers[1].self_attn.v_proj.weight.requires_grad_(True)
@@ -530,7 +543,7 @@ def test_gradient_checkpointing_reaches_what_trains_above_frozen_layers(tiny_che
     assert trains.grad.abs().max() > 0
 
 
-# --- token_logps ----------------------------------------------------------------------------------------------------
+# --- token_logps ----------------------------------------------------------------------------------
 
 
 def head_case(S, V=997, C=24, dtype=torch.float32, seed=0):
@@ -559,8 +572,9 @@ def cross_entropy(hidden, weight, targets):
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
 @pytest.mark.parametrize("S, V", [(1, 997), (256, 997), (300, 997), (515, 997), (300, 20011)])
 def test_token_logps_equal_cross_entropy(S, V, trains):
-    """Value and both gradients in fp32 against float64 cross entropy; S on, off and below the chunk, an upstream
-    gradient that differs by row, a vocabulary large enough that the CPU splits a chunk's rows."""
+    """Value and both gradients in fp32 against float64 cross entropy; S on, off and below the
+    chunk, an upstream gradient that differs by row, a vocabulary large enough that the CPU splits a
+    chunk's rows."""
     case = head_case(S, V)
     ours = head_gradients(token_logps, *case, trains)
     truth = head_gradients(
@@ -574,8 +588,9 @@ def test_token_logps_equal_cross_entropy(S, V, trains):
 @pytest.mark.parametrize("confident", [False, True], ids=["unsure", "confident"])
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
 def test_token_logps_in_bf16_within_the_references_error(trains, confident):
-    """bf16 logits round; value and gradients stay as near the truth as cross entropy's. Confident tokens (p near 1) are
-    where 1 - p must not be rounded as p is: their whole gradient would drown."""
+    """bf16 logits round; value and gradients stay as near the truth as cross entropy's. Confident
+    tokens (p near 1) are where 1 - p must not be rounded as p is: their whole gradient would
+    drown."""
     hidden, weight, targets, upstream = case = list(head_case(300, dtype=torch.bfloat16))
     if confident:  # hidden along its target's row: p of about 0.97 to 0.9999
         case[0] = hidden = (weight[targets] * torch.linspace(1.7, 3.0, 300)[:, None]).bfloat16()
@@ -610,7 +625,8 @@ def saved_for_backward(run):
 
 
 def test_token_logps_keeps_one_row_per_position():
-    """A frozen head saves (S, C) and nothing else, a training one no logits; no gradient asked, nothing kept."""
+    """A frozen head saves (S, C) and nothing else, a training one no logits; no gradient asked,
+    nothing kept."""
     hidden, weight, targets, _ = head_case(515)
     asks = hidden.clone().requires_grad_()
     assert saved_for_backward(lambda: token_logps(asks, weight, targets)) == [(515, 24)]
@@ -627,7 +643,7 @@ def test_token_logps_keeps_one_row_per_position():
         assert counter.get_total_flops() == products * 2 * 515 * 24 * 997
 
 
-# --- generation -----------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 def prompts_of(*lengths):
@@ -652,7 +668,8 @@ def transformers_greedy(reference, prompts, new, ends):
 
 @pytest.mark.parametrize("name", ["qwen3-tied", "qwen2-tied", "llama-biases-untied"])
 def test_greedy_equals_transformers_token_for_token(tiny_checkpoint, name):
-    """Prompts of different lengths; then with end tokens that stop rows at different steps, one of them at once."""
+    """Prompts of different lengths; then with end tokens that stop rows at different steps, one of
+    them at once."""
     folder = tiny_checkpoint(**NETWORKS[name])
     model, reference, prompts = (
         load_model(folder),
@@ -678,7 +695,8 @@ def test_greedy_equals_transformers_token_for_token(tiny_checkpoint, name):
 
 
 def test_seeded_sampling(tiny_checkpoint):
-    """Same seed, same text; row i's draws are its own, whatever stands in the other rows and however far it may run."""
+    """Same seed, same text; row i's draws are its own, whatever stands in the other rows and
+    however far it may run."""
     model, prompts = load_model(tiny_checkpoint()), prompts_of(6, 11, 3)
     options = dict(temperature=1.5, top_k=50, top_p=0.95)
     one = generate(model, prompts, 12, seed=1, **options)
@@ -711,7 +729,8 @@ def test_seeded_sampling(tiny_checkpoint):
     ],
 )
 def test_sampling_distribution_is_that_of_transformers(temperature, top_k, top_p):
-    """Over a fine grid of uniforms the picks' frequencies are the probabilities that transformers' warpers leave."""
+    """Over a fine grid of uniforms the picks' frequencies are the probabilities that transformers'
+    warpers leave."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits, N = 2 * torch.randn(3, 37, generator=torch.Generator().manual_seed(0)), 20_000
@@ -737,7 +756,8 @@ def test_sampling_never_leaves_a_rows_own_set():
 
 
 def test_generation_draws_follow_the_model(tiny_checkpoint):
-    """Many rows of one prompt: the first token's frequencies follow softmax(logits), so the rows' draws are uniform."""
+    """Many rows of one prompt: the first token's frequencies follow softmax(logits), so the rows'
+    draws are uniform."""
     model, N = load_model(tiny_checkpoint()), 4000
     prompt = tokens(3).tolist()
     want = logits_of(model, np.array(prompt))[-1].softmax(-1)
@@ -750,7 +770,7 @@ def test_generation_draws_follow_the_model(tiny_checkpoint):
     assert ((found - want).abs() < 5 * (want * (1 - want) / N).sqrt() + 1e-3).all()
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def rewrite(folder, change):
@@ -802,7 +822,7 @@ def test_all_tensor_faults_are_told_at_once(tiny_checkpoint):
         "5 tensor(s)",
         "missing model.norm.weight",
         "unexpected model.layers.7.mlp.up_proj.weight",
-        "missing model.layers.0.self_attn.q_proj.weight (nearest: model.layers.0.self_attn.q_projj.weight",
+        "missing model.layers.0.self_attn.q_proj.weight (nearest: model.layers.0.self_attn.q_projj.weight",  # noqa: E501
         "model.layers.1.mlp.up_proj.weight is [55, 48], expected [56, 48]",
     ):
         assert part in message
@@ -810,7 +830,8 @@ def test_all_tensor_faults_are_told_at_once(tiny_checkpoint):
 
 
 def test_tied_head_stored_twice(tiny_checkpoint):
-    """Equal: one tensor with one owner. Different: the config or the file is wrong, and it says so."""
+    """Equal: one tensor with one owner. Different: the config or the file is wrong, and it says
+    so."""
     folder = rewrite(
         tiny_checkpoint(),
         lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
@@ -835,9 +856,13 @@ import gc, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from model import load_model
+from support.memory import tune_allocator
+
+tune_allocator()
 
 def memory(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+    status = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in status if line.startswith(key)) / 1024
 
 load_model(sys.argv[2])  # a small one first, so that code pages and caches are there
 for dtype in ("bfloat16", "float32"):
@@ -851,7 +876,8 @@ for dtype in ("bfloat16", "float32"):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
 def test_peak_memory_is_the_model_and_one_tensor(tiny_checkpoint):
-    """fp32 on disk, loaded as bf16 and as fp32: the process never grows past model + largest tensor (+ 16 MB)."""
+    """fp32 on disk, loaded as bf16 and as fp32: the process never grows past model + largest tensor
+    (+ 16 MB)."""
     small, big = tiny_checkpoint(), tiny_checkpoint("big")
     config(hidden_size=1024, intermediate_size=3072, num_hidden_layers=4)(big)
     with torch.device("meta"):
@@ -866,7 +892,7 @@ def test_peak_memory_is_the_model_and_one_tensor(tiny_checkpoint):
         assert size > least and peak < size + 12 + 16
 
 
-# --- saving ---------------------------------------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------
 
 
 def files_of(folder):
@@ -883,7 +909,8 @@ def companions(folder):
     "dtype, shard", [("float32", 10**9), ("bfloat16", 12_000), ("bfloat16", 1)]
 )
 def test_saved_checkpoint_is_the_loaded_one(tiny_checkpoint, tmp_path, dtype, shard):
-    """Bit-equal tensors, companions byte for byte, transformers opens it with the same logits; one file or an index."""
+    """Bit-equal tensors, companions byte for byte, transformers opens it with the same logits; one
+    file or an index."""
     source = companions(
         tiny_checkpoint(dtype=dtype, tie_word_embeddings=False, eos_token_id=[3, 5])
     )
@@ -915,7 +942,8 @@ def test_saved_checkpoint_is_the_loaded_one(tiny_checkpoint, tmp_path, dtype, sh
 
 
 def test_saving_holds_one_shard_and_shows_nothing_until_done(tiny_checkpoint, tmp_path):
-    """Shards reach the disk while tensors are still being asked for; the name appears when all is there."""
+    """Shards reach the disk while tensors are still being asked for; the name appears when all is
+    there."""
     source, out, seen = tiny_checkpoint(), tmp_path / "deep" / "out", []
     tensors = list(load_model(source).named_parameters())
 
@@ -939,8 +967,8 @@ def test_saving_holds_one_shard_and_shows_nothing_until_done(tiny_checkpoint, tm
 def test_interrupted_save_leaves_the_old_folder_whole(
     tiny_checkpoint, tmp_path, monkeypatch, where, stop
 ):
-    """A failure amid the tensors; at the last step, when the old folder has already stepped aside; and amid the tensors
-    of the run after one that was killed at that step."""
+    """A failure amid the tensors; at the last step, when the old folder has already stepped aside;
+    and amid the tensors of the run after one that was killed at that step."""
     source, out = tiny_checkpoint(), tmp_path / "out"
     tensors = list(load_model(source).named_parameters())
     save_model(tensors, out, source)
@@ -968,7 +996,8 @@ def test_interrupted_save_leaves_the_old_folder_whole(
 
 
 def test_disk_that_fills_up_ends_in_one_line(tiny_checkpoint, tmp_path, capsys):
-    """The system refuses writes beyond 50 kB a file: exit status 2, no traceback, the old folder as it was."""
+    """The system refuses writes beyond 50 kB a file: exit status 2, no traceback, the old folder as
+    it was."""
     resource = pytest.importorskip("resource", reason="file size limits are a thing of Unix")
     source, out = tiny_checkpoint(), tmp_path / "out"
     shutil.copytree(source, out)
@@ -988,7 +1017,7 @@ def test_disk_that_fills_up_ends_in_one_line(tiny_checkpoint, tmp_path, capsys):
     assert files_of(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["out", "tiny"]
 
 
-# --- mistakes of the user's -----------------------------------------------------------------------------------------
+# --- mistakes of the user's -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1022,7 +1051,8 @@ def index(**change):
 
 
 def file(name, content):
-    """A breakage: a file with this text or these bytes; content may be a function of the old bytes; None removes it."""
+    """A breakage: a file with this text or these bytes; content may be a function of the old bytes;
+    None removes it."""
 
     def broken(folder):
         path = folder / name
@@ -1149,7 +1179,7 @@ BAD_CHECKPOINTS = {
     ),
     "pickle": (only_pickle, "neither model.safetensors nor", "pickle"),
     "no weights": (file(WEIGHTS, None), "neither model.safetensors nor"),
-    "integer tensor": (integers, NORM, "of another kind"),
+    "integer tensor": (integers, NORM, "another dtype"),
     "one missing": (
         lambda folder: rewrite(folder, lambda t: t.pop(NORM)),
         "missing model.norm.weight",
@@ -1196,7 +1226,8 @@ BAD_CHECKPOINTS = {
 
 @pytest.mark.parametrize("name", BAD_CHECKPOINTS)
 def test_bad_checkpoint_is_named_in_one_line(good, tmp_path, name):
-    """A checkpoint is untrusted input: each fault ends in a UserError that names the file or key."""
+    """A checkpoint is untrusted input: each fault ends in a UserError that names the file or
+    key."""
     breaks, *parts = BAD_CHECKPOINTS[name]
     folder = shutil.copytree(
         good / ("shards" if name.startswith("index") else "one"), tmp_path / "broken"
@@ -1282,7 +1313,7 @@ def test_cli_hides_no_bug():
             errors.run_command(fails(bug))
 
 
-# --- real ones ------------------------------------------------------------------------------------------------------
+# --- real ones ------------------------------------------------------------------------------------
 
 
 def test_stories260k_writes_what_its_readme_quotes(shared):
@@ -1317,8 +1348,8 @@ for name in map(str.strip, sys.stdin):
 
 
 def test_hub_names(shared, tiny_checkpoint, tmp_path):
-    """A hub id is downloaded, weights and text files alone; a name that isn't there, a transfer that breaks and a hub
-    that doesn't answer each end in one line."""
+    """A hub id is downloaded, weights and text files alone; a name that isn't there, a transfer
+    that breaks and a hub that doesn't answer each end in one line."""
     root, home = tmp_path / "root", tmp_path / "home"
     folder = companions(tiny_checkpoint("root/models/Qwen/Qwen3-0.6B", max_shard_size="20KB"))
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
