@@ -28,9 +28,10 @@ from tokenizers import (
 )
 
 import data
-from data import Tokenizer, fit, load_examples, read_rows, render_row, split_holdout
+from data import Tokenizer, fit, load_examples, render_row, split_holdout
 from model import IGNORE
 from support.errors import UserError
+from support.readers import read_rows
 from support.settings import parse_config
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -556,8 +557,8 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({}, "fits no schema: it is empty"),
-    ({"question": "q", "answer": "a"}, "fits no schema: it has answer, question; wanted is one of messages"),
+    ({}, "fits no schema: it has no keys"),
+    ({"question": "q", "answer": "a"}, "fits no schema: it has answer, question; expected one of messages"),
     ({"prompt": "p", "completion": None}, "fits no schema: it has prompt"),
     ({"prompt": 3, "completion": "c"}, "'prompt' must be a string, found '3'"),
     ({"prompt": "p", "completion": {"a": 1}}, "'completion' must be a string"),
@@ -566,7 +567,7 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
     ({"messages": []}, "'messages' must be a list of messages"),
     ({"messages": ["hi"]}, r"messages\[0\] must be a message"),
     ({"messages": [{"content": "x"}]}, r"messages\[0\] has no role"),
-    ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) must have text as its content, found 'null'"),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) must have text as its content: 'null'"),
     ({"messages": as_turn("a") + [{"role": "assistant", "content": [{"type": "image"}]}]}, r"messages\[1\] \(assistant\) must have text"),
     ({"conversations": [{"from": 3, "value": "x"}]}, r"conversations\[0\] has no role"),
     ({"conversations": [{"from": [], "value": "x"}]}, r"conversations\[0\] has no role"),
@@ -850,7 +851,7 @@ def test_a_data_set_of_the_hub(tmp_path):
     )
     code = """if 1:
         import sys; sys.path.insert(0, sys.argv[1])
-        from data import UserError, read_rows
+        from support.readers import UserError, read_rows
         for source in sys.argv[2:]:
             try: print([row["text"].removeprefix("org/") for _, row in read_rows(source)])
             except UserError as error: print("error:", error)"""
