@@ -288,12 +288,15 @@ def test_templates_that_fail_are_named(tmp_path, template, message):
 
 def random_chat(rng):
     """Contents that try to mislead: repeated, empty inside, ending in space, holding headers of other templates."""  # noqa: E501
-    pick = lambda: (
-        " ".join(
-            rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))
-        ).strip()
-        or "x"
-    )
+
+    def pick():
+        return (
+            " ".join(
+                rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))
+            ).strip()
+            or "x"
+        )
+
     pool = [pick() for _ in range(2)]
     return as_turn(
         *(rng.choice(pool) if rng.random() < 0.5 else pick() for _ in range(2 * rng.randint(1, 4)))
@@ -460,8 +463,12 @@ def test_tool_calls_are_the_models_words():
 
 
 def test_every_schema(chatml, tmp_path):
-    scored = lambda row, **options: scored_text(chatml, render_row(row, chatml, **options)[0])
-    whole = lambda row: chatml.decode(render_row(row, chatml)[0].ids, skip_special=False)
+    def scored(row, **options):
+        return scored_text(chatml, render_row(row, chatml, **options)[0])
+
+    def whole(row):
+        return chatml.decode(render_row(row, chatml)[0].ids, skip_special=False)
+
     row = {"prompt": "a cat", "completion": " sat"}
     assert scored(row) == " sat<|eos|>" and whole(row) == "<|bos|>a cat sat<|eos|>"
     assert scored(row, completion_only_loss=False) == "a cat sat<|eos|>"
@@ -632,9 +639,10 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
             )
             if int(whole.ids[0]) in tokenizer.special_ids:
                 assert kept.ids[0] == whole.ids[0]
-            runs = lambda labels: "".join(
-                "x" if label != IGNORE else " " for label in labels
-            ).split()
+
+            def runs(labels):
+                return "".join("x" if label != IGNORE else " " for label in labels).split()
+
             assert all(
                 run in runs(whole.labels) for run in runs(kept.labels)
             )  # an answer is scored whole or not at all
@@ -644,7 +652,10 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
 
 def test_fit_by_hand():
     ids, no, yes = np.arange(10), [False], [True]
-    flags = lambda *runs: np.array([flag for run in runs for flag in run])
+
+    def flags(*runs):
+        return np.array([flag for run in runs for flag in run])
+
     got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 5, {0})
     assert got[0].tolist() == [0, 6, 7, 8, 9] and got[1].tolist() == [False] * 3 + [True] * 2
     got = fit(
@@ -742,8 +753,13 @@ def test_holdout_is_a_seeded_partition(chatml, tmp_path):
     )
     examples, rows, _ = load_examples(path, chatml)
     (kept, kept_rows), (held, held_rows) = split_holdout(examples, rows, 0.2, seed=1)
-    text = lambda found: [chatml.decode(example[0].ids).split()[0] for example in found]
-    number = lambda found: [row["prompt"].split()[0] for row in found]
+
+    def text(found):
+        return [chatml.decode(example[0].ids).split()[0] for example in found]
+
+    def number(found):
+        return [row["prompt"].split()[0] for row in found]
+
     assert len(held) == 10 and sorted(text(kept) + text(held), key=int) == [
         str(n) for n in range(50)
     ]
@@ -910,7 +926,10 @@ def test_folders_globs_and_weights(chatml, tmp_path):
     assert [source["share"] for source in ledger.sources] == [0.25, 0.75] and "75.0% from " in str(
         ledger
     )
-    names = lambda epoch: [row["prompt"] for row in rows.epoch(epoch)]
+
+    def names(epoch):
+        return [row["prompt"] for row in rows.epoch(epoch)]
+
     assert (
         len(examples.epoch(0)) == len(examples) == 40 == len(names(0)) and len(ledger.sources) == 2
     )
@@ -966,7 +985,10 @@ def test_a_second_start_renders_nothing(chatml, tmp_path, monkeypatch):
     ].ids.dtype == np.int32
     monkeypatch.undo()
     monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
-    folder = lambda *args, **options: load_examples(*args, **options)[0].folder
+
+    def folder(*args, **options):
+        return load_examples(*args, **options)[0].folder
+
     other = Tokenizer(write_tokenizer(tmp_path / "other", THINK))
     cut, drawn = {"max_length": 9}, {"max_samples": 5, "seed": 7}
     folders = [
@@ -1156,8 +1178,13 @@ def test_epochs_differ_and_come_back(chatml, tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [LISTED | {"question": f"Where is {n}?"} for n in range(40)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    load = lambda **options: load_examples(path, chatml, recipe="mcqa", seed=5, **options)
-    texts = lambda examples: [chatml.decode(example[0].ids) for example in examples]
+
+    def load(**options):
+        return load_examples(path, chatml, recipe="mcqa", seed=5, **options)
+
+    def texts(examples):
+        return [chatml.decode(example[0].ids) for example in examples]
+
     examples, made, ledger = load()
     epochs = [texts(examples.epoch(n)) for n in range(3)]
     assert epochs[0] == texts(examples) and epochs == [texts(load()[0].epoch(n)) for n in range(3)]

@@ -762,13 +762,13 @@ TOKEN = "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"
 ASKING = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import model, data, lora
-from support import readers
+import model, lora
+from support import errors, readers
 
 for ask in (model.resolve, readers.read_rows, lora.find_adapter):
     for status in ("401", "403", "404", "500", "200", "302"):
         try:
-            model.run_command(lambda: ask(f"org/answers-{status}"))
+            errors.run_command(lambda: ask(f"org/answers-{status}"))
         except SystemExit as ended:
             assert ended.code == 2
 """
