@@ -1,20 +1,19 @@
-"""Data: the checkpoint's tokenizer and chat template, readers, recipes, rows rendered to ids and labels, the ledger.
+"""Data: rows are rendered by the checkpoint's own chat template to token ids and labels.
 
-The decision that is not obvious: assistant turns are looked for in the *full* rendering. A template may render a turn
-differently once others follow (Qwen3 drops earlier thoughts), so masks made by rendering turn after turn are wrong.
-Each turn is replaced by a sentinel instead, which brackets it for any template. Pieces are tokenised one by one and
-their ids concatenated, so no token straddles prompt and answer, and a prompt has the ids it will have at generation.
-What was rendered is kept on disk and memory-mapped: a million rows take the memory of a thousand, and no second time.
+The decision that is not obvious: assistant turns are looked for in the *full* rendering. A template
+may render a turn differently once others follow (Qwen3 drops earlier thoughts), so masks made by
+rendering turn after turn are wrong. Each turn is replaced by a sentinel instead, which brackets it
+for any template. Texts are tokenized segment by segment and their ids concatenated, so no token
+straddles prompt and answer, and a prompt has the same ids in training and at generation.
+Rendered examples are cached on disk and memory-mapped: the memory used does not grow with the rows,
+and a second start renders nothing.
 
-    python data.py show --model Qwen/Qwen3-0.6B --data rows.jsonl --n 3     # rows as rendered, what is scored in colour
-    python data.py audit --model Qwen/Qwen3-0.6B --data rows.jsonl          # lengths, what max_length cuts, duplicates
+    python data.py show --model Qwen/Qwen3-0.6B --data rows.jsonl --n 3   # scored tokens in colour
+    python data.py audit --model Qwen/Qwen3-0.6B --data rows.jsonl        # lengths, duplicates
     python data.py mix --model Qwen/Qwen3-0.6B --data a.jsonl@2 b.csv@1 --output mixed.jsonl
     python data.py pairs --model Qwen/Qwen3-0.6B --data ecqa.csv --recipe ecqa --output pairs.jsonl
 """
 
-import csv
-import glob
-import gzip
 import hashlib
 import itertools
 import json
@@ -24,16 +23,14 @@ import runpy
 import secrets
 import sys
 import tempfile
-import types
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from inspect import signature
+from inspect import getfile, signature
 from pathlib import Path
-from typing import Literal
 
 import jinja2.ext
 import numpy as np
@@ -50,24 +47,26 @@ from support.errors import (
     run_command,
     sanitize,
 )
-from support.files import read_json, regular_file, unique_keys
-from support.hub import COMPANIONS, hub_files, resolve
+from support.files import read_json, regular_file
+from support.hub import COMPANIONS, resolve
+from support.readers import find_sources, stream_rows
 from support.sandbox import Overrun, bounded
-from support.settings import check_range, parse_config
+from support.settings import check_choices, check_range, parse_config
 
 
 def as_turn(role, content):
     return [{"role": role, "content": content}]
 
 
-# --- the tokenizer and the chat template ------------------------------------------------------------------------------
+# --- the tokenizer and the chat template ----------------------------------------------------------
 
-# in place of an answer, and around {% generation %}; unguessable, or a row could forge one and move its own mask
+# Stand for an answer, and for the ends of {% generation %}. Random: a row that contained one could
+# move its own mask.
 SENTINEL, OPEN, CLOSE = (f"\ue000{secrets.token_hex(8)}\ue001" for _ in range(3))
 
 
 class Generation(jinja2.ext.Extension):
-    """The tags `{% generation %} ... {% endgeneration %}`, by which a template says what the model itself writes."""
+    """The tags `{% generation %} ... {% endgeneration %}`, which mark what the model writes."""
 
     tags = {"generation"}
 
@@ -80,189 +79,193 @@ class Generation(jinja2.ext.Extension):
         return OPEN + caller() + CLOSE
 
 
+def template_environment(now):
+    """jinja2's sandbox with the functions that transformers gives to chat templates."""
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, **kwargs):  # jinja's own escapes HTML and sorts keys
+        return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = now.strftime
+    return environment
+
+
 class Tokenizer:
-    """A checkpoint's `tokenizer.json` with its special tokens, end tokens and chat template. `now`, by default the
-    start, is what `strftime_now` tells: Llama 3.2 writes the date into its system turn, so a run that goes on tomorrow
-    needs the day it began. UserError: a file is missing or broken. Source: transformers' PreTrainedTokenizerFast."""
+    """A checkpoint's `tokenizer.json` with its special tokens, end tokens and chat template.
+
+    `now` (default: the time of the call) is what `strftime_now` formats: Llama 3.2 writes the date
+    into its system turn, so a run that is resumed tomorrow needs the day on which it began.
+    UserError: a file is missing or broken. Source: transformers' PreTrainedTokenizerFast.
+    """
 
     def __init__(self, folder, now=None):
-        self.folder, self.now = Path(folder), now or datetime.now()
+        self.folder = Path(folder)
+        self.now = now or datetime.now()
         path = self.folder / "tokenizer.json"
         if not path.is_file():
-            raise UserError(
-                f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder that has one"
-            )
-        with as_user_error(
-            f"{path}: not a tokenizer", Exception
-        ):  # the library raises nothing more special
+            raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder")
+        with as_user_error(f"{path}: not a tokenizer", Exception):  # the library has no subclass
             self.backend = tokenizers.Tokenizer.from_file(str(regular_file(path, 2**28)))
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
-        names = [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
-        tokens = {
-            name: t.get("content") if isinstance(t := config.get(name), dict) else t
-            for name in names
-        }
-        self.special = {name: token for name, token in tokens.items() if isinstance(token, str)}
-        self.bos_id, eos, self.pad_id = (
-            self.backend.token_to_id(self.special.get(name, "")) for name in names[:3]
+        self.read_special_tokens(config)
+        self.read_templates(config)
+        self.head = self.encode("", special=True)[:1]  # BOS, where texts begin with one
+        self.newline = self.encode("\n")
+        # SentencePiece puts a space before every text
+        self.prepends = self.encode("\na") != self.newline + self.encode("a")
+
+    def read(self, name):
+        path = self.folder / name
+        return read_json(path) if path.exists() else {}
+
+    def read_special_tokens(self, config):
+        self.special = {}  # {"bos_token": "<s>", ...}
+        for name, token in config.items():
+            if isinstance(token, dict):
+                token = token.get("content")
+            if name.endswith("_token") and isinstance(token, str):
+                self.special[name] = token
+        self.bos_id, eos_id, self.pad_id = (
+            self.backend.token_to_id(self.special.get(name, ""))
+            for name in ("bos_token", "eos_token", "pad_token")
         )
         added = self.backend.get_added_tokens_decoder()
         self.added = {token.content: id for id, token in added.items()}
         self.special_ids = {id for id, token in added.items() if token.special}
-        ends = [
-            self.read(name).get("eos_token_id")
-            for name in ("generation_config.json", "config.json")
-        ]
-        ends = [
-            eos,
-            *(id for found in ends for id in (found if isinstance(found, list) else [found])),
-        ]
-        self.eos_ids = list(
-            dict.fromkeys(id for id in ends if isinstance(id, int) and 0 <= id < 2**24)
-        )
-        self.head = self.encode("", special=True)[:1]  # BOS, where texts begin with one
-        self.newline = self.encode("\n")
-        self.prepends = self.encode("\na") != self.newline + self.encode(
-            "a"
-        )  # SentencePiece: a space before all
+        ends = [eos_id]
+        for name in ("generation_config.json", "config.json"):
+            ids = self.read(name).get("eos_token_id")
+            ends += ids if isinstance(ids, list) else [ids]
+        ends = [id for id in ends if isinstance(id, int) and 0 <= id < 2**24]
+        self.eos_ids = list(dict.fromkeys(ends))
 
-        path, found = self.folder / "chat_template.jinja", config.get("chat_template")
-        self.template_file = path if path.exists() else self.folder / "tokenizer_config.json"
-        found = (
-            regular_file(path, 2**20).read_text(encoding="utf-8", errors="replace")
-            if path.exists()
-            else found
-        )
-        found = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
-        tags = [Generation, jinja2.ext.loopcontrols]
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
-
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
-        # as transformers has it; jinja's own escapes HTML and sorts keys
-        env.filters["tojson"] = lambda x, ensure_ascii=False, **more: json.dumps(
-            x, ensure_ascii=ensure_ascii, **more
-        )
-        env.globals |= {
-            "raise_exception": raise_exception,
-            "strftime_now": lambda form: self.now.strftime(form),
-        }
+    def read_templates(self, config):
+        self.template_file = self.folder / "chat_template.jinja"
+        if self.template_file.exists():
+            file = regular_file(self.template_file, 2**20)
+            templates = file.read_text(encoding="utf-8", errors="replace")
+        else:
+            self.template_file = self.folder / "tokenizer_config.json"
+            templates = config.get("chat_template") or []
+        if isinstance(templates, str):
+            templates = [{"name": "default", "template": templates}]
+        self.tells_date = "strftime_now" in str(templates)
+        environment = template_environment(self.now)
         fault = f"{self.template_file}: not a chat template, nor a list of them by name"
         with bounded(fault), as_user_error(fault, Exception):
-            self.templates = {t["name"]: env.from_string(t["template"]) for t in found}
-        self.has_template, self.tells_date = bool(self.templates), "strftime_now" in str(found)
-
-    def read(self, name):
-        return read_json(self.folder / name) if (self.folder / name).exists() else {}
+            self.templates = {t["name"]: environment.from_string(t["template"]) for t in templates}
+        self.has_template = bool(self.templates)
 
     def __len__(self):
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text, special=False):
-        """str -> list of ids; `special` applies the tokenizer's own post-processor (Llama's BOS)."""
+        """str -> list of ids; `special` applies the tokenizer's post-processor (Llama's BOS)."""
         return next(self.encode_all([text], special))
 
     def encode_all(self, texts, special=False):
-        """Yields the ids of each text; 2^22 characters are encoded together, on every core, at 170 bytes for each."""
+        """Yields the ids of each text. The library encodes 2^22 characters at once, on every core;
+        that takes 170 bytes per character."""
         ends = itertools.accumulate(map(len, texts))
         for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 22):
-            group = [text for text, _ in group]
+            batch = [text for text, _ in group]
             try:
-                found = self.backend.encode_batch_fast(group, add_special_tokens=special)
+                encodings = self.backend.encode_batch_fast(batch, add_special_tokens=special)
             except BaseException as error:  # the library's panics are no Exception
                 if isinstance(error, (KeyboardInterrupt, Overrun)):
                     raise
-                words = f"cannot encode {brief(max(group, key=len))}: {brief(str(error))}"
-                raise UserError(f"{self.folder / 'tokenizer.json'}: {words}") from None
-            yield from (e.ids for e in found)
+                message = f"cannot encode {brief(max(batch, key=len))}: {brief(str(error))}"
+                raise UserError(f"{self.folder / 'tokenizer.json'}: {message}") from None
+            for encoding in encodings:
+                yield encoding.ids
 
     def decode(self, ids, skip_special=True):
-        """Ids -> str, without special tokens unless they are asked for."""
+        """Ids -> str, by default without special tokens."""
         return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
 
     def render(
         self, messages, /, add_generation_prompt=False, tools=None, keep_marks=False, **kwargs
     ):
-        """Messages -> text by the checkpoint's template, which also gets `kwargs`. UserError: none, or it fails."""
+        """Messages -> text by the checkpoint's template, which also gets `kwargs`.
+        UserError: there is no template, or it fails."""
         if not self.templates:
             raise UserError(
-                f"{self.folder}: no chat template; use prompt/completion or text rows, or a chat model"
+                f"{self.folder}: no chat template; "
+                "use prompt/completion or text rows, or a chat model"
             )
-        template = self.templates.get(
-            "tool_use" if tools and "tool_use" in self.templates else "default"
-        )
-        if template is None:
-            raise UserError(
-                f"{self.template_file}: no template is named 'default': {', '.join(self.templates)}"
-            )
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        if name not in self.templates:
+            names = ", ".join(self.templates)
+            raise UserError(f"{self.template_file}: no template is named 'default': {names}")
         messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
-        for m in messages:  # reasoning has had three names
-            if thought := next(
-                (m[key] for key in ("reasoning_content", "thinking", "reasoning") if key in m), None
-            ):
-                m |= {"thinking": m.get("thinking", thought), "reasoning_content": thought}
-        kwargs = self.special | {"tools": tools or None, "documents": None} | kwargs
+        for m in messages:  # templates know the reasoning by one of two names, rows by three
+            keys = [key for key in ("reasoning_content", "thinking", "reasoning") if key in m]
+            if keys and m[keys[0]]:
+                m["reasoning_content"] = m[keys[0]]
+                m.setdefault("thinking", m[keys[0]])
+        variables = self.special | {"tools": tools or None, "documents": None} | kwargs
+        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         fault = f"{self.template_file}: the chat template failed"
         with bounded(fault), as_user_error(fault, Exception):  # untrusted code, untrusted rows
-            text = template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **kwargs
-            )
+            text = self.templates[name].render(variables)
         return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
     @cached_property
     def end_ids(self):
-        """Ids that end a turn: the end tokens, and what the template writes after an answer (in Qwen3-Base not eos)."""
+        """Ids that end a turn: eos_ids, and the token that the template writes after an answer,
+        which in Qwen3-Base is not among them."""
         tail = ""
         with suppress(UserError):  # no template, or one that insists on a system turn, say
-            tail = (
-                self.render(as_turn("user", "a") + as_turn("assistant", SENTINEL))
-                .partition(SENTINEL)[2]
-                .lstrip()
-            )
-        after = [
-            self.added[token]
-            for token in sorted(self.added, key=len)[::-1]
-            if tail.startswith(token)
-        ]
-        return list(dict.fromkeys([*self.eos_ids, *after[:1]]))
+            text = self.render(as_turn("user", "a") + as_turn("assistant", SENTINEL))
+            tail = text.partition(SENTINEL)[2].lstrip()
+        after = sorted(filter(tail.startswith, self.added), key=len)[-1:]
+        return list(dict.fromkeys(self.eos_ids + [self.added[token] for token in after]))
 
     @cached_property
     def turn_end(self):
-        """Those as a pattern, with the space that a template may leave before them."""
-        tokens = sorted(filter(None, map(self.backend.id_to_token, self.end_ids)), key=len)[::-1]
-        return r"(?:\s*(?:" + "|".join(map(re.escape, tokens)) + "))+" if tokens else r"(?!)"
+        """A pattern of those tokens, with the space that a template may leave before them."""
+        tokens = sorted(filter(None, map(self.backend.id_to_token, self.end_ids)), key=len)
+        tokens = "|".join(map(re.escape, tokens[::-1]))
+        return rf"(?:\s*(?:{tokens}))+" if tokens else r"(?!)"
 
-    def turns(self, messages, wanted=None, /, **kwargs):
-        """The full rendering, and where the model speaks in it, for any template: (text, spans, open).
+    def turns(self, messages, first=0, /, **kwargs):
+        """The full rendering, and where the assistant speaks in it: (text, spans, is_open).
 
-        spans: (start, end) of each rendered assistant message whose index is in `wanted` (default: all), from the end
-        of the generation prompt (so with a <think> that it does not open) through the token that ends the turn; as
-        `{% generation %}` marks them, where each turn has one. open: the text ends in an answer without that token."""
-        speaks, spans, is_open = (
-            [i for i, m in enumerate(messages) if m["role"] == "assistant"],
-            [],
-            False,
-        )
+        spans: (start, end) of each assistant message from index `first` on that is rendered. It
+        begins after the generation prompt (so a <think> that this does not open is inside) and ends
+        with the token that ends the turn; where the template marks every turn by
+        `{% generation %}`, the marks decide. is_open: the last answer lacks the end token.
+        """
+        speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        spans, is_open, marked = [], False, {}
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
             pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
-            text, at = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
-            marked = (
-                dict(zip(speaks, zip(at[::2], at[1::2])))
-                if len(pieces) == 2 * len(speaks) + 1
-                else {}
-            )
-            for i in speaks if wanted is None else [i for i in speaks if i in wanted]:
-                span = marked.get(i) or self.find_turn(
-                    messages, i, text, spans[-1][1] if spans else 0, **kwargs
-                )
+            text = "".join(pieces)
+            if len(pieces) == 2 * len(speaks) + 1:
+                cuts = list(itertools.accumulate(map(len, pieces)))
+                marked = dict(zip(speaks, zip(cuts[::2], cuts[1::2])))
+            for i in speaks:
+                if i < first:
+                    continue
+                floor = spans[-1][1] if spans else 0
+                span = marked.get(i) or self.find_turn(messages, i, text, floor, **kwargs)
                 if span is None:
                     continue
                 start, end = span
                 if not re.compile(self.turn_end + r"\s*\Z").search(text, start, end):
-                    if after := re.compile(self.turn_end).match(text, end):
+                    after = re.compile(self.turn_end).match(text, end)
+                    if after:
                         end = after.end()
                     elif i == len(messages) - 1:
                         text, is_open = text[:end], True
@@ -270,238 +273,95 @@ class Tokenizer:
         return text, spans, is_open
 
     def find_turn(self, messages, i, text, floor, /, **kwargs):
-        """(start, end) of assistant message `i` in `text`, not before `floor`; None if the template leaves it out."""
-        prompt, seen = SENTINEL, False
-        with suppress(UserError):  # of no messages, say, when the assistant speaks first
+        """(start, end) of assistant message `i` in `text`, at `floor` or later; None if the
+        template leaves it out. UserError: it is rendered, but its place is not clear."""
+        prompt, is_rendered = SENTINEL, False
+        with suppress(UserError):  # the assistant speaks first, and the template wants a message
             prompt = self.render(messages[:i], True, **kwargs)
-        # without its tool calls, which are the model's words too; or with them, if the template insists
+        # without its tool calls, which are the model's words too; else with them
         for stand_in in (*as_turn("assistant", SENTINEL), messages[i] | {"content": SENTINEL}):
             try:
                 other = self.render([*messages[:i], stand_in, *messages[i + 1 :]], **kwargs)
             except UserError:
                 continue
-            before, mark, after = other.partition(SENTINEL)
-            end, seen = len(text) - len(after), seen or bool(mark)
-            start = (
-                len(prompt)
-                if text.startswith(prompt)
-                else self.find_start(text, before, floor, **kwargs)
-            )
-            if mark and start <= end and text.endswith(after):
+            before, sentinel, after = other.partition(SENTINEL)
+            if not sentinel:
+                continue
+            is_rendered = True
+            if text.startswith(prompt):
+                start = len(prompt)
+            else:
+                start = self.find_start(text, before, floor, **kwargs)
+            end = len(text) - len(after)
+            if start <= end and text.endswith(after):
                 calls = "tool_calls" in stand_in and re.compile(self.turn_end).search(text, end)
                 return start, calls.end() if calls else end
-        if seen:
-            fault = f"{self.template_file}: cannot tell where message {i} is in the rendering"
+        if is_rendered:
             raise UserError(
-                fault
-                + "; mark it with {% generation %} in the template, or use prompt/completion rows"
+                f"{self.template_file}: cannot tell where message {i} is in the rendering; "
+                "mark it with {% generation %} in the template, or use prompt/completion rows"
             )
-        return None
 
     def find_start(self, text, before, floor, /, **kwargs):
-        """Where a turn that `before` leads up to begins: after the template's header, or as much of it as is there (an
-        earlier turn may lack the <think> that the generation prompt opens); beyond the text where nothing fits."""
-        ask, same = as_turn("user", "a"), len(os.path.commonprefix([text, before]))
+        """Where the turn begins that `before` leads up to: after the template's header for the
+        assistant, or the longest start of it that is there (an earlier turn may lack the <think>
+        that the generation prompt opens). sys.maxsize if `text` does not begin that way."""
+        ask = as_turn("user", "a")
         header = self.render(ask, True, **kwargs).removeprefix(self.render(ask, **kwargs))
-        heads = [header[:n] for n in range(len(header), 0, -1) if header[:n] in before[floor:]]
-        starts = [before.rfind(head, floor) + len(head) for head in heads]
-        return next((start for start in [*starts, len(before)] if start <= same), sys.maxsize)
+        same = common_length(text, before)
+        for n in range(len(header), 0, -1):
+            offset = before.rfind(header[:n], floor)
+            if 0 <= offset <= same - n:
+                return offset + n
+        return len(before) if same == len(before) else sys.maxsize
 
     def encode_sides(self, rows):
-        """[[side, ...], ...], a side [(str or ids, scored), ...] -> yields each, a side (ids, scored), both (T,)."""
-        texts, inside, added = [], [], tuple(self.added)
+        """[[side, ...], ...] -> yields each row with its sides encoded, all rows in one batch.
+        A side is [(str or ids, scored), ...], encoded (ids (T,) int32, scored (T,) bool)."""
+        texts, skips, added = [], [], tuple(self.added)
         for sides in rows:
-            for side in sides:
-                before = (
-                    ""
-                    if side is sides[0]
-                    else "".join(piece for piece, _ in sides[0] if isinstance(piece, str))
-                )
-                for piece in (piece for piece, _ in side if isinstance(piece, str)):
-                    inside.append(self.prepends and piece and before and not before.endswith(added))
-                    texts.append(
-                        "\n" + piece if inside[-1] else piece
-                    )  # no space is prepended after it; it comes off
-                    before = piece or before
-        batch = (
-            ids[len(self.newline) :] if cut else ids
-            for ids, cut in zip(self.encode_all(texts), inside)
-        )
-
-        def join(side):
-            ids = [next(batch) if isinstance(piece, str) else piece for piece, _ in side]
-            scored = np.repeat(
-                np.array([flag for _, flag in side], bool), [len(piece) for piece in ids]
-            )
-            return np.array([id for piece in ids for id in piece], np.int32), scored
-
-        yield from ([join(side) for side in sides] for sides in rows)
+            prompt = "".join(text for text, _ in sides[0] if isinstance(text, str))
+            for number, side in enumerate(sides):
+                before = prompt if number else ""
+                for text, _ in side:
+                    if not isinstance(text, str):
+                        continue
+                    # after a newline SentencePiece adds no space; the newline's ids are removed
+                    joins = self.prepends and text and before and not before.endswith(added)
+                    texts.append("\n" + text if joins else text)
+                    skips.append(len(self.newline) if joins else 0)
+                    before = text or before
+        encoded = (ids[skip:] for ids, skip in zip(self.encode_all(texts), skips))
+        for sides in rows:
+            yield [join_pieces(side, encoded) for side in sides]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+def join_pieces(side, encoded):
+    ids, scored = [], []
+    for piece, is_scored in side:
+        piece = next(encoded) if isinstance(piece, str) else piece
+        ids += piece
+        scored += [is_scored] * len(piece)
+    return np.array(ids, np.int32), np.array(scored, bool)
 
 
-def pieces_of(path, lines=True):
-    """Yields a file's bytes, unzipped if its name ends in .gz: lines, those above 2^26 bytes in pieces, or pieces."""
-    with as_user_error(f"{path}: cannot be read", OSError, EOFError, zlib.error):
-        total, size = 0, regular_file(path).stat().st_size
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            while piece := (file.readline if lines else file.read)(2**26):
-                if (total := total + len(piece)) > max(100 * size, 2**25):
-                    raise UserError(
-                        f"{path}: unzips to more than a hundred times its size; if you trust it, unzip it"
-                    )
-                yield piece
+def common_length(first, second):
+    """How many elements two sequences have in common from the start."""
+    pairs = enumerate(zip(first, second))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def lines_of(path, encoding="utf-8-sig"):
-    """Yields (number, line) of a text file as it reads."""
-    for number, line in enumerate(pieces_of(path), 1):
-        if len(line) == 2**26:
-            raise UserError(
-                f"{path}:{number}: a line of more than {2**26:,} bytes; a row is a line of its own"
-            )
-        with as_user_error(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
-            line = line.decode(encoding)
-        yield number, line
+# --- rows to prompt and answers -------------------------------------------------------------------
 
-
-def read_jsonl(path):
-    for number, line in lines_of(path):
-        if line.strip():
-            with as_user_error(f"{path}:{number}: not JSON", ValueError, RecursionError, on=line):
-                row = json.loads(line, object_pairs_hook=unique_keys)
-            yield f"{path}:{number}", row
-
-
-def read_text(path):
-    with as_user_error(f"{path}: not UTF-8", UnicodeDecodeError):
-        return b"".join(pieces_of(path, lines=False)).decode("utf-8-sig")
-
-
-def read_list(path):
-    text = read_text(path)
-    try:
-        rows = json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        why, line = getattr(error, "msg", str(error)), getattr(error, "lineno", 1)
-        if why == "Extra data" and text.lstrip().startswith("{"):  # lines under another name
-            return read_jsonl(path)
-        found = brief("".join(text.splitlines()[line - 1 : line]) or "the end")
-        raise UserError(f"{path}:{line}: not JSON: {why}: {found}") from None
-    rows = rows.get("data", rows) if isinstance(rows, dict) else rows
-    if not isinstance(rows, list):
-        raise UserError(
-            f'{path}: expected a list of rows or {{"data": [...]}}, found {brief(rows)}'
-        )
-    return ((f"{path}[{number}]", row) for number, row in enumerate(rows))
-
-
-def read_csv(path):
-    csv.field_size_limit(2**31 - 1)
-    with as_user_error(f"{path}: not CSV", csv.Error, ValueError):
-        rows = csv.DictReader(line for _, line in lines_of(path))
-        unique_keys([(name, None) for name in rows.fieldnames or ()])
-        for number, row in enumerate(rows):
-            if None in row:
-                raise UserError(
-                    f"{path}[{number}]: more fields than the header's {len(row) - 1}: {brief(row[None])}"
-                )
-            yield f"{path}[{number}]", row
-
-
-def read_parquet(path):
-    import pyarrow.parquet
-
-    with as_user_error(f"{path}: not a parquet file", pyarrow.ArrowException, OSError, ValueError):
-        file = pyarrow.parquet.ParquetFile(path)
-        unique_keys([(name, None) for name in file.schema_arrow.names])
-        rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
-        yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
-
-
-def read_movielens(path, seen=10):
-    """MovieLens 100K's u.data with u.item beside it -> a row for each rating that a user gave after the first `seen`:
-    {"history": [[title, rating], ...], the `seen` before it; "title", "rating"}."""
-    split = lambda path, mark: (
-        (n, line.rstrip("\r\n").split(mark)) for n, line in lines_of(path, "latin-1")
-    )
-    users = {}
-    with as_user_error(f"{path}: not tables of MovieLens", ValueError, LookupError):
-        titles = {cells[0]: cells[1] for _, cells in split(path.with_name("u.item"), "|")}
-        for number, (user, item, rating, when) in split(path, "\t"):
-            users.setdefault(user, []).append((int(when), number, [titles[item], int(rating)]))
-    for rated in map(sorted, users.values()):
-        for n, (_, number, (title, rating)) in enumerate(rated[seen:]):
-            history = [pair for *_, pair in rated[n : n + seen]]
-            yield f"{path}:{number}", {"history": history, "title": title, "rating": rating}
-
-
-READERS = {".jsonl": read_jsonl, ".json": read_list, ".csv": read_csv, ".parquet": read_parquet,
-           ".data": read_movielens}  # fmt: skip
-
-
-def kind_of(path):
-    return Path(str(path).removesuffix(".gz")).suffix
-
-
-def find_sources(sources):
-    """Sources -> [(name, weight, files), ...], the weight None where no source has one. A source is a file that READERS
-    know, .gz too, a folder of them, a glob, or a hub's data set as in `hub_files`; each perhaps with @weight."""
-    found = []
-    for source in map(str, [sources] if isinstance(sources, (str, Path)) else sources):
-        name, mark, weight = source.rpartition("@")
-        name, weight = (name, weight) if mark and not Path(source).exists() else (source, None)
-        with as_user_error(f"{source}: the weight after @ must be a number above 0", ValueError):
-            if weight is not None and not 0 < (weight := float(weight)) < 1e30:
-                raise ValueError(weight)
-        if not name.strip():
-            raise UserError(f"{source!r}: a source of rows has a name")
-        path = Path(name)
-        if path.is_dir():
-            paths = sorted(file for file in path.iterdir() if kind_of(file) in READERS)
-        elif path.exists() or not (paths := sorted(map(Path, glob.glob(name, recursive=True)))):
-            hub = kind_of(path) not in READERS and re.fullmatch(
-                r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}", name
-            )
-            paths = (
-                hub_files(name, lambda file: kind_of(file) in READERS)
-                if hub and not path.exists()
-                else [path]
-            )
-        for path in paths:
-            if not regular_file(path).exists():
-                raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
-            if kind_of(path) not in READERS:
-                raise UserError(
-                    f"{path}: not a known kind of file; known are {', '.join(READERS)}, each also with .gz"
-                )
-        found.append((name, weight, paths))
-    weighted = any(weight for _, weight, _ in found)
-    return [(name, weight or 1.0 if weighted else None, paths) for name, weight, paths in found]
-
-
-def stream_rows(sources):
-    """Yields (where: 'file:line' or 'file[index]', row, number of its source) of what `find_sources` returns."""
-    for number, (name, _, paths) in enumerate(sources):
-        where = None
-        for where, row in (found for path in paths for found in READERS[kind_of(path)](path)):
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: a row is an object, found {brief(row)}")
-            yield where, row, number
-        if where is None:
-            raise UserError(f"{name}: no rows in it")
-
-
-def read_rows(source):
-    """[(where, row), ...] of a source, see `find_sources`."""
-    return [(where, row) for where, row, _ in stream_rows(find_sources(source))]
-
-
-# --- rows to pieces of text -------------------------------------------------------------------------------------------
-
-SCHEMAS = ["messages", "conversations", "prompt completion", "prompt chosen rejected", "chosen rejected",
-           "instruction output", "text"]  # fmt: skip
+SCHEMAS = (
+    "messages",
+    "conversations",
+    "prompt completion",
+    "prompt chosen rejected",
+    "chosen rejected",
+    "instruction output",
+    "text",
+)
 SHAREGPT = {
     "human": "user",
     "gpt": "assistant",
@@ -517,188 +377,195 @@ def text_of(row, key):
 
 
 def messages_of(row, key):
-    """A row's messages as templates want them: ShareGPT's names mapped, parts of text joined, None left out."""
+    """A row's messages as templates want them: ShareGPT's names mapped, lists of text parts joined,
+    values of None left out. UserError: no list of messages, or one without role or text."""
     if not isinstance(row[key], list) or not row[key]:
         raise UserError(f"'{key}' must be a list of messages, found {brief(row[key])}")
     messages = []
-    for i, given in enumerate(row[key]):
-        if not isinstance(given, dict):
-            raise UserError(
-                f"{key}[{i}] must be a message with role and content, found {brief(given)}"
-            )
-        m = {name: value for name, value in given.items() if value is not None}
+    for i, source in enumerate(row[key]):
+        where = f"{key}[{i}]"
+        if not isinstance(source, dict):
+            raise UserError(f"{where} must be a message with role and content: {brief(source)}")
+        m = {name: value for name, value in source.items() if value is not None}
         if "from" in m:
             m = {"role": SHAREGPT.get(str(m["from"]), m["from"]), "content": m.get("value")}
-        content = m.get("content")
-        if isinstance(content, list) and all(
-            isinstance(p, dict) and isinstance(p.get("text"), str) for p in content
-        ):
-            m["content"] = content = "".join(part["text"] for part in content)
-        if not isinstance(m.get("role"), str):
-            raise UserError(f"{key}[{i}] has no role: {brief(given)}")
-        if (
-            not isinstance(content, str)
-            and not m.get("tool_calls")
-            and (content is None or m["role"] == "assistant")
-        ):
-            raise UserError(
-                f"{key}[{i}] ({m['role']}) must have text as its content, found {brief(content)}"
-            )
+        content, role = m.get("content"), m.get("role")
+        if isinstance(content, list):
+            with suppress(TypeError, LookupError):  # not text alone: left to the template
+                content = m["content"] = "".join(part["text"] for part in content)
+        if not isinstance(role, str):
+            raise UserError(f"{where} has no role: {brief(source)}")
+        is_text = isinstance(content, str) or (content is not None and role != "assistant")
+        if not is_text and not m.get("tool_calls"):
+            raise UserError(f"{where} ({role}) must have text as its content: {brief(content)}")
         messages.append(m)
     return messages
 
 
+def turns_of(row, key):
+    """A row's prompt or answer as messages: a string is one turn."""
+    if isinstance(row[key], str):
+        return as_turn("user" if key == "prompt" else "assistant", row[key])
+    return messages_of(row, key)
+
+
 def split_row(row, chat, preference=False):
-    """A row -> (prompt, answers): strings, or lists of messages if the row has such (Alpaca if `chat`). The prompt of a
-    text or conversation is empty; answers are one, or chosen and rejected."""
-    has = {key for key, value in row.items() if value is not None}
-    schemas = [schema for schema in SCHEMAS if not preference or "chosen" in schema]
-    keys = next((schema.split() for schema in schemas if has.issuperset(schema.split())), None)
-    if keys is None:
-        there = f"it has {', '.join(sorted(map(str, has)))[:200]}" if has else "it is empty"
-        wanted = ", ".join(schema.replace(" ", "+") for schema in schemas)
-        raise UserError(f"fits no schema: {there}; wanted is one of {wanted}")
-    if keys == ["text"]:
+    """A row -> (prompt, answers): strings, or lists of messages if the row has them (Alpaca's rows
+    if `chat`). The prompt of a text or conversation is empty; answers are one, or chosen and
+    rejected. UserError: it fits none of SCHEMAS, or a value is of a wrong type."""
+    filled = {key for key, value in row.items() if value is not None}
+    schemas = [schema for schema in SCHEMAS if "chosen" in schema or not preference]
+    schema = next((schema for schema in schemas if filled.issuperset(schema.split())), None)
+    if schema is None:
+        names = ", ".join(sorted(map(str, filled)))[:200]
+        expected = ", ".join(schema.replace(" ", "+") for schema in schemas)
+        raise UserError(f"fits no schema: it has {names or 'no keys'}; expected one of {expected}")
+    if schema == "text":
         return "", [text_of(row, "text")]
+    if schema == "messages":
+        return [], [messages_of(row, "messages")]
     system = as_turn("system", text_of(row, "system")) if row.get("system") else []
-    if len(keys) == 1:
-        return [], [(system if keys == ["conversations"] else []) + messages_of(row, keys[0])]
-    if keys[0] == "instruction":
-        instruction, output, given = (
-            text_of(row, key) if row.get(key) else "" for key in (*keys, "input")
-        )
+    if schema == "conversations":
+        return [], [system + messages_of(row, "conversations")]
+    if schema == "instruction output":
+        instruction, output = text_of(row, "instruction"), text_of(row, "output")
+        extra = "\n" + text_of(row, "input") if row.get("input") else ""
         if chat:
-            return system + as_turn("user", f"{instruction}\n{given}" if given else instruction), [
-                as_turn("assistant", output)
-            ]
+            return system + as_turn("user", instruction + extra), [as_turn("assistant", output)]
         return alpaca(row)["prompt"], [output]
-    if any(isinstance(row[key], list) for key in keys):
-        roles = ["user" if key == "prompt" else "assistant" for key in keys]
-        sides = [
-            as_turn(r, row[k]) if isinstance(row[k], str) else messages_of(row, k)
-            for r, k in zip(roles, keys)
-        ]
-    else:
-        sides = [text_of(row, key) for key in keys]
+    keys = schema.split()
+    is_chat = any(isinstance(row[key], list) for key in keys)
+    sides = [turns_of(row, key) if is_chat else text_of(row, key) for key in keys]
     if keys[0] == "prompt":
         prompt, *answers = sides
-        if isinstance(prompt, list):  # some sets say the prompt again in the answers
-            answers = [
-                side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in answers
-            ]
-        return prompt, answers
-    same = next((n for n, (a, b) in enumerate(zip(*sides)) if a != b), min(map(len, sides)))
-    prompt = sides[0][
-        :same
-    ]  # what both sides begin with; in a text the last space belongs to the answer
-    prompt = prompt[: max(prompt.rfind(" "), 0)] if isinstance(prompt, str) else prompt
-    return prompt, [side[len(prompt) :] for side in sides]
+    else:  # the prompt is what both begin with; a space before the difference is the answer's
+        prompt = sides[0][: common_length(*sides)]
+        prompt = prompt if is_chat else prompt[: max(prompt.rfind(" "), 0)]
+        answers = sides
+    if is_chat or keys[0] != "prompt":  # some data sets repeat the prompt in the answers
+        n = len(prompt)
+        answers = [side[n:] if side[:n] == prompt else side for side in answers]
+    return prompt, answers
+
+
+def template_kwargs(row):
+    """The template's variables that a row sets: `chat_template_kwargs` and `tools`."""
+    kwargs, tools = row.get("chat_template_kwargs") or {}, row.get("tools")
+    reserved = {"messages", "add_generation_prompt", "keep_marks"}
+    if not isinstance(kwargs, dict) or kwargs.keys() & reserved:
+        expected = "must be an object of the template's variables"
+        raise UserError(f"'chat_template_kwargs' {expected}, found {brief(kwargs)}")
+    if tools and isinstance(tools, str):
+        expected = "'tools' must be a list or one in JSON"
+        with as_user_error(expected, ValueError, RecursionError, on=tools):
+            tools = json.loads(tools)
+    return kwargs | {"tools": tools} if tools else kwargs
 
 
 def to_pieces(
     row, tokenizer, completion_only_loss=None, assistant_only_loss=True, preference=False
 ):
-    """A row -> its sides, each a list of (text or ids, scored): one side, or prompt, chosen, rejected if `preference`;
-    or why it is of no use (str). Scored are, in TRL's names, every assistant turn of a conversation
-    (`assistant_only_loss`, here the default) or its last alone (`completion_only_loss` true), a completion without its
-    prompt (unless `completion_only_loss` is false), all of a text; after each answer the token that ends the turn."""
+    """A row -> its sides, each [(text or ids, scored), ...]: one, or prompt, chosen and rejected
+    if `preference`; or the reason why it is dropped (str).
+
+    Scored are, in TRL's names, every assistant turn of a conversation (`assistant_only_loss`, here
+    the default) or its last alone (`completion_only_loss` true), a completion without its prompt
+    (with it if `completion_only_loss` is false), all of a text; always the token that ends a turn.
+    """
     prompt, answers = split_row(row, tokenizer.has_template, preference)
     if preference and answers[0] == answers[1]:
         return "chosen and rejected are the same"
     if preference and not prompt:
         return "chosen and rejected share no prompt"
-    answers, eos = answers if preference else answers[:1], (tokenizer.eos_ids[:1], True)
-    whole = completion_only_loss is False and not preference  # the prompt is scored too
+    if not preference:
+        del answers[1:]
+    score_prompt = completion_only_loss is False and not preference
+    end = (tokenizer.eos_ids[:1], True)
+    head, sides = [], []
     if isinstance(prompt, str):
-        ask = [(tokenizer.head, False), (prompt, whole)]
-        said = tokenizer.special.get("eos_token")  # some sets end their answers themselves
-        sides = [[(side, True)] + [eos] * (not said or not side.endswith(said)) for side in answers]
-        return [ask, *sides] if preference else [ask + sides[0]]
-    kwargs = row.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict) or kwargs.keys() & {
-        "messages",
-        "add_generation_prompt",
-        "keep_marks",
-    }:
-        raise UserError(
-            f"'chat_template_kwargs' must be an object of the template's variables, found {brief(kwargs)}"
-        )
-    if row.get("tools"):
-        with as_user_error(
-            "'tools' must be a list or one in JSON", ValueError, RecursionError, on=row["tools"]
-        ):
-            kwargs = kwargs | {
-                "tools": json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
-            }
-    sides = []
-    for answer in answers:
-        messages, first = prompt + answer, 0 if whole else len(prompt)
-        wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
-        wanted = wanted[-1:] if completion_only_loss and not prompt else wanted
-        text, spans, is_open = tokenizer.turns(messages, wanted, **kwargs)
-        rest = not assistant_only_loss and not first  # whether what nobody answered is scored too
-        cuts = [0, *(at for span in spans for at in span), len(text)]
-        side = [
-            (text[start:end], rest or n % 2 == 1)
-            for n, (start, end) in enumerate(zip(cuts, cuts[1:]))
-        ]
-        sides.append(side + [eos] * is_open)
-    return [[], *sides] if preference else sides
+        head = [(tokenizer.head, False), (prompt, score_prompt)]
+        eos = tokenizer.special.get("eos_token")
+        for answer in answers:  # some data sets end their answers themselves
+            has_end = bool(eos) and answer.endswith(eos)
+            sides.append([(answer, True)] if has_end else [(answer, True), end])
+    else:
+        kwargs = template_kwargs(row)
+        for answer in answers:
+            messages = prompt + answer
+            first = 0 if score_prompt else len(prompt)
+            score_all = first == 0 and not assistant_only_loss
+            if completion_only_loss and not prompt:
+                speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+                first = max(speaks, default=0)
+            text, spans, is_open = tokenizer.turns(messages, first, **kwargs)
+            cuts = [0, *itertools.chain(*spans), len(text)]  # every second piece is an answer
+            side = []
+            for n, (start, stop) in enumerate(itertools.pairwise(cuts)):
+                side.append((text[start:stop], score_all or n % 2 == 1))
+            sides.append(side + [end] if is_open else side)
+    return [head, *sides] if preference else [head + sides[0]]
 
 
-# --- recipes: plain functions of a data set's own row, to a row of a schema above -------------------------------------
+# --- recipes: plain functions from a data set's own row to a row of a schema above ----------------
 
 LETTERS = "ABCDEFGHIJ"
 STYLES = ("{A}.", "{A})", "({A})", "{A} –", "{a})", "{n}.", "•")
-INTRODUCTIONS = ("Here is a multiple-choice question about {topic}.", "Which of the choices answers this question?",
-                 "Read the question, then give the one right choice.")  # fmt: skip
+INTRODUCTIONS = (
+    "Here is a multiple-choice question about {topic}.",
+    "Which of the choices answers this question?",
+    "Read the question, then give the one right choice.",
+)
 ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}{given}\n\n### Response:"
+    "Below is an instruction that describes a task{paired}. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}{input}\n\n### Response:"
 )
 
 
+def first_of(row, *keys):
+    """The first of these columns that is filled."""
+    return next((row[key] for key in keys if row.get(key) not in (None, "")), "")
+
+
 def question_of(row):
-    """(question, choices, index of the right one, rationale or "") of a multiple-choice row: ECQA's columns, the hub's
-    (ARC, CommonsenseQA), or {"question", "choices": [...], "answer": its text, letter or index}."""
-    choices = [row[f"q_op{n}"] for n in range(1, 6)] if "q_text" in row else row["choices"]
-    labels, choices = (
-        (choices["label"], choices["text"]) if isinstance(choices, dict) else (LETTERS, choices)
-    )
-    answer = next(
-        (row[key] for key in ("answerKey", "q_ans", "answer") if row.get(key) is not None),
-        "no answer",
-    )
-    known = (labels, choices) if "answerKey" in row else (choices, labels)
-    places = (list(names).index(answer) for names in known if answer in names)
-    right = answer if type(answer) is int else next(places, -1)
+    """(question, choices, index of the right one, rationale or "") of a multiple-choice row: ECQA's
+    columns, the hub's (ARC, CommonsenseQA), or {"question", "choices": [...], "answer": its text,
+    letter or index}. ValueError: no choices, or none of them is the answer."""
+    if "q_text" in row:
+        question, choices = row["q_text"], [row[f"q_op{n}"] for n in range(1, 6)]
+    else:
+        question, choices = row["question"], row["choices"]
+    labels = list(LETTERS)
+    if isinstance(choices, dict):
+        labels, choices = choices["label"], choices["text"]
     if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
         raise ValueError("the choices are not a list of texts")
+    right = answer = first_of(row, "answerKey", "q_ans", "answer")
+    if type(answer) is not int:
+        order = (labels, choices) if "answerKey" in row else (choices, labels)
+        right = next((names.index(answer) for names in order if answer in names), -1)
     if not 0 <= right < len(choices) <= len(LETTERS):
-        raise ValueError(f"{answer} is not one of the choices")
-    why = next(
-        (row[key] for key in ("rationale", "explanation", "taskB", "support") if row.get(key)), ""
-    )
-    return row["q_text"] if "q_text" in row else row["question"], choices, right, why.strip()
+        raise ValueError(f"{answer or 'no answer'} is not one of the choices")
+    rationale = first_of(row, "rationale", "explanation", "taskB", "support")
+    return question, choices, right, rationale.strip()
 
 
 def mcqa(row, rng, cot=1.0, topic=""):
-    """question, choices, answer, perhaps rationale -> a text, asked in one of three ways with labels of one style, the
-    rationale as a thought in it at probability `cot`; the answer alone is scored."""
-    question, choices, right, why = question_of(row)
-    topic, style = topic or row.get("dataset") or "any topic", rng.choice(STYLES)
-    lines = [
-        f"{style.format(A=A, a=A.lower(), n=n)} {text}"
-        for n, (A, text) in enumerate(zip(LETTERS, choices), 1)
-    ]
+    """question, choices, answer, perhaps rationale -> a text, asked in one of three ways, labels of
+    one style, with probability `cot` the rationale as a thought; the answer alone is scored."""
+    question, choices, right, rationale = question_of(row)
+    topic = topic or row.get("dataset") or "any topic"
+    style = rng.choice(STYLES)
+    lines = []
+    for n, (letter, text) in enumerate(zip(LETTERS, choices), 1):
+        lines.append(f"{style.format(A=letter, a=letter.lower(), n=n)} {text}")
     answers = choices if style == STYLES[-1] else lines
-    thought = f"\nSolve step-by-step.\n<think> {why} </think>" if why and rng.random() < cot else ""
-    prompt = (
-        "\n".join([rng.choice(INTRODUCTIONS).format(topic=topic), question, *lines])
-        + f"{thought}\n Answer:"
-    )
+    thought = ""
+    if rationale and rng.random() < cot:
+        thought = f"\nSolve step-by-step.\n<think> {rationale} </think>"
+    introduction = rng.choice(INTRODUCTIONS).format(topic=topic)
     return {
-        "prompt": prompt,
+        "prompt": "\n".join([introduction, question, *lines]) + f"{thought}\n Answer:",
         "completion": f" {answers[right]}",
         "choices": answers,
         "answer": answers[right],
@@ -707,22 +574,25 @@ def mcqa(row, rng, cot=1.0, topic=""):
 
 def ecqa(row):
     """question, choices, answer, explanation -> the explanation, then `Answer: X`."""
-    question, choices, right, why = question_of(row)
-    lines = [question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))]
-    ask = as_turn(
-        "user",
-        "\n".join([*lines, "Explain, then end with `Answer:` and the letter of your choice."]),
-    )
-    return {"prompt": ask, "completion": as_turn("assistant", f"{why}\nAnswer: {LETTERS[right]}".strip()),
-            "choices": [*LETTERS[: len(choices)]], "answer": LETTERS[right]}  # fmt: skip
+    question, choices, right, rationale = question_of(row)
+    letters = list(LETTERS[: len(choices)])
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices)]
+    task = "Explain, then end with `Answer:` and the letter of your choice."
+    return {
+        "prompt": as_turn("user", "\n".join([question, *lines, task])),
+        "completion": as_turn("assistant", f"{rationale}\nAnswer: {letters[right]}".strip()),
+        "choices": letters,
+        "answer": letters[right],
+    }
 
 
 def alpaca(row):
     """instruction, output, perhaps input -> Stanford Alpaca's text, whatever template there is."""
-    given = row.get("input") or ""
-    paired = ", paired with an input that provides further context" if given else ""
-    given = f"\n\n### Input:\n{given}" if given else ""
-    prompt = ALPACA.format(paired=paired, instruction=row["instruction"], given=given)
+    extra, paired = row.get("input") or "", ""
+    if extra:
+        paired = ", paired with an input that provides further context"
+        extra = f"\n\n### Input:\n{extra}"
+    prompt = ALPACA.format(paired=paired, instruction=row["instruction"], input=extra)
     return {"prompt": prompt, "completion": row["output"]}
 
 
@@ -730,59 +600,59 @@ def chatml(row):
     """messages, or text in ChatML's markup -> messages, for the model's own template."""
     if "messages" in row or "text" not in row:
         return row
-    found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", row["text"], re.S)
-    return {"messages": [message for turn in found for message in as_turn(*turn)]}
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", row["text"], re.S)
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def movielens(row, liked=4):
-    """history, title, rating (as of `read_movielens`), or instruction, output -> Yes or No: is it `liked` or better?"""
+    """history, title, rating (as `read_movielens` gives them), or instruction, output -> Yes or No:
+    is the rating at least `liked`?"""
+    choices = ["Yes", "No"]
     if "instruction" in row:
-        return row | {
-            "output": (said := row["output"].strip(" .")),
-            "choices": ["Yes", "No"],
-            "answer": said,
-        }
-    sides = [
-        [title for title, rating in row["history"] if (rating >= liked) == side]
-        for side in (True, False)
-    ]
-    ask, answer = "Liked films: {}\nDisliked films: {}\n", "Yes" if row["rating"] >= liked else "No"
-    ask = ask.format(*("; ".join(side) or "none" for side in sides))
-    return {"prompt": as_turn("user", f"{ask}Will this viewer like {row['title']}? Answer Yes or No."),
-            "completion": as_turn("assistant", answer), "choices": ["Yes", "No"], "answer": answer}  # fmt: skip
-
-
-def ultrafeedback(row, rng):
-    """prompt, chosen, rejected, or instruction, completions with scores -> a conversation's best end, and a worse."""
-    if "completions" in row:
-        *others, best = sorted(row["completions"], key=lambda one: float(one["overall_score"]))
-        if not (
-            others := [
-                one for one in others if float(one["overall_score"]) < float(best["overall_score"])
-            ]
-        ):
-            return "all completions are rated alike"
-        worse = others[rng.integers(len(others))]
-        row = {
-            "prompt": row["instruction"],
-            "chosen": best["response"],
-            "rejected": worse["response"],
-        }
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        answer = row["output"].strip(" .")
+        return row | {"output": answer, "choices": choices, "answer": answer}
+    films = {True: [], False: []}
+    for title, rating in row["history"]:
+        films[rating >= liked].append(title)
+    answer = "Yes" if row["rating"] >= liked else "No"
+    prompt = (
+        f"Liked films: {'; '.join(films[True]) or 'none'}\n"
+        f"Disliked films: {'; '.join(films[False]) or 'none'}\n"
+        f"Will this viewer like {row['title']}? Answer Yes or No."
+    )
     return {
-        key: row[key] if isinstance(row[key], list) else as_turn(role, row[key])
-        for key, role in roles.items()
+        "prompt": as_turn("user", prompt),
+        "completion": as_turn("assistant", answer),
+        "choices": choices,
+        "answer": answer,
     }
 
 
+def ultrafeedback(row, rng):
+    """prompt, chosen, rejected, or instruction, completions with scores -> a preference pair of the
+    best completion and one drawn from those with a lower score."""
+
+    def score(completion):
+        return float(completion["overall_score"])
+
+    if "completions" in row:
+        *others, best = sorted(row["completions"], key=score)
+        worse = [completion for completion in others if score(completion) < score(best)]
+        if not worse:
+            return "all completions are rated alike"
+        rejected = worse[rng.integers(len(worse))]["response"]
+        row = {"prompt": row["instruction"], "chosen": best["response"], "rejected": rejected}
+    return {key: turns_of(row, key) for key in ("prompt", "chosen", "rejected")}
+
+
 def gsm8k(row, mark="Answer:"):
-    """question, answer -> the reasoning without its calculator notes, then `mark` and the number."""
-    why, answer = re.sub(r"<<.*?>>", "", row["answer"]).split("####")
-    ask, answer = as_turn("user", row["question"]), answer.strip()
+    """question, answer -> the reasoning without its calculator notes, then `mark`, the number."""
+    reasoning, number = re.sub(r"<<.*?>>", "", row["answer"]).split("####")
+    completion = f"{reasoning.strip()}\n{mark} {number.strip()}"
     return {
-        "prompt": ask,
-        "completion": as_turn("assistant", f"{why.strip()}\n{mark} {answer}"),
-        "answer": answer,
+        "prompt": as_turn("user", row["question"]),
+        "completion": as_turn("assistant", completion),
+        "answer": number.strip(),
     }
 
 
@@ -793,73 +663,83 @@ RECIPES = {
 
 
 def use_recipe(name, args, seed):
-    """(make(row, epoch=0) -> the row that the recipe makes of it, or why it is left out (str); whether it draws). What
-    it draws follows from (seed, epoch, the row): the same after a resume, and whatever else is in the data."""
+    """(make(row, epoch=0) -> the row that the recipe makes of it, or why it is dropped (str);
+    whether the recipe draws). What it draws depends on (seed, epoch, row) alone: the same after a
+    resume, and whatever else is in the data."""
     if not name:
         return (lambda row, epoch=0: row), False
     if name not in RECIPES:
-        raise UserError(
-            f"recipe: {name!r} is not one of {', '.join(RECIPES)}{nearest(name, RECIPES)}"
-        )
-    recipe, args, (_, *takes) = RECIPES[name], args or {}, signature(RECIPES[name]).parameters
-    draws, takes = "rng" in takes, [key for key in takes if key != "rng"]
-    if odd := [key for key in args if key not in takes]:
-        raise UserError(f"recipe_args: {name} takes no {odd[0]!r}{nearest(odd[0], takes)}")
-    wanted = " ".join(recipe.__doc__.partition("->")[0].split())
-    faults = LookupError, TypeError, ValueError, AttributeError, StopIteration
+        known = ", ".join(RECIPES)
+        raise UserError(f"recipe: {name!r} is not one of {known}{nearest(name, RECIPES)}")
+    recipe, args = RECIPES[name], args or {}
+    _, *options = signature(recipe).parameters
+    draws = "rng" in options
+    for key in args:
+        if key == "rng" or key not in options:
+            raise UserError(f"recipe_args: {name} takes no {key!r}{nearest(key, options)}")
+    columns = " ".join(recipe.__doc__.partition("->")[0].split())
+    faults = LookupError, TypeError, ValueError, AttributeError
 
     def make(row, epoch=0):
-        key = draws and zlib.crc32(json.dumps(row, default=str).encode())
-        with as_user_error(f"does not fit recipe {name} ({wanted})", *faults, on=row):
-            made = recipe(row, *[np.random.default_rng([seed, epoch, key])] * draws, **args)
-        return made if isinstance(made, str) else {"weight": row.get("weight")} | made
+        rng = {}
+        if draws:
+            crc = zlib.crc32(json.dumps(row, default=str).encode())
+            rng["rng"] = np.random.default_rng([seed, epoch, crc])
+        with as_user_error(f"does not fit recipe {name} ({columns})", *faults, on=row):
+            result = recipe(row, **rng, **args)
+        return result if isinstance(result, str) else {"weight": row.get("weight")} | result
 
     return make, draws
 
 
-# --- pieces to segments -----------------------------------------------------------------------------------------------
+# --- pieces to ids and labels ---------------------------------------------------------------------
 
 
 def fit(ids, scored, room, special):
-    """ids, scored (T,) -> the same in at most `room` tokens; None where the last answer does not fit. The prompt gives
-    way from its left, but for a first token that is one of the `special`; one token always stays, to predict the
-    answer's first. An earlier answer that loses its prompt is no longer scored. A text is cut at its end."""
+    """ids, scored (T,) -> the same in at most `room` tokens; None where the last answer does not
+    fit. The prompt is cut from its left, except a first token that is one of the `special`; one
+    unscored token always stays, to predict the answer's first. An earlier answer that loses its
+    prompt is no longer scored. A text is cut at its end."""
     if len(ids) <= room:
         return ids, scored
     keep = int(int(ids[0]) in special)
-    last = (
-        int(np.flatnonzero(scored)[-1]) + 1 if scored.any() else len(ids)
-    )  # nothing is learnt from what follows
-    gaps = np.flatnonzero(~scored[:last])
-    if not len(gaps) or gaps[-1] < keep:
+    # nothing is learnt from what follows the last scored token
+    last = int(np.flatnonzero(scored)[-1]) + 1 if scored.any() else len(ids)
+    masked = np.flatnonzero(~scored[:last])
+    if not len(masked) or masked[-1] < keep:
         return ids[:room], scored[:room]
-    if last - gaps[-1] > room:
+    if last - masked[-1] > room:
         return None
     start = max(last - room + keep, keep)
-    if keep < start < gaps[-1] and scored[start]:
-        scored = scored & (np.arange(len(ids)) >= start + int(np.argmin(scored[start:])))
-    return np.concatenate([ids[:keep], ids[start:last]]), np.concatenate(
-        [scored[:keep], scored[start:last]]
-    )
+    if keep < start < masked[-1] and scored[start]:
+        scored = scored.copy()
+        scored[: start + np.argmin(scored[start:])] = False
+    index = np.r_[:keep, start:last]
+    return ids[index], scored[index]
 
 
 def share_prompt(sides):
-    """Encoded sides; of a pair's, the unscored tokens that both answers begin with are moved to the prompt."""
-    (ids, scored), *answers = sides
-    heads = [np.where(flags, -n, side).tolist() for n, (side, flags) in enumerate(answers, 1)]
-    if not (same := len(os.path.commonprefix(heads))):
+    """Moves the unscored tokens that both answers of an encoded pair begin with to the prompt."""
+    prompt, *answers = sides
+    if not answers:
         return sides
-    prompt = np.append(ids, answers[0][0][:same]), np.append(scored, answers[0][1][:same])
-    return [prompt, *((side[same:], flags[same:]) for side, flags in answers)]
+    # a scored token becomes a number that the other answer does not have
+    keys = [np.where(scored, -n, ids).tolist() for n, (ids, scored) in enumerate(answers, 1)]
+    same = common_length(*keys)
+    prompt = [np.append(*arrays) for arrays in zip(prompt, [a[:same] for a in answers[0]])]
+    return [prompt, *([array[same:] for array in answer] for answer in answers)]
 
 
-def assemble(sides, tokenizer, max_length=None):
-    """Encoded sides -> an example's parts, int32 (T,) with ~id where a token is not scored; or why there are none."""
-    (ids, scored), *answers = sides
-    if any(set(side[flags].tolist()) <= set(tokenizer.end_ids) for side, flags in answers or sides):
-        return "nothing scored"
-    room = (max_length or sys.maxsize) - max((len(side) for side, _ in answers), default=0)
-    if (fitted := fit(ids, scored, room, tokenizer.special_ids)) is None or len(fitted[0]) == 0:
+def truncate(sides, tokenizer, max_length=None):
+    """Encoded sides -> an example's parts, int32 (T,) with ~id where a token is not scored; or the
+    reason why it is dropped (str)."""
+    prompt, *answers = sides
+    for ids, scored in answers or sides:
+        if set(ids[scored].tolist()) <= set(tokenizer.end_ids):
+            return "nothing scored"
+    room = (max_length or sys.maxsize) - max((len(ids) for ids, _ in answers), default=0)
+    fitted = fit(*prompt, room, tokenizer.special_ids)
+    if fitted is None or len(fitted[0]) == 0:
         return "answer longer than max_length"
     first, *rest = [np.where(scored, ids, ~ids) for ids, scored in (fitted, *answers)]
     first[0] = min(first[0], ~first[0])  # nothing predicts a first token
@@ -868,154 +748,179 @@ def assemble(sides, tokenizer, max_length=None):
 
 def to_segments(parts, weight):
     """An example's parts -> its Segments: one, or a prompt and what continues it."""
-    parts = [
-        (np.where(ids < 0, ~ids, ids), np.where(ids < 0, np.int32(IGNORE), ids)) for ids in parts
-    ]
-    return [Segment(*part, 0 if n else -1, max(n - 1, 0), weight) for n, part in enumerate(parts)]
+    segments = []
+    for n, part in enumerate(parts):
+        masked = part < 0
+        ids, labels = np.where(masked, ~part, part), np.where(masked, np.int32(IGNORE), part)
+        prefix, sequence = (0, n - 1) if n else (-1, 0)
+        segments.append(Segment(ids, labels, prefix, sequence, weight))
+    return segments
+
+
+def weight_of(row):
+    weight = 1.0 if row.get("weight") is None else row["weight"]
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight < 1e30:
+        raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
+    return float(weight)
 
 
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
-    """[(where, row), ...] -> per row (parts as of `assemble` or why it is dropped, weight, tokens before truncation,
-    scored ones). `make` is a recipe's, `options` as in `to_pieces`. UserError: `where` a row is malformed, and how."""
-    laid = []
+    """Yields per (where, row, ...): (parts as of `truncate` or the reason why it is dropped,
+    weight, tokens before truncation, scored tokens before it). `make` is a recipe's, `options` as
+    in `to_pieces`. UserError: `where` a row is malformed, and how."""
+    prepared = []
+    surrogate = "half a surrogate pair in its text, which was cut inside a character"
     for where, row, *_ in rows:
         with as_user_error(where, UserError):
             row = make(row) if make else row
-            dropped = isinstance(row, str)
-            weight = 1.0 if dropped or row.get("weight") is None else row["weight"]
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, (int, float))
-                or not 0 <= weight < 1e30
-            ):
-                raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-            sides = row if dropped else to_pieces(row, tokenizer, **options)
-            pieces = (
-                [] if isinstance(sides, str) else [piece for side in sides for piece, _ in side]
-            )
-            with as_user_error(
-                "half a surrogate pair in its text, which was cut inside a character",
-                UnicodeEncodeError,
-            ):
-                "".join(piece for piece in pieces if isinstance(piece, str)).encode()
-        laid.append((sides, float(weight)))
-    encoded = tokenizer.encode_sides([sides for sides, _ in laid if not isinstance(sides, str)])
-    for sides, weight in laid:
+            if isinstance(row, str):
+                prepared.append((row, 1.0))
+                continue
+            weight, sides = weight_of(row), to_pieces(row, tokenizer, **options)
+            if not isinstance(sides, str):
+                pieces = itertools.chain(*sides)
+                text = "".join(piece for piece, _ in pieces if isinstance(piece, str))
+                with as_user_error(surrogate, UnicodeEncodeError):
+                    text.encode()
+        prepared.append((sides, weight))
+    encoded = tokenizer.encode_sides([sides for sides, _ in prepared if not isinstance(sides, str)])
+    for sides, weight in prepared:
         if isinstance(sides, str):
             yield sides, weight, 0, 0
             continue
         sides = share_prompt(next(encoded))
-        tokens, scored = (
-            sum(len(ids) for ids, _ in sides),
-            sum(int(flags.sum()) for _, flags in sides),
-        )
-        yield (
-            assemble(sides, tokenizer, max_length),
-            weight,
-            tokens,
-            scored - int(sides[0][1][:1].sum()),
-        )
+        tokens = sum(len(ids) for ids, _ in sides)
+        scored = sum(int(flags.sum()) for _, flags in sides)
+        scored -= int(sides[0][1][:1].sum())  # nothing predicts a first token
+        yield truncate(sides, tokenizer, max_length), weight, tokens, scored
 
 
 def render_row(row, tokenizer, max_length=None, where="row", **options):
-    """One row -> list[Segment], or why it is dropped (str). Options as in `to_pieces`, truncation as in `fit`."""
-    found, weight, *_ = next(render_rows([(where, row)], tokenizer, max_length, **options))
-    return found if isinstance(found, str) else to_segments(found, weight)
+    """One row -> list[Segment], or the reason why it is dropped (str). Options as in `to_pieces`,
+    truncation as in `fit`."""
+    parts, weight, *_ = next(render_rows([(where, row)], tokenizer, max_length, **options))
+    return parts if isinstance(parts, str) else to_segments(parts, weight)
 
 
-# --- the ledger, and examples on disk ---------------------------------------------------------------------------------
+# --- the ledger, and examples on disk -------------------------------------------------------------
 
 
-class Ledger(types.SimpleNamespace):
-    """What became of every row and token: rows = examples + rows_dropped + rows_not_sampled, tokens = scored + masked +
-    truncated + dropped. rows_ended: examples that score an end of turn; truncated_scored: truncated tokens that would
-    have been scored; reasons: {why dropped: {"rows", "tokens", "where": the first few}}; crc: of the examples."""
+@dataclass
+class Ledger:
+    """What became of every row and token: rows = examples + rows_dropped + rows_not_sampled,
+    tokens = scored + masked + truncated + dropped."""
 
-    COUNTS = ("rows", "examples", "rows_dropped", "rows_not_sampled", "rows_truncated", "rows_ended", "tokens",
-              "scored", "masked", "truncated", "truncated_scored", "dropped", "crc")  # fmt: skip
+    rows: int = 0
+    examples: int = 0
+    rows_dropped: int = 0
+    rows_not_sampled: int = 0
+    rows_truncated: int = 0
+    rows_ended: int = 0  # examples that score an end of turn
+    tokens: int = 0
+    scored: int = 0
+    masked: int = 0
+    truncated: int = 0
+    truncated_scored: int = 0  # truncated tokens that would have been scored
+    dropped: int = 0
+    crc: int = 0  # of the examples
+    reasons: dict = field(default_factory=dict)  # {why dropped: {"rows", "tokens", "where"}}
+    sources: list = field(default_factory=list)  # [{"name", "examples", "share"}]
 
-    def __init__(self, **known):
-        super().__init__(**dict.fromkeys(self.COUNTS, 0) | {"reasons": {}, "sources": []} | known)
-
-    def add(self, where, found, tokens, scored, ends):
-        """Enters a row as `render_rows` yields it; `ends`: the ids that end a turn."""
-        new = {"rows": 1, "tokens": tokens}
-        if isinstance(found, str):
-            new |= {"rows_dropped": 1, "dropped": tokens}
-            reason = self.reasons.setdefault(found, {"rows": 0, "tokens": 0, "where": []})
-            reason["where"] += [where] * (reason["rows"] < 5)
-            reason |= {"rows": reason["rows"] + 1, "tokens": reason["tokens"] + tokens}
-        else:
-            ids = np.concatenate(found)
-            kept = ids[ids >= 0].tolist()
-            new |= {"examples": 1, "scored": len(kept), "masked": len(ids) - len(kept), "truncated": tokens - len(ids),
-                    "truncated_scored": scored - len(kept), "rows_truncated": len(ids) < tokens,
-                    "rows_ended": not ends.isdisjoint(kept)}  # fmt: skip
-        for name, count in new.items():
-            vars(self)[name] += count
+    def add(self, where, parts, tokens, scored, ends):
+        """Counts a row as `render_rows` yields it; `ends`: the ids that end a turn."""
+        self.rows += 1
+        self.tokens += tokens
+        if isinstance(parts, str):
+            self.rows_dropped += 1
+            self.dropped += tokens
+            reason = self.reasons.setdefault(parts, {"rows": 0, "tokens": 0, "where": []})
+            reason["rows"] += 1
+            reason["tokens"] += tokens
+            reason["where"] = [*reason["where"], where][:5]
+            return
+        ids = np.concatenate(parts)
+        kept = ids[ids >= 0].tolist()
+        self.examples += 1
+        self.scored += len(kept)
+        self.masked += len(ids) - len(kept)
+        self.truncated += tokens - len(ids)
+        self.truncated_scored += scored - len(kept)
+        self.rows_truncated += len(ids) < tokens
+        self.rows_ended += not ends.isdisjoint(kept)
 
     def check(self):
-        """UserError where this would teach nothing, or never to stop."""
+        """UserError where a model could learn nothing, or never to stop."""
         if not self.scored:
-            raise UserError(
-                f"nothing to train on: no token of {self.rows} rows is scored{self.why()}"
-            )
+            rows = f"no token of {self.rows} rows is scored"
+            raise UserError(f"nothing to train on: {rows}{self.describe_reasons()}")
         if not self.rows_ended:
             raise UserError(
-                "no row scores the end of a turn, so the model would never learn to stop: raise max_length"
+                "no row scores the end of a turn, so the model would never learn to stop: "
+                "raise max_length"
             )
 
-    def why(self):
+    def describe_reasons(self):
         return "".join(
-            f"; {why}: {found['rows']:,}, as {found['where'][0]}"
-            for why, found in self.reasons.items()
+            f"; {why}: {reason['rows']:,}, as {reason['where'][0]}"
+            for why, reason in self.reasons.items()
         )
 
     def as_dict(self):
-        return dict(vars(self))
+        return asdict(self)
 
     def __str__(self):
-        counts = [
-            (getattr(self, name), name) for name in ("scored", "masked", "truncated", "dropped")
-        ]
-        shares = [f"{n:,} {name} ({n / max(self.tokens, 1):.1%})" for n, name in counts if n]
         text = f"{self.rows:,} rows: {self.examples:,} examples"
-        text += f", {self.rows_truncated:,} cut to max_length" * bool(self.rows_truncated)
-        text += f", {self.rows_dropped:,} dropped{self.why()}" * bool(self.rows_dropped)
-        text += f", {self.rows_not_sampled:,} not sampled" * bool(self.rows_not_sampled)
-        seen = " · ".join(
-            f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources
-        )
-        text += f"\nof the rows seen {seen}" * (len(self.sources) > 1)
-        return f"{text}\n{self.tokens:,} tokens: {' · '.join(shares)}"
+        if self.rows_truncated:
+            text += f", {self.rows_truncated:,} cut to max_length"
+        if self.rows_dropped:
+            text += f", {self.rows_dropped:,} dropped{self.describe_reasons()}"
+        if self.rows_not_sampled:
+            text += f", {self.rows_not_sampled:,} not sampled"
+        if len(self.sources) > 1:
+            shares = [
+                f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources
+            ]
+            text += f"\nof the rows seen {' · '.join(shares)}"
+        counts = []
+        for name in ("scored", "masked", "truncated", "dropped"):
+            count = getattr(self, name)
+            if count:
+                counts.append(f"{count:,} {name} ({count / self.tokens:.1%})")
+        return f"{text}\n{self.tokens:,} tokens: {' · '.join(counts)}"
 
 
-# an example in data.bin: its parts as of `assemble`, its place and row in JSON; `at`: where each begins, the last ends
-LAYOUT = np.dtype([("at", np.int64, 5), ("weight", float), ("source", np.int64)])
+# An example in data.bin: up to three parts as of `truncate`, then [where, row] in JSON. index.bin
+# has where each of the four begins, and where the last ends.
+LAYOUT = np.dtype([("offsets", np.int64, 5), ("weight", float), ("source", np.int64)])
 
 
 @dataclass(eq=False)
 class Examples(Sequence):
-    """Examples on disk, memory-mapped: those of `folder` that `at` (N,) names, as epoch `number` sees them; or the rows
-    they came from. Where the recipe draws, an epoch after the first is rendered when it is asked for, and a rendering
-    that does not fit gives way to the first epoch's."""
+    """Examples on disk, memory-mapped, as epoch `number` sees them; or the rows they came from.
+
+    Where the recipe draws, an epoch after the first is rendered on access; where that rendering is
+    dropped (too long, say), the epoch-0 rendering is used.
+    """
 
     folder: Path
-    at: np.ndarray
-    shares: (
-        list  # of the rows seen that are expected from each source; [] where every row is seen once
-    )
+    at: np.ndarray  # (N,) which of the folder's examples
+    shares: list  # of the rows seen, expected from each source; [] where every row is seen once
     seed: int
     make: object  # the recipe: (row, epoch) -> row
-    render: object  # where that draws: row -> list[Segment], or why not
+    render: (
+        object  # row -> list[Segment] or the reason why not; None where the recipe does not draw
+    )
     number: int = 0
     as_rows: bool = False
 
     @cached_property
-    def files(self):
-        return np.memmap(self.folder / "index.bin", LAYOUT, "r"), np.memmap(
-            self.folder / "data.bin", np.uint8, "r"
-        )
+    def index(self):
+        return np.memmap(self.folder / "index.bin", LAYOUT, "r")
+
+    @cached_property
+    def data(self):
+        return np.memmap(self.folder / "data.bin", np.uint8, "r")
 
     def __len__(self):
         return len(self.at)
@@ -1023,195 +928,196 @@ class Examples(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[n] for n in range(len(self))[i]]
-        index, data = self.files
-        (*at, _), weight, _ = index[self.at[i]]
-        if self.as_rows or self.number and self.render:
+        if self.as_rows or (self.number and self.render):
             row = self.make(self.row(i)[1], self.number)
-            found = row if self.as_rows or isinstance(row, str) else self.render(row)
-            if not isinstance(found, str):
-                return found
-        return to_segments(
-            [data[a:b].view(np.int32) for a, b in itertools.pairwise(at) if a < b], float(weight)
-        )
+            example = row if self.as_rows or isinstance(row, str) else self.render(row)
+            if not isinstance(example, str):
+                return example
+        (*offsets, _), weight, _ = self.index[self.at[i]]
+        pairs = itertools.pairwise(offsets)
+        parts = [self.data[start:end].view(np.int32) for start, end in pairs if start < end]
+        return to_segments(parts, float(weight))
 
     def row(self, i):
-        """(where it stands, as 'file:line', the row as it was read) of example `i`."""
-        index, data = self.files
-        return json.loads(data[slice(*index["at"][self.at[i], -2:])].tobytes())
+        """(where it stands, as 'file:line'; the row as it was read) of example `i`."""
+        *_, start, end = self.index["offsets"][self.at[i]]
+        return json.loads(self.data[start:end].tobytes())
 
     def epoch(self, number):
-        """As many as epoch `number` sees: of a source with a weight all as often as fits its share, the rest drawn."""
+        """As many examples as epoch `number` sees: each of a weighted source as often as fits the
+        source's share, the rest drawn."""
         at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
         if self.shares:
-            groups = [at[self.files[0]["source"][at] == n] for n in range(len(self.shares))]
-            ends = np.cumsum(
-                [share * (len(group) > 0) for group, share in zip(groups, self.shares)]
-            )
+            sources = self.index["source"][at]
+            groups = [at[sources == n] for n in range(len(self.shares))]
+            shares = [share if len(group) else 0 for group, share in zip(groups, self.shares)]
+            ends = np.cumsum(shares)
             counts = np.diff(np.round(ends / ends[-1] * len(at)).astype(int), prepend=0)
-            parts = [
-                (group, *divmod(count, max(len(group), 1))) for group, count in zip(groups, counts)
-            ]
-            at = np.concatenate(
-                [part for g, times, rest in parts for part in [g] * times + [draw(g)[:rest]]]
-            )
+            chosen = []
+            for group, count in zip(groups, counts):
+                times, rest = divmod(count, max(len(group), 1))
+                chosen += [group] * times + [draw(group)[:rest]]
+            at = np.concatenate(chosen)
         return replace(self, at=at, number=number)
 
     @property
     def fingerprint(self):
         """Changes when the examples do."""
-        return f"{len(self)}-{zlib.crc32(self.at.tobytes(), read_json(self.folder / 'ledger.json')['crc']):08x}"
+        crc = zlib.crc32(self.at.tobytes(), read_json(self.folder / "ledger.json")["crc"])
+        return f"{len(self)}-{crc:08x}"
 
 
 def write_examples(folder, rows, ledger, tokenizer, **options):
-    """Renders (where, row, number of its source) into a new folder, which takes its name when it is whole."""
+    """Renders (where, row, number of its source) into a new folder, renamed into place when it is
+    complete. `ledger` is filled on the way."""
     end, ends = 0, set(tokenizer.end_ids)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rows = iter(
-        tqdm(rows, "tokenising", unit=" rows", disable=not sys.stderr.isatty(), leave=False)
-    )
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
-        while chunk := list(itertools.islice(rows, 256)):
-            data, index = [], []
-            for (where, row, source), (found, weight, *counts) in zip(
-                chunk, render_rows(chunk, tokenizer, **options)
-            ):
-                ledger.add(where, found, *counts, ends)
-                if not isinstance(found, str):
-                    parts = [part.tobytes() for part in found] + [b""] * (3 - len(found))
-                    data += [*parts, json.dumps([where, row], default=str).encode()]
-                    *at, end = itertools.accumulate(map(len, data[-4:]), initial=end)
-                    index.append(([*at, end], weight, source))
+    quiet = not sys.stderr.isatty()
+    rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=quiet, leave=False))
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
+        with open(f"{partial}/data.bin", "wb") as data, open(f"{partial}/index.bin", "wb") as index:
+            while chunk := list(itertools.islice(rows, 256)):
+                blobs, entries = [], []
+                rendered = render_rows(chunk, tokenizer, **options)
+                for (where, row, source), (parts, weight, *counts) in zip(chunk, rendered):
+                    ledger.add(where, parts, *counts, ends)
+                    if isinstance(parts, str):
+                        continue
                     ledger.sources[source]["examples"] += 1
-            for name, part in (
-                ("data", b"".join(data)),
-                ("index", np.array(index, LAYOUT).tobytes()),
-            ):
-                with open(f"{aside}/{name}.bin", "ab") as file:
-                    file.write(part)
-                ledger.crc = zlib.crc32(part, ledger.crc)
-        Path(aside, "ledger.json").write_text(json.dumps(ledger.as_dict()))
+                    blobs += [part.tobytes() for part in parts] + [b""] * (3 - len(parts))
+                    blobs.append(json.dumps([where, row], default=str).encode())
+                    *offsets, end = itertools.accumulate(map(len, blobs[-4:]), initial=end)
+                    entries.append(([*offsets, end], weight, source))
+                entries = np.array(entries, LAYOUT).tobytes()
+                for file, block in ((data, b"".join(blobs)), (index, entries)):
+                    file.write(block)
+                    ledger.crc = zlib.crc32(block, ledger.crc)
+        Path(partial, "ledger.json").write_text(json.dumps(ledger.as_dict()))
         with suppress(OSError):  # another process may have been first
-            os.rename(aside, folder)
+            os.rename(partial, folder)
+
+
+def cache_folder(sources, tokenizer, settings):
+    """The folder that is named by a hash of everything the examples depend on: this code, the
+    tokenizer's files, the settings, the data."""
+    date = tokenizer.tells_date and f"{tokenizer.now:%F}"
+    digest = hashlib.blake2b(repr((settings, date)).encode(), digest_size=16)
+    files = [Path(__file__), Path(getfile(stream_rows))]
+    files += [tokenizer.folder / name for name in COMPANIONS if (tokenizer.folder / name).is_file()]
+    for path in itertools.chain(files, *(paths for _, _, paths in sources)):
+        digest.update(str(path).encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    cache = Path(os.environ.get("PLAINTUNE_CACHE", "~/.cache/plaintune")).expanduser()
+    return cache / digest.hexdigest()
 
 
 def load_examples(
     sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options
 ):
-    """Sources as in `find_sources` -> (Examples, their rows, ledger). `max_samples` rows are drawn by `seed` and keep
-    their order; `recipe` as in `use_recipe`, `options` (`max_length`, ...) as in `render_rows`. Kept in
-    $PLAINTUNE_CACHE (~/.cache/plaintune) under a hash of all they follow from, so that a second start renders nothing.
+    """Sources as in `find_sources` -> (Examples, their rows, ledger). `max_samples` rows are drawn
+    by `seed` and keep their order; `recipe` as in `use_recipe`, `options` (`max_length`, ...) as in
+    `render_rows`. Cached in $PLAINTUNE_CACHE (~/.cache/plaintune).
     UserError: a file or row is wrong; nothing, or no end of turn, is scored."""
-    sources, (make, draws) = find_sources(sources), use_recipe(recipe, recipe_args, seed)
-    known = [max_samples, recipe, recipe_args, options, (draws or max_samples is not None) and seed]
-    digest = hashlib.blake2b(
-        repr((known, tokenizer.tells_date and f"{tokenizer.now:%F}")).encode(), digest_size=16
-    )
-    files = [
-        Path(__file__),
-        *(file for name in COMPANIONS if (file := tokenizer.folder / name).is_file()),
-    ]
-    for path in files + [path for _, _, paths in sources for path in paths]:
-        digest.update(str(path).encode())
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):
-                digest.update(block)
-    folder = (
-        Path(os.environ.get("PLAINTUNE_CACHE", "~/.cache/plaintune")).expanduser()
-        / digest.hexdigest()
-    )
+    sources = find_sources(sources)
+    make, draws = use_recipe(recipe, recipe_args, seed)
+    needs_seed = draws or max_samples is not None
+    settings = [max_samples, recipe, recipe_args, options, needs_seed and seed]
+    folder = cache_folder(sources, tokenizer, settings)
     if not (folder / "ledger.json").exists():
-        ledger, rows = (
-            Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources]),
-            stream_rows(sources),
-        )
+        ledger = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources])
+        rows = stream_rows(sources)
         if max_samples is not None:
             total = sum(1 for _ in stream_rows(sources))
-            picked = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
-            rows = (row for n, row in enumerate(rows) if n in picked)
-            ledger.rows = ledger.rows_not_sampled = total - len(picked)
+            sample = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
+            rows = (row for n, row in enumerate(rows) if n in sample)
+            ledger.rows = ledger.rows_not_sampled = total - len(sample)
         write_examples(folder, rows, ledger, tokenizer, make=make, **options)
     ledger = Ledger(**read_json(folder / "ledger.json"))
     ledger.check()
-    shares = [
-        weight or source["examples"] for source, (_, weight, _) in zip(ledger.sources, sources)
-    ]
-    for source, share in zip(ledger.sources, shares):
-        source["share"] = share / sum(shares)
-    render = (lambda row: render_row(row, tokenizer, **options)) if draws else None
-    examples = Examples(
-        folder, np.arange(ledger.examples), shares if sources[0][1] else [], seed, make, render
-    )
+    shares = []
+    for entry, (_, weight, _) in zip(ledger.sources, sources):
+        shares.append(weight or entry["examples"])
+    for entry, share in zip(ledger.sources, shares):
+        entry["share"] = share / sum(shares)
+
+    def render(row):
+        return render_row(row, tokenizer, **options)
+
+    shares = shares if sources[0][1] else []
+    at = np.arange(ledger.examples)
+    examples = Examples(folder, at, shares, seed, make, render if draws else None)
     return examples, replace(examples, as_rows=True), ledger
 
 
 def split_holdout(examples, rows, size, seed=0):
-    """-> (examples, rows), (held-out examples, their rows), drawn by `seed`; `size` is a share below 1 or a count."""
-    held = round(size * len(examples)) if 0 < size < 1 else int(size)
-    if not 0 <= held < len(examples):
-        raise UserError(
-            f"cannot hold out {size} of {len(examples)} examples; give a share below 1 or a smaller count"
-        )
-    out = np.isin(
-        np.arange(len(examples)), np.random.default_rng(seed).permutation(len(examples))[:held]
-    )
+    """-> (examples, rows), (held-out examples, their rows), drawn by `seed`; `size` is a share
+    below 1 or a count. UserError: nothing would be left."""
+    count = round(size * len(examples)) if 0 < size < 1 else int(size)
+    if not 0 <= count < len(examples):
+        advice = "give a share below 1 or a smaller count"
+        raise UserError(f"cannot hold out {size} of {len(examples)} examples; {advice}")
+    order = np.random.default_rng(seed).permutation(len(examples))
+    splits = np.sort(order[count:]), np.sort(order[:count])
     return [
-        tuple(replace(part, at=part.at[where]) for part in (examples, rows))
-        for where in (~out, out)
+        tuple(replace(whole, at=whole.at[split]) for whole in (examples, rows)) for split in splits
     ]
 
 
-# --- answers in what was rendered --------------------------------------------------------------------------------------
+# --- what an answer is ----------------------------------------------------------------------------
 
 
 def find_answer(text):
-    """What stands behind the last 'Answer:', or None: a letter ('B', '(B)', 'B. dog'), else the rest of the line."""
-    if not (found := re.findall(r"[Aa]nswer:[ \t]*(\S.*)", text)):
+    """What follows the last 'Answer:', or None: a letter ('B', '(B)', 'B. dog'), else the rest of
+    the line."""
+    answers = re.findall(r"[Aa]nswer:[ \t]*(\S.*)", text)
+    if not answers:
         return None
-    letter = re.match(r"\(?([A-Z])(?![\w'])", found[-1])
-    return letter[1] if letter else found[-1].strip().rstrip(".")
+    letter = re.match(r"\(?([A-Z])(?![\w'])", answers[-1])
+    return letter[1] if letter else answers[-1].strip().rstrip(".")
 
 
 def split_prompt(example):
-    """(prompt ids, reference ids); the reference is the last run of scored tokens, of a pair its chosen answer."""
-    ids, labels = (
-        np.concatenate(parts) for parts in zip(*((s.ids, s.labels) for s in example[:2]))
-    )
-    masked = labels == IGNORE
-    stop = int(np.flatnonzero(~masked)[-1]) + 1
-    start = int((np.flatnonzero(masked[:stop])[-1:] + 1).sum())
+    """(prompt ids, reference ids); the reference is the last run of scored tokens, of a pair its
+    chosen answer."""
+    ids = np.concatenate([segment.ids for segment in example[:2]])
+    scored = np.concatenate([segment.labels for segment in example[:2]]) != IGNORE
+    stop = np.flatnonzero(scored)[-1] + 1
+    masked = np.flatnonzero(~scored[:stop])
+    start = masked[-1] + 1 if len(masked) else 0
     return ids[:start].tolist(), ids[start:stop].tolist()
 
 
 def texts_of(choices):
-    """A row's choices, if they are a list of texts; else none."""
-    return (
-        choices
-        if isinstance(choices, list) and all(isinstance(text, str) for text in choices)
-        else []
-    )
+    """A row's choices if they are a list of texts, else none."""
+    is_texts = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
+    return choices if is_texts else []
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 @dataclass
 class DataConfig:
     model: str  # folder or hub id whose tokenizer and chat template render the rows
     data: list[str]  # files, folders, globs or data sets of the hub, each perhaps with @weight
-    recipe: str = ""  # reads a data set's own rows: mcqa, ecqa, alpaca, chatml, movielens, ultrafeedback, gsm8k
+    recipe: str = ""  # reads a data set's own rows
     recipe_args: dict = field(default_factory=dict)  # its arguments
     preference: bool = False  # rows are prompt, chosen and rejected
-    max_length: int | None = None  # tokens; what is longer loses the start of its prompt
+    max_length: int | None = None  # tokens; a longer example loses the start of its prompt
     max_samples: int | None = None  # use this many rows, drawn by seed
-    seed: int = 42  # of whatever is drawn
-    output: str = ""  # file to write: the rows of mix and pairs, in JSONL; audit's histogram, a PNG
-    n: int = 3  # show: so many rows
-    by: Literal["tokens", "characters"] = "tokens"  # audit: what is counted
-    generate: bool = False  # pairs: reject wrong answers that the model gives, not wrong choices
+    seed: int = 42  # of everything that is drawn
+    output: str = ""  # file to write: the rows of mix and pairs, JSONL; audit's histogram, PNG
+    n: int = 3  # show: number of rows
+    by: str = "tokens"  # audit: unit of length
+    generate: bool = False  # pairs: reject the model's own wrong answers, not wrong choices
     max_new_tokens: int = 256  # pairs: the longest of those answers
-    temperature: float = 0.8  # pairs: at which they are drawn
+    temperature: float = 0.8  # pairs: at which they are sampled
+
+    CHOICES = {"recipe": ("", *RECIPES), "by": ("tokens", "characters")}
 
     def __post_init__(self):
+        check_choices(self)
         check_range(self, 1, "max_length", "max_samples")
         check_range(self, 0, "n", "seed", "temperature")
         check_range(self, 1, "max_new_tokens", most=2**20)
@@ -1219,112 +1125,109 @@ class DataConfig:
 
 def load_rows(config, **options):
     """(tokenizer, examples, rows, ledger) of a command's settings."""
-    plain = (Path(config.model) / "tokenizer.json").is_file()  # a tokenizer's folder will do
-    tokenizer = Tokenizer(config.model if plain else resolve(config.model))
+    has_tokenizer = (Path(config.model) / "tokenizer.json").is_file()  # a model is not needed
+    tokenizer = Tokenizer(config.model if has_tokenizer else resolve(config.model))
     names = ("max_length", "max_samples", "seed", "recipe", "recipe_args", "preference")
-    return tokenizer, *load_examples(
-        config.data, tokenizer, **{n: getattr(config, n) for n in names} | options
-    )
+    options = {name: getattr(config, name) for name in names} | options
+    return tokenizer, *load_examples(config.data, tokenizer, **options)
 
 
 def show(config):
-    """Rows as the model sees them, what is scored in green, or between ⟦ ⟧ where there is no terminal."""
+    """Rows as the model sees them: scored tokens in green, or between ⟦ ⟧ without a terminal."""
     tokenizer, examples, _, ledger = load_rows(config)
     start, stop = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "⟦⟧"
     for example in examples[: config.n]:
         for segment in example:
             scored = segment.labels != IGNORE
-            for run in np.split(np.arange(len(scored)), np.flatnonzero(np.diff(scored)) + 1):
-                piece = sanitize(tokenizer.decode(segment.ids[run], skip_special=False))
-                print(start + piece + stop if scored[run].any() else piece, end="")
+            cuts = np.flatnonzero(np.diff(scored)) + 1
+            for run in np.split(np.arange(len(scored)), cuts):
+                text = sanitize(tokenizer.decode(segment.ids[run], skip_special=False))
+                print(start + text + stop if scored[run].any() else text, end="")
         print("\n")
     print(ledger)
 
 
 def audit(config):
-    """How long examples are, what max_length cuts, what is there twice, whether each teaches where to stop."""
+    """Lengths of examples, what max_length cuts, duplicates, and whether each example teaches where
+    to stop."""
     from matplotlib.figure import Figure
 
-    if not (config.output or ".png").endswith(".png"):
-        raise UserError(f"--output {config.output}: a histogram is a .png")
+    output = config.output or "lengths.png"
+    if not output.endswith(".png"):
+        raise UserError(f"--output {output}: a histogram is a .png")
     tokenizer, examples, _, ledger = load_rows(config, max_length=None)
-    count = (
-        len if config.by == "tokens" else lambda ids: len(tokenizer.decode(ids, skip_special=False))
-    )
-    sizes, seen = [], set()
-    for example in examples:
-        scored, (prompt, *ends) = (
-            [s.ids[s.labels != IGNORE] for s in example],
-            [s.ids for s in example],
-        )
-        size = lambda count: count(prompt) + max(map(count, ends), default=0)
-        sizes.append((size(count), sum(map(count, scored)), size(len)))
-        seen.add(hash(b"".join(ids.tobytes() for ids in (prompt, *ends))))
-    sizes = np.array(sizes)
-    names, points = (
-        ["min", "mean", "max", "p50", "p90", "p95", "p99", "p100"],
-        [0, 100, 50, 90, 95, 99, 100],
-    )
+
+    def measure(ids):
+        return len(ids if config.by == "tokens" else tokenizer.decode(ids, skip_special=False))
+
+    def total(example, measure):
+        prompt, *answers = [measure(segment.ids) for segment in example]
+        return prompt + max(answers, default=0)
+
+    lengths = [total(example, measure) for example in examples]
+    tokens = np.array([total(example, len) for example in examples])
+    scored = [sum(measure(s.ids[s.labels != IGNORE]) for s in example) for example in examples]
+    distinct = {hash(b"".join(s.ids.tobytes() for s in example)) for example in examples}
+    percents = [50, 90, 95, 99, 100]
+    names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
     print(config.by.ljust(12), *(f"{name:>8}" for name in names))
-    for name, column in zip(("example", "scored"), sizes.T):
-        found = np.insert(np.percentile(column, points), 1, column.mean())
-        print(name.ljust(12), *(f"{x:8.1f}".replace(".0", "  ") for x in found))
-    fits = int(-(-np.percentile(sizes[:, 2], 99) // 64) * 64)
-    print(
-        f"suggested max_length: {fits} tokens, which leaves {(sizes[:, 2] <= fits).mean():.1%} of the examples whole"
-    )
-    print(
-        f"with max_length {config.max_length or fits}: {load_rows(config, max_length=config.max_length or fits)[3]}"
-    )
-    print(
-        f"{len(examples) - len(seen):,} duplicates; {ledger.rows_ended:,} of {len(examples):,} score an end of turn"
-    )
+    for name, values in (("example", lengths), ("scored", scored)):
+        row = [min(values), np.mean(values), max(values), *np.percentile(values, percents)]
+        print(name.ljust(12), *(f"{value:8.1f}".replace(".0", "  ") for value in row))
+    fits = int(np.ceil(np.percentile(tokens, 99) / 64)) * 64
+    whole = (tokens <= fits).mean()
+    print(f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole")
+    limit = config.max_length or fits
+    print(f"with max_length {limit}: {load_rows(config, max_length=limit)[3]}")
+    duplicates = len(examples) - len(distinct)
+    ended = f"{ledger.rows_ended:,} of {len(examples):,} score an end of turn"
+    print(f"{duplicates:,} duplicates; {ended}")
     figure = Figure(figsize=(7, 4), layout="constrained")
-    figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples").hist(
-        sizes[:, 0], bins=60
-    )
-    figure.savefig(config.output or "lengths.png", dpi=130, format="png")
-    print(f"histogram: {config.output or 'lengths.png'}")
+    axes = figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples")
+    axes.hist(lengths, bins=60)
+    figure.savefig(output, dpi=130)
+    print(f"histogram: {output}")
 
 
 def mix(config):
-    """All sources' rows as the recipe makes them, shuffled in one file, each source's share as its weight says."""
+    """All sources' rows as the recipe makes them, shuffled into one file, in the shares that the
+    weights give."""
     *_, rows, ledger = load_rows(config)
     rows = rows.epoch(0)
-    return (
-        rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))
-    ), f"{len(rows):,} rows: {ledger}"
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    return (rows[i] for i in order), f"{len(rows):,} rows: {ledger}"
 
 
 COMMANDS = {command.__name__: command for command in (show, audit, mix)}
 
 
 def write_rows(config, make):
-    """Writes the rows of make(config) -> (rows, a line that sums them up) to --output, a new file."""
+    """Writes the rows of make(config) -> (rows, summary) to --output, a new file."""
     if not config.output or Path(config.output).exists():
         fault = "exists already" if config.output else "is needed"
         raise UserError(f"--output {config.output}: {fault}; name a new one")
     rows, summary = make(config)
     with open(f"{config.output}.partial", "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.rename(file.name, config.output)
     print(f"{config.output}: {summary}")
 
 
 def main():
-    command, *argv = sys.argv[1:] or [""]
-    if command == "pairs":  # a model answers there, so it stands in eval.py
+    name, *argv = sys.argv[1:] or [""]
+    if name == "pairs":  # needs a model, so it stands in eval.py
         return runpy.run_path(str(Path(__file__).with_name("eval.py")), run_name="__main__")
-    if command not in COMMANDS:
-        usage = f"python data.py {'|'.join([*COMMANDS, 'pairs'])} --model MODEL --data SOURCE ... (--help says more)"
-        raise UserError(
-            f"unknown command {command!r}{nearest(command, [*COMMANDS, 'pairs'])}; usage: {usage}"
-        )
-    config = parse_config(DataConfig, argv, COMMANDS[command].__doc__)
-    if command == "mix":
+    names = [*COMMANDS, "pairs"]
+    if name not in COMMANDS:
+        usage = f"python data.py {'|'.join(names)} --model MODEL --data SOURCE ... (or --help)"
+        raise UserError(f"unknown command {name!r}{nearest(name, names)}; usage: {usage}")
+    command = COMMANDS[name]
+    config = parse_config(DataConfig, argv, command.__doc__)
+    if command is mix:
         write_rows(config, mix)
     else:
-        COMMANDS[command](config)
+        command(config)
 
 
 if __name__ == "__main__":

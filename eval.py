@@ -40,8 +40,6 @@ from data import (
     as_turn,
     find_answer,
     load_rows,
-    read_rows,
-    read_text,
     render_row,
     split_prompt,
     split_row,
@@ -64,6 +62,7 @@ from support.errors import UserError, as_user_error, brief, nearest, run_command
 from support.files import locked_folder, read_json, regular_file
 from support.hub import resolve
 from support.memory import keep_freed_memory
+from support.readers import read_rows, read_text
 from support.settings import check_range, convert, parse_config
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"

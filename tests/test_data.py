@@ -1,6 +1,6 @@
-"""data.py: rendering and masks against transformers and TRL, truncation and the ledger by their properties, the
-mistakes of files, rows and settings by their messages. Tokenizers are built here; what wants the real ones skips
-without ../shared."""
+"""data.py and support/readers.py: rendering and masks against transformers and TRL, truncation and
+the ledger by their properties, mistakes in files, rows and settings by their messages. Tokenizers
+are built here; what needs the real ones skips without ../shared."""
 
 import csv
 import gzip
@@ -28,31 +28,32 @@ from tokenizers import (
 )
 
 import data
-from data import Tokenizer, fit, load_examples, read_rows, render_row, split_holdout
+from data import Tokenizer, fit, load_examples, render_row, split_holdout
 from model import IGNORE
 from support.errors import UserError
+from support.readers import read_rows
 from support.settings import parse_config
 
 SHARED = Path(__file__).parents[2] / "shared"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared folder beside the repository")
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"  # noqa: E501
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")  # fmt: skip
-LLAMA = ("{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>\\n\\n' + m['content'] | trim + '<|eot|>' }}"
-         "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\\n\\n' }}{% endif %}")  # fmt: skip
-THINK = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% set c = m.content %}{% if m.role == 'assistant' %}"
+LLAMA = ("{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>\\n\\n' + m['content'] | trim + '<|eot|>' }}"  # noqa: E501
+         "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\\n\\n' }}{% endif %}")  # fmt: skip  # noqa: E501
+THINK = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% set c = m.content %}{% if m.role == 'assistant' %}"  # noqa: E501
          "{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
-         "{% if loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ c + '<|im_end|>\\n' }}{% endfor %}"
-         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if no_think %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+         "{% if loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ c + '<|im_end|>\\n' }}{% endfor %}"  # noqa: E501
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if no_think %}{{ '<think>\\n\\n</think>\\n\\n' }}"  # noqa: E501
          "{% endif %}{% endif %}")  # fmt: skip
 PLAIN = ("{% for m in messages %}{{ '### ' + m.role + ':\\n' + m.content + '\\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ '### assistant:\\n' }}{% endif %}")  # fmt: skip
 MARKED = CHATML.replace("{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}",
-                        "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}"
-                        "{{ m.content + '<|im_end|>\\n' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\\n' }}"
+                        "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}"  # noqa: E501
+                        "{{ m.content + '<|im_end|>\\n' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\\n' }}"  # noqa: E501
                         "{% endif %}")  # fmt: skip
-MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-           "{% elif m.role == 'assistant' %}{{ ' ' + m.content + '<|eos|>' }}{% else %}{{ raise_exception('no such role') }}"
+MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"  # noqa: E501
+           "{% elif m.role == 'assistant' %}{{ ' ' + m.content + '<|eos|>' }}{% else %}{{ raise_exception('no such role') }}"  # noqa: E501
            "{% endif %}{% endfor %}")  # fmt: skip
 TEMPLATES = {
     "chatml": CHATML,
@@ -67,7 +68,7 @@ SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|s
 WORDS = "a cat sat on the mat and said: yes no <b> é 猫 12 maybe\n\n x  y".split(" ")
 
 
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # Qwen's
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # Qwen's  # noqa: E501
 
 
 def write_tokenizer(folder, template=None, bos=True, sentencepiece=False, **config):
@@ -159,7 +160,7 @@ def masked_text(tokenizer, segment):
     return tokenizer.decode(segment.ids[segment.labels == IGNORE], skip_special=False)
 
 
-# --- tokenizer and template -------------------------------------------------------------------------------------------
+# --- tokenizer and template -----------------------------------------------------------------------
 
 CHATS = {
     "single": as_turn("Hi there", "Hello  you"),
@@ -211,9 +212,9 @@ def test_real_templates_render_as_transformers_does(family):
 
 
 def test_template_functions_are_those_of_transformers(tmp_path):
-    template = ("{{ strftime_now('%d %b %Y') }}|{{ tools | tojson }}|{{ tools | tojson(indent=2) }}|{{ {'b': '<&>é', 'a': 1} | tojson }}"
-                "|{{ bos_token }}|{{ eos_token }}|{{ unk_token is defined }}|{{ documents is none }}"
-                "{% for m in messages %}{% if loop.index0 > 0 %}{% break %}{% endif %}\n  {% if true %}\nx\n  {% endif %}\n{{ m.content }}"
+    template = ("{{ strftime_now('%d %b %Y') }}|{{ tools | tojson }}|{{ tools | tojson(indent=2) }}|{{ {'b': '<&>é', 'a': 1} | tojson }}"  # noqa: E501
+                "|{{ bos_token }}|{{ eos_token }}|{{ unk_token is defined }}|{{ documents is none }}"  # noqa: E501
+                "{% for m in messages %}{% if loop.index0 > 0 %}{% break %}{% endif %}\n  {% if true %}\nx\n  {% endif %}\n{{ m.content }}"  # noqa: E501
                 "{% endfor %}\n")  # fmt: skip
     folder = write_tokenizer(tmp_path, template)
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<|bos|>"}
@@ -256,8 +257,8 @@ def test_where_templates_and_end_tokens_come_from(tmp_path):
     ({"tokenizer.json": None}, "no tokenizer.json in it"),
     ({"tokenizer.json": "{}"}, "tokenizer.json: not a tokenizer"),
     ({"tokenizer_config.json": "{broken"}, "tokenizer_config.json: not valid JSON"),
-    ({"tokenizer_config.json": '{"chat_template": {"a": 1}}'}, "tokenizer_config.json: not a chat template"),
-    ({"tokenizer_config.json": '{"chat_template": [{"name": "x", "template": "y"}]}'}, "no template is named 'default': x"),
+    ({"tokenizer_config.json": '{"chat_template": {"a": 1}}'}, "tokenizer_config.json: not a chat template"),  # noqa: E501
+    ({"tokenizer_config.json": '{"chat_template": [{"name": "x", "template": "y"}]}'}, "no template is named 'default': x"),  # noqa: E501
 ])  # fmt: skip
 def test_tokenizers_that_are_broken_are_named(tmp_path, files, message):
     folder = write_tokenizer(tmp_path)
@@ -270,7 +271,7 @@ def test_tokenizers_that_are_broken_are_named(tmp_path, files, message):
 
 @pytest.mark.parametrize("template, message", [
     ("{% if %}", "chat_template.jinja: not a chat template.*Expected an expression"),
-    ("{{ raise_exception('only user roles') }}", "chat_template.jinja: the chat template failed: line 1: only user roles"),
+    ("{{ raise_exception('only user roles') }}", "chat_template.jinja: the chat template failed: line 1: only user roles"),  # noqa: E501
     ("{{ messages[7].content.x }}", "the chat template failed"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template failed.*unsafe"),
     ("{{ messages.append(1) }}", "the chat template failed.*unsafe"),
@@ -282,17 +283,20 @@ def test_templates_that_fail_are_named(tmp_path, template, message):
     assert len(str(caught.value).splitlines()) <= 2
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def random_chat(rng):
-    """Contents that try to mislead: repeated, empty inside, ending in space, holding headers of other templates."""
-    pick = lambda: (
-        " ".join(
-            rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))
-        ).strip()
-        or "x"
-    )
+    """Contents that try to mislead: repeated, empty inside, ending in space, holding headers of other templates."""  # noqa: E501
+
+    def pick():
+        return (
+            " ".join(
+                rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))
+            ).strip()
+            or "x"
+        )
+
     pool = [pick() for _ in range(2)]
     return as_turn(
         *(rng.choice(pool) if rng.random() < 0.5 else pick() for _ in range(2 * rng.randint(1, 4)))
@@ -375,7 +379,7 @@ def write_wild(folder, name):
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_instruct_2507", "llama3"])
 def test_masks_equal_trl(tmp_path, name):
     """TRL's {% generation %} variants of templates, against ours from the templates as they are shipped. TRL's Qwen3
-    also scores the newline that follows the end of a turn, which no model is ever asked for."""
+    also scores the newline that follows the end of a turn, which no model is ever asked for."""  # noqa: E501
     folder, training = write_wild(tmp_path, name)
     ours, theirs = Tokenizer(folder), reference(folder, training)
     for chat in (
@@ -447,7 +451,7 @@ def test_tool_calls_are_the_models_words():
     row = {"messages": chat, "tools": json.dumps(TOOLS)}
     qwen, llama = (Tokenizer(SHARED / "tokenizers" / name) for name in ("qwen3", "llama3"))
     assert scored_text(qwen, render_row(row, qwen)[0]) == (
-        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|><think>\n\n</think>\n\nseven<|im_end|>'
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|><think>\n\n</think>\n\nseven<|im_end|>'  # noqa: E501
     )
     assert (
         scored_text(llama, render_row(row, llama)[0])
@@ -455,12 +459,16 @@ def test_tool_calls_are_the_models_words():
     )
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def test_every_schema(chatml, tmp_path):
-    scored = lambda row, **options: scored_text(chatml, render_row(row, chatml, **options)[0])
-    whole = lambda row: chatml.decode(render_row(row, chatml)[0].ids, skip_special=False)
+    def scored(row, **options):
+        return scored_text(chatml, render_row(row, chatml, **options)[0])
+
+    def whole(row):
+        return chatml.decode(render_row(row, chatml)[0].ids, skip_special=False)
+
     row = {"prompt": "a cat", "completion": " sat"}
     assert scored(row) == " sat<|eos|>" and whole(row) == "<|bos|>a cat sat<|eos|>"
     assert scored(row, completion_only_loss=False) == "a cat sat<|eos|>"
@@ -503,8 +511,8 @@ def test_every_schema(chatml, tmp_path):
 
 def test_preference_rows_share_their_prompt(chatml):
     pair = [as_turn("", "yes")[1:], as_turn("", "no way")[1:]]
-    rows = [{"prompt": as_turn("q"), "chosen": pair[0], "rejected": pair[1]}, {"chosen": as_turn("q") + pair[0], "rejected": as_turn("q") + pair[1]},
-            {"prompt": "q", "chosen": as_turn("q") + pair[0], "rejected": as_turn("q") + pair[1]}]  # fmt: skip
+    rows = [{"prompt": as_turn("q"), "chosen": pair[0], "rejected": pair[1]}, {"chosen": as_turn("q") + pair[0], "rejected": as_turn("q") + pair[1]},  # noqa: E501
+            {"prompt": "q", "chosen": as_turn("q") + pair[0], "rejected": as_turn("q") + pair[1]}]  # fmt: skip  # noqa: E501
     for row in rows:
         prompt, chosen, rejected = render_row(row, chatml, preference=True)
         assert [(s.prefix, s.sequence) for s in (prompt, chosen, rejected)] == [
@@ -556,8 +564,8 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({}, "fits no schema: it is empty"),
-    ({"question": "q", "answer": "a"}, "fits no schema: it has answer, question; wanted is one of messages"),
+    ({}, "fits no schema: it has no keys"),
+    ({"question": "q", "answer": "a"}, "fits no schema: it has answer, question; expected one of messages"),  # noqa: E501
     ({"prompt": "p", "completion": None}, "fits no schema: it has prompt"),
     ({"prompt": 3, "completion": "c"}, "'prompt' must be a string, found '3'"),
     ({"prompt": "p", "completion": {"a": 1}}, "'completion' must be a string"),
@@ -566,17 +574,17 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
     ({"messages": []}, "'messages' must be a list of messages"),
     ({"messages": ["hi"]}, r"messages\[0\] must be a message"),
     ({"messages": [{"content": "x"}]}, r"messages\[0\] has no role"),
-    ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) must have text as its content, found 'null'"),
-    ({"messages": as_turn("a") + [{"role": "assistant", "content": [{"type": "image"}]}]}, r"messages\[1\] \(assistant\) must have text"),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) must have text as its content: 'null'"),  # noqa: E501
+    ({"messages": as_turn("a") + [{"role": "assistant", "content": [{"type": "image"}]}]}, r"messages\[1\] \(assistant\) must have text"),  # noqa: E501
     ({"conversations": [{"from": 3, "value": "x"}]}, r"conversations\[0\] has no role"),
     ({"conversations": [{"from": [], "value": "x"}]}, r"conversations\[0\] has no role"),
-    ({"messages": as_turn("a", "b"), "chat_template_kwargs": {"messages": 1}}, "'chat_template_kwargs' must be an object"),
+    ({"messages": as_turn("a", "b"), "chat_template_kwargs": {"messages": 1}}, "'chat_template_kwargs' must be an object"),  # noqa: E501
     ({"instruction": "i", "output": 5}, "'output' must be a string"),
     ({"text": "a", "weight": "much"}, "'weight' must be a number"),
     ({"text": "a", "weight": -1}, "'weight' must be a number of at least 0"),
     ({"text": "cut \ud83d"}, "half a surrogate pair"),
     ({"messages": as_turn("a", "b"), "tools": "[broken"}, "'tools' must be"),
-    ({"messages": as_turn("a", "b"), "chat_template_kwargs": 3}, "'chat_template_kwargs' must be an object"),
+    ({"messages": as_turn("a", "b"), "chat_template_kwargs": 3}, "'chat_template_kwargs' must be an object"),  # noqa: E501
 ])  # fmt: skip
 def test_rows_that_are_wrong_are_named(chatml, tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
@@ -587,7 +595,7 @@ def test_rows_that_are_wrong_are_named(chatml, tmp_path, row, message):
     assert len(str(caught.value).splitlines()) <= 2
 
 
-# --- truncation and the ledger ----------------------------------------------------------------------------------------
+# --- truncation and the ledger --------------------------------------------------------------------
 
 
 def test_truncation_takes_the_prompt_and_never_the_answer(styled):
@@ -631,9 +639,10 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
             )
             if int(whole.ids[0]) in tokenizer.special_ids:
                 assert kept.ids[0] == whole.ids[0]
-            runs = lambda labels: "".join(
-                "x" if label != IGNORE else " " for label in labels
-            ).split()
+
+            def runs(labels):
+                return "".join("x" if label != IGNORE else " " for label in labels).split()
+
             assert all(
                 run in runs(whole.labels) for run in runs(kept.labels)
             )  # an answer is scored whole or not at all
@@ -643,7 +652,10 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
 
 def test_fit_by_hand():
     ids, no, yes = np.arange(10), [False], [True]
-    flags = lambda *runs: np.array([flag for run in runs for flag in run])
+
+    def flags(*runs):
+        return np.array([flag for run in runs for flag in run])
+
     got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 5, {0})
     assert got[0].tolist() == [0, 6, 7, 8, 9] and got[1].tolist() == [False] * 3 + [True] * 2
     got = fit(
@@ -671,8 +683,8 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
             "chosen": chat[1]["content"],
             "rejected": rng.choice(["no", chat[1]["content"]]),
         }
-        rows.append(pair if preference else rng.choice([{"messages": chat}, pair, {"text": chat[0]["content"]}, {"messages": as_turn("only asked")},
-                                                         {"prompt": "p", "completion": ""}]))  # fmt: skip
+        rows.append(pair if preference else rng.choice([{"messages": chat}, pair, {"text": chat[0]["content"]}, {"messages": as_turn("only asked")},  # noqa: E501
+                                                         {"prompt": "p", "completion": ""}]))  # fmt: skip  # noqa: E501
     path.write_text("\n".join(map(json.dumps, rows)))
     examples, kept, ledger = load_examples(
         [path], chatml, max_length=24, max_samples=100, seed=5, preference=preference
@@ -741,8 +753,13 @@ def test_holdout_is_a_seeded_partition(chatml, tmp_path):
     )
     examples, rows, _ = load_examples(path, chatml)
     (kept, kept_rows), (held, held_rows) = split_holdout(examples, rows, 0.2, seed=1)
-    text = lambda found: [chatml.decode(example[0].ids).split()[0] for example in found]
-    number = lambda found: [row["prompt"].split()[0] for row in found]
+
+    def text(found):
+        return [chatml.decode(example[0].ids).split()[0] for example in found]
+
+    def number(found):
+        return [row["prompt"].split()[0] for row in found]
+
     assert len(held) == 10 and sorted(text(kept) + text(held), key=int) == [
         str(n) for n in range(50)
     ]
@@ -756,7 +773,7 @@ def test_holdout_is_a_seeded_partition(chatml, tmp_path):
         split_holdout(examples, rows, 50)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 ROWS = [{"text": "é\u2028 one"}, {"text": "two\n\nlines"}, {"text": "three"}]
 
@@ -789,7 +806,7 @@ def test_readers_agree(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON: .*found|a.jsonl:2: not JSON: Expecting value: '{\"text\":'"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON: .*found|a.jsonl:2: not JSON: Expecting value: '{\"text\":'"),  # noqa: E501
     ("a.jsonl", b'{"text": "x"}\n[1, 2]\n', r"a.jsonl:2: a row is an object, found '\[1, 2\]'"),
     ("a.jsonl", b'{"text": "x"}\n"y"\n', "a.jsonl:2: a row is an object"),
     ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8: .*byte 0xff"),
@@ -806,7 +823,7 @@ def test_readers_agree(tmp_path):
     ("a.csv", b"text\nx\ny,z\n", r"a.csv\[1\]: more fields than the header's 1"),
     ("a.parquet", b"PAR1 not really", "a.parquet: not a parquet file"),
     ("a.txt", b"x", "a.txt: not a known kind of file; known are .jsonl"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99)[:20] + b"\xff" * 30, "a.jsonl.gz: cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99)[:20] + b"\xff" * 30, "a.jsonl.gz: cannot be read"),  # noqa: E501
     ("u.data", b"1\t7\t4\t9\n", "u.item: cannot be read: No such file"),
 ])  # fmt: skip
 def test_files_that_are_wrong_are_named(tmp_path, name, content, message):
@@ -828,8 +845,8 @@ def test_a_data_set_of_the_hub(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    for name in ("org/one/data/train-00000-of-00002", "org/one/data/train-00001-of-00002", "org/one/data/test-00000-of-00001",
-                 "org/two/main/train-00000-of-00001", "org/two/main/test-00000-of-00001", "org/two/other/train-00000-of-00001"):  # fmt: skip
+    for name in ("org/one/data/train-00000-of-00002", "org/one/data/train-00001-of-00002", "org/one/data/test-00000-of-00001",  # noqa: E501
+                 "org/two/main/train-00000-of-00001", "org/two/main/test-00000-of-00001", "org/two/other/train-00000-of-00001"):  # fmt: skip  # noqa: E501
         path = tmp_path / "root" / "datasets" / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": name}]), path)
@@ -850,7 +867,7 @@ def test_a_data_set_of_the_hub(tmp_path):
     )
     code = """if 1:
         import sys; sys.path.insert(0, sys.argv[1])
-        from data import UserError, read_rows
+        from support.readers import UserError, read_rows
         for source in sys.argv[2:]:
             try: print([row["text"].removeprefix("org/") for _, row in read_rows(source)])
             except UserError as error: print("error:", error)"""
@@ -909,7 +926,10 @@ def test_folders_globs_and_weights(chatml, tmp_path):
     assert [source["share"] for source in ledger.sources] == [0.25, 0.75] and "75.0% from " in str(
         ledger
     )
-    names = lambda epoch: [row["prompt"] for row in rows.epoch(epoch)]
+
+    def names(epoch):
+        return [row["prompt"] for row in rows.epoch(epoch)]
+
     assert (
         len(examples.epoch(0)) == len(examples) == 40 == len(names(0)) and len(ledger.sources) == 2
     )
@@ -937,7 +957,7 @@ def test_folders_globs_and_weights(chatml, tmp_path):
 
 
 def test_a_second_start_renders_nothing(chatml, tmp_path, monkeypatch):
-    """The cache is keyed by content, tokenizer, template, settings and this code; nothing half-made stays behind."""
+    """The cache is keyed by content, tokenizer, template, settings and this code; nothing half-made stays behind."""  # noqa: E501
     monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
     path, calls = tmp_path / "rows.jsonl", []
     path.write_text(
@@ -965,7 +985,10 @@ def test_a_second_start_renders_nothing(chatml, tmp_path, monkeypatch):
     ].ids.dtype == np.int32
     monkeypatch.undo()
     monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
-    folder = lambda *args, **options: load_examples(*args, **options)[0].folder
+
+    def folder(*args, **options):
+        return load_examples(*args, **options)[0].folder
+
     other = Tokenizer(write_tokenizer(tmp_path / "other", THINK))
     cut, drawn = {"max_length": 9}, {"max_samples": 5, "seed": 7}
     folders = [
@@ -996,9 +1019,9 @@ def test_a_date_in_the_template_is_part_of_the_key(tmp_path):
         assert (one.folder == two.folder) == same == ((one[0][0].ids == two[0][0].ids).all())
 
 
-# --- recipes ----------------------------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
-ECQA = {"q_text": "Where?", "q_op1": "here", "q_op2": "there", "q_op3": "now", "q_op4": "then", "q_op5": "up",
+ECQA = {"q_text": "Where?", "q_op1": "here", "q_op2": "there", "q_op3": "now", "q_op4": "then", "q_op5": "up",  # noqa: E501
         "q_ans": "there", "taskB": "It is not here. "}  # fmt: skip
 ARC = {"question": "Where?", "choices": {"text": ["B", "A"], "label": ["A", "B"]}, "answerKey": "B"}
 LISTED = {
@@ -1035,7 +1058,7 @@ def test_recipes_by_hand():
         and "Input" not in made["prompt"]
     )
     assert "paired" in alpaca({"instruction": "do", "input": "it", "output": "done"})["prompt"]
-    text = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq\nr<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    text = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq\nr<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"  # noqa: E501
     assert (
         chatml({"text": text})["messages"]
         == as_turn("q\nr", "a", system="s")
@@ -1151,12 +1174,17 @@ def test_movielens_from_its_original_tables(tmp_path):
 
 
 def test_epochs_differ_and_come_back(chatml, tmp_path):
-    """A recipe that draws renders every epoch anew, the same in a second start and whatever else is in the data."""
+    """A recipe that draws renders every epoch anew, the same in a second start and whatever else is in the data."""  # noqa: E501
     path = tmp_path / "rows.jsonl"
     rows = [LISTED | {"question": f"Where is {n}?"} for n in range(40)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    load = lambda **options: load_examples(path, chatml, recipe="mcqa", seed=5, **options)
-    texts = lambda examples: [chatml.decode(example[0].ids) for example in examples]
+
+    def load(**options):
+        return load_examples(path, chatml, recipe="mcqa", seed=5, **options)
+
+    def texts(examples):
+        return [chatml.decode(example[0].ids) for example in examples]
+
     examples, made, ledger = load()
     epochs = [texts(examples.epoch(n)) for n in range(3)]
     assert epochs[0] == texts(examples) and epochs == [texts(load()[0].epoch(n)) for n in range(3)]
@@ -1174,7 +1202,7 @@ def test_epochs_differ_and_come_back(chatml, tmp_path):
 
 
 @pytest.mark.parametrize("recipe, args, row, message", [
-    ("ecqa", {}, {"question": "q"}, r"does not fit recipe ecqa \(question, choices, answer, explanation\): 'choices'"),
+    ("ecqa", {}, {"question": "q"}, r"does not fit recipe ecqa \(question, choices, answer, explanation\): 'choices'"),  # noqa: E501
     ("ecqa", {}, LISTED | {"answer": "E"}, "does not fit recipe ecqa .* is not one of the choices"),
     ("ecqa", {}, LISTED | {"answer": 2}, "2 is not one of the choices"),
     ("mcqa", {}, LISTED | {"choices": "abc"}, "does not fit recipe mcqa"),
@@ -1202,7 +1230,7 @@ def test_recipes_that_do_not_fit_are_named(chatml, tmp_path, recipe, args, row, 
 
 @real
 @pytest.mark.parametrize("recipe, file", [
-    ("ecqa", "ecqa/val.csv"), ("mcqa", "ecqa/val.csv"), ("ecqa", "arc_challenge/test.jsonl"), ("gsm8k", "gsm8k/test.jsonl"),
+    ("ecqa", "ecqa/val.csv"), ("mcqa", "ecqa/val.csv"), ("ecqa", "arc_challenge/test.jsonl"), ("gsm8k", "gsm8k/test.jsonl"),  # noqa: E501
     ("alpaca", "alpaca/alpaca_en_999.json"), ("ultrafeedback", "ultrafeedback/test.jsonl"),
     ("chatml", "chat/identity_500.jsonl"),
 ])  # fmt: skip
@@ -1220,7 +1248,7 @@ def test_recipes_on_the_real_sets(recipe, file):
         assert "answer" not in row or row["answer"] in scored_text(tokenizer, example[0])
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1253,7 +1281,7 @@ def test_flags_and_files_make_a_config(tmp_path):
     assert parse_config(Settings, []) == Settings()
     got = parse_config(
         Settings,
-        "--lora-r 8 --learning_rate=1e-3 --data x.jsonl d/y.jsonl --merge false --max_length 5 --kind linear".split(),
+        "--lora-r 8 --learning_rate=1e-3 --data x.jsonl d/y.jsonl --merge false --max_length 5 --kind linear".split(),  # noqa: E501
     )
     assert got == Settings(
         lora_r=8,
@@ -1287,7 +1315,7 @@ def test_flags_and_files_make_a_config(tmp_path):
     )
     path = tmp_path / "c.yaml"
     path.write_text(
-        "lora: {r: 32}\ntraining:\n  learning_rate: 3e-5\n  deep: {seed: 1}\ncutoff_len: 9\ndata: z.jsonl\nrank_pattern: {a: 1}\nval_size: 5\n"
+        "lora: {r: 32}\ntraining:\n  learning_rate: 3e-5\n  deep: {seed: 1}\ncutoff_len: 9\ndata: z.jsonl\nrank_pattern: {a: 1}\nval_size: 5\n"  # noqa: E501
     )
     got = parse_config(Settings, ["--config", str(path), "--seed", "2"])
     assert got == Settings(
@@ -1309,12 +1337,12 @@ def test_flags_and_files_make_a_config(tmp_path):
 TOOLS_CONFIGS = {
     "LLaMA-Factory": ("model_name_or_path: m\ndataset: a.json\ncutoff_len: 5\nlora_rank: 3\n"
                       "lora_target: q_proj,v_proj\nlearning_rate: 1.0e-4", {}),
-    "Axolotl": ("base_model: m\ndataset: []\nsequence_len: 5\nlora_r: 3\nlora_target_modules: [q_proj, v_proj]\n"
+    "Axolotl": ("base_model: m\ndataset: []\nsequence_len: 5\nlora_r: 3\nlora_target_modules: [q_proj, v_proj]\n"  # noqa: E501
                 "learning_rate: 0.0001\nval_set_size: 0.1", {"data": [], "val_size": 0.1}),
     "TRL": ("model_name_or_path: m\ndataset_name: a.json\nmax_seq_length: 5\nlora_r: 3\n"
             "lora_target_modules: [q_proj, v_proj]\nlearning_rate: 1e-4", {}),
-    "sections": ('{"model": {"model_name_or_path": "m"}, "data": {"train_file": "a.json", "max_length": 5},\n'
-                 '"lora": {"rank": 3, "target_modules": ["q_proj", "v_proj"]}, "training": {"lr": 1e-4}}', {}),
+    "sections": ('{"model": {"model_name_or_path": "m"}, "data": {"train_file": "a.json", "max_length": 5},\n'  # noqa: E501
+                 '"lora": {"rank": 3, "target_modules": ["q_proj", "v_proj"]}, "training": {"lr": 1e-4}}', {}),  # noqa: E501
 }  # fmt: skip
 
 
@@ -1393,13 +1421,13 @@ def test_help_explains_every_field_with_its_default(capsys):
         parse_config(Settings, ["--help"], "What it does.")
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0 and "What it does." in text
-    for part in ("--lora_r INT rank; 0: full fine-tuning (default: 16)", "folder or hub id, 100 % (default: tiny)",
-                 "files (default: a.jsonl b.jsonl)", "tokens of an example # not more (default: None)", "--config FILE",
-                 "which layers (default: all-linear)", "behind a wrapped default (default: a_long", "of schedule; one of round, square (default: round)"):  # fmt: skip
+    for part in ("--lora_r INT rank; 0: full fine-tuning (default: 16)", "folder or hub id, 100 % (default: tiny)",  # noqa: E501
+                 "files (default: a.jsonl b.jsonl)", "tokens of an example # not more (default: None)", "--config FILE",  # noqa: E501
+                 "which layers (default: all-linear)", "behind a wrapped default (default: a_long", "of schedule; one of round, square (default: round)"):  # fmt: skip  # noqa: E501
         assert part in text
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1535,7 +1563,7 @@ def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
 
 
 def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):
-    """What the embedded tiny model says, where it is not the row's own answer, is rejected; the same for a same seed."""
+    """What the embedded tiny model says, where it is not the row's own answer, is rejected; the same for a same seed."""  # noqa: E501
     examples = Path(data.__file__).parent / "examples"
     lines = (examples / "mcqa" / "validation.jsonl").read_text().splitlines()[:12]
     rows = [

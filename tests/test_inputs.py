@@ -31,7 +31,7 @@ import model as M
 import qlora
 import sft
 from model import ModelConfig, load_model
-from support import errors, sandbox
+from support import errors, readers, sandbox
 from support.errors import UserError, sanitize
 from support.settings import parse_config
 
@@ -766,10 +766,10 @@ TOKEN = "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"
 ASKING = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import data, lora
-from support import errors, hub
+import lora
+from support import errors, hub, readers
 
-for ask in (hub.resolve, data.read_rows, lora.find_adapter):
+for ask in (hub.resolve, readers.read_rows, lora.find_adapter):
     for status in ("401", "403", "404", "500", "200", "302"):
         try:
             errors.run_command(lambda: ask(f"org/answers-{status}"))
@@ -1034,10 +1034,10 @@ def test_any_header_is_read_or_refused(small, changes, cut, more):
     | st.lists(st.lists(WORDS, max_size=4), max_size=4).map(
         lambda cells: "\n".join(map(",".join, cells)).encode(errors="surrogatepass")
     ),
-    st.sampled_from(list(data.READERS)),
+    st.sampled_from(list(readers.READERS)),
 )
 def test_any_file_is_read_or_refused(tmp_path_factory, content, suffix):
     path = tmp_path_factory.getbasetemp() / f"fuzzed{suffix}"
     path.write_bytes(content)
-    attempt(data.read_rows, path)
+    attempt(readers.read_rows, path)
     assert csv.field_size_limit() > 0
