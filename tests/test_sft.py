@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sft
-from lora import add_lora
+from lora import add_lora, lora_layers
 from model import Segment, load_model
 from support import checkpoints, planner, tracking
 from support.card import write_card
@@ -338,10 +338,10 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
     sft.main(flags(base, rows, run, save_steps=1))
     told = capsys.readouterr().out
     assert (
-        f"{last} is damaged and left out: adapter_model.safetensors is not the file written" in told
+        f"{last} is damaged and skipped: adapter_model.safetensors is not the file written" in told
     )
     assert "state.json is missing" in told and "manifest.json: not valid JSON" in told
-    assert f"going on from {others[4]}" in told
+    assert f"resuming from {others[4]}" in told
     assert same_tensors(
         *(tmp_path / r / last.name / "adapter_model.safetensors" for r in ("whole", "run"))
     )
@@ -749,7 +749,7 @@ def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
     sft.attach_adapter(model, settings)
     model.train()
     fixed = [t for name, t in model.state_dict().items() if "quant_state" not in name]
-    layers = sft.lora_layers(model).values()
+    layers = lora_layers(model).values()
     kept = [*fixed, *(t for layer in layers for t in layer.start or ()),
             *(layer.squares for layer in layers if hasattr(layer, "squares"))]  # fmt: skip
     with planner.Meter(model.config.vocab_size) as meter:
@@ -834,7 +834,7 @@ def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, t
 
 
 def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sft, "free_memory_gb", lambda device: -1.0)
+    monkeypatch.setattr(planner, "free_memory_gb", lambda device: -1.0)
     sft.main([*flags(base, rows, tmp_path / "run", micro_batch_tokens=400), "--dry_run"])
     told = capsys.readouterr().out
     assert "does not fit and is not tried" in told
