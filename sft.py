@@ -5,7 +5,7 @@ The decision that is not obvious: a step is planned before it runs. Its examples
 the data. So micro-batches are a matter of memory, never of the result, and resuming at step k needs
 no random state.
 
-    python sft.py                                        # the embedded model and questions, about a minute
+    python sft.py                        # the embedded model and questions, about a minute
     python sft.py --model Qwen/Qwen3-0.6B --data my.jsonl --output_dir output/mine
     python sft.py --config configs/mine.yaml --learning_rate 1e-4
 """
@@ -15,13 +15,11 @@ import re
 import shutil
 import sys
 import time
-import zlib
 from collections import Counter
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, partial
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -225,16 +223,17 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
         update_best({}, metrics, 0, config)  # refuses an unknown metric_for_best_model now
         log.write({"step": 0, "epoch": 0.0, **metrics})
     model.train()
-    with stop_signals() as signals, keep_freed_memory(), progress_bar(state.step, steps) as bar:
+    scale = scaler.scale
+    bar = tqdm(total=len(steps), initial=state.step, unit="step", leave=False, disable=None)
+    with stop_signals() as signals, keep_freed_memory(), bar:
         while state.step < len(steps) and not signals and not state.best.get("stop"):
             clock.enter("forward and backward")
             step, examples = state.step + 1, steps[state.step]
             count = sum(map(steps.count, examples))
             line = {"step": step, "epoch": round(step / steps.steps_per_epoch, 4)}
+            seed = [config.seed, step]
             try:
-                loss, sums = compute_gradient(
-                    model, examples, count, loss_fn, config, step_seed(config, step), scaler.scale
-                )
+                loss, sums = compute_gradient(model, examples, count, loss_fn, config, seed, scale)
             except UserError:  # out of memory
                 save()
                 raise
@@ -249,9 +248,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
                 state.window.update({"loss": loss, **sums})
                 state.skipped = 0
             else:
-                skip_step(
-                    state, steps, log, line, f"loss {loss}, gradient norm {norm}", save, config
-                )
+                reason = f"loss {loss}, gradient norm {norm}"
+                skip_step(state, steps, log, line, reason, save, config)
             scaler.update()
             optimizer.zero_grad()
             state.step = step
@@ -353,11 +351,6 @@ def write_trained(model, config, folder):
         write_tensors(trained_tensors(model, config), folder / "model.safetensors")
 
 
-def progress_bar(done, steps):
-    quiet = not sys.stderr.isatty()
-    return tqdm(total=len(steps), initial=done, unit="step", disable=quiet, leave=False)
-
-
 def accumulate(model, examples, count, loss_fn, budget, scale=lambda loss: loss):
     """Adds the gradient of loss / count over the examples to the parameters, in micro-batches of at
     most `budget` tokens; returns (summed loss, summed metrics)."""
@@ -380,7 +373,7 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
     while True:
         budget = token_budget(config, model.device)
         try:
-            torch.manual_seed(seed)
+            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
             return accumulate(model, examples, count, loss_fn, budget, scale)
         except (RuntimeError, MemoryError) as error:  # CPU, oneDNN and MPS have no class for it
             message = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -431,15 +424,17 @@ def count_scored(example):
 
 class Plan:
     """Which examples each optimizer step has. `count(example)` is what an example contributes to
-    the loss denominator; `row(i)` is (the place of example i, its row), unless the examples know.
+    the loss denominator; `source`, where `examples` is a list: the data.Examples they come from.
 
     Every epoch is a permutation drawn from (seed, epoch), cut into steps of
     per_device_train_batch_size x gradient_accumulation_steps examples; the last step of an epoch
     may be smaller, as in transformers' Trainer.
     """
 
-    def __init__(self, examples, config, count=count_scored, row=lambda i: (int(i), None)):
-        self.examples, self.seed, self.count, self.row = examples, config.seed, count, row
+    def __init__(self, examples, config, count=count_scored, source=None):
+        self.examples, self.source = examples, source or examples
+        self.seed, self.count = config.seed, count
+        self.fingerprint = getattr(self.source, "fingerprint", len(examples))
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = max(1, math.ceil(len(examples) / self.batch_size))
         self.steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
@@ -464,24 +459,14 @@ class Plan:
     def rows(self, step):
         """The places of a step's rows, as 'file:line'."""
         examples, numbers = self.select(step)
-        row = getattr(examples, "row", self.row)
-        return [row(i)[0] for i in numbers]
+        source = examples if hasattr(examples, "row") else self.source
+        return [source.row(i)[0] for i in numbers]
 
     def due(self, step, strategy, every):
         """Whether what happens by 'steps', 'epoch' or 'no' happens after `step` steps; after the
         last one all but 'no' does."""
         interval = {"steps": every, "epoch": self.steps_per_epoch}.get(strategy)
         return interval is not None and (step % interval == 0 or step == self.steps)
-
-    @cached_property
-    def fingerprint(self):
-        """Changes when the examples do."""
-        if hasattr(self.examples, "fingerprint"):
-            return self.examples.fingerprint
-        crc = 0
-        for segment in chain.from_iterable(self.examples):
-            crc = zlib.crc32(np.asarray([segment.ids, segment.labels], np.int32), crc)
-        return f"{len(self.examples)}-{crc:08x}"
 
 
 def split_by_tokens(examples, budget):
@@ -509,11 +494,6 @@ def token_budget(config, device):
     if config.micro_batch_tokens or device.type != "cpu":
         return config.micro_batch_tokens or 16384
     return 1024 if config.load_in_4bit else 512
-
-
-def step_seed(config, step):
-    """The seed of a step's dropout."""
-    return int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
 
 
 # --- schedule and optimizer -----------------------------------------------------------------------
@@ -630,46 +610,44 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     clock, source = Clock(device), resolve(config.model, config.revision)
     tokenizer, dtype = Tokenizer(source, began), pick_dtype(config, source, device)
     examples, eval_examples, choices, ledger, report = load_data(config, tokenizer, **options)
-    row = examples.epoch(0).row
+    source_examples = examples.epoch(0)
     if before_training:  # it may change the examples in place
-        examples, eval_examples = [*examples.epoch(0)], [*eval_examples]
-    steps = Plan(examples, config, count, row)
+        examples, eval_examples = [*source_examples], [*eval_examples]
+    steps = Plan(examples, config, count, source_examples)
     if config.dry_run:
         return dry_run(config, source, steps, loss_fn, device, dtype)
 
     # 3. model and adapter
     clock.enter("loading")
-    model = load_to_train(config, source, device, dtype)
-    trained, total = count_parameters(model)
-    print(
-        f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of "
-        f"{steps.batch_size} examples on {device} ({model.attention} attention, {model.dtype})"
-    )
+    model = load_to_train(config, source, steps, device, dtype)
     if before_training:
         clock.enter("reference")
         before_training(model, steps, eval_examples)
     write_run_config(config, began, report)
 
     # 4. training, between two rounds of answers
-    questions = eval_examples[: config.eval_answers], choices[: config.eval_answers]
-    asked = [ask_choice(tokenizer, *pair) for pair in zip(eval_examples, choices)]
-    asked = [question for question in asked if question]
+    asked = slice(config.eval_answers)
+    forced = map(partial(ask_choice, tokenizer), eval_examples, choices)
+    forced = [question for question in forced if question]
+
+    def ask():
+        clock.enter("answers")
+        model.eval()
+        rows = eval_examples[asked], choices[asked]
+        return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
 
     def evaluate():
         losses = evaluate_loss(model, eval_examples, loss_fn, config, count)
-        return losses | choice_metrics(model, asked)
+        return losses | choice_metrics(model, forced)
 
-    clock.enter("answers")
-    before = answer(model, tokenizer, *questions, config)
+    before = ask()
     results, log = train(model, steps, loss_fn, config, evaluate if choices else None, clock)
-    clock.enter("answers")
-    after = answer(model, tokenizer, *questions, config)
+    answers = show_answers(before, ask(), config.num_samples)
 
-    # 5. what is kept
+    # 5. export and report
     clock.enter("saving and merging")
     figures = export(model, config, eval_examples or examples)
-    results = {"step": len(steps), **results, **show_answers(before, after, config.num_samples)}
-    results |= print_summary(clock)
+    results = {"step": len(steps), **results, **answers, **print_summary(clock)}
     log.plot()
     write_card(config, ledger, results, figures, vars(LoRAConfig()) if config.adapter else ())
     log.write(results)
@@ -729,13 +707,18 @@ def pick_dtype(config, source, device):
     return config.dtype
 
 
-def load_to_train(config, source, device, dtype):
+def load_to_train(config, source, steps, device, dtype):
     """The model of a run, with what trains in place."""
     model = load_4bit(
         source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation
     )
     for notice in attach_adapter(model, config):
         print(notice)
+    trained, total = count_parameters(model)
+    print(
+        f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of "
+        f"{steps.batch_size} examples on {device} ({model.attention} attention, {model.dtype})"
+    )
     return model
 
 
@@ -756,16 +739,6 @@ def attach_adapter(model, config):
         )
     r, alpha = model.adapter.lora_r, model.adapter.lora_alpha
     return [f"training {config.adapter} further: r {r}, alpha {alpha:g}", *notices]
-
-
-def answer(model, tokenizer, examples, choices, config):
-    """The model's graded answers to evaluation rows, without dropout."""
-    if not examples:
-        return []
-    model.eval()
-    answers = answer_questions(model, tokenizer, examples, choices, config.max_new_tokens)
-    model.train()
-    return answers
 
 
 def export(model, config, examples):
@@ -819,14 +792,15 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
     examples) of a run, see `estimate_memory`; no weight is read."""
     model, _ = open_model(source, swap_layers=partial(swap_linear4bit, config))
     model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
-    wanted = config.attn_implementation
-    model.attention, _ = choose_attention(wanted, model.config, model.dtype, device)
+    model.attention, _ = choose_attention(
+        config.attn_implementation, model.config, model.dtype, device
+    )
     for layer in model.modules():
         if isinstance(layer, Linear4bit) and not hasattr(layer, "state"):  # quantised when loaded
             layer.expect_own(model.dtype)
-    attach_adapter(model, config)
     for p in model.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else model.dtype)
+        p.data = p.data.to(model.dtype)
+    attach_adapter(model, config)
 
     def size(group):
         return sum(map(count_tokens, group))
@@ -846,22 +820,23 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
     """Prints the plan, the estimated memory, and the time that one micro-batch predicts; where it
     does not fit, what needs less."""
     modules, memory, flops, largest = plan_memory(config, source, steps, loss_fn, device, dtype)
-    examples = chain.from_iterable(steps[step] for step in range(len(steps)))
-    sizes = [(count_tokens(example), count_scored(example)) for example in examples]
-    tokens = [size for size, _ in sizes]
-    print_plan(modules, memory, steps, sum(tokens), sum(scored for _, scored in sizes))
+    lengths, scored = [], 0
+    for step in range(len(steps)):
+        lengths += map(count_tokens, steps[step])
+        scored += sum(map(count_scored, steps[step]))
+    print_plan(modules, memory, steps, sum(lengths), scored)
 
     def estimate(changes):
         changed = copy(config)
         vars(changed).update(changes)
         return sum(plan_memory(changed, source, steps, loss_fn, device, dtype)[1].values())
 
-    if not fits(memory, device, config, max(tokens), estimate):
+    if not fits(memory, device, config, max(lengths), estimate):
         return
-    model = load_to_train(config, source, device, dtype)
+    model = load_to_train(config, source, steps, device, dtype)
     model.train()
     step = partial(accumulate, model, largest, 1, loss_fn, sys.maxsize)
-    print_speed(model, step, sum(map(count_tokens, largest)), flops, sum(tokens), len(steps))
+    print_speed(model, step, sum(map(count_tokens, largest)), flops, sum(lengths), len(steps))
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -37,23 +37,21 @@ def update_best(best, metrics, step, config):
     """The best evaluation, {"step", "metric", "value", "waited", "stop"}, after another one.
     Source: transformers' Trainer and EarlyStoppingCallback: patience counts from the best so far,
     with the threshold."""
-    metric = "eval_" + (config.metric_for_best_model or "loss").removeprefix("eval_")
+    metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    metric = (config.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in metrics:
-        names = [name.removeprefix("eval_") for name in metrics]
-        name = metric.removeprefix("eval_")
         raise UserError(
-            f"metric_for_best_model: the evaluation gives {', '.join(names)}, not {name}"
-            f"{nearest(name, names)}"
+            f"metric_for_best_model: the evaluation gives {', '.join(metrics)}, not {metric}"
+            f"{nearest(metric, metrics)}"
         )
-    greater, gain = config.greater_is_better, math.inf
+    value, greater, gain = metrics[metric], config.greater_is_better, math.inf
     if greater is None:
         greater = not metric.endswith("loss")
     if best:
-        gain = metrics[metric] - best["value"]
-        gain = gain if greater else -gain
+        gain = value - best["value"] if greater else best["value"] - value
     waited = 0 if gain > config.early_stopping_threshold else best["waited"] + 1
     if gain > 0:
-        best = {"step": step, "metric": metric, "value": metrics[metric]}
+        best = {"step": step, "metric": metric, "value": value}
     stop = bool(config.early_stopping_patience) and waited >= config.early_stopping_patience
     return {**best, "waited": waited, "stop": stop}
 
@@ -81,10 +79,9 @@ def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_wei
         (folder / "state.json").write_text(json.dumps(vars(state), indent=2))
         (folder / "manifest.json").write_text(json.dumps(hash_files(folder), indent=2))
     if config.save_total_limit:
-        kept = {path}
-        if config.load_best_model_at_end and state.best:
-            kept.add(checkpoint_path(config, state.best["step"]))
-        paths = checkpoints(config.output_dir)
+        paths, kept = checkpoints(config.output_dir), {path}
+        if config.load_best_model_at_end:
+            kept.add(checkpoint_path(config, state.best.get("step", 0)))
         others = [path for path in paths if path not in kept]
         for old in others[: max(0, len(paths) - config.save_total_limit)]:
             shutil.rmtree(old)
@@ -220,9 +217,8 @@ def start_run(config):
     file = folder / "config.json"
     if config.resume != "auto":
         find_checkpoint(config)  # a wrong path is refused before anything else happens
-    old, new = {}, json.loads(json.dumps(asdict(config)))
-    if file.exists():
-        old = read_json(file)
+    new = json.loads(json.dumps(asdict(config)))
+    old = read_json(file) if file.exists() else {}
     if "began" not in old and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; choose another --output_dir")
     if config.overwrite_output_dir and old:

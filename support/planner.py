@@ -1,9 +1,9 @@
-"""What a run will need, before it runs: memory by part, from settings and headers alone, and time."""
+"""What a run will need: memory by part, from settings and headers alone, and time."""
 
 import math
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -20,12 +20,15 @@ FLOPS = {str(op): count for op, count in flop_registry.items()}
 
 class Meter(TorchDispatchMode):
     """Counts the bytes of live tensors by kind, keeps them at their peak, and adds up the products'
-    floating-point operations. It sees what PyTorch's operators return, not what they hold inside."""
+    floating-point operations. It sees what operators return, not what they hold inside."""
 
     def __init__(self, vocab_size):
         super().__init__()
-        self.vocab_size, self.flops = vocab_size, 0
-        self.kinds, self.live, self.peak = {}, Counter(), Counter()
+        self.vocab_size = vocab_size
+        self.flops = 0
+        self.kinds = {}  # of the storages alive
+        self.live = Counter()
+        self.peak = Counter()
 
     def note(self, tensor, kind):
         """Counts a tensor's storage as of this kind from here on."""
@@ -47,9 +50,9 @@ class Meter(TorchDispatchMode):
             if tensor.untyped_storage()._cdata not in self.kinds:
                 logits = tensor.shape[-1:] == (self.vocab_size,)
                 self.note(tensor, "logits" if logits else "activations")
-        name = str(op.overloadpacket).rstrip("_")
-        if name in FLOPS:
-            self.flops += FLOPS[name](*args, **kwargs, out_val=result)
+        count = FLOPS.get(str(op.overloadpacket).rstrip("_"))
+        if count:
+            self.flops += count(*args, **kwargs, out_val=result)
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
         return result
@@ -113,9 +116,9 @@ def optimizer_bytes(parameter, config):
 
 def by_module(model):
     """{module's name, like q_proj: [trainable, all parameters]}; sums to count_parameters."""
-    counts = {}
+    counts = defaultdict(lambda: [0, 0])
     for path, module in model.named_modules():
-        row = counts.setdefault(path.removesuffix(".base_layer").rpartition(".")[2], [0, 0])
+        row = counts[path.removesuffix(".base_layer").rpartition(".")[2]]
         for p in module.parameters(recurse=False):
             row[0] += p.numel() * p.requires_grad
             row[1] += p.numel()
@@ -126,16 +129,19 @@ def by_module(model):
 
 def print_plan(modules, memory, steps, tokens, scored):
     """Prints parameters by module, the plan's tokens, and the peak memory by part."""
-    rows = [*modules.items(), ("all", map(sum, zip(*modules.values())))]
-    rows = [(name, *map("{:,}".format, counts)) for name, counts in rows]
-    print(f"\n{aligned_columns(('parameters', 'train', 'all'), *rows)}")
+    totals = [sum(counts) for counts in zip(*modules.values())]
+    rows = [("parameters", "train", "all")]
+    for name, (trained, count) in {**modules, "all": totals}.items():
+        rows.append((name, f"{trained:,}", f"{count:,}"))
+    print(f"\n{aligned_columns(*rows)}")
     print(
         f"\n{len(steps)} steps of {steps.batch_size} examples: {tokens:,} tokens, "
         f"{round(scored):,} of them scored\n"
     )
-    rows = [*memory.items(), ("all", sum(memory.values()))]
-    rows = [(part, f"{size:.3f}") for part, size in rows]
-    print(aligned_columns(("peak memory", "GB"), *rows))
+    rows = [("peak memory", "GB")]
+    for part, size in {**memory, "all": sum(memory.values())}.items():
+        rows.append((part, f"{size:.3f}"))
+    print(aligned_columns(*rows))
 
 
 def fits(memory, device, config, longest, estimate):
@@ -145,8 +151,11 @@ def fits(memory, device, config, longest, estimate):
     if sum(memory.values()) <= free:
         return True
     print(f"\n{free:.2f} GB are free: it does not fit and is not tried. What needs less, combined:")
-    fewer_bits = {"load_in_4bit": True} if config.lora_r else {"optim": "adamw_8bit"}
-    options = {"gradient_checkpointing": True, "micro_batch_tokens": longest, **fewer_bits}
+    options = {"gradient_checkpointing": True, "micro_batch_tokens": longest}
+    if config.lora_r:
+        options["load_in_4bit"] = True
+    else:
+        options["optim"] = "adamw_8bit"
     changes = {}
     for key, value in options.items():
         changes[key] = value
@@ -166,12 +175,14 @@ def print_speed(model, run_micro_batch, size, flops, tokens, steps):
             began = time.perf_counter()
             run_micro_batch()
             seconds = time.perf_counter() - began
-    c, options = model.config, {"dtype": model.dtype, "device": model.device}
-    x = torch.randn(size, c.hidden_size, **options)
-    w = torch.randn(c.intermediate_size, c.hidden_size, **options)
-    timer = Timer("x @ w.t()", globals={"x": x, "w": w}, num_threads=torch.get_num_threads())
+    options = {"dtype": model.dtype, "device": model.device}
+    tensors = {
+        "x": torch.randn(size, model.config.hidden_size, **options),
+        "w": torch.randn(model.config.intermediate_size, model.config.hidden_size, **options),
+    }
+    timer = Timer("x @ w.t()", globals=tensors, num_threads=torch.get_num_threads())
     product = min(timer.blocked_autorange(min_run_time=0.3).times)
-    share = flops / seconds * product / (2 * size * w.numel())
+    share = flops / seconds * product / (2 * size * tensors["w"].numel())
     rate = size / seconds
     print(
         f"\nthe largest micro-batch runs, forward and backward, at {rate:,.0f} tokens/s "
