@@ -223,7 +223,6 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
         update_best({}, metrics, 0, config)  # refuses an unknown metric_for_best_model now
         log.write({"step": 0, "epoch": 0.0, **metrics})
     model.train()
-    scale = scaler.scale
     bar = tqdm(total=len(steps), initial=state.step, unit="step", leave=False, disable=None)
     with stop_signals() as signals, keep_freed_memory(), bar:
         while state.step < len(steps) and not signals and not state.best.get("stop"):
@@ -231,7 +230,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             step, examples = state.step + 1, steps[state.step]
             count = sum(map(steps.count, examples))
             line = {"step": step, "epoch": round(step / steps.steps_per_epoch, 4)}
-            seed = [config.seed, step]
+            seed, scale = [config.seed, step], scaler.scale
             try:
                 loss, sums = compute_gradient(model, examples, count, loss_fn, config, seed, scale)
             except UserError:  # out of memory
@@ -244,12 +243,11 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             lr = set_learning_rate(optimizer, state.step, len(steps), config)
             if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
                 scaler.step(optimizer)  # in float16 it skips an overflow itself, and scales less
-                sums |= {"count": count, "scored_tokens": sum(map(count_scored, examples))}
-                state.window.update({"loss": loss, **sums})
+                scored = sum(map(count_scored, examples))
+                state.window.update({"loss": loss, **sums, "count": count, "scored_tokens": scored})
                 state.skipped = 0
             else:
-                reason = f"loss {loss}, gradient norm {norm}"
-                skip_step(state, steps, log, line, reason, save, config)
+                skip_step(state, steps, log, line, f"loss {loss}, norm {norm}", save, config)
             scaler.update()
             optimizer.zero_grad()
             state.step = step
@@ -268,10 +266,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             if new_best or steps.due(step, config.save_strategy, config.save_steps):
                 save()
         save()
-    if signals:
-        print(f"stopped after step {state.step} of {len(steps)}; saved: step {state.saved}")
-        sys.exit(128 + signals[0])
-    return finish_training(model, state, config, clock, began), log
+    return finish_training(model, state, signals, config, clock, began), log
 
 
 def start_training(model, steps, config, clock):
@@ -323,8 +318,11 @@ def pop_means(window):
     return {**means, "scored_tokens": scored}
 
 
-def finish_training(model, state, config, clock, began):
-    """Loads the best checkpoint where the config says so; returns the results."""
+def finish_training(model, state, signals, config, clock, began):
+    """Exits after a signal; else loads the best checkpoint if asked to and returns the results."""
+    if signals:
+        print(f"stopped after step {state.step}; the last checkpoint is of step {state.saved}")
+        sys.exit(128 + signals[0])
     if state.best.get("stop"):
         patience = config.early_stopping_patience
         print(f"stopped early after step {state.step}: no new best for {patience} evaluations")
@@ -626,14 +624,13 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     write_run_config(config, began, report)
 
     # 4. training, between two rounds of answers
-    asked = slice(config.eval_answers)
     forced = map(partial(ask_choice, tokenizer), eval_examples, choices)
     forced = [question for question in forced if question]
 
     def ask():
         clock.enter("answers")
         model.eval()
-        rows = eval_examples[asked], choices[asked]
+        rows = eval_examples[: config.eval_answers], choices[: config.eval_answers]
         return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
 
     def evaluate():
@@ -648,14 +645,20 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     clock.enter("saving and merging")
     figures = export(model, config, eval_examples or examples)
     results = {"step": len(steps), **results, **answers, **print_summary(clock)}
+    write_results(config, log, ledger, results, figures)
+    if config.push_to_hub:
+        push(folder, config)
+
+
+def write_results(config, log, ledger, results, figures):
+    """Writes the figure, the model card and the log's last line, which makes the run finished."""
+    folder = Path(config.output_dir)
     log.plot()
     write_card(config, ledger, results, figures, vars(LoRAConfig()) if config.adapter else ())
     log.write(results)
     log.close()
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     print(f"saved in {folder}: {', '.join(files)}")
-    if config.push_to_hub:
-        push(folder, config)
 
 
 def load_data(config, tokenizer, **options):
@@ -811,8 +814,8 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
     split = max(splits, key=lambda split: max(map(size, split)))
     largest = max(split, key=size)
     micro = len(steps) * sum(map(len, splits)) / len(splits)
-    batch = Batch.pack(largest, device)
-    estimate = estimate_memory(model, batch, loss_fn, config, len(split) == 1, micro)
+    pack = partial(Batch.pack, largest, device)
+    estimate = estimate_memory(model, pack, device, loss_fn, config, len(split) == 1, micro)
     return by_module(model), *estimate, largest
 
 

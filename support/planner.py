@@ -15,6 +15,13 @@ from support.errors import brief
 from support.memory import free_memory_gb, keep_freed_memory, peak_memory_gb
 from support.report import aligned_columns
 
+PARTS = (
+    "weights",
+    "adapter",
+    "gradients",
+    "activations",
+    "logits",
+)
 FLOPS = {str(op): count for op, count in flop_registry.items()}
 
 
@@ -33,7 +40,8 @@ class Meter(TorchDispatchMode):
     def note(self, tensor, kind):
         """Counts a tensor's storage as of this kind from here on."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         if key in self.kinds:
             self.live[self.kinds[key]] -= size
         else:
@@ -58,15 +66,15 @@ class Meter(TorchDispatchMode):
         return result
 
 
-def estimate_memory(model, batch, loss_fn, config, first, micro_batches):
-    """({part: GB} at the peak of a run's steps, FLOPs of `batch`), from headers, settings and
-    examples alone: `batch`, the largest micro-batch, runs forward and backward under
-    FakeTensorMode. model: on meta, with what trains in place; first: whether `batch` is the first
-    of its step; micro_batches: of the whole run. ({}, 0) where the loss needs values."""
+def estimate_memory(model, pack, device, loss_fn, config, first, micro_batches):
+    """({part: GB} at the peak of a run's steps, FLOPs of its largest micro-batch), from headers,
+    settings and examples alone: that micro-batch runs forward and backward under FakeTensorMode.
+    model: on meta, with what trains in place; pack() -> the micro-batch on `device`; first: whether
+    it is the first of its step; micro_batches: of the run. ({}, 0) where the loss needs values."""
     meter = Meter(model.config.vocab_size)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), meter:
-            model.to_empty(device=batch.tokens.device).train()
+            model.to_empty(device=device).train()
             for tensor in model.state_dict(keep_vars=True).values():
                 trains = tensor.requires_grad and config.lora_r
                 meter.note(tensor, "adapter" if trains else "weights")
@@ -80,18 +88,19 @@ def estimate_memory(model, batch, loss_fn, config, first, micro_batches):
                 if not first:
                     p.grad = torch.empty_like(p)
                     meter.note(p.grad, "gradients")
-            loss_fn(model, batch)[0].backward()
+            loss_fn(model, pack())[0].backward()  # packed here: all of it is fake
     except Exception as error:  # the run itself may still work
         print(f"memory: can't be estimated here ({brief(str(error), 80)})")
         return {}, 0
-    parts = "weights", "adapter", "gradients", "activations", "logits"
-    memory = {part: meter.peak[part] for part in parts}
+    memory = {part: meter.peak[part] for part in PARTS}
     gradients = sum(p.nbytes for p in trained)
     busy = memory["activations"] + memory["logits"]
     if gradients > busy + memory["gradients"]:  # then the optimizer's step is the peak
-        memory |= {"gradients": gradients, "activations": 0, "logits": 0}
+        memory["gradients"] = gradients
+        memory["activations"] = 0
+        memory["logits"] = 0
     memory["optimizer"] = sum(optimizer_bytes(p, config) for p in trained)
-    if batch.tokens.device.type != "cuda":
+    if device.type != "cuda":
         memory |= process_bytes(model, busy, meter.peak["logits"], micro_batches)
     return {part: size / 1e9 for part, size in memory.items()}, meter.flops
 
