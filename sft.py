@@ -321,11 +321,8 @@ def pop_means(window):
 def finish_training(model, state, signals, config, clock, began):
     """Exits after a signal; else loads the best checkpoint if asked to and returns the results."""
     if signals:
-        print(f"stopped after step {state.step}; the last checkpoint is of step {state.saved}")
+        print(f"stopped after step {state.step}; the same command resumes from step {state.saved}")
         sys.exit(128 + signals[0])
-    if state.best.get("stop"):
-        patience = config.early_stopping_patience
-        print(f"stopped early after step {state.step}: no new best for {patience} evaluations")
     results = {
         "train_runtime": round(time.perf_counter() - began, 2),
         "peak_memory_gb": round(clock.steps()[1], 3),
@@ -638,7 +635,7 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         return losses | choice_metrics(model, forced)
 
     before = ask()
-    results, log = train(model, steps, loss_fn, config, evaluate if choices else None, clock)
+    results, log = train(model, steps, loss_fn, config, evaluate if eval_examples else None, clock)
     answers = show_answers(before, ask(), config.num_samples)
 
     # 5. export and report

@@ -53,6 +53,8 @@ def update_best(best, metrics, step, config):
     if gain > 0:
         best = {"step": step, "metric": metric, "value": value}
     stop = bool(config.early_stopping_patience) and waited >= config.early_stopping_patience
+    if stop:
+        print(f"stopping early after step {step}: no new best for {waited} evaluations")
     return {**best, "waited": waited, "stop": stop}
 
 
@@ -88,9 +90,9 @@ def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_wei
 
 
 def hash_files(folder):
-    """{file: SHA-256} of a folder's files but manifest.json."""
+    """{file: SHA-256} of a folder's files."""
     hashes = {}
-    for path in sorted(set(folder.iterdir()) - {folder / "manifest.json"}):
+    for path in folder.iterdir():
         with open(path, "rb") as file:
             hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
@@ -247,11 +249,8 @@ def start_run(config):
 def write_run_config(config, began, report):
     """Writes config.json and data_report.json: from here on the run exists. Nothing is written
     while data or model may be wrong."""
-    files = {
-        "data_report.json": report,
-        "config.json": {**asdict(config), "began": began.isoformat()},
-    }
-    for name, value in files.items():
+    settings = {**asdict(config), "began": began.isoformat()}
+    for name, value in {"config.json": settings, "data_report.json": report}.items():
         path = Path(config.output_dir) / f".{name}"
         path.write_text(json.dumps(value, indent=2))
         path.replace(path.with_name(name))
