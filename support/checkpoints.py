@@ -1,68 +1,116 @@
-"""Checkpoints and the run folder: written whole or not at all, found, checked, gone on from."""
+"""The run folder and its checkpoints: written whole or not at all, verified, resumed from."""
 
 import hashlib
 import json
+import math
 import shutil
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from support.errors import UserError
+from support.errors import UserError, nearest
 from support.files import atomic_folder, read_json, read_tensor, write_tensors
 from support.hub import HubConfig
 from support.tracking import read_log
 
 
-def save_checkpoint(folder, parameters, optimizer, state, config, write_weights):
-    """checkpoint-000500/: the trained tensors in fp32, which write_weights(folder) writes, the optimizer's, state.json,
-    and manifest.json, which has every file's size and hash."""
-    names = {p: name for name, p in parameters.items()}
-    tensors = {
-        f"{names[p]}:{key}": torch.as_tensor(value)
-        for p, values in optimizer.state.items()
-        for key, value in values.items()
-        if not key.startswith("qmap")
-    }  # bitsandbytes' tables, always the same
-    with atomic_folder(folder / f"checkpoint-{state['step']:06d}") as aside:
-        write_weights(aside)
-        write_tensors(tensors, aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps(state, indent=2))
-        (aside / "manifest.json").write_text(json.dumps(manifest(aside), indent=2))
+@dataclass
+class RunState:
+    """What a checkpoint keeps of a run beside its tensors."""
+
+    data: str  # the plan's fingerprint
+    step: int = 0  # steps done
+    saved: int = 0  # steps of the last checkpoint
+    log_bytes: int = 0  # size of log.jsonl
+    window: Counter = field(default_factory=Counter)  # sums since its last line
+    best: dict = field(default_factory=dict)  # see update_best
+    skipped: int = 0  # last steps in a row that were not finite
+    lowered: int = 0  # micro_batch_tokens, once memory ran out
+    scaler: dict = field(default_factory=dict)  # the gradient scaler's
+
+
+def update_best(best, metrics, step, config):
+    """The best evaluation, {"step", "metric", "value", "waited", "stop"}, after another one.
+    Source: transformers' Trainer and EarlyStoppingCallback: patience counts from the best so far,
+    with the threshold."""
+    metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    metric = (config.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in metrics:
+        raise UserError(
+            f"metric_for_best_model: the evaluation gives {', '.join(metrics)}, not {metric}"
+            f"{nearest(metric, metrics)}"
+        )
+    value, greater, gain = metrics[metric], config.greater_is_better, math.inf
+    if greater is None:
+        greater = not metric.endswith("loss")
+    if best:
+        gain = value - best["value"] if greater else best["value"] - value
+    waited = 0 if gain > config.early_stopping_threshold else best["waited"] + 1
+    if gain > 0:
+        best = {"step": step, "metric": metric, "value": value}
+    stop = bool(config.early_stopping_patience) and waited >= config.early_stopping_patience
+    if stop:
+        print(f"stopping early after step {step}: no new best for {waited} evaluations")
+    return {**best, "waited": waited, "stop": stop}
+
+
+def checkpoint_path(config, step):
+    return Path(config.output_dir) / f"checkpoint-{step:06d}"
+
+
+def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_weights):
+    """checkpoint-000500/: the trained tensors in fp32, which write_weights(folder) writes, the
+    optimizer's, state.json, and manifest.json with every file's hash. Nothing is written where the
+    step is saved already, or with save_strategy no."""
+    if state.saved == state.step or config.save_strategy == "no":
+        return
+    state.saved, state.log_bytes, state.scaler = state.step, log.sync(), scaler.state_dict()
+    tensors = {}
+    for name, p in parameters.items():
+        for key, value in optimizer.state[p].items():
+            if not key.startswith("qmap"):  # bitsandbytes' constant tables
+                tensors[f"{name}:{key}"] = torch.as_tensor(value)
+    path = checkpoint_path(config, state.step)
+    with atomic_folder(path) as folder:
+        write_weights(folder)
+        write_tensors(tensors, folder / "optimizer.safetensors")
+        (folder / "state.json").write_text(json.dumps(vars(state), indent=2))
+        (folder / "manifest.json").write_text(json.dumps(hash_files(folder), indent=2))
     if config.save_total_limit:
-        found, limit = checkpoints(folder), config.save_total_limit
-        best = folder / f"checkpoint-{state.get('best', {}).get('step', 0):06d}"
-        if config.load_best_model_at_end and best in found[:-1]:  # it stays, beside the newest
-            found, limit = [path for path in found if path != best], max(limit - 1, 1)
-        for old in found[:-limit]:
+        paths, kept = checkpoints(config.output_dir), {path}
+        if config.load_best_model_at_end:
+            kept.add(checkpoint_path(config, state.best.get("step", 0)))
+        others = [path for path in paths if path not in kept]
+        for old in others[: max(0, len(paths) - config.save_total_limit)]:
             shutil.rmtree(old)
 
 
-def manifest(folder):
-    """{file: [its bytes, their SHA-256]} of a folder's files but manifest.json."""
-    found = {}
-    for path in sorted(set(folder.iterdir()) - {folder / "manifest.json"}):
+def hash_files(folder):
+    """{file: SHA-256} of a folder's files."""
+    hashes = {}
+    for path in folder.iterdir():
         with open(path, "rb") as file:
-            found[path.name] = [
-                path.stat().st_size,
-                hashlib.file_digest(file, "sha256").hexdigest(),
-            ]
-    return found
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def damage(checkpoint):
     """What is wrong with a checkpoint's files, '' where they are as they were written."""
     try:
-        wanted, found = read_json(checkpoint / "manifest.json"), manifest(checkpoint)
+        expected, actual = read_json(checkpoint / "manifest.json"), hash_files(checkpoint)
     except (OSError, UserError) as error:
         return str(error)
-    return ", ".join(
-        f"{name} is {'not the file written' if name in found else 'missing'}"
-        for name in {"state.json": 0, **wanted}
-        if name not in wanted or found.get(name) != wanted[name]
-    )
+    faults = []
+    for name, digest in {"state.json": "", **expected}.items():
+        if name not in actual:
+            faults.append(f"{name} is missing")
+        elif actual[name] != digest:
+            faults.append(f"{name} is not the file written")
+    return ", ".join(faults)
 
 
 def checkpoints(folder):
@@ -71,63 +119,75 @@ def checkpoints(folder):
 
 
 def find_checkpoint(config):
-    """The checkpoint to go on from, the newest one that is whole, or None."""
-    if config.resume not in ("auto", "never"):
-        if not (Path(config.resume) / "state.json").exists():
-            raise UserError(
-                f"resume: {config.resume} is no checkpoint (no state.json in it); else give auto or never"
-            )
+    """The checkpoint to resume from, the newest undamaged one, or None."""
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
         if fault := damage(Path(config.resume)):
             raise UserError(
-                f"resume: {config.resume} is damaged ({fault}); auto takes the newest that is not"
+                f"resume: {config.resume} is no checkpoint, or damaged ({fault}); "
+                "give auto for the newest whole one, or never"
             )
         return Path(config.resume)
-    for path in checkpoints(config.output_dir)[::-1] if config.resume == "auto" else []:
-        if not (fault := damage(path)):
+    for path in reversed(checkpoints(config.output_dir)):
+        fault = damage(path)
+        if not fault:
             return path
-        print(f"{path} is damaged and left out: {fault}")
-    return None
+        print(f"{path} is damaged and skipped: {fault}")
 
 
 @torch.no_grad()
-def load_checkpoint(path, trained, parameters, optimizer, fingerprint):
-    """Puts a checkpoint's tensors back where they were and returns its state. trained: as for `load_trained`."""
-    state = read_json(path / "state.json")
-    if state["data"] != fingerprint:
+def resume(config, trained, parameters, optimizer, scaler, steps):
+    """The state that the last checkpoint left, its tensors put back, or a new run's. trained: as
+    for `load_trained`; parameters: by the optimizer's names."""
+    path = find_checkpoint(config)
+    if path is None:
+        return RunState(steps.fingerprint)
+    state = RunState(**read_json(path / "state.json"))
+    if state.data != steps.fingerprint:
         raise UserError(
             f"{path}: was trained on other data than --data gives now; take the old data, "
             "another --output_dir, or --overwrite_output_dir"
         )
+    state.window = Counter(state.window)
+    scaler.load_state_dict(state.scaler)
     load_trained(path, trained)
-    for g, group in enumerate(optimizer.param_groups if hasattr(optimizer, "init_state") else ()):
-        for n, p in enumerate(
-            group["params"]
-        ):  # bitsandbytes says where its state lies, paged or not
-            optimizer.init_state(group, p, g, n)
+    if hasattr(optimizer, "init_state"):  # bitsandbytes decides where a state lies, paged or not
+        for g, group in enumerate(optimizer.param_groups):
+            for n, p in enumerate(group["params"]):
+                optimizer.init_state(group, p, g, n)
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, slot = key.rpartition(":")
-        held = optimizer.state[parameters[name]]
+        slots = optimizer.state[parameters[name]]
         if slot == "step":
-            held[slot] = type(held.get(slot, value))(value)
-        elif slot in held:
-            held[slot].copy_(value)
+            slots[slot] = type(slots.get(slot, value))(value)
+        elif slot in slots:
+            slots[slot].copy_(value)
         else:
-            held[slot] = value.to(parameters[name].device)
+            slots[slot] = value.to(parameters[name].device)
+    print(f"resuming from {path}: step {state.step} of {len(steps)}")
     return state
 
 
 @torch.no_grad()
 def load_trained(path, trained):
-    """Puts a checkpoint's trained tensors, {name in its file: parameter}, back where they were."""
-    file = next(
-        path / name
-        for name in ("adapter_model.safetensors", "model.safetensors")
-        if (path / name).exists()
-    )
+    """Puts a checkpoint's trained tensors, {name in its file: parameter}, back."""
+    (file,) = path.glob("*model.safetensors")
     for name, parameter in trained.items():  # PiSSA's start is written behind what was trained
         parameter.copy_(read_tensor(file, name)[tuple(map(slice, parameter.shape))])
 
 
+def load_best(config, best, trained):
+    """Puts the best checkpoint's trained tensors back, unless it is damaged."""
+    path = checkpoint_path(config, best["step"])
+    if fault := damage(path):
+        print(f"{path}, the best step's, is damaged ({fault}); keeping the last step")
+    else:
+        load_trained(path, trained)
+        print(f"loaded the best step: {best['step']}, {best['metric']} {best['value']:.4g}")
+
+
+# settings that may change when a run is resumed
 FREE = {
     "output_dir",
     "dry_run",
@@ -151,44 +211,46 @@ FREE = {
 }
 
 
-def open_run(config):
-    """Looks at the run folder: (the day its run began, for templates that tell the date; whether it is finished).
-
-    Raises UserError where it holds a run of another configuration, naming the keys, or files that are no run's.
-    """
-    folder, file = Path(config.output_dir), Path(config.output_dir) / "config.json"
+def start_run(config):
+    """Makes the run folder ready: (the day its run began, for templates that state the date;
+    whether it is finished). Deletes the old run with overwrite_output_dir. UserError where it holds
+    a run of another configuration, naming the keys, or files that are not a run's."""
+    folder = Path(config.output_dir)
+    file = folder / "config.json"
     if config.resume != "auto":
-        find_checkpoint(config)  # one that is none is told before anything else happens
-    old, new = read_json(file) if file.exists() else {}, json.loads(json.dumps(asdict(config)))
+        find_checkpoint(config)  # a wrong path is refused before anything else happens
+    new = json.loads(json.dumps(asdict(config)))
+    old = read_json(file) if file.exists() else {}
     if "began" not in old and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; choose another --output_dir")
-    for path in folder.iterdir() if config.overwrite_output_dir and old else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not file.exists():
+    if config.overwrite_output_dir and old:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        old = {}
+    if not old:
         return datetime.now(), False
-    if differ := [key for key in new if key not in FREE and old.get(key) != new[key]]:
-        shown = ", ".join(
-            f"{k} ({json.dumps(old.get(k))} there, {json.dumps(new[k])} now)" for k in differ[:4]
-        )
+    changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
+    if changed:
+        shown = [
+            f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new[key])} now)"
+            for key in changed[:4]
+        ]
         raise UserError(
-            f"{folder} holds a run of another configuration: {shown}"
-            + (f" and {len(differ) - 4} more" if len(differ) > 4 else "")
-            + "; choose another --output_dir, or --overwrite_output_dir to start anew"
+            f"{folder} holds a run of another configuration, {len(changed)} settings differ: "
+            f"{', '.join(shown)}; choose another --output_dir, or --overwrite_output_dir"
         )
-    for left in folder.glob(".checkpoint-*.partial"):  # by a kill
-        shutil.rmtree(left)
+    for path in folder.glob(".checkpoint-*.partial"):  # left by a kill
+        shutil.rmtree(path)
     log = folder / "log.jsonl"
     last = read_log(log)[-1:] if log.exists() and config.resume == "auto" else []
     return datetime.fromisoformat(old["began"]), any("train_runtime" in line for line in last)
 
 
 def write_run_config(config, began, report):
-    """Writes config.json and data_report.json: the run exists from here on. Nothing is written while data or model may
-    be wrong."""
-    for name, value in (
-        ("config.json", {**asdict(config), "began": began.isoformat()}),
-        ("data_report.json", report),
-    ):
-        aside = Path(config.output_dir) / f".{name}"
-        aside.write_text(json.dumps(value, indent=2))
-        aside.replace(Path(config.output_dir) / name)
+    """Writes config.json and data_report.json: from here on the run exists. Nothing is written
+    while data or model may be wrong."""
+    settings = {**asdict(config), "began": began.isoformat()}
+    for name, value in {"config.json": settings, "data_report.json": report}.items():
+        path = Path(config.output_dir) / f".{name}"
+        path.write_text(json.dumps(value, indent=2))
+        path.replace(path.with_name(name))

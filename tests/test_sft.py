@@ -1,4 +1,5 @@
-"""The loop: a plan that never changes the maths, a resume that can't be seen, mistakes that cost nothing."""
+"""The loop: a plan that never changes the maths, a resume that can't be seen, mistakes that cost
+nothing."""
 
 import json
 import math
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sft
-from lora import add_lora
+from lora import add_lora, lora_layers
 from model import Segment, load_model
 from support import checkpoints, planner, tracking
 from support.card import write_card
@@ -98,7 +99,8 @@ def flags(base, rows, out, **settings):
 
 
 def without_times(path):
-    """log.jsonl's lines less what a clock or the process's memory says, and less the closing line."""
+    """log.jsonl's lines less what a clock or the process's memory says, and less the closing
+    line."""
     timed = {"tokens_per_second", "examples_per_second", "peak_memory_gb", "train_runtime"}
     return [
         {k: v for k, v in line.items() if k not in timed}
@@ -112,7 +114,7 @@ def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- the plan -------------------------------------------------------------------------------------
 
 
 def config(**settings):
@@ -124,8 +126,8 @@ def fake_examples(n):
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    """Each example once an epoch, in another order the next, the same for the same seed; the last step may be
-    partial."""
+    """Each example once an epoch, in another order the next, the same for the same seed; the last
+    step may be partial."""
     examples = fake_examples(31)
     plan, again = (
         sft.Plan(
@@ -172,7 +174,8 @@ def test_schedules_are_those_of_transformers(name, warmup):
 
 
 def test_any_cut_into_micro_batches_gives_the_same_gradient(base, rows):
-    """1×8 = 8×1 = any token budget: one division by the planned count, gradients to 1e-6 of their size."""
+    """1×8 = 8×1 = any token budget: one division by the planned count, gradients to 1e-6 of their
+    size."""
     model = load_model(base)
     add_lora(model, config(lora_r=4, bias="none", modules_to_save=["norm"]), seed=1)
     for name, p in model.named_parameters():
@@ -201,7 +204,8 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(base, rows):
 
 
 def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
-    """The first line of the log equals transformers' cross entropy over the same rows, before anything was learned."""
+    """The first line of the log equals transformers' cross entropy over the same rows, before
+    anything was learned."""
     from transformers import AutoModelForCausalLM
 
     sft.main(
@@ -230,7 +234,7 @@ def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
     assert line["scored_tokens"] == count and line["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-# --- resume -----------------------------------------------------------------------------------------------------------
+# --- resume ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -244,8 +248,8 @@ def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
     ids=["lora", "full", "norms", "checkpointing"],
 )
 def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
-    """8 steps, against 8 steps of which the last 5 were done again from the checkpoint in mid-epoch: adapter, optimizer
-    and log are equal to the last bit, dropout on."""
+    """8 steps, against 8 steps of which the last 5 were done again from the checkpoint in
+    mid-epoch: adapter, optimizer and log are equal to the last bit, dropout on."""
     sft.main(flags(base, rows, tmp_path / "whole", **settings))
     sft.main(flags(base, rows, tmp_path / "halves", **settings))
     for path in (tmp_path / "halves").iterdir():
@@ -271,14 +275,20 @@ def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(base, rows, tmp_path):
-    """A stopped run exits 143 with a checkpoint; run again it ends where an undisturbed run ends."""
+    """A stopped run exits 143 with a checkpoint; run again it ends where an undisturbed run
+    ends."""
     argv = flags(base, rows, tmp_path / "stopped", num_train_epochs=20, save_steps=1000)
     one_thread = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
     }  # as here: another number of threads adds up in another order
-    run = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *argv], env=one_thread, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "sft.py"), *argv],
+        env=one_thread,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     log = tmp_path / "stopped" / "log.jsonl"
     deadline = time.time() + 120
     while (
@@ -306,16 +316,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, rows, tmp_path):
 
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been():
     """benchmarks/resume.py, a few of its kills: SIGKILL at random moments, then byte equality."""
-    run = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--kills", "3", "--cases", "lora"],
-                         capture_output=True, text=True, timeout=300)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--kills", "3", "--cases", "lora"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0 and "3 kills, 1 cases, 0 of them not equal" in run.stdout, (
         run.stdout + run.stderr
     )
 
 
 def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys):
-    """A byte changed, a file cut short, one gone, a manifest that is none: the newest whole one is gone on from, to the
-    same end; --resume of a damaged one is refused."""
+    """A byte changed, a file cut short, one gone, a manifest that is none: the newest whole one is
+    gone on from, to the same end; --resume of a damaged one is refused."""
     sft.main(flags(base, rows, tmp_path / "whole", save_steps=1))
     run = tmp_path / "run"
     sft.main(flags(base, rows, run, save_steps=1))
@@ -338,10 +352,10 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
     sft.main(flags(base, rows, run, save_steps=1))
     told = capsys.readouterr().out
     assert (
-        f"{last} is damaged and left out: adapter_model.safetensors is not the file written" in told
+        f"{last} is damaged and skipped: adapter_model.safetensors is not the file written" in told
     )
     assert "state.json is missing" in told and "manifest.json: not valid JSON" in told
-    assert f"going on from {others[4]}" in told
+    assert f"resuming from {others[4]}" in told
     assert same_tensors(
         *(tmp_path / r / last.name / "adapter_model.safetensors" for r in ("whole", "run"))
     )
@@ -349,10 +363,23 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
 
 
 def test_two_runs_do_not_work_in_one_folder(base, rows, tmp_path, capsys):
-    """The second says so and leaves all as it is; the lock goes with the process that had it, even one killed."""
-    holder = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from support.files import locked_folder\nwith locked_folder(sys.argv[1]):"
-    held = subprocess.Popen([sys.executable, "-c", f"{holder} print('held', flush=True); time.sleep(60)",
-                             str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    """The second says so and leaves all as it is; the lock goes with the process that had it, even
+    one killed."""
+    holder = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from support.files import locked_folder\n"
+        "with locked_folder(sys.argv[1]):"
+    )
+    held = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"{holder} print('held', flush=True); time.sleep(60)",
+            str(tmp_path / "run"),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert held.stdout.readline() == "held\n"
     argv = flags(base, rows, tmp_path / "run", num_train_epochs=1)
     for extra in ([], ["--overwrite_output_dir"]):
@@ -363,7 +390,7 @@ def test_two_runs_do_not_work_in_one_folder(base, rows, tmp_path, capsys):
     assert (tmp_path / "run" / "adapter").exists()
 
 
-# --- what goes wrong in a step ----------------------------------------------------------------------------------------
+# --- what goes wrong in a step --------------------------------------------------------------------
 
 
 class GivesOut(torch.autograd.Function):
@@ -393,8 +420,8 @@ def gradient(model, examples, loss_fn, micro_batch_tokens, dropout_seed=3):
 def test_out_of_memory_splits_the_micro_batch_and_the_gradient_stays(
     base, rows, settings, where, capsys
 ):
-    """Bit-equal to the gradient at the smaller budget from the start, dropout and all, also when backward had got
-    halfway; without dropout equal to the unsplit one."""
+    """Bit-equal to the gradient at the smaller budget from the start, dropout and all, also when
+    backward had got halfway; without dropout equal to the unsplit one."""
     model = load_model(base)
     add_lora(model, config(**settings), seed=1)
     examples = [*sft.load_examples([str(rows)], sft.Tokenizer(base))[0]]
@@ -436,8 +463,9 @@ def test_out_of_memory_splits_the_micro_batch_and_the_gradient_stays(
 def test_memory_that_suffices_for_no_example_ends_the_run_and_keeps_it(
     base, rows, tmp_path, capsys, monkeypatch
 ):
-    """From some step on nothing fits: the message names ways out, what was trained until then is kept, and with one of
-    them the same command goes on to the end of an undisturbed run. Other errors are not taken for it."""
+    """From some step on nothing fits: the message names ways out, what was trained until then is
+    kept, and with one of them the same command goes on to the end of an undisturbed run. Other
+    errors are not taken for it."""
     sft.main(flags(base, rows, tmp_path / "whole", save_steps=100, micro_batch_tokens=4096))
     steps, loaded = [], sft.sft_loss
 
@@ -468,8 +496,8 @@ def test_memory_that_suffices_for_no_example_ends_the_run_and_keeps_it(
 
 
 def test_a_lowered_budget_outlives_a_resume(base, rows, tmp_path, monkeypatch):
-    """Memory gives out in step 5; stopped after step 6 and gone on, the run is the one that was never stopped, down to
-    how its micro-batches are cut."""
+    """Memory gives out in step 5; stopped after step 6 and gone on, the run is the one that was
+    never stopped, down to how its micro-batches are cut."""
     for run in ("whole", "halves"):
         sizes, loaded = [], sft.sft_loss
 
@@ -503,9 +531,12 @@ def test_a_lowered_budget_outlives_a_resume(base, rows, tmp_path, monkeypatch):
 def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(
     base, rows, tmp_path, monkeypatch, spoilt
 ):
-    """The row that makes it so is among those named, the step leaves the weights alone, and the run goes on."""
-    bad = sft.Plan(sft.load_examples([str(rows)], sft.Tokenizer(base))[0], config(
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1))  # fmt: skip
+    """The row that makes it so is among those named, the step leaves the weights alone, and the run
+    goes on."""
+    bad = sft.Plan(
+        sft.load_examples([str(rows)], sft.Tokenizer(base))[0],
+        config(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1),
+    )
     target = bad[1][3][0].ids
     loaded = sft.sft_loss
 
@@ -539,8 +570,10 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(
     assert [line["step"] for line in lines if "loss" in line] == [1, 3, 4] and "nan" in line[
         "skipped"
     ]
-    one, two, three = (load_file(tmp_path / "run" / f"checkpoint-00000{n}" / "adapter_model.safetensors")
-                       for n in (1, 2, 3))  # fmt: skip
+    one, two, three = (
+        load_file(tmp_path / "run" / f"checkpoint-00000{n}" / "adapter_model.safetensors")
+        for n in (1, 2, 3)
+    )
     assert all(torch.equal(one[k], two[k]) for k in one) and not all(
         torch.equal(one[k], three[k]) for k in one
     )
@@ -588,12 +621,12 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_one_kept(
     )
 
 
-# --- the run folder ---------------------------------------------------------------------------------------------------
+# --- the run folder -------------------------------------------------------------------------------
 
 
 def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
-    """config, report, log, curve, checkpoints, adapter with tokenizer, merged; transformers gets the adapter's logits
-    from merged."""
+    """config, report, log, curve, checkpoints, adapter with tokenizer, merged; transformers gets
+    the adapter's logits from merged."""
     from transformers import AutoModelForCausalLM
 
     from lora import load_adapter
@@ -676,7 +709,8 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(base, rows,
 
 
 def test_a_run_goes_on_from_the_adapter_of_another(base, rows, tmp_path, capsys):
-    """--adapter, here a run folder: its loss is where the other's ended, its rank stays, and it trains."""
+    """--adapter, here a run folder: its loss is where the other's ended, its rank stays, and it
+    trains."""
     held = dict(eval_data=rows, num_train_epochs=1)
     sft.main(flags(base, rows, tmp_path / "first", **held))
     sft.main(
@@ -714,7 +748,7 @@ def test_base_weights_stay_as_they_were(base, rows, tmp_path):
     assert all(torch.equal(before[k], after[k]) == ("q_proj" not in k) for k in before)
 
 
-# --- the planner ------------------------------------------------------------------------------------------------------
+# --- the planner ----------------------------------------------------------------------------------
 
 
 def plan_of(base, rows, **settings):
@@ -733,25 +767,34 @@ def plan_of(base, rows, **settings):
 
 
 KINDS = {
-    "lora": dict(), "checkpointing": dict(gradient_checkpointing=True), "full": dict(lora_r=0),
-    "dora": dict(use_dora=True), "dropout": dict(lora_dropout=0.1), "pissa": dict(init_lora_weights="pissa"),
-    "whole modules": dict(modules_to_save=["embed_tokens", "norm"]), "4 bit": dict(load_in_4bit=True),
+    "lora": dict(),
+    "checkpointing": dict(gradient_checkpointing=True),
+    "full": dict(lora_r=0),
+    "dora": dict(use_dora=True),
+    "dropout": dict(lora_dropout=0.1),
+    "pissa": dict(init_lora_weights="pissa"),
+    "whole modules": dict(modules_to_save=["embed_tokens", "norm"]),
+    "4 bit": dict(load_in_4bit=True),
     "4 bit, single scales": dict(load_in_4bit=True, bnb_4bit_use_double_quant=False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", KINDS)
 def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
-    """The same micro-batch on the loaded model, what lives counted by the same meter and what stays by hand: equal to
-    the byte (but for the description of 4-bit weights, which is no tensor before they are quantised)."""
+    """The same micro-batch on the loaded model, what lives counted by the same meter and what stays
+    by hand: equal to the byte (but for the description of 4-bit weights, which is no tensor before
+    they are quantised)."""
     settings, _, steps, (modules, memory, flops, largest) = plan_of(base, rows, **KINDS[case])
     model = sft.load_4bit(base, settings)
     sft.attach_adapter(model, settings)
     model.train()
     fixed = [t for name, t in model.state_dict().items() if "quant_state" not in name]
-    layers = sft.lora_layers(model).values()
-    kept = [*fixed, *(t for layer in layers for t in layer.start or ()),
-            *(layer.squares for layer in layers if hasattr(layer, "squares"))]  # fmt: skip
+    layers = lora_layers(model).values()
+    kept = [
+        *fixed,
+        *(t for layer in layers for t in layer.start or ()),
+        *(layer.squares for layer in layers if hasattr(layer, "squares")),
+    ]
     with planner.Meter(model.config.vocab_size) as meter:
         for tensor in kept:
             meter.note(tensor, "weights")
@@ -769,8 +812,8 @@ def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
 
 
 def test_the_meter_counts_what_is_saved_for_backward():
-    """By hand: exp keeps its 4 MB and nothing else, x is not counted, the product of 10 columns is that of a vocabulary
-    of 10; 2mnk FLOPs; what nobody needs any more is gone."""
+    """By hand: exp keeps its 4 MB and nothing else, x is not counted, the product of 10 columns is
+    that of a vocabulary of 10; 2mnk FLOPs; what nobody needs any more is gone."""
     x, w = torch.ones(1000, 1000, requires_grad=True), torch.ones(1000, 10)
     with planner.Meter(vocab_size=10) as meter:
         y = x.exp()
@@ -804,16 +847,23 @@ def test_optimizer_bytes_are_those_of_its_state(optim):
 
 
 def test_checkpointing_and_smaller_micro_batches_are_foreseen_to_need_less(base, rows):
-    need = [plan_of(base, rows, **settings)[3][1] for settings in (
-        dict(), dict(gradient_checkpointing=True), dict(micro_batch_tokens=100), dict(lora_r=0))]  # fmt: skip
+    need = [
+        plan_of(base, rows, **settings)[3][1]
+        for settings in (
+            dict(),
+            dict(gradient_checkpointing=True),
+            dict(micro_batch_tokens=100),
+            dict(lora_r=0),
+        )
+    ]
     busy = [memory["activations"] for memory in need]
     assert busy[1] < 0.8 * busy[0] and busy[2] < 0.5 * busy[0]
     assert need[3]["optimizer"] == 2 * need[3]["weights"] > 5 * need[0]["optimizer"]
 
 
 def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, tmp_path, capsys):
-    """Steps and scored tokens are those of the log; no folder is made; the run ends with its measured peak, and its
-    parts' seconds add up."""
+    """Steps and scored tokens are those of the log; no folder is made; the run ends with its
+    measured peak, and its parts' seconds add up."""
     argv = flags(base, rows, tmp_path / "run", logging_steps=1)
     sft.main([*argv, "--dry_run"])
     told = capsys.readouterr().out
@@ -834,7 +884,7 @@ def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, t
 
 
 def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sft, "free_memory_gb", lambda device: -1.0)
+    monkeypatch.setattr(planner, "free_memory_gb", lambda device: -1.0)
     sft.main([*flags(base, rows, tmp_path / "run", micro_batch_tokens=400), "--dry_run"])
     told = capsys.readouterr().out
     assert "does not fit and is not tried" in told
@@ -855,12 +905,12 @@ def test_what_cannot_be_estimated_does_not_stop_a_dry_run(
     assert told.count("can't be estimated here") == 1 and "tokens/s" in told
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def refuse(argv, capsys):
-    """Runs the command as a user does; returns what stands on stderr after checking exit 2, at most two lines, no
-    traceback."""
+    """Runs the command as a user does; returns what stands on stderr after checking exit 2, at most
+    two lines, no traceback."""
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: sft.main(argv))
     error = capsys.readouterr().err.strip()
@@ -904,8 +954,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_named_and_costs_nothing(case, base, rows, tmp_path, capsys):
-    """One or two lines naming the flag or file and the way out, exit 2, no run folder begun: the right command then
-    works there."""
+    """One or two lines naming the flag or file and the way out, exit 2, no run folder begun: the
+    right command then works there."""
     settings, names = MISTAKES[case]
     error = refuse(flags(base, rows, tmp_path / "run", **settings), capsys)
     assert all(name in error for name in names), error
@@ -968,7 +1018,8 @@ def test_output_that_cannot_be_written(base, rows, tmp_path, capsys):
 
 
 def test_other_data_under_a_resumed_run_is_refused(base, rows, tmp_path, capsys):
-    """The file of the same name with other rows in it: the checkpoint knows what it was trained on."""
+    """The file of the same name with other rows in it: the checkpoint knows what it was trained
+    on."""
     file = tmp_path / "rows.jsonl"
     lines = rows.read_text().splitlines()
     file.write_text("\n".join(lines))
@@ -982,7 +1033,8 @@ def test_other_data_under_a_resumed_run_is_refused(base, rows, tmp_path, capsys)
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp_path):
-    """On a file system of 1.5 MB the run stops with the disk's own words, and the checkpoints before it are whole."""
+    """On a file system of 1.5 MB the run stops with the disk's own words, and the checkpoints
+    before it are whole."""
     if (
         os.geteuid() != 0
         or subprocess.run(
@@ -1019,17 +1071,24 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp
 
 
 def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(base, rows, tmp_path):
-    """The run folder becomes read-only under a running run: one line, what was kept is whole, and once it can be
-    written again the same command ends where an undisturbed run ends."""
+    """The run folder becomes read-only under a running run: one line, what was kept is whole, and
+    once it can be written again the same command ends where an undisturbed run ends."""
     run = tmp_path / "run"
     argv = flags(base, rows, run, num_train_epochs=20, save_steps=1)
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here
-    process = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *argv], env=one_thread, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sft.py"), *argv],
+        env=one_thread,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     while not checkpoints.checkpoints(run) and process.poll() is None:
         time.sleep(0.01)
-    if any(subprocess.run(["mount", *words.split(), run], capture_output=True).returncode
-           for words in (f"--bind {run}", "-o remount,ro,bind")):  # fmt: skip
+    if any(
+        subprocess.run(["mount", *words.split(), run], capture_output=True).returncode
+        for words in (f"--bind {run}", "-o remount,ro,bind")
+    ):
         process.kill()
         pytest.skip("mounting needs root")
     try:
