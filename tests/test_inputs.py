@@ -546,7 +546,7 @@ CASES = {
     ),
     "adapter of a nested regex": (MERGE, adapter_config(target_modules="(" * 5000), "is no regex"),
     "adapter alpha NaN": (MERGE, adapter_config(lora_alpha=math.nan), "lora_alpha: nan"),
-    "adapter rank 10^9": (MERGE, adapter_config(r=10**9), "lora_r: 1000000000 is not below 65536"),
+    "adapter rank 10^9": (MERGE, adapter_config(r=10**9), "lora_r: 1000000000 is not above 0 and below 65536"),
     "adapter of a base that is no name": (
         MERGE,
         adapter_config(base_model_name_or_path=5),

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from functools import partial
 
 import bitsandbytes
 import numpy as np
@@ -321,10 +322,10 @@ def test_a_merge_is_measured_as_it_comes_out(base, settings, bases, tmp_path):
     held = logits(model)[pack().scored].log_softmax(-1)
     assert ("dequantized" in figures) == ("init_lora_weights" not in settings)
     for name in figures:
-        prepare = None
+        swap_layers = None
         if name == "dequantized":
-            prepare = lambda model, found: swap_linear4bit(quant, model, found)
-        merge(tmp_path / "adapter", tmp_path / name, prepare=prepare)
+            swap_layers = partial(swap_linear4bit, quant)
+        merge(tmp_path / "adapter", tmp_path / name, swap_layers=swap_layers)
         merged = theirs(tmp_path / name).eval()
         assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
         other = logits(merged)[pack().scored].log_softmax(-1)
@@ -740,14 +741,14 @@ def test_what_does_not_go_together_is_said(bases, tmp_path, monkeypatch, capsys)
         "modules_to_save: model.layers.0.self_attn.k_proj is held in 4 bit": lambda: add(
             held(), modules_to_save=["k_proj"]
         ),
-        "loftq makes up for what 4 bits lose; give --load_in_4bit": lambda: add(
+        "loftq corrects 4-bit weights; give --load_in_4bit": lambda: add(
             load_model(bases["qwen3"]), init_lora_weights="loftq"
         ),
         "the checkpoint holds 4 bits; name the 16-bit model": lambda: add(
             load_4bit(folder), init_lora_weights="pissa"
         ),
         "init_lora_weights: 'pisa' is not one of": lambda: add(held(), init_lora_weights="pisa"),
-        "lora_r: 49 singular values are wanted of model.layers.0.self_attn.q_proj, which has 48": lambda: (
+        "lora_r: 49 is above the 48 singular values of model.layers.0.self_attn.q_proj": lambda: (
             add(held(), init_lora_weights="pissa", lora_r=49)
         ),
         "use_dora does not go with init_lora_weights pissa": lambda: add(
@@ -788,4 +789,4 @@ def test_the_commands(bases, tmp_path, monkeypatch, capsys):
     assert_close(logits(theirs(tmp_path / "merged").eval()), logits(model))
     with pytest.raises(SystemExit) as caught:
         run("quantize", "--model", bases["qwen3"], "--output_dir", tmp_path / "merged")
-    assert caught.value.code == 2 and "there is something already" in capsys.readouterr().err
+    assert caught.value.code == 2 and "exists already" in capsys.readouterr().err
