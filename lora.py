@@ -110,8 +110,7 @@ class LoRALinear(nn.Module):
         self.start = None  # (A, B) that an initialisation subtracted from the base (PiSSA)
         device = next(iter(base_layer.state_dict().values())).device
         # drawn on the CPU, so that a seed gives the same A on every device
-        drawn_on = "meta" if device.type == "meta" else "cpu"
-        A = torch.empty(r, base_layer.in_features, device=drawn_on)
+        A = torch.empty(r, base_layer.in_features, device="cpu")
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, device=device))
@@ -135,6 +134,14 @@ class LoRALinear(nn.Module):
         """(out, in): W with the update; an adapted head is read so. A and B get their gradients."""
         W = self.base_layer.dense_weight()
         return self.merged_weight(W) if self.enabled else W
+
+    def original_weight(self):
+        """(out, in): what a merge into the checkpoint's weights starts from; see `start`."""
+        W = self.base_layer.original_weight()
+        if self.start is None:
+            return W
+        A, B = self.start
+        return torch.addmm(W.float(), B, A, alpha=-self.scaling).to(W.dtype)
 
     @torch.no_grad()
     def merge(self):
@@ -240,11 +247,9 @@ def init_pissa(layer, generator, niter=None):
     niter: rounds of a randomised SVD instead of the exact one. Meng et al. 2024, arXiv:2404.02948,
     eqs. 2-4; peft's pissa_init.
     """
-    W = layer.base_layer.original_weight()
-    set_low_rank(layer, W.float(), generator, niter)
-    layer.start = A, B = layer.lora_A.clone(), layer.lora_B.clone()
-    rest = torch.addmm(W.float(), B, A, alpha=-layer.scaling)
-    layer.base_layer.replace_weight(rest.to(W.dtype))
+    set_low_rank(layer, layer.base_layer.original_weight().float(), generator, niter)
+    layer.start = layer.lora_A.clone(), layer.lora_B.clone()
+    layer.base_layer.replace_weight(layer.original_weight())
 
 
 def init_loftq(layer, generator):
@@ -290,6 +295,7 @@ def initialisation(name):
 # --- attaching ------------------------------------------------------------------------------------
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+PATTERNS = "rank_pattern", "alpha_pattern"
 
 
 def add_lora(model, config, seed=0, strict=True) -> list[str]:
@@ -314,9 +320,13 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     layer_class = chosen[0] if chosen else LoRALinear
     kind, niter = initialisation(config.init_lora_weights)
     for path in paths:
+        base = model.get_submodule(path)
         r = by_pattern(config.rank_pattern, path, config.lora_r)
         alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
-        layer = layer_class(model.get_submodule(path), r, alpha, config, generator)
+        most = min(base.in_features, base.out_features)
+        if r > most and kind not in ZERO_STARTS:
+            raise UserError(f"lora_r: {r} is above the {most} singular values of {path}")
+        layer = layer_class(base, r, alpha, config, generator)
         if not layer.lora_A.is_meta:
             with torch.no_grad():
                 INITIALISATIONS[kind](layer, generator, *niter)
@@ -402,6 +412,7 @@ def resolve_targets(model, config, strict=True):
     modules = checkpoint_modules(model)
     linear = [path for path, module in modules.items() if isinstance(module, AdaptableLinear)]
     norms = [path for path, module in modules.items() if isinstance(module, RMSNorm)]
+    leaves = dict.fromkeys(path.split(".")[-1] for path in linear + norms)
     if [target.lower() for target in config.target_modules] == ["all-linear"]:
         config.target_modules = sorted({path.split(".")[-1] for path in linear} - {HEAD})
     if faults := setting_faults(config):
@@ -411,7 +422,7 @@ def resolve_targets(model, config, strict=True):
     selected = [path for path in modules if is_selected(path, config, saved)]
     hits = {t: [path for path in modules if matches(path, [t])] for t in config.target_modules}
     adapted = [p for p in linear if p in selected and matches(p, config.target_modules)]
-    unmatched = unmatched_names(config, hits, modules, adapted, linear + norms)
+    unmatched = unmatched_names(config, model, hits, adapted, leaves)
     if not strict:
         unmatched, ignored = [], unmatched[:8]
     faults = unmatched + layer_faults(config, hits, modules, adapted, saved)
@@ -430,7 +441,7 @@ def resolve_targets(model, config, strict=True):
 def setting_faults(config):
     """What is wrong with the values, whatever the model."""
     faults = []
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+    for key in ("target_modules", "exclude_modules", *PATTERNS):
         for pattern in getattr(config, key):
             try:
                 re.compile(pattern)
@@ -448,12 +459,11 @@ def setting_faults(config):
         faults.append(f"use_dora does not go with init_lora_weights {init}")
     if not 0 <= config.lora_dropout < 1:
         faults.append(f"lora_dropout: {config.lora_dropout} is not in [0, 1)")
-    numbers = {"lora_r": config.lora_r, "lora_alpha": config.lora_alpha}
-    for key in ("rank_pattern", "alpha_pattern"):
-        numbers |= {f"{key} {name!r}": value for name, value in getattr(config, key).items()}
-    for name, value in numbers.items():
-        if not 0 < value < 2**16:
-            faults.append(f"{name}: {value} is not above 0 and below 65536")
+    numbers = {"lora_r": [config.lora_r], "lora_alpha": [config.lora_alpha]}
+    for key, values in (numbers | {key: getattr(config, key).values() for key in PATTERNS}).items():
+        faults += [
+            f"{key}: {n} is not above 0 and below 65536" for n in values if not 0 < n < 2**16
+        ]
     return faults
 
 
@@ -466,27 +476,23 @@ def is_selected(path, config, saved):
     return not within(path, saved) and not matches(path, config.exclude_modules)
 
 
-def unmatched_names(config, hits, modules, adapted, layers):
+def unmatched_names(config, model, hits, adapted, leaves):
     """A line for each name that matches nothing, with the nearest."""
-    leaves = list(dict.fromkeys(path.split(".")[-1] for path in layers))
-    lines = [
-        f"target_modules: {target!r} matches nothing in this model" + resembling(target, leaves)
-        for target, paths in hits.items()
-        if not paths
-    ]
+    names = [("target_modules", target) for target, paths in hits.items() if not paths]
     for name in config.modules_to_save:
-        if not whole_modules(modules, [name]):
-            near = resembling(name, [*leaves, EMBEDDING, HEAD])
-            lines.append(f"modules_to_save: {name!r} matches nothing in this model{near}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        for name in getattr(config, key):
-            if not any(by_pattern({name: True}, path, False) for path in adapted):
-                near = resembling(name, leaves)
-                lines.append(f"{key}: {name!r} matches no adapted layer{near}")
-    last = max(int(n) for path in modules for n in re.findall(r"^model\.layers\.(\d+)$", path))
-    for index in config.layers_to_transform:
-        if not 0 <= index <= last:
-            lines.append(f"layers_to_transform: {index} is not a layer of this model (0 to {last})")
+        if not whole_modules(checkpoint_modules(model), [name]):
+            names.append(("modules_to_save", name))
+    for key in PATTERNS:
+        for pattern in getattr(config, key):
+            if not any(by_pattern({pattern: True}, path, False) for path in adapted):
+                names.append((key, pattern))
+    near = [*leaves, EMBEDDING, HEAD]
+    lines = [f"{key}: {name!r} matches nothing here{resembling(name, near)}" for key, name in names]
+    depth = len(model.model.layers)
+    for index in set(config.layers_to_transform) - set(range(depth)):
+        lines.append(
+            f"layers_to_transform: {index} is not a layer of this model (0 to {depth - 1})"
+        )
     return lines
 
 
@@ -513,12 +519,6 @@ def layer_faults(config, hits, modules, adapted, saved):
         )
     if config.init_lora_weights == "loftq" and not set(adapted) <= set(quantized):
         faults.append("init_lora_weights: loftq corrects 4-bit weights; give --load_in_4bit too")
-    for path in adapted if config.init_lora_weights not in ZERO_STARTS else ():
-        r = by_pattern(config.rank_pattern, path, config.lora_r)
-        most = min(modules[path].in_features, modules[path].out_features)
-        if r > most:
-            faults.append(f"lora_r: {r} is above the {most} singular values of {path}")
-            break
     return faults
 
 
@@ -546,12 +546,11 @@ PREFIX = "base_model.model."  # PeftModel.LoraModel.(our module path)
 
 # {name in adapter_config.json: ours}. A field that is not here is not written: what it does to the
 # result must be in the tensors that `exportable_adapter` returns
-PEFT_FIELDS = {"r": "lora_r"}
-for _name in (
+SAME_NAMES = (
     "lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias use_rslora "
     "rank_pattern alpha_pattern layers_to_transform use_dora"
-).split():
-    PEFT_FIELDS[_name] = _name
+).split()
+PEFT_FIELDS = {"r": "lora_r"} | {name: name for name in SAME_NAMES}
 # keys that don't change the result
 IGNORED = set(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config inference_mode "
@@ -599,13 +598,13 @@ def exportable_adapter(model):
     layers = {path: layer for path, layer in lora_layers(model).items() if layer.start}
     for path, layer in layers.items():
         A, B = layer.start
+        factor = math.sqrt(2) if config.use_rslora else 2  # undoes the scale at twice the rank
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([layer.lora_A.detach(), A])
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([layer.lora_B.detach(), -B], dim=1)
+        B = factor * torch.cat([layer.lora_B.detach(), -B], dim=1)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = B
     if layers:
-        factor = math.sqrt(2) if config.use_rslora else 2  # keeps the scale at twice the rank
-        config.lora_r, config.lora_alpha = 2 * config.lora_r, factor * config.lora_alpha
-        config.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
-        config.alpha_pattern = {key: factor * a for key, a in config.alpha_pattern.items()}
+        config.lora_r *= 2
+        config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
     return config, tensors
 
 
@@ -675,30 +674,29 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     """(its LoRAConfig, all of adapter_config.json). UserError: all of it that isn't supported."""
     file = Path(folder) / "adapter_config.json"
     raw, faults = read_json(file), []
-    shown = {key: json.dumps(value)[:60] for key, value in raw.items()}
     config = LoRAConfig(lora_r=8, lora_alpha=8, target_modules=[])  # PEFT's defaults
     types = {f.name: f.type for f in fields(LoRAConfig)}
-    for key, name in PEFT_FIELDS.items():
-        value, kind = raw.get(key), types[name]
-        if get_origin(kind) is list and isinstance(value, (int, str)):
-            value = [value]
-        if has_type(value, kind):
-            setattr(config, name, value)
-        elif value is not None:
-            faults.append(f"{key} is {shown[key]}")
-    for key, values in SUPPORTED.items():
-        if raw.get(key) not in values:
-            usual = json.dumps(values[0])
-            faults.append(f"{key} is {shown.get(key, 'missing')}; {usual} is supported")
-    init = str(raw.get("init_lora_weights"))
-    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    unsupported = [key for key, values in SUPPORTED.items() if raw.get(key) not in values]
+    for key, value in raw.items():
+        if key in PEFT_FIELDS:
+            name = PEFT_FIELDS[key]
+            if get_origin(types[name]) is list and isinstance(value, (int, str)):
+                value = [value]
+            if has_type(value, types[name]):
+                setattr(config, name, value)
+            elif value is not None:
+                unsupported.append(key)
+        elif value and key not in IGNORED | SUPPORTED.keys():
+            unsupported.append(key)
+    for key in unsupported:
+        options = f"; {json.dumps(SUPPORTED[key][0])} is" if key in SUPPORTED else ""
+        value = json.dumps(raw.get(key))[:60]
+        faults.append(f"{key} = {value} is not supported{options}")
+    if "init_lora_weights" in unsupported:
         faults.append(
             "its base was changed too: save it as plain LoRA "
             "(path_initial_model_for_weight_conversion)"
         )
-    for key in raw.keys() - IGNORED - SUPPORTED.keys() - PEFT_FIELDS.keys():
-        if raw[key]:
-            faults.append(f"{key} = {shown[key]} is not supported")
     if not isinstance(raw.get("base_model_name_or_path"), (str, type(None))):
         faults.append("base_model_name_or_path is not a name")
     if config.lora_r < 1 or not config.target_modules:

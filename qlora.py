@@ -16,16 +16,24 @@ import json
 import logging
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora import LoRALinear, lora_layers, merge, new_folder, plain_linear
+from lora import (
+    LoRALinear,
+    MergeConfig,
+    layers_with_weights,
+    lora_layers,
+    merge,
+    merged_layer,
+    new_folder,
+)
 from model import CHUNK, DTYPES, Linear, load_model, save_model
-from support.errors import UserError, as_user_error, nearest, run_command
+from support.errors import UserError, as_user_error, run_command
 from support.files import read_tensor, unique_keys
 from support.settings import check_choices, parse_config
 
@@ -106,7 +114,6 @@ class Linear4bit(nn.Module):
             "blocksize": BLOCK,
             "quant_type": self.quant.bnb_4bit_quant_type,
             "dtype": str(dtype).removeprefix("torch."),
-            "shape": [self.out_features, self.in_features],
         }
         if self.quant.bnb_4bit_use_double_quant:
             state["nested_offset"] = 0.0
@@ -139,24 +146,23 @@ class Linear4bit(nn.Module):
     def dense_weight(self):
         """W (out, in), in the dtype it was quantised from."""
         functional, state, parts = bitsandbytes().functional, self.state, self._buffers
-        nested = None
+        absmax = parts["weight.absmax"]
         if "nested_offset" in state:
-            nested = functional.QuantState(
+            scales = functional.QuantState(
                 parts["weight.nested_absmax"],
                 code=parts["weight.nested_quant_map"],
-                dtype=torch.float32,
                 blocksize=NESTED_BLOCK,
+                dtype=torch.float32,
             )
-        quant_state = functional.QuantState(
-            parts["weight.absmax"],
-            shape=tuple(state["shape"]),
+            absmax = functional.dequantize_blockwise(absmax, scales) + state["nested_offset"]
+        blocks = functional.QuantState(
+            absmax,
+            shape=(self.out_features, self.in_features),
             blocksize=state["blocksize"],
             quant_type=state["quant_type"],
             dtype=DTYPES[state["dtype"]],
-            offset=state.get("nested_offset"),
-            state2=nested,
         )
-        return functional.dequantize_4bit(self.weight, quant_state)
+        return functional.dequantize_4bit(self.weight, blocks)
 
     def original_weight(self):
         """W as in the checkpoint, in the model's dtype; UserError if that holds 4 bits."""
@@ -255,27 +261,25 @@ def as_merged(model, base):
     base: 'original', the checkpoint's 16-bit weights, or 'dequantized'. A merged weight is made for
     its product and dropped.
     """
-    adapted = [x for x in lora_layers(model).values() if isinstance(x.base_layer, Linear4bit)]
-    wrapped = [layer.base_layer for layer in adapted]
-    others = [x for x in model.modules() if isinstance(x, Linear4bit) and x not in wrapped]
+    swapped = {
+        layer: layer.base_layer if isinstance(layer, LoRALinear) else layer
+        for layer in layers_with_weights(model).values()
+        if isinstance(layer, (LoRALinear, Linear4bit))
+    }
 
     def forward(layer, x):
-        inner = layer if isinstance(layer, Linear4bit) else layer.base_layer
-        W = inner.dense_weight() if base == "dequantized" else inner.original_weight()
-        if layer is not inner:
-            if layer.start and base == "original":
-                A, B = layer.start
-                W = torch.addmm(W.float(), B, A, alpha=-layer.scaling).to(W.dtype)
-            W = layer.merged_weight(W)
-        return plain_linear(W, inner.bias)(x)
+        return merged_layer(layer)(x)
 
-    for layer in adapted + others:
+    for layer, inner in swapped.items():
         layer.forward = partial(forward, layer)
+        if base == "original":
+            inner.dense_weight = layer.original_weight
     try:
         yield
     finally:
-        for layer in adapted + others:
+        for layer, inner in swapped.items():
             del layer.forward
+            vars(inner).pop("dense_weight", None)
 
 
 @torch.inference_mode()
@@ -314,32 +318,30 @@ def measure_merge(model, batches):
 
 
 @dataclass
-class CommandConfig(QuantConfig):
-    output_dir: str = ""  # a new folder for the model that is written
-    model: str = ""  # folder or hub id of the 16-bit model; merge takes the one the adapter names
-    adapter: str = ""  # merge: the adapter's folder, a run folder, or a hub id
+class QuantizeConfig(QuantConfig):
+    model: str = field(kw_only=True)  # folder or hub id of the 16-bit model
+    output_dir: str = field(kw_only=True)  # a new folder for the 4-bit model
+
+
+@dataclass
+class Merge4bitConfig(QuantConfig, MergeConfig):
+    """MergeConfig, with how the base is quantised unless its checkpoint holds 4 bits."""
 
 
 def main():
     command, *argv = sys.argv[1:] or [""]
-    needs = {"quantize": ["model", "output_dir"], "merge": ["adapter", "output_dir"]}
-    if command not in needs:
-        raise UserError(
-            f"unknown command {command!r}{nearest(command, needs)}; it is quantize or merge"
-        )
-    config = parse_config(
-        CommandConfig, argv, "Writes a model in 4 bit, or merges an adapter into such weights."
-    )
-    for key in needs[command]:
-        if not getattr(config, key):
-            raise UserError(f"--{key} is needed; --help explains every flag")
-    config.load_in_4bit, folder = True, new_folder(config.output_dir)
     if command == "quantize":
-        save_4bit(load_4bit(config.model, config), folder, config)
-    else:
-        swap_layers = partial(swap_linear4bit, config)
+        config = parse_config(QuantizeConfig, argv, "Writes a model in 4 bit.")
+        folder = new_folder(config.output_dir)
+        save_4bit(load_4bit(config.model, replace(config, load_in_4bit=True)), folder, config)
+    elif command == "merge":
+        config = parse_config(Merge4bitConfig, argv, "Merges an adapter into 4-bit weights.")
+        swap_layers = partial(swap_linear4bit, replace(config, load_in_4bit=True))
+        folder = new_folder(config.output_dir)
         print(*merge(config.adapter, folder, config.model, swap_layers), sep="\n")
-    print(f"{command}: {folder} holds {config.model or config.adapter}")
+    else:
+        raise UserError(f"unknown command {command!r}; it is quantize or merge")
+    print(f"{command}: wrote {folder}")
 
 
 if __name__ == "__main__":

@@ -623,14 +623,14 @@ def test_parameter_counts_of_the_recipes(shape, r, targets, number):
         (dict(modules_to_save=["embed_in"]), "'embed_in'.*nearest: .*embed_tokens"),
         (
             dict(rank_pattern={"qproj": 4}),
-            "rank_pattern: 'qproj' matches no adapted layer.*nearest: q_proj",
+            "rank_pattern: 'qproj' matches nothing here.*nearest: q_proj",
         ),
         (
             dict(target_modules=["q_proj"], alpha_pattern={"k_proj": 4}),
-            "alpha_pattern: 'k_proj' matches no adapted",
+            "alpha_pattern: 'k_proj' matches nothing here",
         ),
         (dict(alpha_pattern={"(": 4}), "alpha_pattern: '\\(' is no regex"),
-        (dict(rank_pattern={"q_proj": 0}), "rank_pattern 'q_proj': 0 is not above 0"),
+        (dict(rank_pattern={"q_proj": 0}), "rank_pattern: 0 is not above 0"),
         (dict(lora_r=-1), "lora_r: -1 is not above 0"),
         (dict(lora_alpha=0), "lora_alpha: 0 is not above 0"),
         (dict(lora_dropout=1.0), "lora_dropout: 1.0 is not in"),
@@ -666,8 +666,8 @@ def adapter(bases, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(peft_type="LOHA"), 'peft_type is "LOHA"; "LORA" is supported'),
-        (dict(task_type="SEQ_CLS"), 'task_type is "SEQ_CLS"'),
+        (dict(peft_type="LOHA"), 'peft_type = "LOHA" is not supported; "LORA" is'),
+        (dict(task_type="SEQ_CLS"), 'task_type = "SEQ_CLS" is not'),
         (dict(use_dora=True), r"missing .*lora_magnitude_vector"),
         (
             dict(fan_in_fan_out=True, lora_bias=True),
@@ -678,11 +678,11 @@ def adapter(bases, tmp_path):
         (dict(trainable_token_indices=[3]), "trainable_token_indices"),
         (dict(a_field_of_next_year=2), "a_field_of_next_year = 2 is not supported"),
         (dict(init_lora_weights="pissa"), "pissa.*base was changed too: save it as plain LoRA"),
-        (dict(r="16", bias=3), 'r is "16"; bias is 3'),
+        (dict(r="16", bias=3), 'r = "16" is not supported; bias = 3 is not'),
         (dict(r=0), "a rank r from 1"),
         (dict(target_modules=None), "target_modules are needed"),
-        (dict(rank_pattern={"q_proj": "8"}), "rank_pattern is"),
-        (dict(layers_pattern="h"), 'layers_pattern is "h"'),
+        (dict(rank_pattern={"q_proj": "8"}), "rank_pattern = .* is not supported"),
+        (dict(layers_pattern="h"), 'layers_pattern = "h"'),
         (dict(bias="lora"), "not an adapter of this model: bias: 'lora'"),
         (
             dict(target_modules=["c_attn"]),
