@@ -20,11 +20,11 @@ import json
 import math
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, get_args, get_origin, runtime_checkable
+from typing import Protocol, get_origin, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from support.errors import UserError, as_user_error, brief, nearest, run_command
 from support.files import atomic_folder, read_header, read_json, read_tensor, write_tensors
 from support.hub import HubConfig, push, resolve
 from support.sandbox import bounded
-from support.settings import check_choices, parse_config
+from support.settings import check_choices, convert, parse_config
 
 # the ends of the names of biases that train
 BIASES = {"none": (), "all": (".bias",), "lora_only": (".base_layer.bias",)}
@@ -204,11 +204,15 @@ def plain_linear(weight, bias=None):
     return linear
 
 
+def is_quantized(module):
+    return isinstance(module, AdaptableLinear) and module.quantized
+
+
 def merged_layer(layer):
     """The plain Linear that computes the same as an adapted or 4-bit layer; any other as it is."""
     if isinstance(layer, LoRALinear):
         return layer.merge()
-    if isinstance(layer, AdaptableLinear) and layer.quantized:
+    if is_quantized(layer):
         return plain_linear(layer.dense_weight(), layer.bias)
     return layer
 
@@ -223,7 +227,7 @@ def count_parameters(model) -> tuple[int, int]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
-        if isinstance(layer, AdaptableLinear) and layer.quantized:
+        if is_quantized(layer):
             total += layer.in_features * layer.out_features
     return trainable, total
 
@@ -425,12 +429,12 @@ def resolve_targets(model, config, strict=True):
     unmatched = unmatched_names(config, model, hits, adapted, leaves)
     if not strict:
         unmatched, ignored = [], unmatched[:8]
-    faults = unmatched + layer_faults(config, hits, modules, adapted, saved)
+    faults = unmatched + layer_faults(config, hits, modules, adapted, linear + norms, saved)
     if not (faults or adapted):
         faults = ["target_modules: no linear layer is left to adapt"]
     if faults:
         raise UserError("; ".join(faults))
-    notices = train_norms_whole(config, hits, modules, [p for p in norms if p in selected])
+    notices = train_norms_whole(config, hits, modules, norms, selected)
     if trains_tied_ends(model, config.modules_to_save):
         config.modules_to_save = [*config.modules_to_save, "embed_tokens", HEAD]
         notices.append("modules_to_save: embed_tokens and lm_head are one tied tensor: both train")
@@ -459,11 +463,11 @@ def setting_faults(config):
         faults.append(f"use_dora does not go with init_lora_weights {init}")
     if not 0 <= config.lora_dropout < 1:
         faults.append(f"lora_dropout: {config.lora_dropout} is not in [0, 1)")
-    numbers = {"lora_r": [config.lora_r], "lora_alpha": [config.lora_alpha]}
-    for key, values in (numbers | {key: getattr(config, key).values() for key in PATTERNS}).items():
-        faults += [
-            f"{key}: {n} is not above 0 and below 65536" for n in values if not 0 < n < 2**16
-        ]
+    for key in ("lora_r", "lora_alpha", *PATTERNS):
+        value = getattr(config, key)
+        for number in value.values() if key in PATTERNS else [value]:
+            if not 0 < number < 2**16:
+                faults.append(f"{key}: {number} is not above 0 and below 65536")
     return faults
 
 
@@ -496,22 +500,16 @@ def unmatched_names(config, model, hits, adapted, leaves):
     return lines
 
 
-def layer_faults(config, hits, modules, adapted, saved):
+def layer_faults(config, hits, modules, adapted, layers, saved):
     """What these layers can't do."""
     faults = []
     for paths in hits.values():
-        for path in paths:
-            known = isinstance(modules[path], (AdaptableLinear, RMSNorm))
-            if not known and not within(path, saved):
-                faults.append(
-                    f"target_modules: LoRA has no form for {path}; modules_to_save trains it whole"
-                )
-                break
-    quantized = [
-        path
-        for path, module in modules.items()
-        if isinstance(module, AdaptableLinear) and module.quantized
-    ]
+        others = [path for path in paths if path not in layers and not within(path, saved)]
+        if others:
+            faults.append(
+                f"target_modules: LoRA has no form for {others[0]}; modules_to_save trains it whole"
+            )
+    quantized = [path for path, module in modules.items() if is_quantized(module)]
     if frozen := whole_modules(quantized, config.modules_to_save):
         faults.append(
             f"modules_to_save: {frozen[0]} is held in 4 bit, which can't be trained; "
@@ -522,21 +520,19 @@ def layer_faults(config, hits, modules, adapted, saved):
     return faults
 
 
-def train_norms_whole(config, hits, modules, norms):
+def train_norms_whole(config, hits, modules, norms, selected):
     """Moves targeted norms to modules_to_save, by the target's name if that means no other module.
 
     Returns notices.
     """
-    notices, only_norms = [], []
+    notices = []
     for target, paths in hits.items():
-        targeted = [path for path in paths if path in norms]
+        targeted = [path for path in paths if path in norms and path in selected]
         if targeted:
             same = whole_modules(modules, [target]) == targeted
             config.modules_to_save = config.modules_to_save + ([target] if same else targeted)
             notices.append(f"target_modules: {target} has no low-rank form, so it is trained whole")
-        if all(isinstance(modules[path], RMSNorm) for path in paths):
-            only_norms.append(target)
-    config.target_modules = [t for t in config.target_modules if t not in only_norms]
+    config.target_modules = [target for target, paths in hits.items() if set(paths) - set(norms)]
     return notices
 
 
@@ -546,11 +542,11 @@ PREFIX = "base_model.model."  # PeftModel.LoraModel.(our module path)
 
 # {name in adapter_config.json: ours}. A field that is not here is not written: what it does to the
 # result must be in the tensors that `exportable_adapter` returns
-SAME_NAMES = (
-    "lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias use_rslora "
-    "rank_pattern alpha_pattern layers_to_transform use_dora"
-).split()
-PEFT_FIELDS = {"r": "lora_r"} | {name: name for name in SAME_NAMES}
+PEFT_FIELDS = {"r": "lora_r"} | {
+    name: name
+    for name in "lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias "
+    "use_rslora rank_pattern alpha_pattern layers_to_transform use_dora".split()
+}
 # keys that don't change the result
 IGNORED = set(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config inference_mode "
@@ -660,14 +656,14 @@ def find_adapter(name) -> Path:
     return adapter
 
 
-def has_type(value, kind):
-    """Whether a JSON value has a dataclass field's type; a whole number is a float too."""
-    container = get_origin(kind)
-    if container is None:
-        return type(value) is kind or kind is float and type(value) is int
-    items = value.values() if type(value) is dict else value
-    item_type = get_args(kind)[-1]
-    return type(value) is container and all(has_type(item, item_type) for item in items)
+def from_json(value, kind):
+    """A JSON value as a dataclass field's type; None if it has another one."""
+    if get_origin(kind) is list and isinstance(value, (int, str)):
+        value = [value]
+    with suppress(ValueError, TypeError, RecursionError):
+        converted = convert(value, kind)
+        if converted == value:  # "8" is no number here
+            return converted
 
 
 def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
@@ -678,15 +674,13 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     types = {f.name: f.type for f in fields(LoRAConfig)}
     unsupported = [key for key, values in SUPPORTED.items() if raw.get(key) not in values]
     for key, value in raw.items():
-        if key in PEFT_FIELDS:
-            name = PEFT_FIELDS[key]
-            if get_origin(types[name]) is list and isinstance(value, (int, str)):
-                value = [value]
-            if has_type(value, types[name]):
-                setattr(config, name, value)
-            elif value is not None:
-                unsupported.append(key)
-        elif value and key not in IGNORED | SUPPORTED.keys():
+        if value is None or key in IGNORED | SUPPORTED.keys():
+            continue
+        name = PEFT_FIELDS.get(key)
+        converted = from_json(value, types[name]) if name else None
+        if converted is not None:
+            setattr(config, name, converted)
+        elif name or value:
             unsupported.append(key)
     for key in unsupported:
         options = f"; {json.dumps(SUPPORTED[key][0])} is" if key in SUPPORTED else ""
@@ -736,16 +730,13 @@ def open_adapter(model, folder):
     with as_user_error(f"{folder}: not an adapter of this model", UserError):
         notices = add_lora(model, config, strict=False)
     names, file = adapter_names(model), folder / "adapter_model.safetensors"
-    # with bias "all" PEFT stores the biases inside its wrapper of a whole module a second time
-    twice = ".modules_to_save.bias", ".original_module.bias"
+    # not read: what PEFT stores twice with bias "all", and the frozen weight of an adapted head
+    extra = ".modules_to_save.bias", ".original_module.bias", f"{HEAD}.base_layer.weight"
     shapes = {
         key: shape
         for key, (_, shape, dtype) in read_header(file).items()
-        if dtype in FLOATS and not key.endswith(twice)
+        if dtype in FLOATS and not key.endswith(extra)
     }
-    # PEFT stores the frozen weight of an adapted head
-    if (key := f"{PREFIX}{HEAD}.base_layer.weight") in shapes and HEAD in lora_layers(model):
-        names[key] = f"{HEAD}.base_layer.weight"
     expected = {key: tuple(model.get_parameter(name).shape) for key, name in names.items()}
     check_names(expected, shapes, file)
     return names, file, notices
