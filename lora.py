@@ -594,13 +594,14 @@ def exportable_adapter(model):
     layers = {path: layer for path, layer in lora_layers(model).items() if layer.start}
     for path, layer in layers.items():
         A, B = layer.start
-        factor = math.sqrt(2) if config.use_rslora else 2  # undoes the scale at twice the rank
+        # what trained stays first and as it is: a checkpoint is resumed from there
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([layer.lora_A.detach(), A])
-        B = factor * torch.cat([layer.lora_B.detach(), -B], dim=1)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = B
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([layer.lora_B.detach(), -B], dim=1)
     if layers:
-        config.lora_r *= 2
+        factor = math.sqrt(2) if config.use_rslora else 2  # keeps the scale at twice the rank
+        config.lora_r, config.lora_alpha = 2 * config.lora_r, factor * config.lora_alpha
         config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
+        config.alpha_pattern = {name: factor * a for name, a in config.alpha_pattern.items()}
     return config, tensors
 
 

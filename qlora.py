@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 
 import torch
@@ -298,9 +298,9 @@ def measure_merge(model, batches):
         bases.append("original")
     if not any(layer.start for layer in lora_layers(model).values()):
         bases.append("dequantized")
-    figures = {}
+    count, figures = sum(map(len, before)), {}
     for base in bases:
-        kl, same, count = 0.0, 0, 0
+        kl, same = 0.0, 0
         with as_merged(model, base):
             for hidden, batch in zip(before, batches):
                 merged = model(batch)[batch.scored]
@@ -308,7 +308,6 @@ def measure_merge(model, batches):
                     p, q = model.logits(a).log_softmax(-1), model.logits(b).log_softmax(-1)
                     kl += float(F.kl_div(q, p, reduction="sum", log_target=True))
                     same += int((p.argmax(-1) == q.argmax(-1)).sum())
-                    count += len(a)
         figures[base] = {"kl": max(kl / count, 0.0), "top1": same / count, "tokens": count}
     model.train(training)
     return figures
@@ -332,12 +331,12 @@ def main():
     command, *argv = sys.argv[1:] or [""]
     if command == "quantize":
         config = parse_config(QuantizeConfig, argv, "Writes a model in 4 bit.")
-        folder = new_folder(config.output_dir)
-        save_4bit(load_4bit(config.model, replace(config, load_in_4bit=True)), folder, config)
+        config.load_in_4bit, folder = True, new_folder(config.output_dir)
+        save_4bit(load_4bit(config.model, config), folder, config)
     elif command == "merge":
         config = parse_config(Merge4bitConfig, argv, "Merges an adapter into 4-bit weights.")
-        swap_layers = partial(swap_linear4bit, replace(config, load_in_4bit=True))
-        folder = new_folder(config.output_dir)
+        config.load_in_4bit, folder = True, new_folder(config.output_dir)
+        swap_layers = partial(swap_linear4bit, config)
         print(*merge(config.adapter, folder, config.model, swap_layers), sep="\n")
     else:
         raise UserError(f"unknown command {command!r}; it is quantize or merge")
