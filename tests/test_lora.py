@@ -1,5 +1,8 @@
-"""lora.py against PEFT and transformers, and its properties. Tiny shapes that break wrong code: head_dim != C / H,
-K < H, biases, tied and untied, a vocabulary of odd size."""
+"""lora.py against PEFT and transformers, and its properties.
+
+Tiny shapes that break wrong code: head_dim != C / H, K < H, biases, tied and untied, a vocabulary
+of odd size.
+"""
 
 import json
 import re
@@ -60,7 +63,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """{family: folder}, written by transformers; norms and biases random too: at their defaults they hide faults."""
+    """{family: folder}, written by transformers; norms and biases random, as defaults hide faults."""
     folders = {}
     for family, config in FAMILIES.items():
         torch.manual_seed(len(folders))
@@ -232,7 +235,7 @@ def test_an_adapter_of_peft_opens_here_and_ours_in_peft(case, bases, tmp_path):
     again = peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "ours").eval()
     assert_close(logits(again), expected, 1e-6)
 
-    merged = merge(tmp_path / "ours", tmp_path / "merged")  # the base from the adapter's own config
+    merge(tmp_path / "ours", tmp_path / "merged")  # the base from the adapter's own config
     opened = theirs(tmp_path / "merged")
     assert_close(logits(opened), expected)
     assert_close(logits(ours(tmp_path / "merged")), expected)
@@ -325,7 +328,7 @@ def test_training_is_pefts(case, bases, tmp_path):
         assert torch.equal(model.get_parameter(name), p), name
 
 
-# --- properties -------------------------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -586,7 +589,7 @@ def test_parameter_counts_of_the_recipes(shape, r, targets, number):
     assert count_lora(raw, LoRAConfig(lora_r=r, target_modules=targets))[0] == number
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -796,7 +799,7 @@ def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
         merge(adapter, tmp_path / "new")
 
 
-# --- pushing ----------------------------------------------------------------------------------------------------------
+# --- pushing --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -840,8 +843,10 @@ def contents(folder):
 
 
 def test_both_folders_become_roots_and_nothing_is_pushed_twice(finished, hub, capsys):
-    """Each repository holds its folder's files, under the run's own message; a second push commits nothing; what was
-    changed, or is gone from the hub, goes there again, and that alone."""
+    """Each repository holds its folder's files, under the run's own message.
+
+    A second push commits nothing, or only what changed or is gone from the hub.
+    """
     pushed(finished)
     assert hub.files == {
         "me/mine": contents(finished / "adapter"),
@@ -865,7 +870,7 @@ def test_both_folders_become_roots_and_nothing_is_pushed_twice(finished, hub, ca
 
 
 def test_weights_of_an_earlier_model_do_not_stay(finished, hub):
-    """A repository that held one shard: beside two new ones it would be what is loaded. Other files are left alone."""
+    """A repository's one shard goes: readers would take it, not the new ones. Other files stay."""
     hub.files["me/mine-merged"] = {
         "model.safetensors": b"old",
         "notes.md": b"mine",
@@ -900,7 +905,10 @@ def test_a_push_survives_a_hub_that_fails_for_a_while(finished, hub, capsys):
 
 
 def test_a_push_that_fails_for_good_is_taken_up_again(finished, hub, capsys):
-    """The second repository refuses: exit 2, the way on in one line, the run as it was; then it alone is pushed."""
+    """The second repository refuses: exit 2, a line with the way on, the run as it was.
+
+    Then it alone is pushed.
+    """
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     real, hub.faults = hub.faults, None
 
