@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, get_origin, runtime_checkable
+from typing import Protocol, get_origin, get_type_hints, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,8 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)
         if not self.enabled:
             return y
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (T, R)
+        x = F.dropout(x, self.dropout, self.training)
+        h = F.linear(x, self.lora_A.to(x.dtype))  # (T, R)
         # in place, so that there is never a second (T, out)
         return y.addmm_(h, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
 
@@ -159,7 +160,7 @@ class DoRALinear(LoRALinear):
     def __init__(self, *args):
         super().__init__(*args)
         # on meta there are no lengths to take, and 4-bit weights can't be dequantised
-        m = self.lora_B[:, 0].detach().clone() if self.lora_B.is_meta else self.lengths()
+        m = torch.empty_like(self.lora_B[:, 0]) if self.lora_B.is_meta else self.lengths()
         self.lora_magnitude_vector = nn.Parameter(m)
 
     def forward(self, x):  # (..., in) -> (..., out)
@@ -171,7 +172,8 @@ class DoRALinear(LoRALinear):
         Wx = y if dropped is x else self.base_layer(dropped)
         if self.base_layer.bias is not None:
             Wx = Wx - self.base_layer.bias.to(x.dtype)
-        BAx = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        h = F.linear(dropped, self.lora_A.to(x.dtype))  # (..., R)
+        BAx = F.linear(h, self.lora_B.to(x.dtype))
         ratio = (self.lora_magnitude_vector / self.lengths()).to(x.dtype)  # (out,)
         return y + (ratio - 1) * Wx + ratio * self.scaling * BAx
 
@@ -185,7 +187,8 @@ class DoRALinear(LoRALinear):
         """(out,) fp32: the row lengths of W + s·B A, from |W|² + 2s W·BA + s²|BA|², without BA."""
         A, B, W = self.lora_A, self.lora_B, self.base_layer.dense_weight()
         WA = F.linear(A.to(W.dtype), W).t().float()  # (out, R)
-        products = ((WA + self.scaling / 2 * (B @ (A @ A.t()))) * B).sum(1)
+        BAA = B @ (A @ A.t())
+        products = ((WA + self.scaling / 2 * BAA) * B).sum(1)
         return (self.squares + 2 * self.scaling * products).sqrt()
 
     def merged_weight(self, W):
@@ -424,7 +427,9 @@ def resolve_targets(model, config, strict=True):
 
     saved = whole_modules(modules, config.modules_to_save)
     selected = [path for path in modules if is_selected(path, config, saved)]
-    hits = {t: [path for path in modules if matches(path, [t])] for t in config.target_modules}
+    hits = {}
+    for target in config.target_modules:
+        hits[target] = [path for path in modules if matches(path, [target])]
     adapted = [p for p in linear if p in selected and matches(p, config.target_modules)]
     unmatched = unmatched_names(config, model, hits, adapted, leaves)
     if not strict:
@@ -672,7 +677,7 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     file = Path(folder) / "adapter_config.json"
     raw, faults = read_json(file), []
     config = LoRAConfig(lora_r=8, lora_alpha=8, target_modules=[])  # PEFT's defaults
-    types = {f.name: f.type for f in fields(LoRAConfig)}
+    types = get_type_hints(LoRAConfig)
     unsupported = [key for key, values in SUPPORTED.items() if raw.get(key) not in values]
     for key, value in raw.items():
         if value is None or key in IGNORED | SUPPORTED.keys():
@@ -684,9 +689,9 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
         elif name or value:
             unsupported.append(key)
     for key in unsupported:
-        options = f"; {json.dumps(SUPPORTED[key][0])} is" if key in SUPPORTED else ""
-        value = json.dumps(raw.get(key))[:60]
-        faults.append(f"{key} = {value} is not supported{options}")
+        faults.append(f"{key} = {json.dumps(raw.get(key))[:60]} is not supported")
+        if key in SUPPORTED:
+            faults[-1] += f", {json.dumps(SUPPORTED[key][0])} is"
     if "init_lora_weights" in unsupported:
         faults.append(
             "its base was changed too: save it as plain LoRA "
@@ -738,7 +743,7 @@ def open_adapter(model, folder):
         for key, (_, shape, dtype) in read_header(file).items()
         if dtype in FLOATS and not key.endswith(extra)
     }
-    expected = {key: tuple(model.get_parameter(name).shape) for key, name in names.items()}
+    expected = {key: model.get_parameter(name).shape for key, name in names.items()}
     check_names(expected, shapes, file)
     return names, file, notices
 
@@ -750,9 +755,8 @@ def open_adapter(model, folder):
 def disable_lora(model):
     """The base model, while the block runs. UserError if more than A and B is trained: in place."""
     layers = lora_layers(model).values()
-    for key in adapter_parameters(model) if layers else ():
-        if ".lora_" not in key:
-            name = key.removeprefix(PREFIX)
+    for name in adapter_names(model).values() if layers else ():
+        if ".lora_" not in name:
             raise UserError(f"disable_lora: {name} is trained in place; load the base instead")
     for layer in layers:
         layer.enabled = False

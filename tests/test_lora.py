@@ -63,7 +63,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """{family: folder}, written by transformers; norms and biases random, as defaults hide faults."""
+    """{family: folder}, written by transformers; norms and biases random: defaults hide faults."""
     folders = {}
     for family, config in FAMILIES.items():
         torch.manual_seed(len(folders))
@@ -669,7 +669,7 @@ def adapter(bases, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(peft_type="LOHA"), 'peft_type = "LOHA" is not supported; "LORA" is'),
+        (dict(peft_type="LOHA"), 'peft_type = "LOHA" is not supported, "LORA" is'),
         (dict(task_type="SEQ_CLS"), 'task_type = "SEQ_CLS" is not'),
         (dict(use_dora=True), r"missing .*lora_magnitude_vector"),
         (
