@@ -31,11 +31,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import DTYPES, FLOATS, Linear, RMSNorm, check_names, open_model, save_model, set_tensor
-from support.errors import UserError, as_user_error, brief, nearest, run_command
+from support.errors import UserError, as_user_error, run_command
 from support.files import atomic_folder, read_header, read_json, read_tensor, write_tensors
 from support.hub import HubConfig, push, resolve
 from support.sandbox import bounded
 from support.settings import check_choices, convert, parse_config
+from support.targets import (
+    by_pattern,
+    is_regex,
+    is_selected,
+    matches,
+    setting_faults,
+    unmatched_names,
+    whole_modules,
+    within,
+)
 
 # the ends of the names of biases that train
 BIASES = {"none": (), "all": (".bias",), "lora_only": (".base_layer.bias",)}
@@ -302,7 +312,6 @@ def initialisation(name):
 # --- attaching ------------------------------------------------------------------------------------
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-PATTERNS = "rank_pattern", "alpha_pattern"
 
 
 def add_lora(model, config, seed=0, strict=True) -> list[str]:
@@ -363,48 +372,9 @@ def checkpoint_modules(model) -> dict:
     return modules if model.lm_head is not None else modules | {HEAD: None}
 
 
-def is_regex(names):
-    return len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0])
-
-
-def matches(path, names):
-    """PEFT's rule for layers: one regex for the whole path, or names that end it at a dot."""
-    if is_regex(names):
-        return bool(re.fullmatch(names[0], path))
-    return any(f".{path}".endswith(f".{name}") for name in names)
-
-
-def whole_modules(paths, modules_to_save):
-    """PEFT's rule for modules_to_save: names that end the path anywhere (`norm` is every norm)."""
-    return [path for path in paths if path.endswith(tuple(modules_to_save))]
-
-
-def by_pattern(patterns, path, default):
-    """PEFT's rule for rank_pattern and alpha_pattern: the first regex that ends the path."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
-
-
-def within(path, modules):
-    return any(f"{path}.".startswith(f"{module}.") for module in modules)
-
-
 def trains_tied_ends(model, modules_to_save):
     """Whether modules_to_save names the embedding or the head of a model that ties the two."""
     return model.lm_head is None and bool(whole_modules([EMBEDDING, HEAD], modules_to_save))
-
-
-def resembling(name, options):
-    """The nearest options, preferably those that contain the name's letters, or all of them."""
-
-    def letters(text):
-        return re.sub("[^a-z]", "", text.lower())
-
-    name = name.rpartition(".")[2]
-    close = [option for option in options if letters(name) in letters(option)]
-    return nearest(name, close or options) or f" (there are: {', '.join(options)})"
 
 
 def resolve_targets(model, config, strict=True):
@@ -419,10 +389,14 @@ def resolve_targets(model, config, strict=True):
     modules = checkpoint_modules(model)
     linear = [path for path, module in modules.items() if isinstance(module, AdaptableLinear)]
     norms = [path for path, module in modules.items() if isinstance(module, RMSNorm)]
-    leaves = dict.fromkeys(path.split(".")[-1] for path in linear + norms)
     if [target.lower() for target in config.target_modules] == ["all-linear"]:
         config.target_modules = sorted({path.split(".")[-1] for path in linear} - {HEAD})
-    if faults := setting_faults(config):
+    faults, init = setting_faults(config), config.init_lora_weights
+    if initialisation(init)[0] not in INITIALISATIONS:
+        faults.append(f"init_lora_weights: {init!r} is not one of {', '.join(INITIALISATIONS)}")
+    elif config.use_dora and init not in ZERO_STARTS:
+        faults.append(f"use_dora does not go with init_lora_weights {init}")
+    if faults:
         raise UserError("; ".join(faults))
 
     saved = whole_modules(modules, config.modules_to_save)
@@ -431,7 +405,8 @@ def resolve_targets(model, config, strict=True):
     for target in config.target_modules:
         hits[target] = [path for path in modules if matches(path, [target])]
     adapted = [p for p in linear if p in selected and matches(p, config.target_modules)]
-    unmatched = unmatched_names(config, model, hits, adapted, leaves)
+    ends = [*linear, *norms, EMBEDDING, HEAD]
+    unmatched = unmatched_names(config, hits, modules, adapted, ends, len(model.model.layers))
     if not strict:
         unmatched, ignored = [], unmatched[:8]
     faults = unmatched + layer_faults(config, hits, modules, adapted, linear + norms, saved)
@@ -445,64 +420,6 @@ def resolve_targets(model, config, strict=True):
         notices.append("modules_to_save: embed_tokens and lm_head are one tied tensor: both train")
     config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     return config, adapted, notices if strict else notices + ignored
-
-
-def setting_faults(config):
-    """What is wrong with the values, whatever the model."""
-    faults = []
-    for key in ("target_modules", "exclude_modules", *PATTERNS):
-        for pattern in getattr(config, key):
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                faults.append(f"{key}: {brief(pattern)} is no regex: {error}")
-    regexes = [target for target in config.target_modules if is_regex([target])]
-    if regexes and len(config.target_modules) > 1:
-        faults.append(f"target_modules: {regexes[0]!r} among other names; a regex stands alone")
-    if regexes and config.layers_to_transform:
-        faults.append("layers_to_transform goes with names; a regex can name the layers itself")
-    init = config.init_lora_weights
-    if initialisation(init)[0] not in INITIALISATIONS:
-        faults.append(f"init_lora_weights: {init!r} is not one of {', '.join(INITIALISATIONS)}")
-    elif config.use_dora and init not in ZERO_STARTS:
-        faults.append(f"use_dora does not go with init_lora_weights {init}")
-    if not 0 <= config.lora_dropout < 1:
-        faults.append(f"lora_dropout: {config.lora_dropout} is not in [0, 1)")
-    for key in ("lora_r", "lora_alpha", *PATTERNS):
-        value = getattr(config, key)
-        for number in value.values() if key in PATTERNS else [value]:
-            if not 0 < number < 2**16:
-                faults.append(f"{key}: {number} is not above 0 and below 65536")
-    return faults
-
-
-def is_selected(path, config, saved):
-    """Whether a target may be adapted: not left out by the other settings."""
-    block = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-    index = int(block[1]) if block else None
-    if config.layers_to_transform and index not in config.layers_to_transform:
-        return False
-    return not within(path, saved) and not matches(path, config.exclude_modules)
-
-
-def unmatched_names(config, model, hits, adapted, leaves):
-    """A line for each name that matches nothing, with the nearest."""
-    names = [("target_modules", target) for target, paths in hits.items() if not paths]
-    for name in config.modules_to_save:
-        if not whole_modules(checkpoint_modules(model), [name]):
-            names.append(("modules_to_save", name))
-    for key in PATTERNS:
-        for pattern in getattr(config, key):
-            if not any(by_pattern({pattern: True}, path, False) for path in adapted):
-                names.append((key, pattern))
-    near = [*leaves, EMBEDDING, HEAD]
-    lines = [f"{key}: {name!r} matches nothing here{resembling(name, near)}" for key, name in names]
-    depth = len(model.model.layers)
-    for index in set(config.layers_to_transform) - set(range(depth)):
-        lines.append(
-            f"layers_to_transform: {index} is not a layer of this model (0 to {depth - 1})"
-        )
-    return lines
 
 
 def layer_faults(config, hits, modules, adapted, layers, saved):
