@@ -38,6 +38,7 @@ from support.files import read_tensor, unique_keys
 from support.settings import check_choices, parse_config
 
 BLOCK, NESTED_BLOCK = 64, 256  # values that share a scale, scales that share one
+QUANT_STATE = ".quant_state.bitsandbytes__"  # a weight's name + this + nf4: its description
 
 
 @dataclass
@@ -188,13 +189,13 @@ def swap_linear4bit(quant, model, stored):
     stored: {tensor name: (file, shape, dtype name)}. UserError for what bitsandbytes can't hold.
     """
     check_choices(quant)
-    states = {name.partition(".quant_state.bitsandbytes__")[0]: name for name in stored}
+    states = {name.partition(QUANT_STATE)[0]: name for name in stored if QUANT_STATE in name}
     for path, plain in list(model.named_modules()):
         weight = f"{path}.weight"
         if type(plain) is not Linear:
             continue
-        if (name := states.get(weight, weight)) != weight:
-            layer = Linear4bit(plain, quant, name=weight)
+        if weight in states:
+            name, layer = states[weight], Linear4bit(plain, quant, name=weight)
             layer.expect(read_state(stored, name, (plain.out_features, plain.in_features)))
             description = torch.empty(stored[name][1], dtype=torch.uint8, device="meta")
             layer._buffers[name.removeprefix(f"{path}.")] = description
@@ -208,7 +209,7 @@ def swap_linear4bit(quant, model, stored):
 def read_state(stored, name, shape):
     """The description of a stored 4-bit weight; UserError if it is broken or another weight's."""
     file = stored[name][0]
-    weight, _, kind = name.partition(".quant_state.bitsandbytes__")
+    weight, _, kind = name.partition(QUANT_STATE)
     try:
         state = json.loads(bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique_keys)
         valid = (
