@@ -493,7 +493,7 @@ CASES = {
     "rank beyond everything": (
         TRAIN + "--lora_r 1000000000",
         {},
-        "lora_r: 1000000000 is not below",
+        "lora_r: 1000000000 is not above 0 and",
     ),
     "rank of a deep flag": (
         TRAIN + "--rank_pattern " + "[" * 10**5,
