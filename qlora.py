@@ -1,56 +1,63 @@
-"""QLoRA: the base in 4 bit, the adapter in fp32 on top. Built on bitsandbytes' kernels, not on its modules.
+"""QLoRA: the base in 4 bit, the adapter in fp32 on top. On bitsandbytes' kernels, not its modules.
 
-The decision that is not obvious: a layer's buffers carry the names that transformers and bitsandbytes give its parts in
-a file (`weight`, `weight.absmax`, ...). So a 4-bit model's state_dict is a 4-bit checkpoint, reading one is the strict
-load of any checkpoint, and moving, `meta` and saving need no code here.
+The decision that is not obvious: a layer's buffers have the names that transformers and
+bitsandbytes give them in a file (`weight`, `weight.absmax`, ...). So a 4-bit model's state_dict is
+a 4-bit checkpoint, and reading one, moving, `meta` and saving need no code of their own.
 
-QLoRA: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantisation: section 3). Kernels, format: bitsandbytes.
+QLoRA: Dettmers et al. 2023, arXiv:2305.14314 (NF4 and double quantisation: section 3).
+Kernels and format: bitsandbytes.
 
-    python sft.py --model Qwen/Qwen3-4B --load_in_4bit --data rows.jsonl           # trains on it
-    python qlora.py quantize --model Qwen/Qwen3-4B --output_dir qwen3-4b-nf4       # a checkpoint transformers reads too
-    python qlora.py merge --adapter runs/sft/adapter --output_dir merged           # into the dequantised 4-bit weights
+    python sft.py --model Qwen/Qwen3-4B --load_in_4bit --data rows.jsonl
+    python qlora.py quantize --model Qwen/Qwen3-4B --output_dir qwen3-4b-nf4
+    python qlora.py merge --adapter runs/sft/adapter --output_dir merged  # into the 4-bit weights
 """
 
 import json
 import logging
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora import LoRALinear, merge, new_folder, plain_linear
+from lora import (
+    LoRALinear,
+    MergeConfig,
+    layers_with_weights,
+    lora_layers,
+    merge,
+    merged_layer,
+    new_folder,
+)
 from model import CHUNK, DTYPES, Linear, load_model, save_model
-from support.errors import UserError, as_user_error, nearest, run_command
+from support.errors import UserError, as_user_error, run_command
 from support.files import read_tensor, unique_keys
-from support.settings import parse_config
+from support.settings import check_choices, parse_config
+
+BLOCK, NESTED_BLOCK = 64, 256  # values that share a scale, scales that share one
+QUANT_STATE = ".quant_state.bitsandbytes__"  # a weight's name + this + nf4: its description
 
 
 @dataclass
 class QuantConfig:
-    """The 4-bit part of a run's settings; names and meaning are those of transformers' BitsAndBytesConfig."""
+    """The 4-bit fields of a run's settings; names are transformers' BitsAndBytesConfig's."""
 
-    load_in_4bit: bool = (
-        False  # hold the base's linear layers in 4 bit; embeddings, norms and head stay as they are
-    )
-    bnb_4bit_quant_type: str = "nf4"  # nf4 or fp4
-    bnb_4bit_use_double_quant: bool = (
-        True  # quantise the blocks' scales too: 0.37 bit less a weight
-    )
-    bnb_4bit_compute_dtype: str | None = (
-        None  # of their products: bfloat16, float16, float32; none: the model's
-    )
+    load_in_4bit: bool = False  # hold linear layers in 4 bit; embeddings, norms, head stay
+    bnb_4bit_quant_type: str = "nf4"  # format of the 4-bit values
+    bnb_4bit_use_double_quant: bool = True  # quantise the scales too: 0.37 bit less a weight
+    bnb_4bit_compute_dtype: str | None = None  # of the products; none: the model's dtype
+
+    CHOICES = {"bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_compute_dtype": (None, *DTYPES)}
 
 
 @cache
 def bitsandbytes():
-    """The library, imported when it is needed; UserError where it can't be."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-        logging.ERROR
-    )  # an optional kernel it does without
+    """The library, imported when it is needed; UserError if it can't be."""
+    # it warns that an optional CPU kernel is missing
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     need = "4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"
     with as_user_error(f"bitsandbytes can't be imported; {need}", ImportError):
         import bitsandbytes
@@ -58,7 +65,7 @@ def bitsandbytes():
 
 
 class Matmul4bit(torch.autograd.Function):
-    """x Wᵀ. W is made from its 4 bits when it is needed, in backward again, and never kept. It has no gradient."""
+    """x Wᵀ. W, which gets no gradient, is dequantised in forward and in backward, never kept."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -71,117 +78,99 @@ class Matmul4bit(torch.autograd.Function):
 
 
 class Linear4bit(nn.Module):
-    """y = x Wᵀ + b, W (out, in) held in blocks of 64 4-bit values with a scale each. arXiv:2305.14314, equations 5-6.
+    """y = x Wᵀ + b, W (out, in) in blocks of 64 4-bit values with a scale each.
 
-    It begins as `plain`, a linear layer on meta, and takes what `place` gives it: a float weight, quantised there, or
-    the parts of a stored one. Buffers then: weight (out · in / 2, 1) uint8, weight.absmax (blocks,), fp32 or uint8 with
-    weight.nested_absmax and weight.nested_quant_map, weight.quant_map (16,), and the description `state` as JSON.
+    arXiv:2305.14314, eqs. 5-6. Starts as `plain`, a Linear on meta; `model.set_tensor` gives it a
+    float weight, which is quantised, or the parts of a stored one. Buffers then: weight
+    (out · in / 2, 1) uint8; weight.absmax (blocks,), fp32, or uint8 with weight.nested_absmax and
+    weight.nested_quant_map; weight.quant_map (16,). `state` has bitsandbytes' other values.
+    file, name: where the checkpoint's 16-bit weight is, None if it holds 4 bits.
     """
 
     quantized = True
 
     def __init__(self, plain, quant, file=None, name=None):
         super().__init__()
-        self.in_features, self.out_features, self.bias = (
-            plain.in_features,
-            plain.out_features,
-            plain.bias,
-        )
-        self.quant, self.file, self.name = quant, file, name
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.bias, self.quant, self.file, self.name = plain.bias, quant, file, name
         self.compute_dtype = DTYPES.get(quant.bnb_4bit_compute_dtype)
         self.register_buffer("weight", plain.weight.data)
 
     def expect(self, state):
-        """Makes room, on meta, for a stored weight that `state` describes."""
-        n, meta = self.in_features * self.out_features, partial(torch.empty, device="meta")
-        blocks, double = -(-n // state["blocksize"]), "nested_offset" in state
-        self._buffers |= {
-            "weight": meta((n + 1) // 2, 1, dtype=torch.uint8),
-            "weight.quant_map": meta(16),
-            "weight.absmax": meta(blocks, dtype=torch.uint8 if double else torch.float32),
-        }
+        """Makes the buffers, on meta, of a stored weight that `state` describes."""
+        values = self.in_features * self.out_features
+        blocks, double = -(-values // state["blocksize"]), "nested_offset" in state
+        empty = partial(torch.empty, device="meta")
+        self._buffers["weight"] = empty((values + 1) // 2, 1, dtype=torch.uint8)
+        self._buffers["weight.quant_map"] = empty(16)
+        self._buffers["weight.absmax"] = empty(blocks, dtype=torch.uint8 if double else None)
         if double:
-            self._buffers |= {
-                "weight.nested_absmax": meta(-(-blocks // 256)),
-                "weight.nested_quant_map": meta(256),
-            }
+            self._buffers["weight.nested_absmax"] = empty(-(-blocks // NESTED_BLOCK))
+            self._buffers["weight.nested_quant_map"] = empty(256)
         self.state = state
 
     def expect_own(self, dtype):
-        """Makes room, on meta, for the weight as `quantize_` will hold it."""
-        self.expect(
-            {
-                "blocksize": 64,
-                "quant_type": self.quant.bnb_4bit_quant_type,
-                "dtype": str(dtype).removeprefix("torch."),
-                "shape": [self.out_features, self.in_features],
-            }
-            | ({"nested_offset": 0.0} if self.quant.bnb_4bit_use_double_quant else {})
-        )
+        """Makes the buffers, on meta, of the weight as `replace_weight` will quantise it."""
+        state = {
+            "blocksize": BLOCK,
+            "quant_type": self.quant.bnb_4bit_quant_type,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if self.quant.bnb_4bit_use_double_quant:
+            state["nested_offset"] = 0.0
+        self.expect(state)
 
     def set_tensor(self, leaf, tensor, device, dtype):
-        """See model.place. A float weight is quantised from `dtype`, as bitsandbytes would find it."""
+        """See model.set_tensor. A float weight is converted to `dtype`, then quantised."""
         if leaf == "bias":
-            self.bias = nn.Parameter(
-                tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False
-            )
-        elif tensor.is_floating_point() and leaf == "weight":
+            bias = tensor.to(device=device, dtype=dtype, copy=True)
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        elif leaf == "weight" and tensor.is_floating_point():
             self.dtype = dtype
             self.replace_weight(tensor.to(device=device, dtype=dtype))
         else:
             self._buffers[leaf] = tensor.to(device, copy=True)
 
     def replace_weight(self, weight):
-        """Holds `weight` (out, in), 16- or 32-bit, from here on."""
-        packed, state = bitsandbytes().functional.quantize_4bit(
+        """Quantises `weight` (out, in), 16- or 32-bit, in place of the present one."""
+        self._buffers["weight"], state = bitsandbytes().functional.quantize_4bit(
             weight.contiguous(),
-            blocksize=64,
+            blocksize=BLOCK,
             compress_statistics=self.quant.bnb_4bit_use_double_quant,
             quant_type=self.quant.bnb_4bit_quant_type,
         )
-        parts = state.as_dict(packed=True)
-        self._buffers |= {
-            "weight": packed,
-            **{f"weight.{leaf}": tensor for leaf, tensor in parts.items()},
-        }
-        self.state = {
-            key: value
-            for key, value in state.as_dict().items()
-            if not isinstance(value, torch.Tensor)
-        }
+        self.state = state.as_dict()
+        for leaf, tensor in state.as_dict(packed=True).items():
+            self._buffers[f"weight.{leaf}"] = tensor
+            self.state.pop(leaf, None)
 
     def dense_weight(self):
         """W (out, in), in the dtype it was quantised from."""
-        F4, state, parts = bitsandbytes().functional, self.state, self._buffers
-        nested = (
-            F4.QuantState(
+        functional, state, parts = bitsandbytes().functional, self.state, self._buffers
+        absmax = parts["weight.absmax"]
+        if "nested_offset" in state:
+            scales = functional.QuantState(
                 parts["weight.nested_absmax"],
                 code=parts["weight.nested_quant_map"],
+                blocksize=NESTED_BLOCK,
                 dtype=torch.float32,
-                blocksize=256,
             )
-            if "nested_offset" in state
-            else None
+            absmax = functional.dequantize_blockwise(absmax, scales) + state["nested_offset"]
+        blocks = functional.QuantState(
+            absmax,
+            shape=(self.out_features, self.in_features),
+            blocksize=state["blocksize"],
+            quant_type=state["quant_type"],
+            dtype=DTYPES[state["dtype"]],
         )
-        return F4.dequantize_4bit(
-            self.weight,
-            F4.QuantState(
-                parts["weight.absmax"],
-                tuple(state["shape"]),
-                None,
-                state["blocksize"],
-                state["quant_type"],
-                DTYPES[state["dtype"]],
-                state.get("nested_offset"),
-                nested,
-            ),
-        )
+        return functional.dequantize_4bit(self.weight, blocks)
 
     def original_weight(self):
-        """W as the checkpoint has it, in the dtype of this model; UserError where that holds 4 bits itself."""
+        """W as in the checkpoint, in the model's dtype; UserError if that holds 4 bits."""
         if self.file is None:
             raise UserError(
-                f"{self.name}: the checkpoint holds 4 bits; name the 16-bit model, with --load_in_4bit"
+                f"{self.name}: the checkpoint holds 4 bits; "
+                "name the 16-bit model, with --load_in_4bit"
             )
         return read_tensor(self.file, self.name).to(self.weight.device, self.dtype)
 
@@ -189,178 +178,170 @@ class Linear4bit(nn.Module):
         y = Matmul4bit.apply(x.to(self.compute_dtype or x.dtype), self).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def merge(self):
-        """The plain layer of the same weights."""
-        return plain_linear(self, self.dense_weight())
+
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+def swap_linear4bit(quant, model, stored):
+    """`open_model`'s swap_layers: Linear4bit for the linear layers that are held in 4 bit.
 
-
-def swap_linear4bit(quant, model, found):
-    """`open_model`'s swap_layers: Linear4bit for every linear layer but the head, where `quant` asks for it, or where the
-    checkpoint holds 4 bits. UserError for what bitsandbytes does not hold."""
-    for key, options in (
-        ("bnb_4bit_quant_type", ("nf4", "fp4")),
-        ("bnb_4bit_compute_dtype", (None, *DTYPES)),
-    ):
-        if (value := getattr(quant, key)) not in options:
-            raise UserError(
-                f"{key}: {value!r} is not one of {', '.join(map(str, options))}"
-                + nearest(value, options)
-            )
-    for path, plain in [
-        (path, module) for path, module in model.named_modules() if type(module) is Linear
-    ]:
+    Those that the checkpoint stores so and, if `quant` asks for it, all others but the head.
+    stored: {tensor name: (file, shape, dtype name)}. UserError for what bitsandbytes can't hold.
+    """
+    check_choices(quant)
+    states = {name.partition(QUANT_STATE)[0]: name for name in stored if QUANT_STATE in name}
+    for path, plain in list(model.named_modules()):
         weight = f"{path}.weight"
-        stored = next(
-            (name for name in found if name.startswith(f"{weight}.quant_state.bitsandbytes__")),
-            None,
-        )
-        if stored:
-            layer = Linear4bit(plain, quant, name=weight)
-            layer.expect(read_state(found, stored, (plain.out_features, plain.in_features)))
-            layer._buffers[stored.removeprefix(f"{path}.")] = torch.empty(
-                found[stored][1], dtype=torch.uint8, device="meta"
-            )
+        if type(plain) is not Linear:
+            continue
+        if weight in states:
+            name, layer = states[weight], Linear4bit(plain, quant, name=weight)
+            layer.expect(read_state(stored, name, (plain.out_features, plain.in_features)))
+            description = torch.empty(stored[name][1], dtype=torch.uint8, device="meta")
+            layer._buffers[name.removeprefix(f"{path}.")] = description
             model.set_submodule(path, layer)
         elif quant.load_in_4bit and path != "lm_head":
             bitsandbytes()
-            model.set_submodule(
-                path, Linear4bit(plain, quant, found.get(weight, [None])[0], weight)
-            )
+            file = stored[weight][0] if weight in stored else None
+            model.set_submodule(path, Linear4bit(plain, quant, file, weight))
 
 
-def read_state(found, name, shape):
-    """The description of a stored 4-bit weight; UserError where it is none, or of another weight."""
-    file = found[name][0]
+def read_state(stored, name, shape):
+    """The description of a stored 4-bit weight; UserError if it is broken or another weight's."""
+    file = stored[name][0]
+    weight, _, kind = name.partition(QUANT_STATE)
     try:
         state = json.loads(bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique_keys)
-        double = name.partition(".quant_state.")[0] + ".nested_absmax" in found
-        fine = (
-            state["quant_type"] == name.rpartition("__")[2]
+        valid = (
+            state["quant_type"] == kind
             and state["blocksize"] in [2**n for n in range(5, 13)]
             and tuple(state["shape"]) == shape
             and state["dtype"] in DTYPES
-            and double == ("nested_offset" in state)
-            and state.get("nested_blocksize", 256) == 256
+            and ("nested_offset" in state) == (f"{weight}.nested_absmax" in stored)
+            and state.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK
             and abs(state.get("nested_offset", 0.0)) < 1e30
         )
     except (ValueError, KeyError, TypeError, RecursionError):
-        fine = False
-    if not fine:
+        valid = False
+    if not valid:
         raise UserError(
-            f"{file}: {name} does not describe 4-bit weights of shape {list(shape)}; save the model again"
+            f"{file}: {name} does not describe 4-bit weights of shape {list(shape)}; "
+            "save the model again"
         )
     return state
 
 
 def load_4bit(name, quant=QuantConfig(), **options):
-    """`load_model`, with linear layers in 4 bit where `quant` asks for it or the checkpoint holds them so. Quantised as
-    they arrive: peak memory is the 4-bit model and the largest tensor."""
+    """`load_model`, with linear layers in 4 bit if `quant` asks for it or the checkpoint has them.
+
+    Quantised tensor by tensor: peak memory is the 4-bit model and the largest tensor.
+    """
     return load_model(name, swap_layers=partial(swap_linear4bit, quant), **options)
 
 
 def save_4bit(model, folder, quant):
-    """Writes a model of Linear4bit layers without an adapter as a checkpoint that transformers reads."""
-    about = {f.name: getattr(quant, f.name) for f in fields(QuantConfig)}
-    about |= {
+    """Writes a model of Linear4bit layers, without an adapter, as transformers reads it."""
+    quantization = {f.name: getattr(quant, f.name) for f in fields(QuantConfig)}
+    quantization |= {
         "quant_method": "bitsandbytes",
         "load_in_8bit": False,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": quant.bnb_4bit_compute_dtype or model.config.dtype,
     }
-    save_model(model.state_dict().items(), folder, model.folder, quantization_config=about)
+    tensors = model.state_dict().items()
+    save_model(tensors, folder, model.folder, quantization_config=quantization)
 
 
-# --- the measured merge -----------------------------------------------------------------------------------------------
+# --- the measured merge ---------------------------------------------------------------------------
 
 
 @contextmanager
 def as_merged(model, base):
-    """While the block runs, the model computes what its merge would: into 'original', the checkpoint's 16-bit weights,
-    or 'dequantized'. A merged weight is there for its product alone."""
+    """While the block runs, the model computes what its merge into `base` would.
+
+    base: 'original', the checkpoint's 16-bit weights, or 'dequantized'. A merged weight is made for
+    its product and dropped.
+    """
+    swapped = {
+        layer: layer.base_layer if isinstance(layer, LoRALinear) else layer
+        for layer in layers_with_weights(model).values()
+        if isinstance(layer, (LoRALinear, Linear4bit))
+    }
 
     def forward(layer, x):
-        wrapped = isinstance(layer, LoRALinear)
-        inner = layer.base_layer if wrapped else layer
-        W = inner.dense_weight() if base == "dequantized" else inner.original_weight()
-        if wrapped and layer.start and base == "original":
-            W = torch.addmm(W.float(), *layer.start[::-1], alpha=-layer.scaling).to(W.dtype)
-        return plain_linear(inner, layer.merged(W) if wrapped else W)(x)
+        return merged_layer(layer)(x)
 
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(getattr(layer, "base_layer", layer), Linear4bit)
-    ]
-    for layer in layers:
+    for layer, inner in swapped.items():
         layer.forward = partial(forward, layer)
+        if base == "original":
+            inner.dense_weight = layer.original_weight
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, inner in swapped.items():
             del layer.forward
+            vars(inner).pop("dense_weight", None)
 
 
 @torch.inference_mode()
 def measure_merge(model, batches):
-    """What merging an adapter that was trained on 4 bits changes: {base: {'kl', 'top1'}} for the bases it can be merged
-    into. kl: mean KL(adapter on 4 bits ‖ merged) in nats per scored token, top1: the share of them whose likeliest next
-    token stays. Only hidden states (S, C) are kept; no second model."""
+    """What merging an adapter that was trained on 4 bits changes, for each base it can go into.
+
+    {base: {'kl', 'top1', 'tokens'}}. kl: mean KL(adapter on 4 bits ‖ merged), nats per scored
+    token; top1: share of them whose likeliest next token stays. Keeps the hidden states (S, C)
+    alone; there is no second model.
+    """
     training = model.training
     model.eval()
-    before, found = [model(batch)[batch.scored] for batch in batches], {}
-    bases = ["original"] * all(
-        layer.file for layer in model.modules() if isinstance(layer, Linear4bit)
-    )
-    bases += ["dequantized"] * (
-        not any(layer.start for layer in model.modules() if isinstance(layer, LoRALinear))
-    )
+    before = [model(batch)[batch.scored] for batch in batches]
+    bases = []
+    if all(layer.file for layer in model.modules() if isinstance(layer, Linear4bit)):
+        bases.append("original")
+    if not any(layer.start for layer in lora_layers(model).values()):
+        bases.append("dequantized")
+    count, figures = sum(map(len, before)), {}
     for base in bases:
-        kl, same, count = 0.0, 0, 0
+        kl, same = 0.0, 0
         with as_merged(model, base):
             for hidden, batch in zip(before, batches):
-                for h, other in zip(hidden.split(CHUNK), model(batch)[batch.scored].split(CHUNK)):
-                    p, q = (model.logits(x).log_softmax(-1) for x in (h, other))
-                    kl += float((p.exp() * (p - q)).sum())
+                merged = model(batch)[batch.scored]
+                for a, b in zip(hidden.split(CHUNK), merged.split(CHUNK)):
+                    p, q = model.logits(a).log_softmax(-1), model.logits(b).log_softmax(-1)
+                    kl += float(F.kl_div(q, p, reduction="sum", log_target=True))
                     same += int((p.argmax(-1) == q.argmax(-1)).sum())
-                    count += len(h)
-        found[base] = {"kl": max(kl / count, 0.0), "top1": same / count, "tokens": count}
+        figures[base] = {"kl": max(kl / count, 0.0), "top1": same / count, "tokens": count}
     model.train(training)
-    return found
+    return figures
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @dataclass
-class CommandConfig(QuantConfig):
-    output_dir: str = ""  # a new folder for the model that is written
-    model: str = ""  # folder or hub id of the 16-bit model; merge takes the one the adapter names
-    adapter: str = ""  # merge: the adapter's folder, a run folder, or a hub id
+class QuantizeConfig(QuantConfig):
+    model: str = field(kw_only=True)  # folder or hub id of the 16-bit model
+    output_dir: str = field(kw_only=True)  # a new folder for the 4-bit model
+
+
+@dataclass
+class Merge4bitConfig(QuantConfig, MergeConfig):
+    """MergeConfig, with how the base is quantised unless its checkpoint holds 4 bits."""
 
 
 def main():
     command, *argv = sys.argv[1:] or [""]
-    needs = {"quantize": ["model", "output_dir"], "merge": ["adapter", "output_dir"]}
-    if command not in needs:
-        raise UserError(
-            f"unknown command {command!r}{nearest(command, needs)}; it is quantize or merge"
-        )
-    config = parse_config(
-        CommandConfig, argv, "Writes a model in 4 bit, or merges an adapter into such weights."
-    )
-    if missing := [key for key in needs[command] if not getattr(config, key)]:
-        raise UserError(f"--{missing[0]} is needed; --help explains every flag")
-    config.load_in_4bit, folder = True, new_folder(config.output_dir)
     if command == "quantize":
+        config = parse_config(QuantizeConfig, argv, "Writes a model in 4 bit.")
+        config.load_in_4bit, folder = True, new_folder(config.output_dir)
         save_4bit(load_4bit(config.model, config), folder, config)
+    elif command == "merge":
+        config = parse_config(Merge4bitConfig, argv, "Merges an adapter into 4-bit weights.")
+        config.load_in_4bit, folder = True, new_folder(config.output_dir)
+        swap_layers = partial(swap_linear4bit, config)
+        print(*merge(config.adapter, folder, config.model, swap_layers), sep="\n")
     else:
-        print(
-            *merge(config.adapter, folder, config.model, partial(swap_linear4bit, config)), sep="\n"
-        )
-    print(f"{command}: {folder} holds {config.model or config.adapter}")
+        raise UserError(f"unknown command {command!r}; it is quantize or merge")
+    print(f"{command}: wrote {folder}")
 
 
 if __name__ == "__main__":

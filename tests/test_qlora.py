@@ -1,8 +1,9 @@
-"""qlora.py, and LoRA's family, against bitsandbytes, transformers and PEFT; their properties; what users get wrong."""
+"""qlora.py and LoRA's variants against bitsandbytes, transformers and PEFT; users' mistakes."""
 
 import copy
 import json
 import sys
+from functools import partial
 
 import bitsandbytes
 import numpy as np
@@ -31,7 +32,8 @@ from qlora import (
 from support.errors import UserError, run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SHAPES = {  # head_dim != C/H, K < H, an odd vocabulary (conftest), and rows that are no multiple of a block
+# head_dim != C/H, K < H, an odd vocabulary (conftest), and rows that are no multiple of a block
+SHAPES = {
     "qwen3": dict(),
     "qwen3-untied": dict(tie_word_embeddings=False, dtype="bfloat16", max_shard_size="60KB"),
     "llama": dict(
@@ -59,7 +61,10 @@ def pack(documents=DOCUMENTS):
 
 
 def theirs(folder, quant=None, dtype=torch.float32):
-    """transformers' model, in bitsandbytes' 4 bits if `quant`; in training mode, where a CPU computes in fp32 too."""
+    """transformers' model, in bitsandbytes' 4 bits if `quant`.
+
+    In training mode, where a CPU computes in fp32 too.
+    """
     options = (
         {
             "quantization_config": transformers.BitsAndBytesConfig(
@@ -100,7 +105,7 @@ def layers_4bit(model):
     return {path: m for path, m in model.named_modules() if isinstance(m, Linear4bit)}
 
 
-# --- the layer --------------------------------------------------------------------------------------------------------
+# --- the layer ------------------------------------------------------------------------------------
 
 
 def a_layer(out, inside, kind="nf4", double=True, dtype=torch.float32, bias=False):
@@ -139,7 +144,7 @@ def test_bits_and_values_are_those_of_bitsandbytes_modules(shape, kind, double, 
 
 def test_the_known_error_of_nf4():
     """Mean absolute error of N(0, 1) at block 64; the figure is that of bitsandbytes' own test."""
-    layer, plain = a_layer(8, 8, double=False)
+    layer, _ = a_layer(1024, 1024, double=False)
     W = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     layer.replace_weight(W)
     assert abs((layer.dense_weight() - W).abs().mean() - 0.0728) < 0.0002
@@ -175,7 +180,7 @@ def test_it_copies_and_goes_to_meta_as_any_module():
     assert set(layer.state_dict()) == set(other.state_dict())
 
 
-# --- loading, and files both ways -------------------------------------------------------------------------------------
+# --- loading, and files both ways -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind,double", KINDS)
@@ -213,7 +218,7 @@ def test_4bit_checkpoints_go_both_ways(base, kind, double, bases, tmp_path):
     again = load_4bit(tmp_path / "ours", dtype="float32")
     exact = ours.config.dtype == "float32"  # what is not quantised is stored in the base's dtype
     assert_close(logits(again), logits(ours), 0 if exact else 1e-5)
-    # of a bfloat16 checkpoint transformers computes what is not quantised in bfloat16, whatever it is asked for
+    # what is not quantised in a bfloat16 checkpoint, transformers always computes in bfloat16
     assert_close(logits(theirs(tmp_path / "ours")), logits(ours), 1e-5 if exact else 0.03)
 
 
@@ -227,7 +232,7 @@ def test_a_model_trained_from_a_stored_4bit_checkpoint_needs_no_flag(bases, tmp_
     assert torch.equal(logits(a), logits(b))
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def our_loss(model, documents):
@@ -252,8 +257,10 @@ def our_loss(model, documents):
     ],
 )
 def test_qlora_training_is_pefts(base, settings, bases, tmp_path):
-    """20 steps in fp32 beside PEFT on transformers' 4-bit model, from one adapter. The maths is the same, so is the
-    tolerance; DoRA gets 1e-4, since PEFT takes the rows' lengths from the whole W + BA and here they are summed."""
+    """20 steps in fp32 beside PEFT on transformers' 4-bit model, from one adapter.
+
+    DoRA's tolerance is 1e-4: PEFT takes the rows' lengths from the whole W + BA, lora.py sums them.
+    """
     quant, tolerance = QuantConfig(True), 1e-4 if settings.get("use_dora") else 1e-5
     torch.manual_seed(0)
     start = peft.get_peft_model(
@@ -297,7 +304,7 @@ def test_checkpointing_changes_no_gradient(bases):
     assert all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items()) and grads[0]
 
 
-# --- the measured merge -----------------------------------------------------------------------------------------------
+# --- the measured merge ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,7 +318,7 @@ def test_checkpointing_changes_no_gradient(bases):
 )
 @pytest.mark.parametrize("base", ["qwen3", "llama"])
 def test_a_merge_is_measured_as_it_comes_out(base, settings, bases, tmp_path):
-    """KL and agreement that `measure_merge` tells are those of the merged folders, opened in transformers."""
+    """KL and agreement of `measure_merge` are those of the merged folders in transformers."""
     quant = QuantConfig(True)
     model = load_4bit(bases[base], quant, dtype="float32")
     add_lora(model, LoRAConfig(lora_r=4, **settings), seed=1)
@@ -321,10 +328,10 @@ def test_a_merge_is_measured_as_it_comes_out(base, settings, bases, tmp_path):
     held = logits(model)[pack().scored].log_softmax(-1)
     assert ("dequantized" in figures) == ("init_lora_weights" not in settings)
     for name in figures:
-        prepare = None
+        swap_layers = None
         if name == "dequantized":
-            prepare = lambda model, found: swap_linear4bit(quant, model, found)
-        merge(tmp_path / "adapter", tmp_path / name, prepare=prepare)
+            swap_layers = partial(swap_linear4bit, quant)
+        merge(tmp_path / "adapter", tmp_path / name, swap_layers=swap_layers)
         merged = theirs(tmp_path / name).eval()
         assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
         other = logits(merged)[pack().scored].log_softmax(-1)
@@ -347,13 +354,16 @@ def test_while_it_is_measured_nothing_changes(bases):
     assert torch.equal(logits(model), before)
 
 
-# --- LoRA's family ----------------------------------------------------------------------------------------------------
+# --- LoRA's family --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "gaussian"])
 def test_a_start_is_pefts(kind, bases):
-    """Singular vectors are the same up to their sign, so B A is compared, and with it what is left of the base. The
-    randomised SVD draws numbers, which PEFT takes from the global state: there torch's function is the reference."""
+    """Singular vectors agree up to their sign, so B A is compared, and what is left of the base.
+
+    The randomised SVD draws numbers, which PEFT takes from the global state: there torch's function
+    is the reference.
+    """
     settings = dict(target_modules=["k_proj", "down_proj"], lora_alpha=6, init_lora_weights=kind)
     reference = peft.get_peft_model(
         theirs(bases["qwen3"]), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **settings)
@@ -396,7 +406,7 @@ def test_a_start_is_pefts(kind, bases):
         dict(rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3.0}),
     ],
 )
-def test_pissa_is_told_to_others_as_plain_lora(settings, bases, tmp_path):
+def test_pissa_is_exported_as_plain_lora(settings, bases, tmp_path):
     model = load_model(bases["llama"], dtype="float32")
     add_lora(model, LoRAConfig(lora_r=4, init_lora_weights="pissa", **settings), seed=1)
     shake(model)
@@ -410,7 +420,7 @@ def test_pissa_is_told_to_others_as_plain_lora(settings, bases, tmp_path):
 
 
 def test_loftq_makes_up_for_what_4_bits_lose(bases, tmp_path):
-    """A and B against PEFT's own decomposition of the error (which has alpha = r), and the gain in the weights."""
+    """A and B against PEFT's decomposition of the error (which has alpha = r); weights improve."""
     from peft.utils.loftq_utils import _low_rank_decomposition
 
     model = load_4bit(bases["qwen3"], QuantConfig(True), dtype="float32")
@@ -495,7 +505,7 @@ def test_loraplus_steps_are_pefts(bases, tmp_path):
         )  # some biases' gradients are rounding alone
 
 
-# --- optimizers and fp16 in the loop ----------------------------------------------------------------------------------
+# --- optimizers and fp16 in the loop --------------------------------------------------------------
 
 
 class Halfway(Exception):
@@ -586,8 +596,8 @@ def test_adamw_8bit_is_bitsandbytes(bases):
     for _ in range(3):
         ours.zero_grad()
         our_loss(model, DOCUMENTS).backward()
-        for p, copy in zip(parameters.values(), copies):
-            copy.grad = p.grad.clone()
+        for p, other in zip(parameters.values(), copies):
+            other.grad = p.grad.clone()
         ours.step(), theirs.step()
     assert all(torch.equal(p, copy) for p, copy in zip(parameters.values(), copies))
 
@@ -642,7 +652,7 @@ def test_dtype_is_the_devices_matter(monkeypatch, bases, capsys):
     assert sft.pick_dtype(config, bases["qwen3-untied"], torch.device("cpu")) == "auto"
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def stored_4bit(base, folder):
@@ -722,11 +732,16 @@ def test_a_stored_weight_that_does_not_fit_is_named(change, parts, bases, tmp_pa
 
 def test_what_does_not_go_together_is_said(bases, tmp_path, monkeypatch, capsys):
     folder = stored_4bit(bases["qwen3"], tmp_path / "stored")
-    add = lambda model, **settings: add_lora(model, LoRAConfig(**settings))
-    held = lambda: load_4bit(bases["qwen3"], QuantConfig(True))
-    save_adapter_of = held()
-    add(save_adapter_of)
-    save_adapter(save_adapter_of, tmp_path / "adapter", folder)
+
+    def add(model, **settings):
+        add_lora(model, LoRAConfig(**settings))
+
+    def quantized():
+        return load_4bit(bases["qwen3"], QuantConfig(True))
+
+    model = quantized()
+    add(model)
+    save_adapter(model, tmp_path / "adapter", folder)
     for message, mistake in {
         "bnb_4bit_quant_type: 'nf5' is not one of nf4, fp4": lambda: load_4bit(
             bases["qwen3"], QuantConfig(True, "nf5")
@@ -738,20 +753,22 @@ def test_what_does_not_go_together_is_said(bases, tmp_path, monkeypatch, capsys)
         "holds 4-bit weights": lambda: load_model(folder),
         "name the 16-bit model": lambda: merge(tmp_path / "adapter", tmp_path / "out"),
         "modules_to_save: model.layers.0.self_attn.k_proj is held in 4 bit": lambda: add(
-            held(), modules_to_save=["k_proj"]
+            quantized(), modules_to_save=["k_proj"]
         ),
-        "loftq makes up for what 4 bits lose; give --load_in_4bit": lambda: add(
+        "loftq corrects 4-bit weights; give --load_in_4bit": lambda: add(
             load_model(bases["qwen3"]), init_lora_weights="loftq"
         ),
         "the checkpoint holds 4 bits; name the 16-bit model": lambda: add(
             load_4bit(folder), init_lora_weights="pissa"
         ),
-        "init_lora_weights: 'pisa' is not one of": lambda: add(held(), init_lora_weights="pisa"),
-        "lora_r: 49 singular values are wanted of model.layers.0.self_attn.q_proj, which has 48": lambda: (
-            add(held(), init_lora_weights="pissa", lora_r=49)
+        "init_lora_weights: 'pisa' is not one of": lambda: add(
+            quantized(), init_lora_weights="pisa"
+        ),
+        "lora_r: 49 is above the 48 singular values of model.layers.0.self_attn.q_proj": lambda: (
+            add(quantized(), init_lora_weights="pissa", lora_r=49)
         ),
         "use_dora does not go with init_lora_weights pissa": lambda: add(
-            held(), init_lora_weights="pissa", use_dora=True
+            quantized(), init_lora_weights="pissa", use_dora=True
         ),
     }.items():
         with pytest.raises(UserError, match=message):
@@ -762,7 +779,7 @@ def test_what_does_not_go_together_is_said(bases, tmp_path, monkeypatch, capsys)
     with pytest.raises(
         UserError, match="4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"
     ):
-        held()
+        quantized()
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         sft.make_optimizer({"a": nn.Parameter(torch.zeros(2))}, sft.SFTConfig(optim="adamw_8bit"))
 
@@ -788,4 +805,4 @@ def test_the_commands(bases, tmp_path, monkeypatch, capsys):
     assert_close(logits(theirs(tmp_path / "merged").eval()), logits(model))
     with pytest.raises(SystemExit) as caught:
         run("quantize", "--model", bases["qwen3"], "--output_dir", tmp_path / "merged")
-    assert caught.value.code == 2 and "there is something already" in capsys.readouterr().err
+    assert caught.value.code == 2 and "exists already" in capsys.readouterr().err
