@@ -1,25 +1,33 @@
-"""Tables and figures for people."""
+"""Tables, sentences and figures for people."""
 
 import json
+import math
 from statistics import fmean
+
+import numpy as np
 
 
 def aligned_columns(*rows):
-    """Rows of words as lines, in columns."""
+    """Rows of words as lines, the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [word.rjust(width) for word, width in zip(others, widths[1:])]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
 def markdown_table(head, *rows):
-    """Rows as a table in Markdown."""
-    told = lambda v: (
-        f"{v:.4g}" if isinstance(v, float) else v if isinstance(v, str) else json.dumps(v)
-    )
-    return "\n".join(
-        f"| {' | '.join(map(told, row))} |" for row in (head, ["---"] * len(head), *rows)
-    )
+    """Rows of strings, numbers and JSON values as a table in Markdown."""
+
+    def cell(value):
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return value if isinstance(value, str) else json.dumps(value)
+
+    rows = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in rows)
 
 
 def show_answers(before, after, num_samples):
@@ -40,3 +48,101 @@ def show_answers(before, after, num_samples):
         f"(chance {chance:.0%})"
     )
     return {"eval_answers_before": was, "eval_answers": now}
+
+
+# --- evaluations: results are {model: {set: summary}}, comparisons those of eval.compare_all ------
+
+
+def results_table(results):
+    """A row per set and metric, a column per model, ± the standard error."""
+
+    def cell(summary, name):
+        error = summary.get(f"{name}_stderr")
+        spread = "" if error is None else f" ± {error:.4f}"
+        return f"{summary.get(name, math.nan):.4f}{spread}"
+
+    rows = []
+    for task, summary in next(iter(results.values())).items():
+        for name in summary:
+            if name != "n" and not name.endswith("_stderr"):
+                cells = [cell(sets[task], name) for sets in results.values()]
+                rows.append([task, name, summary["n"], *cells])
+    return markdown_table(["set", "metric", "n", *results], *rows)
+
+
+def headlines(comparisons):
+    """Of every two models what rose, what fell and what is noise, and whether the average hides it."""
+    lines = []
+    for a, b in dict.fromkeys((c["a"], c["b"]) for c in comparisons):
+        mains = [c for c in comparisons if c["main"] and (c["a"], c["b"]) == (a, b)]
+        sets = {"rose": [], "fell": [], "noise": []}
+        for c in mains:
+            sets[c["verdict"]].append(c["task"])
+        rose, fell, noise = (", ".join(names) or "none" for names in sets.values())
+        line = f"Rose beyond noise: {rose}; fell beyond noise: {fell}; no more than noise: {noise}."
+        points = [100 * c["delta"] for c in mains if c["metric"] != "bits_per_byte"]
+        if points:
+            average = fmean(points)
+            line = f"{average:+.2f} points on average of {len(points)} sets. {line}"
+            if sets["fell"] and average >= 0:
+                line += " The average hides what fell."
+        lines.append(f"{a} → {b}: {line}")
+    return lines
+
+
+def comparison_report(results, comparisons, samples):
+    """The comparison as Markdown: results, sentences, every difference, generated answers."""
+    head = "from", "to", "set", "metric", "difference", "95 % interval", "McNemar p", "verdict"
+    rows = []
+    for c in comparisons:
+        interval = f"{c['low']:+.4f} to {c['high']:+.4f}"
+        p = f"{c.get('mcnemar_p', math.nan):.3g}"
+        names = c["a"], c["b"], c["task"], c["metric"]
+        rows.append([*names, f"{c['delta']:+.4f}", interval, p, c["verdict"]])
+    paragraphs = [
+        "# Evaluation",
+        results_table(results),
+        *headlines(comparisons),
+        "Two models answered the same questions, so intervals come from paired differences "
+        "(bootstrap). Where an interval contains 0, the difference is no more than noise.",
+        markdown_table(head, *rows),
+    ]
+    for task, own in next(iter(samples.values())).items():
+        for n, row in enumerate(own[:20]):
+            if "output" in row:
+                prompt = str(row.get("prompt") or row["prompts"][0])[-600:].replace("\n", "\n> ")
+                paragraphs += [f"## {task}, question {n + 1}", f"> {prompt}"]
+                for name, sets in samples.items():
+                    paragraphs.append(f"**{name}:** {sets[task][n]['output']}")
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def plot_comparison(results, mains, comparisons, file):
+    """Bars of each set's main metric, mains[set], by model; below, the paired differences with their
+    intervals."""
+    from matplotlib.figure import Figure
+
+    mains = {task: metric for task, metric in mains.items() if metric}
+    comparisons = [c for c in comparisons if c["main"]][::-1]
+    height = 0.25 * len(comparisons)
+    figure = Figure(figsize=(max(7, 3 + 1.3 * len(mains)), 4 + height), layout="constrained")
+    bars, intervals = figure.subplots(2, height_ratios=(4, 1 + height))
+    width = 0.8 / len(results)
+    for n, (name, sets) in enumerate(results.items()):
+        x = np.arange(len(mains)) + (n - (len(results) - 1) / 2) * width
+        values = [sets[task][metric] for task, metric in mains.items()]
+        errors = [sets[task][f"{metric}_stderr"] for task, metric in mains.items()]
+        bars.bar(x, values, width, yerr=errors, label=name, capsize=2)
+    labels = [f"{task}\n{metric}" for task, metric in mains.items()]
+    bars.set_xticks(range(len(mains)), labels, fontsize=8)
+    bars.legend()
+    colours = {"rose": "tab:green", "fell": "tab:red", "noise": "tab:gray"}
+    for n, c in enumerate(comparisons):
+        x = c["low"], c["delta"], c["high"]
+        intervals.plot(x, [n] * 3, "-o", markevery=[1], color=colours[c["verdict"]])
+    labels = [f"{c['a']} → {c['b']}, {c['task']}" for c in comparisons]
+    intervals.set_yticks(range(len(comparisons)), labels, fontsize=8)
+    intervals.set_xlabel("paired difference, 95 % interval; gray: no more than noise")
+    intervals.axvline(0, color="black", linewidth=0.8)
+    intervals.set_visible(bool(comparisons))
+    figure.savefig(file, dpi=130)
