@@ -947,8 +947,6 @@ def attach_adapter(model, config):
             f"adapter: {config.adapter} unties the model's embeddings; merge it first: "
             "python lora.py merge"
         )
-    for layer in lora_layers(model).values() if getattr(config, "disable_dropout", False) else ():
-        layer.dropout = 0.0
     return notices
 
 

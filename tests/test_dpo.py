@@ -611,7 +611,7 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
               "logps/rejected", "loss", "kl"}  # fmt: skip
     assert wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
     assert (
-        "answers right on 4 held-out questions" in output and "held-out pairs at step 1" in output
+        "answers right on 4 held-out questions" in output and "evaluation pairs at step 1" in output
     )
     assert "r 4, alpha 8" in output and "eval_answers" in lines[-1]
     plain, merged = load_model(base), load_model(run / "merged")
