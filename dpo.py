@@ -130,10 +130,9 @@ def robust(pairs):
 
 def exo_pair(pairs):
     """KL((σ(m), σ(-m)) ‖ (1-ε, ε)) of the margin m: Ji et al. 2024, arXiv:2402.00856, eq. 16."""
-    noise, right, wrong = pairs.config.label_smoothing, pairs.margin, -pairs.margin
-    kl_right = right.sigmoid() * (logsigmoid(right) - math.log1p(-noise))
-    kl_wrong = wrong.sigmoid() * (logsigmoid(wrong) - math.log(noise))
-    return kl_right + kl_wrong
+    noise, margin = pairs.config.label_smoothing, pairs.margin
+    kl = margin.sigmoid() * (logsigmoid(margin) - math.log1p(-noise))
+    return kl + (-margin).sigmoid() * (logsigmoid(-margin) - math.log(noise))
 
 
 def nca_pair(pairs):
@@ -437,9 +436,9 @@ def print_rankings(path):
 
 def main(argv=None):
     config = read_config(DPOConfig, sys.argv[1:] if argv is None else argv, "dpo")
-    folder, sft_folder = Path(config.output_dir), Path("output/sft")
-    embedded = config.model == str(EXAMPLES / "tiny-qwen3") and config.adapter == str(sft_folder)
-    if embedded and not (sft_folder / "adapter").exists():
+    folder = Path(config.output_dir)
+    embedded = [config.model, config.adapter] == [str(EXAMPLES / "tiny-qwen3"), "output/sft"]
+    if embedded and not Path("output/sft/adapter").exists():
         sft.main([])  # the embedded example continues the SFT example's adapter
     with locked_folder(folder), copy_output(folder):
         loss_fn, hook = partial(dpo_loss, config=config), partial(before_training, config=config)

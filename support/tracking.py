@@ -11,6 +11,7 @@ from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,13 +74,12 @@ def print_summary(clock):
     clock.enter("log")
     rows = [["", "seconds", "peak GB"]]
     for part, seconds in clock.seconds.items():
-        if seconds:
-            rows.append([part, f"{seconds:.1f}", f"{clock.peaks[part]:.2f}"])
+        rows.append([part, f"{seconds:.1f}", f"{clock.peaks[part]:.2f}"])
     print(f"\n{aligned_columns(*rows)}")
     if clock.tokens:
         seconds, peak = clock.steps()
         print(f"{clock.tokens / seconds:,.1f} tokens/s; peak memory of the steps: {peak:.2f} GB")
-    return {"seconds": {row[0]: float(row[1]) for row in rows[1:]}}
+    return {"seconds": {part: round(seconds, 1) for part, seconds in clock.seconds.items()}}
 
 
 NOT_PRINTED = {  # of a line of the log
@@ -108,25 +108,22 @@ class Log:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         words, numbers = [], {}
-        is_metrics = "loss" in line
         for key, value in line.items():
             name = key.removeprefix("eval_")
             if name not in NOT_PRINTED:
                 words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
             if name != key:
                 numbers[f"eval/{name}"] = value
-            elif key != "step" and (is_metrics or key.startswith("train_")):
+            elif key != "step" and ("loss" in line or key.startswith("train_")):
                 numbers[f"train/{key}"] = value
         tqdm.write("  ".join(words))
         if time.perf_counter() > self.next_plot:
             self.plot()
         for name, (send, _) in list(self.trackers.items()):
-            failed = True
             with warn_on_error(f"report_to: the run goes on without {name}"):
                 send(numbers, line["step"])
-                failed = False
-            if failed:
-                del self.trackers[name]
+                continue
+            del self.trackers[name]  # it failed
 
     def plot(self):
         began = time.perf_counter()
@@ -309,16 +306,13 @@ def copy_output(folder):
                     file.write(f"{datetime.now():%F %T} {line}\n")
             buffer.clear()
 
-    def copying(write):
-        def write_both(text):
-            record(text)
-            return write(text)
-
-        return write_both
+    def write_both(write, text):
+        record(text)
+        return write(text)
 
     before = modified()
     for stream in streams:
-        stream.write = copying(stream.write)
+        stream.write = partial(write_both, stream.write)
     try:
         yield
     except Exception as error:
