@@ -6,33 +6,33 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from support.checkpoints import FREE
 from support.report import markdown_table
 from support.tracking import read_log, warn_on_error
 
+MERGE_BASES = {
+    "original": "the 16-bit weights",
+    "dequantized": "the dequantised 4-bit weights",
+}
+
 
 def merge_table(figures):
     """The table of a measured merge, as text for the terminal and the model card."""
-    names = {"original": "the 16-bit weights", "dequantized": "the dequantised 4-bit weights"}
-    tokens = next(iter(figures.values()))["tokens"]
-    rows = [
-        [
-            name + ", written" * (base == figures["merged"]),
-            f"{figures[base]['kl']:.6f}",
-            f"{figures[base]['top1']:.2%}",
-        ]
-        for base, name in names.items()
-        if base in figures
-    ]
-    return (
-        f"against the adapter on 4 bits, over {tokens:,} scored tokens of held-out rows:\n\n"
-        + markdown_table(["merged into", "KL, nats per token", "same likeliest token"], *rows)
-    )
+    rows = []
+    for base, name in MERGE_BASES.items():
+        if base in figures:
+            written = ", written" if base == figures["merged"] else ""
+            kl, top1 = figures[base]["kl"], figures[base]["top1"]
+            rows.append([name + written, f"{kl:.6f}", f"{top1:.2%}"])
+            tokens = figures[base]["tokens"]
+    table = markdown_table(["merged into", "KL, nats per token", "same likeliest token"], *rows)
+    heading = f"against the adapter on 4 bits, over {tokens:,} scored tokens of evaluation rows:"
+    return f"{heading}\n\n{table}"
 
 
-SHOWN = {
+SHOWN = {  # settings that the card has even where they are the defaults
     "lora_r",
     "lora_alpha",
     "lora_dropout",
@@ -48,74 +48,80 @@ SHOWN = {
     "seed",
     "beta",
     "loss_type",
-}  # settings that the card has, be they the defaults or not
+}
+LIBRARIES = {  # which library opens a folder of the run, and with which class
+    "merged": ("transformers", "AutoModelForCausalLM"),
+    "adapter": ("peft", "AutoPeftModelForCausalLM"),
+}
+
+
+def result_rows(log, results):
+    """Rows [name, before, after]: the first evaluation, and the best or last step."""
+    before, after = {}, {}
+    for line in log:
+        if "eval_loss" in line and not before:
+            before = line
+        if line["step"] <= results.get("best_step", results["step"]):
+            after |= {key: line[key] for key in line if key == "loss" or key.startswith("eval_")}
+    after |= results
+    after.pop("seconds", None)
+    before = before | {"eval_answers": after.pop("eval_answers_before", "")}
+    return [[key, before.get(key, ""), value] for key, value in after.items()]
+
+
+def setting_rows(config, hidden):
+    """Rows [name, value] of the settings that differ from the defaults or are in SHOWN."""
+    defaults, hidden = asdict(type(config)()), FREE | {"model", "data", "eval_data", *hidden}
+    rows = []
+    for key, value in asdict(config).items():
+        if key not in hidden and (key in SHOWN or value != defaults[key]):
+            rows.append([key, value])
+    return rows
 
 
 def write_card(config, ledger, results, figures, hidden=()):
-    """README.md, the model card, and the curve, in merged/ and adapter/; last in the run folder, which then is whole:
-    base, how to open it, results, the data's ledger, settings, the measured merge. Of a path it has the name alone."""
-    folder, local = Path(config.output_dir), Path(config.model).expanduser().resolve()
-    base = re.sub(r"[^\w.-]+", "-", local.name) if local.is_dir() else config.model
-    log, taken = read_log(folder / "log.jsonl"), results.get("best_step", results["step"])
-    before = next((line for line in log if "eval_loss" in line), {})
-    before = before | {"eval_answers": results.get("eval_answers_before", "")}
-    after = {
-        k: v
-        for line in log
-        if line["step"] <= taken
-        for k, v in line.items()
-        if k == "loss" or k[:5] == "eval_"
-    }
-    after = [
-        [k, before.get(k, ""), v]
-        for k, v in (after | results).items()
-        if k not in ("eval_answers_before", "seconds")
-    ]
-    default, hidden = type(config)(), FREE | {"model", "data", "eval_data", *hidden}
-    settings = [
-        [k, v]
-        for k, v in asdict(config).items()
-        if k not in hidden and (k in SHOWN or v != getattr(default, k))
-    ]
-    sources = [*config.data, *config.eval_data]
-    hub = [re.fullmatch(r"([\w.-]+/[\w.-]+)([#:@].*)?", source) for source in sources]
-    parts = [
-        f"## Results\n\n{markdown_table(['', 'before', 'after'], *after)}",
+    """Writes README.md, the model card, and the loss curve into merged/ and adapter/, and last into
+    the run folder. Of a path the card has the name alone. hidden: settings it leaves out."""
+    folder, model = Path(config.output_dir), Path(config.model).expanduser().resolve()
+    base = re.sub(r"[^\w.-]+", "-", model.name) if model.is_dir() else config.model
+    sources, datasets = [*config.data, *config.eval_data], set()
+    for source in sources:
+        hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)([#:@].*)?", source)
+        if hub_id and not Path(hub_id[1]).exists():
+            datasets.add(hub_id[1])
+    names = ", ".join(f"`{source}`" for source in sources)
+    libraries = [f"{name} {version(name)}" for name in ("torch", "safetensors", "tokenizers")]
+    metrics = result_rows(read_log(folder / "log.jsonl"), results)
+    sections = [
+        f"## Results\n\n{markdown_table(['', 'before', 'after'], *metrics)}",
         "![the loss by step](training_loss.png)",
-        f"## Data\n\n{', '.join(f'`{source}`' for source in sources)}\n\n{ledger}",
-        f"## Settings\n\n{markdown_table(['', ''], *settings)}",
-        figures and f"## Merge\n\nMeasured {merge_table(figures)}",
-        ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors", "tokenizers")),
+        f"## Data\n\n{names}\n\n{ledger}",
+        f"## Settings\n\n{markdown_table(['', ''], *setting_rows(config, hidden))}",
+        f"## Merge\n\nMeasured {merge_table(figures)}" if figures else "",
+        ", ".join(libraries),
     ]
-    body = re.sub(r"(?<![\w.:/~-])~?/[^\s\"'`|]*/", "", "\n\n".join(filter(None, parts)))
-    for part, library, opener in (
-        ("merged", "transformers", "AutoModelForCausalLM"),
-        ("adapter", "peft", "AutoPeftModelForCausalLM"),
-    ):
+    body = "\n\n".join(filter(None, sections))
+    body = re.sub(r"(?<![\w.:/~-])~?/[^\s\"'`|]*/", "", body)  # folders
+    method = "dpo" if hasattr(config, "beta") else "sft"
+    by = ", by a LoRA," if config.lora_r else ""
+    for part, (library, opener) in LIBRARIES.items():
         if (folder / part).is_dir():
-            alone, kind = (
-                part == "adapter" or not config.lora_r,
-                "dpo" if hasattr(config, "beta") else "sft",
-            )
-            name = (config.hub_model_id or folder.resolve().name) + ("" if alone else "-merged")
-            front = {
-                "base_model": base,
-                "base_model_relation": "adapter" if part == "adapter" else "finetune",
-                "library_name": library,
-                "pipeline_tag": "text-generation",
-                "tags": ["plaintune", kind],
-                "datasets": sorted(
-                    {found[1] for found in hub if found and not Path(found[1]).exists()}
-                ),
-            }
-            front = yaml.safe_dump(
-                {key: value for key, value in front.items() if value}, sort_keys=False
-            )
-            what = (
-                f"{kind.upper()} of `{base}`{', by a LoRA,' * (config.lora_r > 0)} with plaintune."
-            )
+            name = config.hub_model_id or folder.resolve().name
+            if part == "merged" and config.lora_r:
+                name += "-merged"
+            front = ModelCardData(
+                base_model=base,
+                base_model_relation="adapter" if part == "adapter" else "finetune",
+                library_name=library,
+                pipeline_tag="text-generation",
+                tags=["plaintune", method],
+                datasets=sorted(datasets) or None,
+            ).to_yaml()
             use = f'from {library} import {opener}\n\nmodel = {opener}.from_pretrained("{name}")'
-            card = f"---\n{front}---\n\n# {name}\n\n{what}\n\n```python\n{use}\n```\n\n{body}\n"
+            card = (
+                f"---\n{front}\n---\n\n# {name}\n\n{method.upper()} of `{base}`{by} with plaintune."
+                f"\n\n```python\n{use}\n```\n\n{body}\n"
+            )
             (folder / part / "README.md").write_text(card, encoding="utf-8")
             with warn_on_error("the card has no curve"):
                 shutil.copyfile(folder / "training_loss.png", folder / part / "training_loss.png")

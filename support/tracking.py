@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: log.jsonl, the figure, trackers, run.log, time and memory by part."""
+"""What a run reports: log.jsonl, the figure, trackers, run.log, time and memory by part."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -25,56 +26,63 @@ from support.report import aligned_columns
 
 
 class Clock:
-    """Seconds and peak memory of a run by part, and the throughput of its steps since it was last read."""
+    """Seconds and peak memory of a run by part, and the throughput of its steps."""
 
     STEP = "forward and backward", "optimizer"  # evaluation, logging and saving are not counted
 
     def __init__(self, device):
-        self.device, self.part, self.last, self.parts = device, "data", time.perf_counter(), {}
-        self.tokens, self.examples, self.before = 0, 0, (0, 0, 0.0)
+        self.device, self.part, self.last = device, "data", time.perf_counter()
+        self.seconds, self.peaks = defaultdict(float), defaultdict(float)
+        self.tokens = self.examples = 0
+        self.before = 0, 0, 0.0
         peak_memory_gb(device)
 
     def enter(self, part):
-        """What comes from here on is `part`'s."""
+        """Ends the current part; the time from here on belongs to `part`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        (seconds, peak), now = self.parts.get(self.part, (0.0, 0.0)), time.perf_counter()
-        self.parts[self.part] = seconds + now - self.last, max(peak, peak_memory_gb(self.device))
+        now, peak = time.perf_counter(), peak_memory_gb(self.device)
+        self.seconds[self.part] += now - self.last
+        self.peaks[self.part] = max(peak, self.peaks[self.part])
         self.part, self.last = part, now
 
     def count_step(self, tokens, examples):
         self.enter("log")
-        self.tokens, self.examples = self.tokens + tokens, self.examples + examples
+        self.tokens += tokens
+        self.examples += examples
 
     def steps(self):
         """(seconds, peak GB) of the steps so far."""
-        seconds, peaks = zip(*(self.parts.get(part, (0.0, 0.0)) for part in self.STEP))
-        return sum(seconds), max(peaks)
+        seconds = sum(self.seconds[part] for part in self.STEP)
+        return seconds, max(self.peaks[part] for part in self.STEP)
 
     def throughput(self):
+        """Tokens and examples per second since the last call, and the steps' peak memory."""
         seconds, peak = self.steps()
-        done = self.tokens, self.examples, seconds
-        tokens, examples, took = (new - old for new, old in zip(done, self.before))
-        self.before = done
+        tokens, examples, before = self.before
+        elapsed = max(seconds - before, 1e-9)
+        self.before = self.tokens, self.examples, seconds
         return {
-            "tokens_per_second": round(tokens / max(took, 1e-9), 1),
-            "examples_per_second": round(examples / max(took, 1e-9), 3),
+            "tokens_per_second": round((self.tokens - tokens) / elapsed, 1),
+            "examples_per_second": round((self.examples - examples) / elapsed, 3),
             "peak_memory_gb": round(peak, 3),
         }
 
 
 def print_summary(clock):
-    """Prints a run's time and memory by part and its speed. Returns the seconds for the last line of the log."""
+    """Prints a run's time and memory by part and its speed; returns the seconds by part."""
     clock.enter("log")
-    rows = ((part, f"{took:.1f}", f"{peak:.2f}") for part, (took, peak) in clock.parts.items())
-    print(f"\n{aligned_columns(('', 'seconds', 'peak GB'), *rows)}")
+    rows = [["", "seconds", "peak GB"]]
+    for part, seconds in clock.seconds.items():
+        rows.append([part, f"{seconds:.1f}", f"{clock.peaks[part]:.2f}"])
+    print(f"\n{aligned_columns(*rows)}")
     if clock.tokens:
-        took, peak = clock.steps()
-        print(f"{clock.tokens / took:,.1f} tokens/s; peak memory of the steps: {peak:.2f} GB")
-    return {"seconds": {part: round(took, 1) for part, (took, _) in clock.parts.items()}}
+        seconds, peak = clock.steps()
+        print(f"{clock.tokens / seconds:,.1f} tokens/s; peak memory of the steps: {peak:.2f} GB")
+    return {"seconds": {part: round(seconds, 1) for part, seconds in clock.seconds.items()}}
 
 
-UNSHOWN = (
+NOT_PRINTED = {  # of a line of the log
     "epoch",
     "scored_tokens",
     "examples_per_second",
@@ -82,38 +90,38 @@ UNSHOWN = (
     "logps/chosen",
     "logps/rejected",
     "rows",
-)
+}
 
 
 class Log:
-    """log.jsonl, cut back to `size` bytes (what the checkpoint saw), echoed to the terminal, drawn as
-    training_loss.png, told to the trackers. Neither drawing nor a tracker can cost the run more than a warning."""
+    """log.jsonl, cut back to `size` bytes (those the checkpoint saw). Each line is also printed,
+    drawn in training_loss.png and sent to the trackers, whose failure costs a warning alone."""
 
     def __init__(self, folder, size=0, trackers=None):
-        self.path, self.next, self.trackers = folder / "log.jsonl", 0.0, trackers or {}
-        self.path.touch()
-        os.truncate(self.path, min(size, self.path.stat().st_size))
+        self.path, self.trackers = folder / "log.jsonl", trackers or {}
+        self.next_plot = 0.0
         self.file = open(self.path, "a", encoding="utf-8")
+        if self.file.tell() > size:
+            self.file.truncate(size)
 
     def write(self, line):
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        shown = {k: v for k, v in line.items() if k.removeprefix("eval_") not in UNSHOWN}
-        tqdm.write(
-            "  ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
-            )
-        )
-        if time.perf_counter() > self.next:
+        words, numbers = [], {}
+        for key, value in line.items():
+            name = key.removeprefix("eval_")
+            if name not in NOT_PRINTED:
+                words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+            if name != key:
+                numbers[f"eval/{name}"] = value
+            elif key != "step" and ("loss" in line or key.startswith("train_")):
+                numbers[f"train/{key}"] = value
+        tqdm.write("  ".join(words))
+        if time.perf_counter() > self.next_plot:
             self.plot()
-        numbers = {
-            ("eval/" if k.startswith("eval_") else "train/") + k.removeprefix("eval_"): v
-            for k, v in line.items()
-            if ("loss" in line or k.startswith(("eval_", "train_"))) and k != "step"
-        }
-        for name, (log, _) in list(self.trackers.items()):
+        for name, (send, _) in list(self.trackers.items()):
             with warn_on_error(f"report_to: the run goes on without {name}"):
-                log(numbers, line["step"])
+                send(numbers, line["step"])
                 continue
             del self.trackers[name]  # it failed
 
@@ -122,11 +130,12 @@ class Log:
         with warn_on_error("training_loss.png is not drawn"):
             plot_losses(self.path)
         now = time.perf_counter()
-        self.next = now + 50 * (now - began)  # drawing takes a fiftieth of the time
+        self.next_plot = now + 50 * (now - began)  # drawing takes at most a fiftieth of the time
 
     def sync(self):
+        """Waits until the log is on the disk; returns its size in bytes."""
         os.fsync(self.file.fileno())
-        return self.path.stat().st_size
+        return self.file.tell()
 
     def close(self):
         for name, (_, finish) in self.trackers.items():
@@ -136,7 +145,7 @@ class Log:
 
 @contextmanager
 def warn_on_error(what):
-    """An error in the block is told in a line, no more."""
+    """An error in the block is printed as one line and ignored."""
     try:
         yield
     except Exception as error:
@@ -144,34 +153,9 @@ def warn_on_error(what):
 
 
 def read_log(path):
-    """The whole lines of a log.jsonl, as dicts; what a kill cut short is left out."""
-    return [
-        json.loads(line)
-        for line in Path(path).read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-    ]
-
-
-def plot_losses(path):
-    """Draws training_loss.png beside a log.jsonl: the loss, and what else of PLOTTED was logged, in training and held
-    out."""
-    from matplotlib.figure import (
-        Figure,  # without pyplot, which would take a notebook's own figures over
-    )
-
-    lines = read_log(path)
-    keys = [key for key in PLOTTED if any(key in line or f"eval_{key}" in line for line in lines)]
-    figure = Figure(figsize=(3 + 4 * len(keys), 4), layout="constrained")
-    for axes, title in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
-        for key, label, style in ((title, "training", "-"), (f"eval_{title}", "held out", "o-")):
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                axes.plot(*zip(*points), style, label=label, markersize=4)
-        axes.set(xlabel="step", ylabel=PLOTTED[title])
-        axes.grid(alpha=0.3)
-        axes.legend()
-    aside = Path(path).with_name(".training_loss.png")
-    figure.savefig(aside, dpi=130, format="png")
-    aside.replace(Path(path).with_name("training_loss.png"))
+    """The lines of a log.jsonl as dicts, without a last one that a kill cut short."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 PLOTTED = {
@@ -181,64 +165,93 @@ PLOTTED = {
 }
 
 
+def plot_losses(path):
+    """Draws training_loss.png beside a log.jsonl: a panel for each metric of PLOTTED that it has,
+    with a curve for training and one for the evaluation set."""
+    # matplotlib is slow to import; without pyplot, which takes over a notebook's own figures
+    from matplotlib.figure import Figure
+
+    curves = {}
+    for line in read_log(path):
+        for key, value in line.items():
+            steps, values = curves.setdefault(key, ([], []))
+            steps.append(line["step"])
+            values.append(value)
+    panels = [key for key in PLOTTED if key in curves or f"eval_{key}" in curves]
+    figure = Figure(figsize=(3 + 4 * len(panels), 4), layout="constrained")
+    for n, key in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), n + 1, xlabel="step", ylabel=PLOTTED[key])
+        if key in curves:
+            axes.plot(*curves[key], label="training")
+        if f"eval_{key}" in curves:
+            axes.plot(*curves[f"eval_{key}"], "o-", label="evaluation", markersize=4)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    unfinished = Path(path).with_name(".training_loss.png")
+    figure.savefig(unfinished, dpi=130, format="png")
+    unfinished.replace(Path(path).with_name("training_loss.png"))
+
+
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def find_trackers(config):
     """The names that report_to means; UserError for one that is not installed."""
-    found = [name for name in TRACKERS if sys.modules.get(name) or find_spec(name)]
-    wanted = (
-        found
-        if "all" in config.report_to
-        else [name for name in config.report_to if name != "none"]
-    )
-    if missing := [name for name in wanted if name not in found]:
-        raise UserError(
-            f"report_to: {missing[0]} is not installed; pip install {missing[0]}, or name another tracker"
-        )
-    return wanted
+    installed = [name for name in TRACKERS if sys.modules.get(name) or find_spec(name)]
+    if "all" in config.report_to:
+        return installed
+    names = [name for name in config.report_to if name != "none"]
+    for name in names:
+        if name not in installed:
+            raise UserError(
+                f"report_to: {name} is not installed; pip install {name}, or name another tracker"
+            )
+    return names
 
 
 def start_trackers(config, step):
-    """{name: (log(numbers, step), finish())} of report_to, and of a notebook that runs this. What a killed process told
-    from `step` on, which is done again, is not there twice."""
+    """{name: (send(numbers, step), finish())} of report_to, and of a notebook that runs this.
+
+    What a killed process sent from `step` on is sent again and counted once."""
     folder, trackers = Path(config.output_dir), {}
     for name in find_trackers(config):
-        with as_user_error(
-            f"report_to: {name} does not start; set it up, or leave it out", Exception
-        ):
-            trackers[name] = (
-                tensorboard(folder / "runs", step)
-                if name == "tensorboard"
-                else dashboard(name, config)
-            )
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return trackers | (
-        {"notebook": notebook(folder / "training_loss.png")} if hasattr(shell, "kernel") else {}
-    )
+        with as_user_error(f"report_to: {name} does not start; set it up, or omit it", Exception):
+            if name == "tensorboard":
+                trackers[name] = tensorboard(folder / "runs", step)
+            else:
+                trackers[name] = dashboard(name, config)
+    if "IPython" in sys.modules:
+        shell = sys.modules["IPython"].get_ipython()
+        if hasattr(shell, "kernel"):
+            trackers["notebook"] = notebook(folder / "training_loss.png")
+    return trackers
 
 
 def tensorboard(folder, step):
-    """TensorBoard's files; what they already hold from `step` on counts no more."""
+    """TensorBoard's files; what they hold from `step` on is hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer, hook = SummaryWriter(folder, purge_step=step), threading.excepthook
-    threading.excepthook = lambda at: (
-        issubclass(at.exc_type, OSError) or hook(at)
-    )  # its thread's; `log` tells it
+    writer = SummaryWriter(folder, purge_step=step)
+    default_hook = threading.excepthook
 
-    def log(numbers, step):
+    def hook(error):  # its writer thread's: a full disk is reported by `send`
+        if not issubclass(error.exc_type, OSError):
+            default_hook(error)
+
+    def send(numbers, step):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
         writer.flush()  # a kill loses nothing
 
-    return log, writer.close
+    threading.excepthook = hook
+    return send, writer.close
 
 
 def dashboard(library, config):
-    """wandb or trackio; a run that goes on goes on there."""
+    """wandb or trackio; a resumed run continues there under its name."""
     folder = Path(config.output_dir).resolve()
-    name = re.sub(r"\W+", "-", f"{folder.name}-{read_json(folder / 'config.json')['began'][:19]}")
+    began = read_json(folder / "config.json")["began"][:19]
+    name = re.sub(r"\W+", "-", f"{folder.name}-{began}")
     options = {"id": name, "dir": folder} if library == "wandb" else {}
     run = import_module(library).init(
         project=os.environ.get(f"{library.upper()}_PROJECT", "plaintune"),
@@ -247,54 +260,64 @@ def dashboard(library, config):
         config=asdict(config),
         **options,
     )
-    known = getattr(
-        run, "_next_step", 0
-    )  # trackio's; wandb itself passes over the steps that it has
-    return lambda numbers, step: step < known or run.log(numbers, step=step), run.finish
+    first = getattr(run, "_next_step", 0)  # trackio's; wandb skips the steps it has by itself
+
+    def send(numbers, step):
+        if step >= first:
+            run.log(numbers, step=step)
+
+    return send, run.finish
 
 
-def notebook(file):
+def notebook(path):
     """The figure in the cell that runs this, redrawn in place."""
     from IPython.display import Image, display
 
-    def log(numbers, step):
-        image = Image(filename=str(file))
-        shown.append(shown[0].update(image) if shown else display(image, display_id=True))
+    handles = []
 
-    shown = []
-    return log, shown.clear
+    def send(numbers, step):
+        image = Image(filename=str(path))
+        if handles:
+            handles[0].update(image)
+        else:
+            handles.append(display(image, display_id=True))
+
+    return send, handles.clear
 
 
 @contextmanager
 def copy_output(folder):
-    """While the block runs, what is printed goes to folder/run.log too, each line with its time. It is held back until
-    this command has written config.json: one that is refused leaves no trace."""
-    file, held, streams = folder / "config.json", [], {sys.stdout, sys.stderr}
-    written = lambda: file.stat().st_mtime_ns if file.exists() else None
-    before = written()
+    """While the block runs, what is printed goes to folder/run.log too, each line with its time.
 
-    def keep(write, text):
-        held.extend([text] * ("\r" not in text))  # a progress bar has it
-        if text.endswith("\n") and written() != before:
-            with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8") as log:
-                log.writelines(
-                    f"{datetime.now():%F %T} {line}\n"
-                    for line in sanitize("".join(held)).splitlines()
-                )
-            held.clear()
+    It is buffered until this command has written config.json: one that is refused leaves no trace.
+    """
+    config, buffer = folder / "config.json", []
+    streams = {sys.stdout, sys.stderr}
+
+    def modified():
+        return config.stat().st_mtime_ns if config.exists() else None
+
+    def record(text):
+        if "\r" not in text:  # a progress bar
+            buffer.append(text)
+        if text.endswith("\n") and modified() != before:
+            with suppress(OSError), open(folder / "run.log", "a", encoding="utf-8") as file:
+                for line in sanitize("".join(buffer)).splitlines():
+                    file.write(f"{datetime.now():%F %T} {line}\n")
+            buffer.clear()
+
+    def write_both(write, text):
+        record(text)
         return write(text)
 
+    before = modified()
     for stream in streams:
-        stream.write = partial(keep, stream.write)
+        stream.write = partial(write_both, stream.write)
     try:
         yield
     except Exception as error:
-        keep(
-            len,
-            f"error: {error}\n"
-            if isinstance(error, (UserError, OSError))
-            else traceback.format_exc(),
-        )
+        expected = isinstance(error, (UserError, OSError))
+        record(f"error: {error}\n" if expected else traceback.format_exc())
         raise
     finally:
         for stream in streams:

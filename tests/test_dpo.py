@@ -1,4 +1,7 @@
-"""DPO: TRL's numbers, a reference that is the start to the last bit, and a plan that still never changes the maths."""
+"""DPO: TRL's numbers, a reference that is the start to the last bit, and a plan that still never
+changes the maths."""
+
+# ruff: noqa: F811  fixtures are imported from test_sft
 
 import json
 import math
@@ -54,8 +57,8 @@ def config(**settings):
 
 def flags(base, rows, out, **settings):
     settings = {
-        "model": base, "data": rows, "output_dir": out, "ref_cache": out.parent / "reference", "lora_r": 4,
-        "per_device_train_batch_size": 8, "learning_rate": 1e-2, "num_train_epochs": 2, "save_steps": 2,
+        "model": base, "data": rows, "output_dir": out, "ref_cache": out.parent / "reference", "lora_r": 4,  # noqa: E501
+        "per_device_train_batch_size": 8, "learning_rate": 1e-2, "num_train_epochs": 2, "save_steps": 2,  # noqa: E501
         "logging_steps": 1, "eval_answers": 0, "merge": False, **settings,
     }  # fmt: skip
     return [
@@ -98,7 +101,7 @@ def gradient(model, examples, settings, budget=10**6):
     )
 
 
-# --- TRL --------------------------------------------------------------------------------------------------------------
+# --- TRL ------------------------------------------------------------------------------------------
 
 
 def peft_twin(base, model):
@@ -132,15 +135,16 @@ def trl_trainer(cls, settings, base, rows, model, out, **options):
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    fixed = dict(output_dir=str(out), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
-                 per_device_train_batch_size=COUNT, disable_tqdm=True, save_strategy="no", logging_steps=1)  # fmt: skip
+    fixed = dict(output_dir=str(out), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,  # noqa: E501
+                 per_device_train_batch_size=COUNT, disable_tqdm=True, save_strategy="no", logging_steps=1)  # fmt: skip # noqa: E501
     return cls(model=model, args=settings(**fixed, **options), processing_class=tokenizer,
-               train_dataset=Dataset.from_list([json.loads(line) for line in open(rows)]))  # fmt: skip
+               train_dataset=Dataset.from_list([json.loads(line) for line in open(rows)]))  # fmt: skip # noqa: E501
 
 
 @pytest.fixture(scope="module")
 def trained(base, rows, tmp_path_factory):
-    """(our model with an adapter that has moved, our examples with their reference, TRL's trainer of the same)"""
+    """(our model with an adapter that has moved, our examples with their reference, TRL's trainer
+    of the same)"""
     from trl import DPOConfig, DPOTrainer
 
     settings, folder = config(), tmp_path_factory.mktemp("trained")
@@ -156,7 +160,8 @@ def trained(base, rows, tmp_path_factory):
 
 
 def trl_gradient(trainer, parts):
-    """As `gradient`, of TRL's trainer: the mean over `parts`, lists of row indices that are a batch each."""
+    """As `gradient`, of TRL's trainer: the mean over `parts`, lists of row indices that are a batch
+    each."""
     trainer._metrics["train"].clear()
     trainer.model.zero_grad()
     trainer.model.train()
@@ -189,17 +194,17 @@ def close(ours, theirs, tolerance=1e-5):
 WHOLE = [list(range(COUNT))]
 ONE_BY_ONE = [[i] for i in range(COUNT)]
 CASES = {
-    "sigmoid": {}, "hinge": dict(beta=0.3), "ipo": dict(beta=0.05), "robust": dict(label_smoothing=0.1),
-    "exo_pair": dict(label_smoothing=1e-3), "nca_pair": {}, "bco_pair": {}, "sppo_hard": dict(beta=0.2),
-    "aot": dict(label_smoothing=0.1), "aot_unpaired": {}, "apo_zero": {}, "apo_down": {}, "discopop": {},
+    "sigmoid": {}, "hinge": dict(beta=0.3), "ipo": dict(beta=0.05), "robust": dict(label_smoothing=0.1),  # noqa: E501
+    "exo_pair": dict(label_smoothing=1e-3), "nca_pair": {}, "bco_pair": {}, "sppo_hard": dict(beta=0.2),  # noqa: E501
+    "aot": dict(label_smoothing=0.1), "aot_unpaired": {}, "apo_zero": {}, "apo_down": {}, "discopop": {},  # noqa: E501
     "sigmoid_norm": {}, "sft": {}, "sigmoid,bco_pair,sft": dict(loss_weights=[0.8, 0.2, 1.0]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", CASES)
 def test_losses_rewards_and_gradients_are_trls(kind, trained):
-    """DPOTrainer on the same rows and weights, fp32, 1e-5. Its sft term is a mean over a batch's tokens: a batch of one
-    pair at a time is what ours is."""
+    """DPOTrainer on the same rows and weights, fp32, 1e-5. Its sft term is a mean over a batch's
+    tokens: a batch of one pair at a time is what ours is."""
     model, examples, trainer = trained
     settings = config(loss_type=kind.split(","), **CASES[kind])
     trainer.loss_types, trainer.loss_weights = settings.loss_type, settings.loss_weights
@@ -232,8 +237,8 @@ def test_every_loss_type_of_trl_is_here():
 @pytest.mark.parametrize("kind", ["cpo", "simpo", "orpo"])
 @pytest.mark.filterwarnings("ignore")
 def test_reference_free_losses_are_trls(kind, trained, base, rows, tmp_path):
-    """CPOTrainer and ORPOTrainer on the same rows and weights, a pair at a time. ORPOTrainer also scores the prompt in
-    its sft term: each prompt is one token here, which nothing predicts."""
+    """CPOTrainer and ORPOTrainer on the same rows and weights, a pair at a time. ORPOTrainer also
+    scores the prompt in its sft term: each prompt is one token here, which nothing predicts."""
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -243,7 +248,7 @@ def test_reference_free_losses_are_trls(kind, trained, base, rows, tmp_path):
     )
     model, examples = trained[0], load_pairs(base, file)
     options = {"cpo": dict(cpo_alpha=0.7, label_smoothing=0.1, beta=0.2), "orpo": dict(beta=0.3),
-               "simpo": dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.4, beta=2.0)}[kind]  # fmt: skip
+               "simpo": dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.4, beta=2.0)}[kind]  # fmt: skip # noqa: E501
     which = (ORPOTrainer, ORPOConfig) if kind == "orpo" else (CPOTrainer, CPOConfig)
     trainer = trl_trainer(
         *which, base, file, peft_twin(base, model), tmp_path, remove_unused_columns=False, **options
@@ -276,7 +281,7 @@ def test_reference_free_losses_are_trls(kind, trained, base, rows, tmp_path):
 
 
 def test_twenty_steps_are_trls(base, rows, tmp_path):
-    """20 AdamW steps of 8 pairs each, as a user runs them: losses and adapter equal TRL's to 1e-4."""
+    """20 AdamW steps of 8 pairs each, as a user runs them: losses and adapter are TRL's to 1e-4."""
     from trl import DPOConfig, DPOTrainer
 
     settings = dict(
@@ -314,7 +319,7 @@ def test_twenty_steps_are_trls(base, rows, tmp_path):
     )
 
 
-# --- the reference ----------------------------------------------------------------------------------------------------
+# --- the reference --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -338,19 +343,20 @@ def adapter(base, tmp_path_factory):
 
 
 STARTS = {
-    "lora": {}, "adapter": dict(adapter="adapter"), "bias and norms": dict(bias="all", modules_to_save="norm"),
+    "lora": {}, "adapter": dict(adapter="adapter"), "bias and norms": dict(bias="all", modules_to_save="norm"),  # noqa: E501
     "head": dict(modules_to_save="lm_head"), "adapted head": dict(target_modules="q_proj,lm_head"),
     "full": dict(lora_r=0), "checkpointing": dict(gradient_checkpointing=True),
     "eager": dict(attn_implementation="eager"), "qlora": dict(load_in_4bit=True),
     "qlora on an adapter": dict(load_in_4bit=True, adapter="adapter"),
-    "dora": dict(use_dora=True), "pissa on 4 bits": dict(load_in_4bit=True, init_lora_weights="pissa"),
+    "dora": dict(use_dora=True), "pissa on 4 bits": dict(load_in_4bit=True, init_lora_weights="pissa"),  # noqa: E501
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("start", STARTS)
 def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, many, tmp_path):
-    """Whatever trains and in bf16 too, to the last bit, in micro-batches of a few pairs; held-out pairs as well."""
+    """Whatever trains and in bf16 too, to the last bit, in micro-batches of a few pairs; held-out
+    pairs as well."""
     settings = STARTS[start] | ({"adapter": adapter} if "adapter" in STARTS[start] else {})
     model = base
     if start == "bias and norms":
@@ -358,7 +364,7 @@ def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, 
     if start == "adapted head":
         model = write_checkpoint(tmp_path / "untied", vocab_size=259, tie_word_embeddings=False)
         write_tokenizer(model)
-    argv = flags(model, many, tmp_path / "run", max_steps=1, micro_batch_tokens=150, dtype=dtype, eval_data=many,
+    argv = flags(model, many, tmp_path / "run", max_steps=1, micro_batch_tokens=150, dtype=dtype, eval_data=many,  # noqa: E501
                  save_strategy="no", warmup_ratio=0, **settings)  # fmt: skip
     dpo.main(argv)
     held, first, moved, _ = tracking.read_log(tmp_path / "run" / "log.jsonl")
@@ -374,7 +380,8 @@ def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, 
 
 
 def test_dropout_is_off_unless_it_is_wanted(base, many, tmp_path):
-    """With --disable_dropout false the reference still has none: a margin from the first step on, but not held out."""
+    """With --disable_dropout false the reference still has none: a margin from the first step on,
+    but not held out."""
     model, folder = load_model(base), tmp_path / "adapter"
     add_lora(model, config(lora_dropout=0.5), seed=42)
     move(model)
@@ -397,7 +404,8 @@ def scored_under(base, examples, **options):
 
 
 def test_another_reference(base, biased, rows, tmp_path):
-    """--ref_model: margins are those to that model; its size may be another, its vocabulary may not be smaller."""
+    """--ref_model: margins are those to that model; its size may be another, its vocabulary may not
+    be smaller."""
     other = write_checkpoint(tmp_path / "other", seed=5, vocab_size=259, num_hidden_layers=1)
     dpo.main(flags(base, rows, tmp_path / "run", max_steps=1, ref_model=other))
     line = tracking.read_log(tmp_path / "run" / "log.jsonl")[0]
@@ -407,7 +415,9 @@ def test_another_reference(base, biased, rows, tmp_path):
         (p - r).split([len(e[1].ids), len(e[2].ids)])
         for p, r, e in zip(policy, reference, examples)
     ]
-    margin = sum(float(w.sum() - l.sum()) for w, l in margins) / len(examples)
+    margin = sum(float(chosen.sum() - rejected.sum()) for chosen, rejected in margins) / len(
+        examples
+    )
     assert line["rewards/margins"] == pytest.approx(0.1 * margin, rel=1e-4)
     small = write_checkpoint(tmp_path / "small", vocab_size=60)
     with pytest.raises(UserError, match="ref_model: .*tokenizer"):
@@ -454,14 +464,14 @@ def test_no_reference_where_none_is_needed(base, rows, tmp_path):
     assert "kl" not in free and flag["rewards/chosen"] == pytest.approx(0.1 * flag["logps/chosen"])
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- the plan -------------------------------------------------------------------------------------
 
 
 def unshared(example):
     """The pair as two sequences, each with the prompt of its own."""
     prompt, *sides = example
-    return [Segment(*(np.concatenate([a, b]) for a, b in ((prompt.ids, side.ids), (prompt.labels, side.labels))),
-                    sequence=side.sequence, reference=side.reference) for side in sides]  # fmt: skip
+    return [Segment(*(np.concatenate([a, b]) for a, b in ((prompt.ids, side.ids), (prompt.labels, side.labels))),  # noqa: E501
+                    sequence=side.sequence, reference=side.reference) for side in sides]  # fmt: skip # noqa: E501
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "orpo"])
@@ -478,7 +488,8 @@ def test_a_shared_prompt_has_the_gradient_of_two(kind, trained):
 
 @pytest.mark.parametrize("kind", dpo.LOSSES)
 def test_any_cut_into_micro_batches_gives_the_same_gradient(kind, trained):
-    """1×8 = 8×1 for every loss. Those that sort the step's pairs have it in one micro-batch, whatever is asked for."""
+    """1×8 = 8×1 for every loss. Those that sort the step's pairs have it in one micro-batch,
+    whatever is asked for."""
     model, examples, _ = trained
     settings = config(loss_type=[kind], label_smoothing=0.1, micro_batch_tokens=1)
     loss, metrics, found = gradient(model, examples, settings)
@@ -512,7 +523,7 @@ def test_rpo_alpha_is_the_sft_loss_beside(trained):
 
 
 def test_label_smoothing_is_the_mean_over_flipped_labels(trained):
-    """Conservative DPO: the expected loss if each pair is the wrong way round with probability ε."""
+    """Conservative DPO: the expected loss if each pair is flipped with probability ε."""
     model, examples, _ = trained
     flipped = [[p, b._replace(sequence=0), a._replace(sequence=1)] for p, a, b in examples]
     right, wrong = (gradient(model, part, config())[0] for part in (examples, flipped))
@@ -543,7 +554,7 @@ def test_training_prefers_what_is_chosen(kind, base, many, tmp_path):
     assert lines[-1]["eval_rewards/margins"] > lines[0]["eval_rewards/margins"] + 0.3
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -552,8 +563,9 @@ def test_training_prefers_what_is_chosen(kind, base, many, tmp_path):
     ids=["lora", "full", "adapter"],
 )
 def test_two_halves_are_the_whole_bit_for_bit(settings, base, adapter, many, tmp_path):
-    """6 steps, against 6 of which the last 4 were done again from a checkpoint, without the cache: the reference is
-    that of the start, not of the checkpoint. Weights, optimizer and log are equal to the last bit."""
+    """6 steps, against 6 of which the last 4 were done again from a checkpoint, without the cache:
+    the reference is that of the start, not of the checkpoint. Weights, optimizer and log are
+    equal to the last bit."""
     settings = settings | ({"adapter": adapter} if "adapter" in settings else {})
     dpo.main(flags(base, many, tmp_path / "whole", **settings))
     dpo.main(flags(base, many, tmp_path / "halves", **settings))
@@ -582,7 +594,8 @@ def test_a_dry_run_foresees_and_leaves_nothing(base, many, tmp_path, capsys):
 
 
 def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
-    """Going on from an adapter with questions to answer: log, curves, adapter and merged model are all there."""
+    """Going on from an adapter with questions to answer: log, curves, adapter and merged model are
+    all there."""
     file = tmp_path / "chats.jsonl"
     chats = [
         {
@@ -594,7 +607,7 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
         for i in range(12)
     ]
     file.write_text("\n".join(map(json.dumps, chats)))
-    dpo.main(flags(base, file, tmp_path / "run", adapter=adapter, val_size=4, eval_answers=4, max_new_tokens=8,
+    dpo.main(flags(base, file, tmp_path / "run", adapter=adapter, val_size=4, eval_answers=4, max_new_tokens=8,  # noqa: E501
                    num_train_epochs=1, merge=True))  # fmt: skip
     run, output = tmp_path / "run", capsys.readouterr().out
     names = {
@@ -607,11 +620,11 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
     }
     assert names <= {p.name for p in run.iterdir()}
     lines = tracking.read_log(run / "log.jsonl")
-    wanted = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    wanted = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",  # noqa: E501
               "logps/rejected", "loss", "kl"}  # fmt: skip
     assert wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
     assert (
-        "answers right on 4 held-out questions" in output and "held-out pairs at step 1" in output
+        "answers right on 4 held-out questions" in output and "evaluation pairs at step 1" in output
     )
     assert "r 4, alpha 8" in output and "eval_answers" in lines[-1]
     plain, merged = load_model(base), load_model(run / "merged")
@@ -642,8 +655,8 @@ def test_the_plot_has_a_panel_for_each_thing_logged(tmp_path, monkeypatch):
 
 
 def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):
-    """`python dpo.py`: what sft.py makes is made first where it is not there, finished, and is what training goes on
-    from. With a model of one's own nothing is made."""
+    """`python dpo.py`: what sft.py makes is made first where it is not there, finished, and is what
+    training goes on from. With a model of one's own nothing is made."""
     monkeypatch.chdir(tmp_path)
     calls = []
     monkeypatch.setattr(sft, "main", lambda argv: calls.append(argv))
@@ -663,7 +676,7 @@ def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):
     assert [call.model for call in calls[4:]] == [calls[1].model, "some/other"]
 
 
-# --- rows and mistakes ------------------------------------------------------------------------------------------------
+# --- rows and mistakes ----------------------------------------------------------------------------
 
 ROWS = {
     "the same": ({"prompt": "q", "chosen": "a", "rejected": "a"}, "the same"),
@@ -671,8 +684,8 @@ ROWS = {
     "no prompt": ({"chosen": "yes", "rejected": "no"}, "share no prompt"),
     "no prompt in chats": (
         {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-         "rejected": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}, "share no prompt"),
-    "answer too long": ({"prompt": "q", "chosen": "a" * 200, "rejected": "b"}, "answer longer than max_length"),
+         "rejected": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}, "share no prompt"),  # noqa: E501
+    "answer too long": ({"prompt": "q", "chosen": "a" * 200, "rejected": "b"}, "answer longer than max_length"),  # noqa: E501
 }  # fmt: skip
 
 
@@ -714,11 +727,15 @@ def test_a_prompt_longer_than_max_length_gives_way(base, tmp_path):
 
 
 def test_sides_share_tokens_not_characters(base):
-    """What both sides begin with, unscored, is the prompt, however it was said; every side reads as it would alone."""
+    """What both sides begin with, unscored, is the prompt, however it was said; every side reads as
+    it would alone."""
     tokenizer = sft.Tokenizer(base)
-    as_turn = lambda *texts: [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
-    ]
+
+    def as_turn(*texts):
+        return [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+        ]
+
     row = {"prompt": as_turn("hello", "hi"), "chosen": as_turn("once more", "yes"),
            "rejected": as_turn("once again", "no", "why", "so")}  # fmt: skip
     prompt, *sides = render_row(row, tokenizer, preference=True)
@@ -732,7 +749,8 @@ def test_sides_share_tokens_not_characters(base):
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_that_unties_the_model_is_to_be_merged_first(base, rows, tmp_path):
-    """PEFT trains the two ends of a tied model apart; merged/ would come with a config.json that ties them."""
+    """PEFT trains the two ends of a tied model apart; merged/ would come with a config.json that
+    ties them."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -1447,6 +1447,7 @@ def test_cards_of_hub_names(base, rows, tmp_path, monkeypatch):
         "",
         {"step": 3},
         {},
+        hidden=vars(sft.LoRAConfig()),
     )
     card = (folder / "README.md").read_text()
     assert "| adapter | output/a |" in card and "lora_r" not in card
