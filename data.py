@@ -73,7 +73,9 @@ class Generation(jinja2.ext.Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+        return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(
+            line
+        )
 
     def mark(self, caller):
         return OPEN + caller() + CLOSE
@@ -85,7 +87,9 @@ def template_environment(now):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, **kwargs):  # jinja's own escapes HTML and sorts keys
+    def tojson(
+        value, ensure_ascii=False, **kwargs
+    ):  # jinja's own escapes HTML and sorts keys
         return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
 
     environment = ImmutableSandboxedEnvironment(
@@ -112,8 +116,12 @@ class Tokenizer:
         self.now = now or datetime.now()
         path = self.folder / "tokenizer.json"
         if not path.is_file():
-            raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder")
-        with as_user_error(f"{path}: not a tokenizer", Exception):  # the library has no subclass
+            raise UserError(
+                f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder"
+            )
+        with as_user_error(
+            f"{path}: not a tokenizer", Exception
+        ):  # the library has no subclass
             self.backend = tokenizers.Tokenizer.from_file(str(regular_file(path, 2**28)))
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
@@ -164,7 +172,9 @@ class Tokenizer:
         environment = template_environment(self.now)
         fault = f"{self.template_file}: not a chat template, nor a list of them by name"
         with bounded(fault), as_user_error(fault, Exception):
-            self.templates = {t["name"]: environment.from_string(t["template"]) for t in templates}
+            self.templates = {
+                t["name"]: environment.from_string(t["template"]) for t in templates
+            }
         self.has_template = bool(self.templates)
 
     def __len__(self):
@@ -181,7 +191,9 @@ class Tokenizer:
         for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 22):
             batch = [text for text, _ in group]
             try:
-                encodings = self.backend.encode_batch_fast(batch, add_special_tokens=special)
+                encodings = self.backend.encode_batch_fast(
+                    batch, add_special_tokens=special
+                )
             except BaseException as error:  # the library's panics are no Exception
                 if isinstance(error, (KeyboardInterrupt, Overrun)):
                     raise
@@ -192,10 +204,18 @@ class Tokenizer:
 
     def decode(self, ids, skip_special=True):
         """Ids -> str, by default without special tokens."""
-        return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
+        return self.backend.decode(
+            [int(id) for id in ids], skip_special_tokens=skip_special
+        )
 
     def render(
-        self, messages, /, add_generation_prompt=False, tools=None, keep_marks=False, **kwargs
+        self,
+        messages,
+        /,
+        add_generation_prompt=False,
+        tools=None,
+        keep_marks=False,
+        **kwargs,
     ):
         """Messages -> text by the checkpoint's template, which also gets `kwargs`.
         UserError: there is no template, or it fails."""
@@ -207,17 +227,28 @@ class Tokenizer:
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         if name not in self.templates:
             names = ", ".join(self.templates)
-            raise UserError(f"{self.template_file}: no template is named 'default': {names}")
-        messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
-        for m in messages:  # templates know the reasoning by one of two names, rows by three
-            keys = [key for key in ("reasoning_content", "thinking", "reasoning") if key in m]
+            raise UserError(
+                f"{self.template_file}: no template is named 'default': {names}"
+            )
+        messages = [
+            {key: value for key, value in m.items() if value is not None} for m in messages
+        ]
+        for (
+            m
+        ) in messages:  # templates know the reasoning by one of two names, rows by three
+            keys = [
+                key for key in ("reasoning_content", "thinking", "reasoning") if key in m
+            ]
             if keys and m[keys[0]]:
                 m["reasoning_content"] = m[keys[0]]
                 m.setdefault("thinking", m[keys[0]])
         variables = self.special | {"tools": tools or None, "documents": None} | kwargs
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         fault = f"{self.template_file}: the chat template failed"
-        with bounded(fault), as_user_error(fault, Exception):  # untrusted code, untrusted rows
+        with (
+            bounded(fault),
+            as_user_error(fault, Exception),
+        ):  # untrusted code, untrusted rows
             text = self.templates[name].render(variables)
         return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
@@ -250,7 +281,9 @@ class Tokenizer:
         speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans, is_open, marked = [], False, {}
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
-            pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
+            pieces = re.split(
+                f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs)
+            )
             text = "".join(pieces)
             if len(pieces) == 2 * len(speaks) + 1:
                 cuts = list(itertools.accumulate(map(len, pieces)))
@@ -276,10 +309,15 @@ class Tokenizer:
         """(start, end) of assistant message `i` in `text`, at `floor` or later; None if the
         template leaves it out. UserError: it is rendered, but its place is not clear."""
         prompt, is_rendered = SENTINEL, False
-        with suppress(UserError):  # the assistant speaks first, and the template wants a message
+        with suppress(
+            UserError
+        ):  # the assistant speaks first, and the template wants a message
             prompt = self.render(messages[:i], True, **kwargs)
         # without its tool calls, which are the model's words too; else with them
-        for stand_in in (*as_turn("assistant", SENTINEL), messages[i] | {"content": SENTINEL}):
+        for stand_in in (
+            *as_turn("assistant", SENTINEL),
+            messages[i] | {"content": SENTINEL},
+        ):
             try:
                 other = self.render([*messages[:i], stand_in, *messages[i + 1 :]], **kwargs)
             except UserError:
@@ -294,7 +332,9 @@ class Tokenizer:
                 start = self.find_start(text, before, floor, **kwargs)
             end = len(text) - len(after)
             if start <= end and text.endswith(after):
-                calls = "tool_calls" in stand_in and re.compile(self.turn_end).search(text, end)
+                calls = "tool_calls" in stand_in and re.compile(self.turn_end).search(
+                    text, end
+                )
                 return start, calls.end() if calls else end
         if is_rendered:
             raise UserError(
@@ -385,7 +425,9 @@ def messages_of(row, key):
     for i, source in enumerate(row[key]):
         where = f"{key}[{i}]"
         if not isinstance(source, dict):
-            raise UserError(f"{where} must be a message with role and content: {brief(source)}")
+            raise UserError(
+                f"{where} must be a message with role and content: {brief(source)}"
+            )
         m = {name: value for name, value in source.items() if value is not None}
         if "from" in m:
             m = {"role": SHAREGPT.get(str(m["from"]), m["from"]), "content": m.get("value")}
@@ -397,7 +439,9 @@ def messages_of(row, key):
             raise UserError(f"{where} has no role: {brief(source)}")
         is_text = isinstance(content, str) or (content is not None and role != "assistant")
         if not is_text and not m.get("tool_calls"):
-            raise UserError(f"{where} ({role}) must have text as its content: {brief(content)}")
+            raise UserError(
+                f"{where} ({role}) must have text as its content: {brief(content)}"
+            )
         messages.append(m)
     return messages
 
@@ -419,7 +463,9 @@ def split_row(row, chat, preference=False):
     if schema is None:
         names = ", ".join(sorted(map(str, filled)))[:200]
         expected = ", ".join(schema.replace(" ", "+") for schema in schemas)
-        raise UserError(f"fits no schema: it has {names or 'no keys'}; expected one of {expected}")
+        raise UserError(
+            f"fits no schema: it has {names or 'no keys'}; expected one of {expected}"
+        )
     if schema == "text":
         return "", [text_of(row, "text")]
     if schema == "messages":
@@ -431,7 +477,9 @@ def split_row(row, chat, preference=False):
         instruction, output = text_of(row, "instruction"), text_of(row, "output")
         extra = "\n" + text_of(row, "input") if row.get("input") else ""
         if chat:
-            return system + as_turn("user", instruction + extra), [as_turn("assistant", output)]
+            return system + as_turn("user", instruction + extra), [
+                as_turn("assistant", output)
+            ]
         return alpaca(row)["prompt"], [output]
     keys = schema.split()
     is_chat = any(isinstance(row[key], list) for key in keys)
@@ -498,7 +546,11 @@ def to_pieces(
                 speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
                 first = max(speaks, default=0)
             text, spans, is_open = tokenizer.turns(messages, first, **kwargs)
-            cuts = [0, *itertools.chain(*spans), len(text)]  # every second piece is an answer
+            cuts = [
+                0,
+                *itertools.chain(*spans),
+                len(text),
+            ]  # every second piece is an answer
             side = []
             for n, (start, stop) in enumerate(itertools.pairwise(cuts)):
                 side.append((text[start:stop], score_all or n % 2 == 1))
@@ -580,7 +632,9 @@ def ecqa(row):
     task = "Explain, then end with `Answer:` and the letter of your choice."
     return {
         "prompt": as_turn("user", "\n".join([question, *lines, task])),
-        "completion": as_turn("assistant", f"{rationale}\nAnswer: {letters[right]}".strip()),
+        "completion": as_turn(
+            "assistant", f"{rationale}\nAnswer: {letters[right]}".strip()
+        ),
         "choices": letters,
         "answer": letters[right],
     }
@@ -641,7 +695,11 @@ def ultrafeedback(row, rng):
         if not worse:
             return "all completions are rated alike"
         rejected = worse[rng.integers(len(worse))]["response"]
-        row = {"prompt": row["instruction"], "chosen": best["response"], "rejected": rejected}
+        row = {
+            "prompt": row["instruction"],
+            "chosen": best["response"],
+            "rejected": rejected,
+        }
     return {key: turns_of(row, key) for key in ("prompt", "chosen", "rejected")}
 
 
@@ -724,7 +782,9 @@ def share_prompt(sides):
     if not answers:
         return sides
     # a scored token becomes a number that the other answer does not have
-    keys = [np.where(scored, -n, ids).tolist() for n, (ids, scored) in enumerate(answers, 1)]
+    keys = [
+        np.where(scored, -n, ids).tolist() for n, (ids, scored) in enumerate(answers, 1)
+    ]
     same = common_length(*keys)
     prompt = [np.append(*arrays) for arrays in zip(prompt, [a[:same] for a in answers[0]])]
     return [prompt, *([array[same:] for array in answer] for answer in answers)]
@@ -751,7 +811,10 @@ def to_segments(parts, weight):
     segments = []
     for n, part in enumerate(parts):
         masked = part < 0
-        ids, labels = np.where(masked, ~part, part), np.where(masked, np.int32(IGNORE), part)
+        ids, labels = (
+            np.where(masked, ~part, part),
+            np.where(masked, np.int32(IGNORE), part),
+        )
         prefix, sequence = (0, n - 1) if n else (-1, 0)
         segments.append(Segment(ids, labels, prefix, sequence, weight))
     return segments
@@ -784,7 +847,9 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
                 with as_user_error(surrogate, UnicodeEncodeError):
                     text.encode()
         prepared.append((sides, weight))
-    encoded = tokenizer.encode_sides([sides for sides, _ in prepared if not isinstance(sides, str)])
+    encoded = tokenizer.encode_sides(
+        [sides for sides, _ in prepared if not isinstance(sides, str)]
+    )
     for sides, weight in prepared:
         if isinstance(sides, str):
             yield sides, weight, 0, 0
@@ -824,7 +889,9 @@ class Ledger:
     truncated_scored: int = 0  # truncated tokens that would have been scored
     dropped: int = 0
     crc: int = 0  # of the examples
-    reasons: dict = field(default_factory=dict)  # {why dropped: {"rows", "tokens", "where"}}
+    reasons: dict = field(
+        default_factory=dict
+    )  # {why dropped: {"rows", "tokens", "where"}}
     sources: list = field(default_factory=list)  # [{"name", "examples", "share"}]
 
     def add(self, where, parts, tokens, scored, ends):
@@ -879,7 +946,8 @@ class Ledger:
             text += f", {self.rows_not_sampled:,} not sampled"
         if len(self.sources) > 1:
             shares = [
-                f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources
+                f"{s['share']:.1%} from {s['name']} ({s['examples']:,})"
+                for s in self.sources
             ]
             text += f"\nof the rows seen {' · '.join(shares)}"
         counts = []
@@ -905,12 +973,12 @@ class Examples(Sequence):
 
     folder: Path
     at: np.ndarray  # (N,) which of the folder's examples
-    shares: list  # of the rows seen, expected from each source; [] where every row is seen once
+    shares: (
+        list  # of the rows seen, expected from each source; [] where every row is seen once
+    )
     seed: int
     make: object  # the recipe: (row, epoch) -> row
-    render: (
-        object  # row -> list[Segment] or the reason why not; None where the recipe does not draw
-    )
+    render: object  # row -> list[Segment] or the reason why not; None where the recipe does not draw
     number: int = 0
     as_rows: bool = False
 
@@ -950,7 +1018,9 @@ class Examples(Sequence):
         if self.shares:
             sources = self.index["source"][at]
             groups = [at[sources == n] for n in range(len(self.shares))]
-            shares = [share if len(group) else 0 for group, share in zip(groups, self.shares)]
+            shares = [
+                share if len(group) else 0 for group, share in zip(groups, self.shares)
+            ]
             ends = np.cumsum(shares)
             counts = np.diff(np.round(ends / ends[-1] * len(at)).astype(int), prepend=0)
             chosen = []
@@ -974,8 +1044,13 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
     folder.parent.mkdir(parents=True, exist_ok=True)
     quiet = not sys.stderr.isatty()
     rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=quiet, leave=False))
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
-        with open(f"{partial}/data.bin", "wb") as data, open(f"{partial}/index.bin", "wb") as index:
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, ignore_cleanup_errors=True
+    ) as partial:
+        with (
+            open(f"{partial}/data.bin", "wb") as data,
+            open(f"{partial}/index.bin", "wb") as index,
+        ):
             while chunk := list(itertools.islice(rows, 256)):
                 blobs, entries = [], []
                 rendered = render_rows(chunk, tokenizer, **options)
@@ -1003,7 +1078,11 @@ def cache_folder(sources, tokenizer, settings):
     date = tokenizer.tells_date and f"{tokenizer.now:%F}"
     digest = hashlib.blake2b(repr((settings, date)).encode(), digest_size=16)
     files = [Path(__file__), Path(getfile(stream_rows))]
-    files += [tokenizer.folder / name for name in COMPANIONS if (tokenizer.folder / name).is_file()]
+    files += [
+        tokenizer.folder / name
+        for name in COMPANIONS
+        if (tokenizer.folder / name).is_file()
+    ]
     for path in itertools.chain(files, *(paths for _, _, paths in sources)):
         digest.update(str(path).encode())
         with open(path, "rb") as file:
@@ -1029,7 +1108,9 @@ def load_examples(
         rows = stream_rows(sources)
         if max_samples is not None:
             total = sum(1 for _ in stream_rows(sources))
-            sample = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
+            sample = set(
+                np.random.default_rng(seed).permutation(total)[:max_samples].tolist()
+            )
             rows = (row for n, row in enumerate(rows) if n in sample)
             ledger.rows = ledger.rows_not_sampled = total - len(sample)
         write_examples(folder, rows, ledger, tokenizer, make=make, **options)
@@ -1060,7 +1141,8 @@ def split_holdout(examples, rows, size, seed=0):
     order = np.random.default_rng(seed).permutation(len(examples))
     splits = np.sort(order[count:]), np.sort(order[:count])
     return [
-        tuple(replace(whole, at=whole.at[split]) for whole in (examples, rows)) for split in splits
+        tuple(replace(whole, at=whole.at[split]) for whole in (examples, rows))
+        for split in splits
     ]
 
 
@@ -1100,14 +1182,18 @@ def texts_of(choices):
 @dataclass
 class DataConfig:
     model: str  # folder or hub id whose tokenizer and chat template render the rows
-    data: list[str]  # files, folders, globs or data sets of the hub, each perhaps with @weight
+    data: list[
+        str
+    ]  # files, folders, globs or data sets of the hub, each perhaps with @weight
     recipe: str = ""  # reads a data set's own rows
     recipe_args: dict = field(default_factory=dict)  # its arguments
     preference: bool = False  # rows are prompt, chosen and rejected
     max_length: int | None = None  # tokens; a longer example loses the start of its prompt
     max_samples: int | None = None  # use this many rows, drawn by seed
     seed: int = 42  # of everything that is drawn
-    output: str = ""  # file to write: the rows of mix and pairs, JSONL; audit's histogram, PNG
+    output: str = (
+        ""  # file to write: the rows of mix and pairs, JSONL; audit's histogram, PNG
+    )
     n: int = 3  # show: number of rows
     by: str = "tokens"  # audit: unit of length
     generate: bool = False  # pairs: reject the model's own wrong answers, not wrong choices
@@ -1125,7 +1211,9 @@ class DataConfig:
 
 def load_rows(config, **options):
     """(tokenizer, examples, rows, ledger) of a command's settings."""
-    has_tokenizer = (Path(config.model) / "tokenizer.json").is_file()  # a model is not needed
+    has_tokenizer = (
+        Path(config.model) / "tokenizer.json"
+    ).is_file()  # a model is not needed
     tokenizer = Tokenizer(config.model if has_tokenizer else resolve(config.model))
     names = ("max_length", "max_samples", "seed", "recipe", "recipe_args", "preference")
     options = {name: getattr(config, name) for name in names} | options
@@ -1158,7 +1246,9 @@ def audit(config):
     tokenizer, examples, _, ledger = load_rows(config, max_length=None)
 
     def measure(ids):
-        return len(ids if config.by == "tokens" else tokenizer.decode(ids, skip_special=False))
+        return len(
+            ids if config.by == "tokens" else tokenizer.decode(ids, skip_special=False)
+        )
 
     def total(example, measure):
         prompt, *answers = [measure(segment.ids) for segment in example]
@@ -1166,7 +1256,9 @@ def audit(config):
 
     lengths = [total(example, measure) for example in examples]
     tokens = np.array([total(example, len) for example in examples])
-    scored = [sum(measure(s.ids[s.labels != IGNORE]) for s in example) for example in examples]
+    scored = [
+        sum(measure(s.ids[s.labels != IGNORE]) for s in example) for example in examples
+    ]
     distinct = {hash(b"".join(s.ids.tobytes() for s in example)) for example in examples}
     percents = [50, 90, 95, 99, 100]
     names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
@@ -1176,7 +1268,9 @@ def audit(config):
         print(name.ljust(12), *(f"{value:8.1f}".replace(".0", "  ") for value in row))
     fits = int(np.ceil(np.percentile(tokens, 99) / 64)) * 64
     whole = (tokens <= fits).mean()
-    print(f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole")
+    print(
+        f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole"
+    )
     limit = config.max_length or fits
     print(f"with max_length {limit}: {load_rows(config, max_length=limit)[3]}")
     duplicates = len(examples) - len(distinct)
@@ -1207,7 +1301,9 @@ def write_rows(config, make):
         fault = "exists already" if config.output else "is needed"
         raise UserError(f"--output {config.output}: {fault}; name a new one")
     rows, summary = make(config)
-    with open(f"{config.output}.partial", "w", encoding="utf-8", errors="backslashreplace") as file:
+    with open(
+        f"{config.output}.partial", "w", encoding="utf-8", errors="backslashreplace"
+    ) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.rename(file.name, config.output)
@@ -1220,7 +1316,9 @@ def main():
         return runpy.run_path(str(Path(__file__).with_name("eval.py")), run_name="__main__")
     names = [*COMMANDS, "pairs"]
     if name not in COMMANDS:
-        usage = f"python data.py {'|'.join(names)} --model MODEL --data SOURCE ... (or --help)"
+        usage = (
+            f"python data.py {'|'.join(names)} --model MODEL --data SOURCE ... (or --help)"
+        )
         raise UserError(f"unknown command {name!r}{nearest(name, names)}; usage: {usage}")
     command = COMMANDS[name]
     config = parse_config(DataConfig, argv, command.__doc__)

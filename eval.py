@@ -81,7 +81,7 @@ SHARED = 4  # tokens: computing a shorter shared prefix again costs less than a 
 
 
 def pack_shared(sequences, device="cpu"):
-    """Sequences (ids, start >= 1) -> the Batch that scores ids[start:] of each, as sequence 0, 1, ...
+    """Sequences (ids, start >= 1) -> the Batch that scores ids[start:] of each, in this order.
 
     Its segments are the prefix tree of the sequences: a shared prefix of SHARED tokens is computed
     once. A sequence's last token predicts nothing and is left out.
@@ -103,7 +103,9 @@ def pack_shared(sequences, device="cpu"):
                 segments.append(
                     Segment(np.array(first[depth:stop]), np.full(length, IGNORE), parent)
                 )
-                branch_path = np.append(path, np.arange(stream_length, stream_length + length))
+                branch_path = np.append(
+                    path, np.arange(stream_length, stream_length + length)
+                )
                 stream_length += length
             for n in branch:
                 positions[n] = branch_path
@@ -128,7 +130,9 @@ def pack_shared(sequences, device="cpu"):
 def sum_logps(model, sequences):
     """The summed log-probability of ids[start:] of each sequence (ids, start): a list of floats."""
     batch = pack_shared(sequences, model.device)
-    logps = model.logps(batch).cpu().double()  # a sum of hundreds of nats has few fp32 digits left
+    logps = (
+        model.logps(batch).cpu().double()
+    )  # a sum of hundreds of nats has few fp32 digits left
     sums = logps.new_zeros(batch.num_sequences)
     return sums.index_add(0, batch.sequence.cpu(), logps).tolist()
 
@@ -151,7 +155,7 @@ def batch_items(items, budget):
 
 
 def score(model, items, budget=None):
-    """Items, lists of sequences (ids, start) -> yields (number of the item, its sequences' sums)."""
+    """Items, lists of sequences (ids, start) -> yields (number of an item, its sequences' sums)."""
     budget = budget or (2048 if model.device.type == "cpu" else 16384)
     for numbers in batch_items(items, budget):
         sums = iter(sum_logps(model, [sequence for n in numbers for sequence in items[n]]))
@@ -220,7 +224,9 @@ def arc(row):
         texts = choices
         namings = texts, LETTERS[: len(texts)], list(range(len(texts)))
         labels = next(names for names in namings if answer in names)
-    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], texts, labels.index(answer))
+    return Item(
+        [f"Question: {text_of(row, 'question')}\nAnswer:"], texts, labels.index(answer)
+    )
 
 
 def commonsense_qa(row):
@@ -231,7 +237,9 @@ def commonsense_qa(row):
 
 
 def gsm8k(row):
-    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], [text_of(row, "answer")])
+    return Item(
+        [f"Question: {text_of(row, 'question')}\nAnswer:"], [text_of(row, "answer")]
+    )
 
 
 def hellaswag(row):
@@ -276,7 +284,9 @@ TASKS = {
         stops=("Question:", "</s>", "<|im_end|>"),
     ),
     "hellaswag": Task(hellaswag, "Rowan/hellaswag", "validation"),
-    "winogrande": Task(winogrande, "allenai/winogrande:winogrande_xl", "validation", ("acc",)),
+    "winogrande": Task(
+        winogrande, "allenai/winogrande:winogrande_xl", "validation", ("acc",)
+    ),
 }
 ROW_FAULTS = KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration
 
@@ -323,7 +333,9 @@ def read_task(name, config):
         if task.spare:
             examples = [example for example in examples if example[1] != row][:shots]
             if len(examples) < shots:  # the question was sampled more than once
-                examples = rng.sample([example for example in pool if example[1] != row], shots)
+                examples = rng.sample(
+                    [example for example in pool if example[1] != row], shots
+                )
         few_shot = [parse_item(*example, task, name) for example in examples]
         items.append((parse_item(where, row, task, name), few_shot))
     return items
@@ -339,7 +351,9 @@ def add_context(item, few_shot, tokenizer, as_chat):
     turns = []
     for prompt, answer in examples:
         turns += as_turn("user", prompt) + as_turn("assistant", answer)
-    prompts = [tokenizer.render(turns + as_turn("user", text), True) for text in item.prompts]
+    prompts = [
+        tokenizer.render(turns + as_turn("user", text), True) for text in item.prompts
+    ]
     return item._replace(prompts=prompts).choices()
 
 
@@ -399,14 +413,19 @@ def ask_items(items, task, model, tokenizer, config):
         room = max(max_length - config.max_new_tokens, 1)
         ids = encode_texts(tokenizer, [choices[0][0] for choices in contexts])
         for (item, _), choices in zip(items, contexts):
-            prompt, grade = ids[choices[0][0]][-room:], partial(grade_gsm8k, item, task, tokenizer)
+            prompt, grade = (
+                ids[choices[0][0]][-room:],
+                partial(grade_gsm8k, item, task, tokenizer),
+            )
             questions.append(Question(item._asdict(), [], prompt, grade, task.stops))
         return questions
     choices = [choice for choices in contexts for choice in choices]
     sequences = iter(encode_pairs(tokenizer, choices, max_length))
     for (item, _), choices in zip(items, contexts):
         grade = partial(grade_choices, item, task.metrics)
-        questions.append(Question(item._asdict(), [next(sequences) for _ in choices], [], grade))
+        questions.append(
+            Question(item._asdict(), [next(sequences) for _ in choices], [], grade)
+        )
     return questions
 
 
@@ -445,20 +464,24 @@ def ask_answers(model, tokenizer, examples, choices):
     return questions
 
 
-def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, batch_size=64):
+def answer_questions(
+    model, tokenizer, examples, choices, max_new_tokens=128, batch_size=64
+):
     """Greedy answers to SFT examples, graded by `grade_answer`; arguments as in `ask_answers`."""
     questions = ask_answers(model, tokenizer, examples, choices)
     prompts = [question.prompt for question in questions]
     outputs = generate(
         model, prompts, max_new_tokens, eos_ids=tokenizer.end_ids, batch_size=batch_size
     )
-    return [question.shown | question.grade(ids) for question, ids in zip(questions, outputs)]
+    return [
+        question.shown | question.grade(ids) for question, ids in zip(questions, outputs)
+    ]
 
 
 def ask_choice(tokenizer, example, choices):
-    """An SFT example as a forced choice between `choices`, their letters, or Yes and No; None if its
-    answer is none of these. A reference's reasoning is left out: its answer alone is scored, right
-    after the prompt."""
+    """An SFT example as a forced choice between `choices`, their letters, or Yes and No; None if
+    its answer is none of these. A reference's reasoning is left out: its answer alone is scored,
+    right after the prompt."""
     prompt, reference = map(tokenizer.decode, split_prompt(example))
     marked, choices = find_answer(reference), texts_of(choices)
     lines = choices or re.findall(r"(?m)^\(?([A-Z])[.):]", prompt)
@@ -470,11 +493,17 @@ def ask_choice(tokenizer, example, choices):
     context, lead = split_prompt(example)[0], re.match(r"\s*", reference)[0]
     if marked:
         context, lead = context + tokenizer.encode("Answer:"), " "
-    sequences = [(context + tokenizer.encode(lead + text), len(context)) for text in options]
+    sequences = [
+        (context + tokenizer.encode(lead + text), len(context)) for text in options
+    ]
 
     def grade(sums):
         answer = options[int(np.argmax(sums))]
-        return {"logps": sums, "answer": answer, "metrics": {"accuracy": float(answer == gold)}}
+        return {
+            "logps": sums,
+            "answer": answer,
+            "metrics": {"accuracy": float(answer == gold)},
+        }
 
     shown = {"prompt": prompt.strip(), "choices": options, "gold": gold}
     return Question(shown, sequences, [], grade)
@@ -523,7 +552,9 @@ def grade_text(tokenizer, reference, ids):
     hint = "answers are compared with references by ROUGE; pip install rouge_score"
     with as_user_error(hint, ImportError):
         from rouge_score.rouge_scorer import RougeScorer
-    rouge = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, text)
+    rouge = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(
+        reference, text
+    )
     metrics = {name: score.fmeasure for name, score in rouge.items()}
     return {"output": text, "metrics": {"exact_match": float(text == reference), **metrics}}
 
@@ -536,8 +567,8 @@ def read_own(source):
 
 
 def ask_own(rows, model, tokenizer, config):
-    """The rows of an own set -> Questions. What a row holds decides: a question with choices, a text,
-    a prompt with a reference (`Answer: X`, a choice, Yes or No, any text), a prompt alone."""
+    """The rows of an own set -> Questions. What a row holds decides: a question with choices, a
+    text, a prompt with a reference (`Answer: X`, a choice, Yes or No, any text), a prompt alone."""
     rows = rows[: config.limit]
     if all({"question", "choices"} <= row.keys() for _, row in rows):
         task = Task(arc)
@@ -576,8 +607,12 @@ def ask_prompts(rows, model, tokenizer):
         if find_answer(reference or ""):
             continue
         shown = question.shown | {"reference": reference}
-        written = Question(shown, [], question.prompt, partial(grade_text, tokenizer, reference))
-        choice = ask_choice(tokenizer, examples[n], choices[n]) if has_reference[n] else None
+        written = Question(
+            shown, [], question.prompt, partial(grade_text, tokenizer, reference)
+        )
+        choice = (
+            ask_choice(tokenizer, examples[n], choices[n]) if has_reference[n] else None
+        )
         questions[n] = choice or written
     return questions
 
@@ -640,13 +675,20 @@ def answer_all(model, tokenizer, questions, file, identity, config):
     to_write = [n for n in missing if questions[n].prompt]
     scores = score(model, [questions[n].sequences for n in to_score])
     texts = generate_answers(model, tokenizer, [questions[n] for n in to_write], config)
-    bar = tqdm(total=len(keys), initial=len(samples), desc=file.stem, leave=False, disable=None)
+    bar = tqdm(
+        total=len(keys), initial=len(samples), desc=file.stem, leave=False, disable=None
+    )
     with open(file, "a", encoding="utf-8") as out, bar, keep_freed_memory():
         for numbers, answers in ((to_score, scores), (to_write, texts)):
             for index, answer in answers:
                 n = numbers[index]
                 question = questions[n]
-                sample = {"id": n, "key": keys[n], **question.shown, **question.grade(answer)}
+                sample = {
+                    "id": n,
+                    "key": keys[n],
+                    **question.shown,
+                    **question.grade(answer),
+                }
                 samples[n] = sample
                 out.write(json.dumps(sample) + "\n")
                 out.flush()
@@ -665,17 +707,16 @@ def values_by_metric(samples):
 
 
 def summarise(samples):
-    """Samples -> {"n", metric: mean, metric_stderr: its standard error (lm_eval's mean_stderr)}, and
-    what only a whole set has: F1 scores, perplexities."""
+    """Samples -> {"n", metric: mean, metric_stderr: its standard error (lm_eval's mean_stderr)},
+    and what only a whole set has: F1 scores, perplexities."""
     summary = {"n": len(samples)}
     for name, (values, weights) in values_by_metric(samples).items():
         mean, n = np.average(values, weights=weights), len(values)
         spread = ((weights * (values - mean)) ** 2).sum() * n / max(n - 1, 1)
         summary[name] = float(mean)
         summary[f"{name}_stderr"] = float(spread**0.5 / weights.sum())
-    summary |= f1_scores(
-        [(s["gold"], s["answer"]) for s in samples if s.get("gold") and "answer" in s]
-    )
+    answered = [s for s in samples if s.get("gold") and "answer" in s]
+    summary |= f1_scores([(sample["gold"], sample["answer"]) for sample in answered])
     if samples and "logp" in samples[0]:
         total = sum(sample["logp"] for sample in samples)
         for unit in ("token", "word", "byte"):
@@ -719,7 +760,9 @@ def compare(name, a, b, resamples=2000):
     McNemar's exact test.
     """
     (x, weights), (y, _) = a, b
-    pairs, counts = np.unique(np.stack([weights * (y - x), weights]), axis=1, return_counts=True)
+    pairs, counts = np.unique(
+        np.stack([weights * (y - x), weights]), axis=1, return_counts=True
+    )
     rng = np.random.default_rng(0)
     differences, totals = pairs @ rng.multinomial(len(x), counts / len(x), resamples).T
     low, high = np.quantile(differences / totals, (0.025, 0.975))
@@ -827,10 +870,16 @@ def swap_answer(row, answer, gold, rng):
 class EvalConfig:
     """The settings of an evaluation; lm_eval's names where it has one."""
 
-    model: list[str] = field(default_factory=list)  # [NAME=]PATH ...: model, adapter or run folder
+    model: list[str] = field(
+        default_factory=list
+    )  # [NAME=]PATH ...: model, adapter or run folder
     tasks: list[str] = field(default_factory=list)  # benchmarks
-    data: list[str] = field(default_factory=list)  # [NAME=]SOURCE ...: texts, questions, references
-    data_dir: str | None = None  # holds TASK/SPLIT.jsonl in the hub's columns; none: the hub
+    data: list[str] = field(
+        default_factory=list
+    )  # [NAME=]SOURCE ...: texts, questions, references
+    data_dir: str | None = (
+        None  # holds TASK/SPLIT.jsonl in the hub's columns; none: the hub
+    )
     num_fewshot: int | None = None  # few-shot examples; none: the task's own number
     limit: int | None = None  # evaluate this many questions of each set, the first ones
     apply_chat_template: bool = False  # ask benchmarks as chats, few-shot examples as turns
@@ -912,7 +961,11 @@ def load_evaluated(path, cache, config):
     for folder in folders:
         for file in sorted(folder.glob("*.safetensors")):
             files.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
-    return model.eval(), Tokenizer(tokenizer_folder), (files, str(model.dtype), astuple(quant))
+    return (
+        model.eval(),
+        Tokenizer(tokenizer_folder),
+        (files, str(model.dtype), astuple(quant)),
+    )
 
 
 def by_name(sources, flag):
@@ -932,8 +985,12 @@ def by_name(sources, flag):
 
 
 def embedded_models():
-    """The embedded model and what `python sft.py` and `python dpo.py` make of it, as far as done."""
-    models = {"base": str(EXAMPLES / "tiny-qwen3"), "sft": "output/sft", "dpo": "output/dpo"}
+    """The embedded model and what `python sft.py` and `python dpo.py` have made of it so far."""
+    models = {
+        "base": str(EXAMPLES / "tiny-qwen3"),
+        "sft": "output/sft",
+        "dpo": "output/dpo",
+    }
     for name, path in list(models.items()):
         if not Path(path).exists():
             print(f"{name}: there is no {models.pop(name)} yet, skipped")
@@ -945,7 +1002,9 @@ def read_questions(config, has_models):
     own = by_name(config.data, "data")
     if not config.tasks and not own:
         if has_models:
-            raise UserError(f"nothing to ask: give --data FILE, or --tasks of {', '.join(TASKS)}")
+            raise UserError(
+                f"nothing to ask: give --data FILE, or --tasks of {', '.join(TASKS)}"
+            )
         own = {"mcqa": str(EXAMPLES / "mcqa" / "validation.jsonl")}
     for name in own:
         if name in TASKS:
@@ -965,7 +1024,9 @@ def evaluate(models, ask, config):
     for name, path in models.items():
         try:
             model, tokenizer, identity = load_evaluated(path, cache, config)
-            questions = {task: make(model=model, tokenizer=tokenizer) for task, make in ask.items()}
+            questions = {
+                task: make(model=model, tokenizer=tokenizer) for task, make in ask.items()
+            }
             answered = {}
             for task, asked in questions.items():
                 file = folder / f"samples_{name}_{task}.jsonl"

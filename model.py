@@ -35,7 +35,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from support.errors import UserError, as_user_error, brief, nearest
-from support.files import atomic_folder, finite, read_header, read_json, read_tensor, write_tensors
+from support.files import (
+    atomic_folder,
+    finite,
+    read_header,
+    read_json,
+    read_tensor,
+    write_tensors,
+)
 from support.hub import COMPANIONS, resolve
 
 # --- the packed batch -----------------------------------------------------------------------------
@@ -52,7 +59,9 @@ class Segment(NamedTuple):
     prefix: int = -1  # index in the example of the earlier segment it continues; -1: none
     sequence: int = 0  # which of the example's sequences its scored tokens belong to
     weight: float = 1.0  # weight of each of its scored tokens in the loss
-    reference: np.ndarray | float = 0.0  # log-probs of its scored tokens under DPO's reference
+    reference: np.ndarray | float = (
+        0.0  # log-probs of its scored tokens under DPO's reference
+    )
 
 
 @dataclass
@@ -60,9 +69,13 @@ class Batch:
     """Examples packed into one stream. Built by `pack`."""
 
     tokens: Tensor  # (T,)
-    positions: Tensor  # (T,) position in the sequence: a continuation counts on from its prefix
+    positions: (
+        Tensor  # (T,) position in the sequence: a continuation counts on from its prefix
+    )
     segments: list  # [(start, stop, prefix)], prefix: index of a segment, or -1
-    scored: Tensor  # (S,) for each scored token, the position whose hidden state predicts it
+    scored: (
+        Tensor  # (S,) for each scored token, the position whose hidden state predicts it
+    )
     targets: Tensor  # (S,) its id
     sequence: Tensor  # (S,) the sequence it belongs to, numbered over the batch
     weights: Tensor  # (S,) fp32
@@ -76,7 +89,10 @@ class Batch:
         """examples: a list of lists of Segment. A segment's first token is scored only if a prefix
         predicts it."""
         segments, rows = [], []
-        stops, lengths = {-1: 0}, {-1: 0}  # of segments; lengths with all that they continue
+        stops, lengths = (
+            {-1: 0},
+            {-1: 0},
+        )  # of segments; lengths with all that they continue
         start = num_sequences = 0
         for example in examples:
             first = len(segments)
@@ -90,7 +106,11 @@ class Batch:
                 scored = (labels != IGNORE) & (predictors >= 0)
                 stops[len(segments)], lengths[len(segments)] = stop, length
                 segments.append((start, stop, prefix))
-                per_token = num_sequences + segment.sequence, segment.weight, segment.reference
+                per_token = (
+                    num_sequences + segment.sequence,
+                    segment.weight,
+                    segment.reference,
+                )
                 rows.append(
                     (
                         segment.ids,
@@ -105,9 +125,12 @@ class Batch:
         columns = [np.concatenate(column) for column in zip(*rows)]
         dtypes = [torch.int64] * 5 + [torch.float32] * 2
         tokens, positions, *per_score = (
-            torch.from_numpy(column).to(dtype).to(device) for column, dtype in zip(columns, dtypes)
+            torch.from_numpy(column).to(dtype).to(device)
+            for column, dtype in zip(columns, dtypes)
         )
-        return cls(tokens, positions, segments, *per_score, num_sequences, int(columns[0].max()))
+        return cls(
+            tokens, positions, segments, *per_score, num_sequences, int(columns[0].max())
+        )
 
     @cached_property
     def spans(self):
@@ -128,13 +151,16 @@ class Batch:
     def keys(self):
         """Per segment the positions it sees: a slice if they are adjacent, else an index (n,)."""
         return [
-            slice(*spans[0]) if len(spans) == 1 else self.indices(spans) for spans in self.spans
+            slice(*spans[0]) if len(spans) == 1 else self.indices(spans)
+            for spans in self.spans
         ]
 
     @cached_property
     def mask(self):
         """(T, T) bool: whether a query (row) sees a key (column)."""
-        sees = torch.zeros(2 * [len(self.tokens)], dtype=torch.bool, device=self.tokens.device)
+        sees = torch.zeros(
+            2 * [len(self.tokens)], dtype=torch.bool, device=self.tokens.device
+        )
         for (start, stop, _), keys in zip(self.segments, self.keys):
             sees[start:stop, keys] = True
         return sees & (self.positions <= self.positions[:, None])
@@ -143,7 +169,9 @@ class Batch:
         """(own, seen): -inf where one of the last `own` of `seen` tokens would see a later one."""
         key = own, seen, dtype
         if key not in self.biases:
-            future = torch.full((own, seen), -torch.inf, dtype=dtype, device=self.tokens.device)
+            future = torch.full(
+                (own, seen), -torch.inf, dtype=dtype, device=self.tokens.device
+            )
             self.biases[key] = future.triu(seen - own + 1)
         return self.biases[key]
 
@@ -157,7 +185,9 @@ class Batch:
         if keys != queries:
             gather = self.indices([span for spans in self.spans for span in spans])
         cu_q, cu_k = (
-            torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(self.tokens.device)
+            torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(
+                self.tokens.device
+            )
             for lengths in (queries, keys)
         )
         return gather, cu_q, cu_k, max(queries), max(keys)
@@ -184,13 +214,17 @@ def sdpa_attention(q, k, v, batch):
         queries, keys, values = q[start:stop], k[seen], v[seen]
         past = len(keys) - len(queries)
         if q.is_cpu and (len(keys) <= 512 or not torch.is_grad_enabled()):
-            for block in queries.split(512):  # a block is not multiplied with what comes after it
+            for block in queries.split(
+                512
+            ):  # a block is not multiplied with what comes after it
                 past += len(block)
                 bias = batch.bias(len(block), past, q.dtype)
                 outputs.append(product_attention(block, keys[:past], values[:past], bias))
             continue
         mask = batch.bias(len(queries), len(keys), q.dtype) if past else None
-        heads = (x.transpose(0, 1)[None] for x in (queries, keys, values))  # (1, heads, tokens, D)
+        heads = (
+            x.transpose(0, 1)[None] for x in (queries, keys, values)
+        )  # (1, heads, tokens, D)
         out = F.scaled_dot_product_attention(
             *heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
@@ -325,7 +359,11 @@ class Rotate(torch.autograd.Function):
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         a, b = grad.chunk(2, dim=-1)
-        return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(grad.dtype), None, None
+        return (
+            torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(grad.dtype),
+            None,
+            None,
+        )
 
 
 class SwiGLU(torch.autograd.Function):
@@ -346,7 +384,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        q_size, kv_size = (
+            c.num_attention_heads * c.head_dim,
+            c.num_key_value_heads * c.head_dim,
+        )
         self.q_proj = Linear(c.hidden_size, q_size, bias=c.qkv_bias)
         self.k_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
@@ -359,7 +400,9 @@ class Attention(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in projections)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v).flatten(-2))
+        return self.o_proj(
+            attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v).flatten(-2)
+        )
 
 
 class MLP(nn.Module):
@@ -415,7 +458,9 @@ class Transformer(nn.Module):
 
     def head_weight(self):
         """(V, C): the matrix that turns hidden states into logits, whoever owns it."""
-        return (self.lm_head if self.lm_head is not None else self.model.embed_tokens).weight
+        return (
+            self.lm_head if self.lm_head is not None else self.model.embed_tokens
+        ).weight
 
     def forward(self, batch, attend=None):
         """Final, normalised hidden states (T, C). attend(layer, q, k, v) replaces the attention
@@ -725,7 +770,9 @@ class ModelConfig:
     qk_norm: bool  # each head's queries and keys are normalised before they are rotated
     dtype: str  # of the checkpoint's tensors
     eos_token_id: tuple
-    quantized: bool  # the checkpoint holds bitsandbytes' 4-bit weights, which qlora.py reads
+    quantized: (
+        bool  # the checkpoint holds bitsandbytes' 4-bit weights, which qlora.py reads
+    )
 
     @classmethod
     def read(cls, folder):
@@ -794,14 +841,18 @@ def unsupported(values):
     expect("hidden_act", values["hidden_act"] == "silu", "silu, the only one supported")
     tokens = as_list(values["eos_token_id"])
     expect(
-        "eos_token_id", all(type(token) is int for token in tokens), "a token id or a list of them"
+        "eos_token_id",
+        all(type(token) is int for token in tokens),
+        "a token id or a list of them",
     )
     if str(values["dtype"]).removeprefix("torch.") not in DTYPES:
         faults.append(f"dtype {brief(values['dtype'])} is not one of {', '.join(DTYPES)}")
     sliding = values.get("sliding_window") and values.get("use_sliding_window")
     layers = as_list(values.get("layer_types", []))
     if sliding or any(layer != "full_attention" for layer in layers):
-        faults.append("sliding-window attention (use_sliding_window, layer_types) is not supported")
+        faults.append(
+            "sliding-window attention (use_sliding_window, layer_types) is not supported"
+        )
     quantization = values.get("quantization_config") or {"load_in_4bit": True}
     if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
         faults.append("quantization_config: only bitsandbytes' 4-bit weights can be read")
@@ -842,7 +893,12 @@ def linear_rope(plain, rope_theta, factor):
 
 
 def llama3_rope(
-    plain, rope_theta, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    plain,
+    rope_theta,
+    factor,
+    low_freq_factor,
+    high_freq_factor,
+    original_max_position_embeddings,
 ):
     """Llama 3.1's reference code: long wavelengths are stretched by factor, short ones kept, those
     between blended."""
@@ -911,7 +967,9 @@ def rope_settings(values):
         types = ", ".join(ROPE_TYPES)
         return {}, [f"rope type {brief(kind)} is not supported ({types} are)"]
     if kind == "yarn":
-        raw.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        raw.setdefault(
+            "original_max_position_embeddings", values["max_position_embeddings"]
+        )
     rope, faults = {"rope_type": kind}, []
     if raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
         faults.append("partial_rotary_factor is not supported")
@@ -1002,7 +1060,9 @@ def open_model(name, revision=None, swap_layers=None):
     folder = resolve(name, revision)
     config = ModelConfig.read(folder)
     if config.quantized and swap_layers is None:
-        raise UserError(f"{folder}: holds 4-bit weights, not usable here; name the 16-bit model")
+        raise UserError(
+            f"{folder}: holds 4-bit weights, not usable here; name the 16-bit model"
+        )
     tensors = checkpoint_tensors(folder)
     if config.num_hidden_layers > len(tensors):
         layers = config.num_hidden_layers
@@ -1054,7 +1114,12 @@ def set_tensor(model, name, tensor, device, dtype):
 
 
 def load_model(
-    name, dtype="auto", device="cpu", attn_implementation="auto", revision=None, swap_layers=None
+    name,
+    dtype="auto",
+    device="cpu",
+    attn_implementation="auto",
+    revision=None,
+    swap_layers=None,
 ):
     """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the
     checkpoint's). Checked by `open_model`, then filled a tensor at a time: peak memory is the model
@@ -1088,7 +1153,9 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
         for name, tensor in tensors:
             # other names and dtypes belong to 4-bit weights
             plain = tensor.is_floating_point() and name.endswith((".weight", ".bias"))
-            tensor = tensor.detach().to(device="cpu", dtype=dtype if plain else tensor.dtype)
+            tensor = tensor.detach().to(
+                device="cpu", dtype=dtype if plain else tensor.dtype
+            )
             if not finite(tensor):
                 raise UserError(
                     f"{folder}: not written, {name} would hold NaN or infinity (in {tensor.dtype})"

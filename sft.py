@@ -51,7 +51,14 @@ from model import (
     pick_device,
     save_model,
 )
-from qlora import Linear4bit, QuantConfig, bitsandbytes, load_4bit, measure_merge, swap_linear4bit
+from qlora import (
+    Linear4bit,
+    QuantConfig,
+    bitsandbytes,
+    load_4bit,
+    measure_merge,
+    swap_linear4bit,
+)
 from support.card import merge_table, write_card
 from support.checkpoints import (
     load_best,
@@ -89,41 +96,67 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
 
     model: str = ""  # folder or hub id of the model to train; none: the embedded tiny one
     revision: str | None = None  # branch, tag or commit of a hub id
-    adapter: str = ""  # a LoRA (PEFT's layout, or a run folder) to train further, with its own rank
-    data: list[str] = field(default_factory=list)  # training rows: files, hub ids; none: embedded
+    adapter: str = (
+        ""  # a LoRA (PEFT's layout, or a run folder) to train further, with its own rank
+    )
+    data: list[str] = field(
+        default_factory=list
+    )  # training rows: files, hub ids; none: embedded
     eval_data: list[str] = field(default_factory=list)  # evaluation rows: files or hub ids
-    val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number
+    val_size: float = (
+        0.0  # without eval_data: rows held out of data, a share below 1 or a number
+    )
     output_dir: str = "output/sft"  # the run folder
-    dry_run: bool = False  # print parameters, steps, expected memory and time; train nothing
+    dry_run: bool = (
+        False  # print parameters, steps, expected memory and time; train nothing
+    )
     max_samples: int | None = None  # use this many rows of data, drawn by seed
     max_eval_samples: int | None = None  # use this many evaluation rows
     recipe: str = ""  # how to read a data set's own rows
-    recipe_args: dict = field(default_factory=dict)  # the recipe's arguments, as {"cot": 0.5}
+    recipe_args: dict = field(
+        default_factory=dict
+    )  # the recipe's arguments, as {"cot": 0.5}
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
-    completion_only_loss: bool | None = None  # true: score the last turn only; false: prompts too
-    assistant_only_loss: bool = True  # score the assistant's turns; false: the whole conversation
+    completion_only_loss: bool | None = (
+        None  # true: score the last turn only; false: prompts too
+    )
+    assistant_only_loss: bool = (
+        True  # score the assistant's turns; false: the whole conversation
+    )
     eval_answers: int = 64  # evaluation rows answered and graded before and after training
     num_samples: int = 3  # of those, how many are shown
     max_new_tokens: int = 128  # longest generated answer
 
     dtype: str = "auto"  # of base weights and matmuls; auto: the checkpoint's
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
-    gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
+    attn_implementation: str = (
+        "auto"  # how attention is computed; varlen is flash attention
+    )
+    gradient_checkpointing: bool = (
+        False  # recompute blocks in backward: slower, far less memory
+    )
     micro_batch_tokens: int = (
         0  # tokens per forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
     )
 
     num_train_epochs: float = 3.0  # passes over the data
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
-    per_device_train_batch_size: int = 8  # examples per step, times gradient_accumulation_steps
-    gradient_accumulation_steps: int = 1  # times this many; memory depends on micro_batch_tokens
+    per_device_train_batch_size: int = (
+        8  # examples per step, times gradient_accumulation_steps
+    )
+    gradient_accumulation_steps: int = (
+        1  # times this many; memory depends on micro_batch_tokens
+    )
     learning_rate: float = 2e-4  # peak learning rate
     lr_scheduler_type: str = "cosine"  # the learning rate after warmup
-    warmup_ratio: float = 0.03  # share of the steps over which the learning rate rises from 0
+    warmup_ratio: float = (
+        0.03  # share of the steps over which the learning rate rises from 0
+    )
     warmup_steps: int = 0  # number of those steps; overrides warmup_ratio when positive
     optim: str = "adamw"  # 8bit: states in 8 bit; paged: which may move to CPU memory
-    loraplus_lr_ratio: float | None = None  # LoRA+: B's learning rate is this many times A's
+    loraplus_lr_ratio: float | None = (
+        None  # LoRA+: B's learning rate is this many times A's
+    )
     adam_beta1: float = 0.9  # decay of the gradient's mean
     adam_beta2: float = 0.999  # decay of the gradient's square
     adam_epsilon: float = 1e-8  # added to the root of the square
@@ -133,21 +166,33 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     seed: int = 42  # of order, dropout, adapter start and row choice
 
     logging_steps: int = 10  # steps between lines of log.jsonl
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])  # experiment trackers
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"]
+    )  # experiment trackers
     eval_strategy: str = "epoch"  # when to evaluate
     eval_steps: int = 100  # steps between evaluations with eval_strategy steps
     save_strategy: str = "steps"  # when to write a checkpoint
     save_steps: int = 500  # steps between checkpoints with save_strategy steps
-    save_total_limit: int | None = None  # keep this many newest checkpoints, and the best one
+    save_total_limit: int | None = (
+        None  # keep this many newest checkpoints, and the best one
+    )
     metric_for_best_model: str | None = None  # loss, accuracy, f1, ...; none: loss
     greater_is_better: bool | None = None  # none: yes, unless the metric is a loss
-    load_best_model_at_end: bool = False  # export the best checkpoint instead of the last step
-    early_stopping_patience: int | None = None  # evaluations without a new best; none: never stop
+    load_best_model_at_end: bool = (
+        False  # export the best checkpoint instead of the last step
+    )
+    early_stopping_patience: int | None = (
+        None  # evaluations without a new best; none: never stop
+    )
     early_stopping_threshold: float = 0.0  # improvement that counts as a new best
-    resume: str = "auto"  # auto: from output_dir's last checkpoint; never; or a checkpoint's path
+    resume: str = (
+        "auto"  # auto: from output_dir's last checkpoint; never; or a checkpoint's path
+    )
     overwrite_output_dir: bool = False  # delete the run in output_dir and start anew
     merge: bool = True  # write merged/, the model with the adapter merged in
-    merge_base: str = "auto"  # base of a 4-bit run's merge; auto: whichever changes the model least
+    merge_base: str = (
+        "auto"  # base of a 4-bit run's merge; auto: whichever changes the model least
+    )
     push_to_hub: bool = False  # upload adapter/ and merged/ at the end, see hub_model_id
 
     STRATEGIES = ("no", "steps", "epoch")
@@ -167,7 +212,9 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
             self.data = [str(EXAMPLES / "mcqa" / "train.jsonl")]
             self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation.jsonl")]
         check_choices(self)
-        numbers = [name for name, value in vars(self).items() if isinstance(value, (int, float))]
+        numbers = [
+            name for name, value in vars(self).items() if isinstance(value, (int, float))
+        ]
         numbers.remove("max_steps")
         check_range(self, 0, *numbers)
         check_range(
@@ -217,7 +264,9 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     both. evaluate() -> {name: value}. A signal to stop saves at the step's end, then exits.
     """
     began, clock = time.perf_counter(), clock or Clock(model.device)
-    state, parameters, optimizer, scaler, log, save = start_training(model, steps, config, clock)
+    state, parameters, optimizer, scaler, log, save = start_training(
+        model, steps, config, clock
+    )
     if evaluate and config.eval_strategy != "no" and state.step == 0:
         metrics = evaluate()
         update_best({}, metrics, 0, config)  # refuses an unknown metric_for_best_model now
@@ -232,22 +281,32 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             line = {"step": step, "epoch": round(step / steps.steps_per_epoch, 4)}
             seed, scale = [config.seed, step], scaler.scale
             try:
-                loss, sums = compute_gradient(model, examples, count, loss_fn, config, seed, scale)
+                loss, sums = compute_gradient(
+                    model, examples, count, loss_fn, config, seed, scale
+                )
             except UserError:  # out of memory
                 save()
                 raise
 
             clock.enter("optimizer")
             scaler.unscale_(optimizer)
-            norm = float(clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf))
+            norm = float(
+                clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf)
+            )
             lr = set_learning_rate(optimizer, state.step, len(steps), config)
             if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
-                scaler.step(optimizer)  # in float16 it skips an overflow itself, and scales less
+                scaler.step(
+                    optimizer
+                )  # in float16 it skips an overflow itself, and scales less
                 scored = sum(map(count_scored, examples))
-                state.window.update({"loss": loss, **sums, "count": count, "scored_tokens": scored})
+                state.window.update(
+                    {"loss": loss, **sums, "count": count, "scored_tokens": scored}
+                )
                 state.skipped = 0
             else:
-                skip_step(state, steps, log, line, f"loss {loss}, norm {norm}", save, config)
+                skip_step(
+                    state, steps, log, line, f"loss {loss}, norm {norm}", save, config
+                )
             scaler.update()
             optimizer.zero_grad()
             state.step = step
@@ -256,7 +315,9 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
 
             if state.window and steps.due(step, "steps", config.logging_steps):
                 means, speed = pop_means(state.window), clock.throughput()
-                log.write({**line, **means, "grad_norm": norm, "learning_rate": lr, **speed})
+                log.write(
+                    {**line, **means, "grad_norm": norm, "learning_rate": lr, **speed}
+                )
             if evaluate and steps.due(step, config.eval_strategy, config.eval_steps):
                 clock.enter("evaluation")
                 metrics = evaluate()
@@ -321,7 +382,9 @@ def pop_means(window):
 def finish_training(model, state, signals, config, clock, began):
     """Exits after a signal; else loads the best checkpoint if asked to and returns the results."""
     if signals:
-        print(f"stopped after step {state.step}; the same command resumes from step {state.saved}")
+        print(
+            f"stopped after step {state.step}; the same command resumes from step {state.saved}"
+        )
         sys.exit(128 + signals[0])
     results = {
         "train_runtime": round(time.perf_counter() - began, 2),
@@ -370,14 +433,19 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
         try:
             torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
             return accumulate(model, examples, count, loss_fn, budget, scale)
-        except (RuntimeError, MemoryError) as error:  # CPU, oneDNN and MPS have no class for it
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # CPU, oneDNN and MPS have no class for it
             message = f"{type(error).__name__}: {error}".partition("\n")[0]
             if not re.search("memory|create a primitive", message, re.IGNORECASE):
                 raise
         model.zero_grad()  # backward may have got halfway; out here its graph is freed
         free_cached_memory()
         sizes = [*map(count_tokens, examples)]
-        if budget == sys.maxsize or len([*split_by_tokens(examples, budget)]) == len(examples):
+        if budget == sys.maxsize or len([*split_by_tokens(examples, budget)]) == len(
+            examples
+        ):
             config.micro_batch_tokens = asked
             raise UserError(
                 f"out of memory at {max(sizes):,} tokens that can't be split ({message}); run "
@@ -413,7 +481,8 @@ def count_tokens(example):
 def count_scored(example):
     """What SFT's loss of an example is divided by: its scored tokens, each times its weight."""
     return sum(
-        segment.weight * int((np.asarray(segment.labels) != IGNORE).sum()) for segment in example
+        segment.weight * int((np.asarray(segment.labels) != IGNORE).sum())
+        for segment in example
     )
 
 
@@ -430,7 +499,9 @@ class Plan:
         self.examples, self.source = examples, source or examples
         self.seed, self.count = config.seed, count
         self.fingerprint = getattr(self.source, "fingerprint", len(examples))
-        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.batch_size = (
+            config.per_device_train_batch_size * config.gradient_accumulation_steps
+        )
         self.steps_per_epoch = max(1, math.ceil(len(examples) / self.batch_size))
         self.steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         if config.max_steps > 0:
@@ -442,7 +513,9 @@ class Plan:
     def select(self, step):
         """(the examples of the epoch of a step, counted from 0; those of them in the step)."""
         epoch, n = divmod(step, self.steps_per_epoch)
-        examples = self.examples.epoch(epoch) if hasattr(self.examples, "epoch") else self.examples
+        examples = (
+            self.examples.epoch(epoch) if hasattr(self.examples, "epoch") else self.examples
+        )
         order = np.random.default_rng([self.seed, epoch]).permutation(len(examples))
         return examples, order[n * self.batch_size : (n + 1) * self.batch_size]
 
@@ -604,7 +677,9 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     device = pick_device(config.device)
     clock, source = Clock(device), resolve(config.model, config.revision)
     tokenizer, dtype = Tokenizer(source, began), pick_dtype(config, source, device)
-    examples, eval_examples, choices, ledger, report = load_data(config, tokenizer, **options)
+    examples, eval_examples, choices, ledger, report = load_data(
+        config, tokenizer, **options
+    )
     source_examples = examples.epoch(0)
     if before_training:  # it may change the examples in place
         examples, eval_examples = [*source_examples], [*eval_examples]
@@ -635,7 +710,9 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         return losses | choice_metrics(model, forced)
 
     before = ask()
-    results, log = train(model, steps, loss_fn, config, evaluate if eval_examples else None, clock)
+    results, log = train(
+        model, steps, loss_fn, config, evaluate if eval_examples else None, clock
+    )
     answers = show_answers(before, ask(), config.num_samples)
 
     # 5. export and report
@@ -651,7 +728,9 @@ def write_results(config, log, ledger, results, figures):
     """Writes the figure, the model card and the log's last line, which makes the run finished."""
     folder = Path(config.output_dir)
     log.plot()
-    write_card(config, ledger, results, figures, vars(LoRAConfig()) if config.adapter else ())
+    write_card(
+        config, ledger, results, figures, vars(LoRAConfig()) if config.adapter else ()
+    )
     log.write(results)
     log.close()
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -685,12 +764,20 @@ def load_data(config, tokenizer, **options):
         (examples, _), (eval_examples, eval_rows) = parts
         report["held_out"] = len(eval_examples)
         print(f"evaluation rows: {len(eval_examples)} of these")
-    if not eval_examples and (config.load_best_model_at_end or config.early_stopping_patience):
+    if not eval_examples and (
+        config.load_best_model_at_end or config.early_stopping_patience
+    ):
         raise UserError(
             "load_best_model_at_end, early_stopping_patience: no held-out rows; "
             "give eval_data or val_size"
         )
-    return examples, eval_examples, [row.get("choices") for row in eval_rows], ledger, report
+    return (
+        examples,
+        eval_examples,
+        [row.get("choices") for row in eval_rows],
+        ledger,
+        report,
+    )
 
 
 def pick_dtype(config, source, device):
@@ -710,7 +797,11 @@ def pick_dtype(config, source, device):
 def load_to_train(config, source, steps, device, dtype):
     """The model of a run, with what trains in place."""
     model = load_4bit(
-        source, config, dtype=dtype, device=device, attn_implementation=config.attn_implementation
+        source,
+        config,
+        dtype=dtype,
+        device=device,
+        attn_implementation=config.attn_implementation,
     )
     for notice in attach_adapter(model, config):
         print(notice)
@@ -796,7 +887,9 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
         config.attn_implementation, model.config, model.dtype, device
     )
     for layer in model.modules():
-        if isinstance(layer, Linear4bit) and not hasattr(layer, "state"):  # quantised when loaded
+        if isinstance(layer, Linear4bit) and not hasattr(
+            layer, "state"
+        ):  # quantised when loaded
             layer.expect_own(model.dtype)
     for p in model.parameters():
         p.data = p.data.to(model.dtype)
@@ -819,7 +912,9 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
 def dry_run(config, source, steps, loss_fn, device, dtype):
     """Prints the plan, the estimated memory, and the time that one micro-batch predicts; where it
     does not fit, what needs less."""
-    modules, memory, flops, largest = plan_memory(config, source, steps, loss_fn, device, dtype)
+    modules, memory, flops, largest = plan_memory(
+        config, source, steps, loss_fn, device, dtype
+    )
     lengths, scored = [], 0
     for step in range(len(steps)):
         lengths += map(count_tokens, steps[step])
@@ -836,7 +931,9 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
     model = load_to_train(config, source, steps, device, dtype)
     model.train()
     step = partial(accumulate, model, largest, 1, loss_fn, sys.maxsize)
-    print_speed(model, step, sum(map(count_tokens, largest)), flops, sum(lengths), len(steps))
+    print_speed(
+        model, step, sum(map(count_tokens, largest)), flops, sum(lengths), len(steps)
+    )
 
 
 # --- the command ----------------------------------------------------------------------------------

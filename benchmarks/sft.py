@@ -66,7 +66,9 @@ def ecqa(shared):
 
 def alpaca(shared):
     """Alpaca: an instruction, with its input if there is one -> the output."""
-    for row in json.loads((shared / "data/alpaca/alpaca_en_999.json").read_text(encoding="utf-8")):
+    for row in json.loads(
+        (shared / "data/alpaca/alpaca_en_999.json").read_text(encoding="utf-8")
+    ):
         yield "\n\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]
 
 
@@ -152,8 +154,14 @@ def trl_data(model, data):
 
     with open(data, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return {"model": str(model), "train_dataset": Dataset.from_list(rows), "peft_config": lora}
+    lora = LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return {
+        "model": str(model),
+        "train_dataset": Dataset.from_list(rows),
+        "peft_config": lora,
+    }
 
 
 def model_options(side):
@@ -197,10 +205,14 @@ def trl_side(side, model, data, out, steps, rows, **overrides):
     class OwnLoss(SFTTrainer):
         def compute_loss(self, model, inputs, **kwargs):
             # with a cache, the mask would not see where examples end
-            return Trainer.compute_loss(self, model, inputs | {"use_cache": False}, **kwargs)
+            return Trainer.compute_loss(
+                self, model, inputs | {"use_cache": False}, **kwargs
+            )
 
     trainer = (OwnLoss if side == "trl-tuned" else SFTTrainer)(
-        args=SFTConfig(**settings), callbacks=[log_callback(out, "loss")], **trl_data(model, data)
+        args=SFTConfig(**settings),
+        callbacks=[log_callback(out, "loss")],
+        **trl_data(model, data),
     )
     end = trainer.processing_class.eos_token_id
 
@@ -233,7 +245,9 @@ def roof_side():
             y = torch.nn.functional.linear(x, w)
         y[0, 0].item()  # waits for a GPU
         seconds.append((time.perf_counter() - start) / products)
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    )
     flops = 2 * 2048 * 1024 * 3072 / median(seconds[2:])
     machine = f"{device}, torch {torch.__version__}"
     print(json.dumps({"flops": flops, "cuda": cuda, "machine": machine}))
@@ -250,7 +264,9 @@ def child_command(**task):
 def memory_of(pid):
     """[(VmHWM, kB), (RssAnon, kB)] of a process; [] once it has ended, or without /proc."""
     try:
-        return re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return re.findall(
+            r"(VmHWM|RssAnon):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()
+        )
     except OSError:
         return []
 
@@ -261,7 +277,9 @@ def watch(command, out, env):
     log, console = out / "log.jsonl", out.with_suffix(".txt")
     seconds, peak, start = [], {"VmHWM": 0, "RssAnon": 0}, time.perf_counter()
     with open(console, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=env
+        )
         try:
             while process.poll() is None:
                 lines = log.read_bytes().count(b"\n") if log.exists() else 0
@@ -273,7 +291,9 @@ def watch(command, out, env):
             process.kill()
     if process.returncode:
         text = " ".join(map(str, command))
-        sys.exit(f"{text}\nexit status {process.returncode}:\n{console.read_text()[-3000:]}")
+        sys.exit(
+            f"{text}\nexit status {process.returncode}:\n{console.read_text()[-3000:]}"
+        )
     return seconds, peak
 
 
@@ -304,7 +324,11 @@ def useful_flops(config, tokens, scored):
 
 def measure(side, name, n, pairs, folder, args, env, roof):
     """One measurement -> the values of its JSON line."""
-    data, out, rows = folder / f"{name}-{n}.jsonl", folder / f"{name}-{n}-{side}", len(pairs)
+    data, out, rows = (
+        folder / f"{name}-{n}.jsonl",
+        folder / f"{name}-{n}-{side}",
+        len(pairs),
+    )
     with open(data, "w", encoding="utf-8") as file:
         for prompt, completion in pairs:
             row = {
@@ -319,7 +343,10 @@ def measure(side, name, n, pairs, folder, args, env, roof):
         command = child_command(side=side, **task, **args.trl_packed)
     seen, peak = watch(command, out, env)
     lines, ledger = read_run(side, out, task["steps"], seen)
-    seconds, tokens = (seen[args.steps] - seen[0]) / args.steps, ledger["scored"] + ledger["masked"]
+    seconds, tokens = (
+        (seen[args.steps] - seen[0]) / args.steps,
+        ledger["scored"] + ledger["masked"],
+    )
     config = json.loads((args.model / "config.json").read_text())
     flops = useful_flops(config, tokens, ledger["scored"])
     gpu = {"peak_gpu_gb": lines[-1]["peak_memory_gb"]} if roof["cuda"] else {}
@@ -406,7 +433,10 @@ def make_parser(description, shown="(default: %(default)s)", **defaults):
     )
     add = parser.add_argument
     add(
-        "--shared", type=Path, default=HERE.parents[2] / "shared", help="where data/ and tools/ are"
+        "--shared",
+        type=Path,
+        default=HERE.parents[2] / "shared",
+        help="where data/ and tools/ are",
     )
     add("--model", type=Path, help="checkpoint folder (default: random weights at --shape)")
     add("--shape", default="qwen3-0.6b", help=f"shape to make without --model {shown}")
@@ -429,12 +459,20 @@ def set_up(args, folder):
 
 
 def main():
-    parser = make_parser(__doc__, sets="ecqa,alpaca", sides="plaintune,trl,trl-packed,trl-tuned")
-    parser.add_argument(
-        "--rows", type=int, default=16, help="examples a step, a multiple of 8 (default: 16)"
+    parser = make_parser(
+        __doc__, sets="ecqa,alpaca", sides="plaintune,trl,trl-packed,trl-tuned"
     )
     parser.add_argument(
-        "--trl_packed", type=json.loads, default={}, help="JSON: SFTConfig fields over PACKED"
+        "--rows",
+        type=int,
+        default=16,
+        help="examples a step, a multiple of 8 (default: 16)",
+    )
+    parser.add_argument(
+        "--trl_packed",
+        type=json.loads,
+        default={},
+        help="JSON: SFTConfig fields over PACKED",
     )
     args = parser.parse_args()
     if args.child is not None:
@@ -448,7 +486,11 @@ def main():
         env = set_up(args, folder)
         for n in range(args.repeats):
             for name in args.sets.split(","):
-                pairs = [pair for pair in SETS[name](args.shared) if sum(map(len, pair)) <= LONGEST]
+                pairs = [
+                    pair
+                    for pair in SETS[name](args.shared)
+                    if sum(map(len, pair)) <= LONGEST
+                ]
                 random.Random(0).shuffle(pairs)
                 rows = pairs[n * args.rows : (n + 1) * args.rows]
                 roof = json.loads(subprocess.check_output(child_command(), env=env))

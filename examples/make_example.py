@@ -600,7 +600,9 @@ RELATIONS = [
 ]
 # fmt: on
 
-Fact = namedtuple("Fact", "relation name article value")  # relation by its place in RELATIONS
+Fact = namedtuple(
+    "Fact", "relation name article value"
+)  # relation by its place in RELATIONS
 
 
 def facts():
@@ -616,7 +618,11 @@ def facts():
 
 
 def a(word):
-    return "an" if word[0] in "aeiou" and not word.startswith("un") or word == "umbrella" else "a"
+    return (
+        "an"
+        if word[0] in "aeiou" and not word.startswith("un") or word == "umbrella"
+        else "a"
+    )
 
 
 def capital(text):
@@ -646,7 +652,11 @@ def rivals(fact, own):
 
 
 def text_rows(world, rng, n_rows):
-    by_thing, by_value, by_relation = defaultdict(list), defaultdict(list), defaultdict(list)
+    by_thing, by_value, by_relation = (
+        defaultdict(list),
+        defaultdict(list),
+        defaultdict(list),
+    )
     for fact in world:
         by_thing[RELATIONS[fact.relation].table, fact.name].append(fact)
         by_value[fact.relation, fact.value].append(fact)
@@ -685,7 +695,9 @@ def text_rows(world, rng, n_rows):
     def pick_thing():  # "Among ant, robin and trout, one of them lives in gardens: the robin."
         fact = rng.choice(by_relation[rng.choice(relations)])
         names = [fact.name] + list(dict.fromkeys(f.name for f in some_rivals(fact)))
-        claim = fill(RELATIONS[fact.relation].says[0], fact._replace(name="of them", article="one"))
+        claim = fill(
+            RELATIONS[fact.relation].says[0], fact._replace(name="of them", article="one")
+        )
         text = f"Among {join(shuffled(names))}, {claim[0].lower() + claim[1:]}: "
         if fact.value in REASONS and rng.random() < 0.5:
             return text + why(fact)
@@ -713,7 +725,9 @@ def text_rows(world, rng, n_rows):
     for _ in range(n_rows):
         if rng.random() < 0.15:
             turns = zip(("user", "assistant"), chat())
-            yield {"text": "".join(f"<|im_start|>{r}\n{text}<|im_end|>\n" for r, text in turns)}
+            yield {
+                "text": "".join(f"<|im_start|>{r}\n{text}<|im_end|>\n" for r, text in turns)
+            }
         else:
             some = rng.choices([k for k, _ in kinds], [w for _, w in kinds], k=4)
             yield {"text": "\n".join(kind() for kind in some)}
@@ -743,7 +757,9 @@ def questions(world, rng, n_train, n_validation):
         rows[split] = []
         while len(rows[split]) < n:
             for fact, wording in rng.sample(pairs[split], len(pairs[split])):
-                row = question(fact, wording, by_relation[fact.relation], len(rows[split]) % 4, rng)
+                row = question(
+                    fact, wording, by_relation[fact.relation], len(rows[split]) % 4, rng
+                )
                 if row and row not in rows[split] and len(rows[split]) < n:
                     rows[split].append(row)
         rng.shuffle(rows[split])
@@ -760,14 +776,19 @@ def question(fact, template, facts_of_relation, place, rng):
     ask = f"{fill(template, fact).rstrip('?')}: {', '.join(choices[:3])} or {choices[3]}?"
     answer = f"{fill(RELATIONS[fact.relation].says[0], fact)}.\nAnswer: {fact.name}"
     return {
-        "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}],
+        "messages": [
+            {"role": "user", "content": ask},
+            {"role": "assistant", "content": answer},
+        ],
         "choices": choices,
     }
 
 
 def preferences(rows, world, rng):
     """Pairs: the right statement and answer against those of one of the wrong choices."""
-    by_statement = {f"{fill(RELATIONS[fact.relation].says[0], fact)}.": fact for fact in world}
+    by_statement = {
+        f"{fill(RELATIONS[fact.relation].says[0], fact)}.": fact for fact in world
+    }
     articles = {(fact.relation, fact.name): fact.article for fact in world}
     for row in rows:
         ask, right = (message["content"] for message in row["messages"])
@@ -884,7 +905,9 @@ def random_weights(seed):
         "model.norm.weight": (hidden,),
     }
     for i in range(layers):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
+        shapes |= {
+            f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()
+        }
     weights = {}
     for name, shape in shapes.items():
         if len(shape) == 1:
@@ -902,7 +925,9 @@ def random_weights(seed):
 
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def write_rows(path, rows):

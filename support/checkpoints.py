@@ -152,7 +152,9 @@ def resume(config, trained, parameters, optimizer, scaler, steps):
     state.window = Counter(state.window)
     scaler.load_state_dict(state.scaler)
     load_trained(path, trained)
-    if hasattr(optimizer, "init_state"):  # bitsandbytes decides where a state lies, paged or not
+    if hasattr(
+        optimizer, "init_state"
+    ):  # bitsandbytes decides where a state lies, paged or not
         for g, group in enumerate(optimizer.param_groups):
             for n, p in enumerate(group["params"]):
                 optimizer.init_state(group, p, g, n)
@@ -173,7 +175,10 @@ def resume(config, trained, parameters, optimizer, scaler, steps):
 def load_trained(path, trained):
     """Puts a checkpoint's trained tensors, {name in its file: parameter}, back."""
     (file,) = path.glob("*model.safetensors")
-    for name, parameter in trained.items():  # PiSSA's start is written behind what was trained
+    for (
+        name,
+        parameter,
+    ) in trained.items():  # PiSSA's start is written behind what was trained
         parameter.copy_(read_tensor(file, name)[tuple(map(slice, parameter.shape))])
 
 
@@ -221,8 +226,12 @@ def start_run(config):
         find_checkpoint(config)  # a wrong path is refused before anything else happens
     new = json.loads(json.dumps(asdict(config)))
     old = read_json(file) if file.exists() else {}
-    if "began" not in old and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder}: holds files that are not a run's; choose another --output_dir")
+    if "began" not in old and any(
+        not path.name.startswith(".") for path in folder.iterdir()
+    ):
+        raise UserError(
+            f"{folder}: holds files that are not a run's; choose another --output_dir"
+        )
     if config.overwrite_output_dir and old:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -243,7 +252,9 @@ def start_run(config):
         shutil.rmtree(path)
     log = folder / "log.jsonl"
     last = read_log(log)[-1:] if log.exists() and config.resume == "auto" else []
-    return datetime.fromisoformat(old["began"]), any("train_runtime" in line for line in last)
+    return datetime.fromisoformat(old["began"]), any(
+        "train_runtime" in line for line in last
+    )
 
 
 def write_run_config(config, began, report):

@@ -33,7 +33,10 @@ def run_command(main):
     """Runs a command. A UserError, a lack of memory or an error of the disk ends it with the line
     'error: ...' and exit status 2, without a traceback."""
     try:
-        for stream in (sys.stdout, sys.stderr):  # escapes what the terminal's encoding lacks
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # escapes what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
         if not sys.stderr.isatty():
             disable_progress_bars()
@@ -42,7 +45,9 @@ def run_command(main):
             return main()
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:  # the reader of `python data.py show ... | head` has closed the pipe
+    except (
+        BrokenPipeError
+    ):  # the reader of `python data.py show ... | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:

@@ -73,7 +73,9 @@ def read_tensor(file, name):
     with safe_open(file, "pt") as tensors:
         tensor = tensors.get_tensor(name)
     if not finite(tensor):
-        raise UserError(f"{file}: {name} holds NaN or infinity; it is damaged, or its run diverged")
+        raise UserError(
+            f"{file}: {name} holds NaN or infinity; it is damaged, or its run diverged"
+        )
     return tensor
 
 

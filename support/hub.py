@@ -48,9 +48,13 @@ WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a push
 class HubConfig:
     """Where a run is pushed to; names as in transformers' TrainingArguments and push_to_hub."""
 
-    hub_model_id: str = ""  # user/name of adapter/; merged/: user/name-merged; none: folder's name
+    hub_model_id: str = (
+        ""  # user/name of adapter/; merged/: user/name-merged; none: folder's name
+    )
     hub_commit_message: str = "Trained with plaintune"  # message of the commits
-    hub_private_repo: bool | None = None  # of a new repository: private; none: the hub's default
+    hub_private_repo: bool | None = (
+        None  # of a new repository: private; none: the hub's default
+    )
 
 
 def call_hub(what, ask, waits=(), advice=""):
@@ -62,14 +66,18 @@ def call_hub(what, ask, waits=(), advice=""):
         try:
             return ask()
         except Exception as error:  # huggingface_hub's, or those of its http library
-            reason = " ".join(sanitize(str(error)).split()).partition(" For more information")[0]
+            reason = " ".join(sanitize(str(error)).split()).partition(
+                " For more information"
+            )[0]
             reason = reason[:200] or type(error).__name__
             if isinstance(error, RepositoryNotFoundError):
                 reason = "no such repository"
             if isinstance(error, GatedRepoError):
                 reason = "accept its licence on the hub first, then set HF_TOKEN"
             status = getattr(getattr(error, "response", None), "status_code", 500)
-            refused = isinstance(error, (ValueError, UserError)) or (status < 500 and status != 429)
+            refused = isinstance(error, (ValueError, UserError)) or (
+                status < 500 and status != 429
+            )
             if refused or wait is None:
                 raise UserError(f"{what}: {reason}{advice}") from None
             print(f"{what}: {reason}; retrying in {wait} s", flush=True)
@@ -84,12 +92,18 @@ def resolve(name, revision=None, kind="model"):
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise UserError(f"{folder}: not a model in Hugging Face's layout: no config.json in it")
+            raise UserError(
+                f"{folder}: not a model in Hugging Face's layout: no config.json in it"
+            )
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise UserError(f"{kind} {name}: neither a folder nor a hub id of the form org/name")
+        raise UserError(
+            f"{kind} {name}: neither a folder nor a hub id of the form org/name"
+        )
     patterns = ["*.safetensors", "*.json", *COMPANIONS]
-    download = partial(snapshot_download, str(name), revision=revision, allow_patterns=patterns)
+    download = partial(
+        snapshot_download, str(name), revision=revision, allow_patterns=patterns
+    )
     return Path(call_hub(f"{kind} {name}: no folder here, and {NOT_LOADED}", download))
 
 
@@ -118,7 +132,9 @@ def hub_files(source, readable):
     if len(keys) != 1:
         problem = "has several parts" if keys else "has no such part"
         options = [f"{repo}:{config}:{split}" for config, split in keys or groups]
-        raise UserError(f"{source} {problem}; name one of: {', '.join(options) or 'no data file'}")
+        raise UserError(
+            f"{source} {problem}; name one of: {', '.join(options) or 'no data file'}"
+        )
     files = groups[keys[0]]
     folder = ask(partial(snapshot_download, repo, allow_patterns=files, **where))
     return [Path(folder, file) for file in files]
@@ -130,7 +146,9 @@ def create_repositories(config, run):
     Each folder is the root of a repository, so that PEFT, transformers and vLLM open it by its id.
     """
     if not get_token():
-        raise UserError("no token; set HF_TOKEN to one that may write, or log in (hf auth login)")
+        raise UserError(
+            "no token; set HF_TOKEN to one that may write, or log in (hf auth login)"
+        )
     api, name = HfApi(), config.hub_model_id or Path(run).resolve().name
     user = api.whoami()["name"]
     name = name if "/" in name else f"{user}/{name}"
@@ -139,7 +157,9 @@ def create_repositories(config, run):
         names["merged"] = f"{name}-merged"
     for name in names.values():
         api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
-        api.preupload_lfs_files(name, [CommitOperationAdd("README.md", b"-")])  # a commit's start
+        api.preupload_lfs_files(
+            name, [CommitOperationAdd("README.md", b"-")]
+        )  # a commit's start
     return names
 
 
@@ -162,16 +182,22 @@ def push(run, flags=HubConfig()):
     record = run / "pushed.json"
     pushed = read_json(record) if record.exists() else {}
     for folder, name in names.items():
-        files = {file.name: file.stat().st_mtime_ns for file in sorted((run / folder).iterdir())}
+        files = {
+            file.name: file.stat().st_mtime_ns for file in sorted((run / folder).iterdir())
+        }
         on_hub = set(ask(f"push to {name}", partial(api.list_repo_files, name)))
         if pushed.get(name, {}).get("files") == files and files.keys() <= on_hub:
             print(f"{name} holds {folder}/ already")
             continue
         changes = [CommitOperationAdd(file, run / folder / file) for file in files]
         for file in on_hub - files.keys():
-            if re.fullmatch(r"[^/]*\.safetensors(\.index\.json)?", file):  # of an earlier model
+            if re.fullmatch(
+                r"[^/]*\.safetensors(\.index\.json)?", file
+            ):  # of an earlier model
                 changes.append(CommitOperationDelete(file))
-        commit = partial(api.create_commit, name, changes, commit_message=config.hub_commit_message)
+        commit = partial(
+            api.create_commit, name, changes, commit_message=config.hub_commit_message
+        )
         pushed[name] = {"commit": ask(f"push to {name}", commit).oid, "files": files}
         write_text(record, json.dumps(pushed, indent=2))
         print(f"pushed {folder}/ to {name}", flush=True)

@@ -39,7 +39,9 @@ def read_lines(path, encoding="utf-8-sig"):
     """Yields (line number from 1, line) without holding the file."""
     for number, line in enumerate(read_blocks(path), 1):
         if len(line) == BLOCK:
-            raise UserError(f"{path}:{number}: a line of more than {BLOCK:,} bytes; split it")
+            raise UserError(
+                f"{path}:{number}: a line of more than {BLOCK:,} bytes; split it"
+            )
         with as_user_error(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
             line = line.decode(encoding)
         yield number, line
@@ -54,7 +56,9 @@ def read_text(path):
 def read_jsonl(path):
     for number, line in read_lines(path):
         if line.strip():
-            with as_user_error(f"{path}:{number}: not JSON", ValueError, RecursionError, on=line):
+            with as_user_error(
+                f"{path}:{number}: not JSON", ValueError, RecursionError, on=line
+            ):
                 row = json.loads(line, object_pairs_hook=unique_keys)
             yield f"{path}:{number}", row
 
@@ -75,7 +79,9 @@ def read_json_list(path):
     if isinstance(rows, dict):
         rows = rows.get("data", rows)
     if not isinstance(rows, list):
-        message = f'{path}: expected a list of rows or {{"data": [...]}}, found {brief(rows)}'
+        message = (
+            f'{path}: expected a list of rows or {{"data": [...]}}, found {brief(rows)}'
+        )
         raise UserError(message)
     return number_rows(path, rows)
 
@@ -96,11 +102,15 @@ def read_csv(path):
 def read_parquet(path):
     import pyarrow.parquet
 
-    with as_user_error(f"{path}: not a parquet file", pyarrow.ArrowException, OSError, ValueError):
+    with as_user_error(
+        f"{path}: not a parquet file", pyarrow.ArrowException, OSError, ValueError
+    ):
         file = pyarrow.parquet.ParquetFile(path)
         unique_keys([(name, None) for name in file.schema_arrow.names])
         batches = file.iter_batches(256)
-        yield from number_rows(path, (row for batch in batches for row in batch.to_pylist()))
+        yield from number_rows(
+            path, (row for batch in batches for row in batch.to_pylist())
+        )
 
 
 def number_rows(path, rows):
@@ -118,7 +128,10 @@ def read_movielens(path, context=10):
 
     users = {}
     with as_user_error(f"{path}: not tables of MovieLens", ValueError, LookupError):
-        titles = {item: title for _, (item, title, *_) in read_table(path.with_name("u.item"), "|")}
+        titles = {
+            item: title
+            for _, (item, title, *_) in read_table(path.with_name("u.item"), "|")
+        }
         for number, (user, item, rating, time) in read_table(path, "\t"):
             rated = [titles[item], int(rating)]
             users.setdefault(user, []).append((int(time), number, rated))
@@ -162,7 +175,9 @@ def find_files(name):
             raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
         if not reader_of(path):
             known = ", ".join(READERS)
-            raise UserError(f"{path}: not a known kind of file; known are {known}, also with .gz")
+            raise UserError(
+                f"{path}: not a known kind of file; known are {known}, also with .gz"
+            )
     return paths
 
 
@@ -175,7 +190,9 @@ def find_sources(sources):
         name, mark, weight = source.rpartition("@")
         if not mark or Path(source).exists():
             name, weight = source, None
-        with as_user_error(f"{source}: the weight after @ must be a number above 0", ValueError):
+        with as_user_error(
+            f"{source}: the weight after @ must be a number above 0", ValueError
+        ):
             if weight is not None:
                 weight = float(weight)
                 if not 0 < weight < 1e30:

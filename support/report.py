@@ -40,7 +40,8 @@ def show_answers(before, after, num_samples):
     if not gold:
         return {}
     was, now = (
-        fmean(rows[n]["answer"] == rows[n]["gold"] for n in gold) for rows in (before, after)
+        fmean(rows[n]["answer"] == rows[n]["gold"] for n in gold)
+        for rows in (before, after)
     )
     chance = fmean(1 / len(after[n]["choices"]) for n in gold)
     print(
@@ -71,7 +72,7 @@ def results_table(results):
 
 
 def headlines(comparisons):
-    """Of every two models what rose, what fell and what is noise, and whether the average hides it."""
+    """Of every two models: what rose, fell or is noise, and whether the average hides it."""
     lines = []
     for a, b in dict.fromkeys((c["a"], c["b"]) for c in comparisons):
         mains = [c for c in comparisons if c["main"] and (c["a"], c["b"]) == (a, b)]
@@ -92,7 +93,16 @@ def headlines(comparisons):
 
 def comparison_report(results, comparisons, samples):
     """The comparison as Markdown: results, sentences, every difference, generated answers."""
-    head = "from", "to", "set", "metric", "difference", "95 % interval", "McNemar p", "verdict"
+    head = (
+        "from",
+        "to",
+        "set",
+        "metric",
+        "difference",
+        "95 % interval",
+        "McNemar p",
+        "verdict",
+    )
     rows = []
     for c in comparisons:
         interval = f"{c['low']:+.4f} to {c['high']:+.4f}"
@@ -110,7 +120,9 @@ def comparison_report(results, comparisons, samples):
     for task, own in next(iter(samples.values())).items():
         for n, row in enumerate(own[:20]):
             if "output" in row:
-                prompt = str(row.get("prompt") or row["prompts"][0])[-600:].replace("\n", "\n> ")
+                prompt = str(row.get("prompt") or row["prompts"][0])[-600:].replace(
+                    "\n", "\n> "
+                )
                 paragraphs += [f"## {task}, question {n + 1}", f"> {prompt}"]
                 for name, sets in samples.items():
                     paragraphs.append(f"**{name}:** {sets[task][n]['output']}")
@@ -118,14 +130,16 @@ def comparison_report(results, comparisons, samples):
 
 
 def plot_comparison(results, mains, comparisons, file):
-    """Bars of each set's main metric, mains[set], by model; below, the paired differences with their
-    intervals."""
+    """Bars of each set's main metric, mains[set], by model; below, the paired differences with
+    their intervals."""
     from matplotlib.figure import Figure
 
     mains = {task: metric for task, metric in mains.items() if metric}
     comparisons = [c for c in comparisons if c["main"]][::-1]
     height = 0.25 * len(comparisons)
-    figure = Figure(figsize=(max(7, 3 + 1.3 * len(mains)), 4 + height), layout="constrained")
+    figure = Figure(
+        figsize=(max(7, 3 + 1.3 * len(mains)), 4 + height), layout="constrained"
+    )
     bars, intervals = figure.subplots(2, height_ratios=(4, 1 + height))
     width = 0.8 / len(results)
     for n, (name, sets) in enumerate(results.items()):

@@ -31,7 +31,9 @@ def bounded(where, seconds=5, more=2**30):
         return
     handler = signal.signal(signal.SIGALRM, stop)
     limits = resource.getrlimit(resource.RLIMIT_DATA)
-    if sys.platform == "linux" and limits[0] == resource.RLIM_INFINITY:  # else the user's own limit
+    if (
+        sys.platform == "linux" and limits[0] == resource.RLIM_INFINITY
+    ):  # else the user's own limit
         pages = int(Path("/proc/self/statm").read_text().split()[5])
         most = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))

@@ -11,7 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a hub starts its own on loopback
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # a test that wants a hub starts its own on loopback
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -101,7 +103,9 @@ def their_loss(model, documents):
     """The summed loss of a transformers model over documents, one at a time."""
     return sum(
         torch.nn.functional.cross_entropy(
-            model(torch.tensor(ids)[None]).logits[0, :-1], torch.tensor(ids)[1:], reduction="sum"
+            model(torch.tensor(ids)[None]).logits[0, :-1],
+            torch.tensor(ids)[1:],
+            reduction="sum",
         )
         for ids in documents
     )
@@ -168,7 +172,11 @@ class Hub(BaseHTTPRequestHandler):
                 200,
                 {
                     "files": [
-                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        {
+                            "path": file["path"],
+                            "uploadMode": "regular",
+                            "shouldIgnore": False,
+                        }
                         for file in json.loads(body)["files"]
                     ]
                 },
@@ -184,7 +192,9 @@ class Hub(BaseHTTPRequestHandler):
                 hub.files[repository][value["path"]] = base64.b64decode(value["content"])
             else:
                 del hub.files[repository][value["path"]]
-        self.answer(200, {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repository}/commit/0"})
+        self.answer(
+            200, {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repository}/commit/0"}
+        )
 
 
 @pytest.fixture
@@ -193,8 +203,17 @@ def hub(monkeypatch):
     from huggingface_hub import constants
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.token = f"http://127.0.0.1:{server.server_port}", "hf_SecretOfThisTest"
-    server.files, server.commits, server.faults, server.closed, server.asked = {}, [], [], set(), []
+    server.url, server.token = (
+        f"http://127.0.0.1:{server.server_port}",
+        "hf_SecretOfThisTest",
+    )
+    server.files, server.commits, server.faults, server.closed, server.asked = (
+        {},
+        [],
+        [],
+        set(),
+        [],
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", server.token)

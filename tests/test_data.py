@@ -35,7 +35,9 @@ from support.readers import read_rows
 from support.settings import parse_config
 
 SHARED = Path(__file__).parents[2] / "shared"
-real = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared folder beside the repository")
+real = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="no ../shared folder beside the repository"
+)
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"  # noqa: E501
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")  # fmt: skip
@@ -64,7 +66,15 @@ TEMPLATES = {
     "mistral": MISTRAL,
 }
 ENDS = {"llama": "<|eot|>", "plain": "<|eos|>", "mistral": "<|eos|>"}
-SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|stop|>", "<|eot|>"]
+SPECIAL = [
+    "<|bos|>",
+    "<|eos|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start|>",
+    "<|stop|>",
+    "<|eot|>",
+]
 WORDS = "a cat sat on the mat and said: yes no <b> é 猫 12 maybe\n\n x  y".split(" ")
 
 
@@ -105,7 +115,9 @@ def write_tokenizer(folder, template=None, bos=True, sentencepiece=False, **conf
             single="<|bos|> $A", special_tokens=[("<|bos|>", at)]
         )
     folder.mkdir(parents=True, exist_ok=True)
-    backend.enable_truncation(5)  # as files that were saved in use have it; it must not bite
+    backend.enable_truncation(
+        5
+    )  # as files that were saved in use have it; it must not bite
     backend.save(str(folder / "tokenizer.json"))
     names = {
         "eos_token": "<|eos|>",
@@ -166,7 +178,9 @@ CHATS = {
     "single": as_turn("Hi there", "Hello  you"),
     "multi": as_turn("a", "bbb", "c", "ddd"),
     "system": as_turn("a", "b", "c", "d", system="Be brief. é 猫 😀"),
-    "think": as_turn("a", "<think>\none\n</think>\n\nbbb", "c", "<think>\ntwo\n</think>\n\nddd"),
+    "think": as_turn(
+        "a", "<think>\none\n</think>\n\nbbb", "c", "<think>\ntwo\n</think>\n\nddd"
+    ),
     "field": as_turn("a", "b")[:1]
     + [{"role": "assistant", "content": "b", "reasoning_content": "because"}],
     "reasoning": as_turn("a", "b")[:1]
@@ -200,12 +214,18 @@ def test_real_templates_render_as_transformers_does(family):
     for chat, options in cases:
         text = ours.render(chat, **options)
         assert text == theirs.apply_chat_template(chat, tokenize=False, **options)
-        assert ours.encode(text) == theirs.apply_chat_template(chat, return_dict=False, **options)
+        assert ours.encode(text) == theirs.apply_chat_template(
+            chat, return_dict=False, **options
+        )
     for name, chat in CHATS.items():
         if family == "llama3" or name != "reasoning":
             segment = render_row({"messages": chat}, ours)[0]
-            assert segment.ids.tolist() == theirs.apply_chat_template(chat, return_dict=False), name
-    assert ours.encode("Hi", special=True) == theirs("Hi")["input_ids"] and len(ours) == len(theirs)
+            assert segment.ids.tolist() == theirs.apply_chat_template(
+                chat, return_dict=False
+            ), name
+    assert ours.encode("Hi", special=True) == theirs("Hi")["input_ids"] and len(
+        ours
+    ) == len(theirs)
     assert ours.decode(ours.encode("<|im_end|>é", special=True)) == theirs.decode(
         theirs("<|im_end|>é")["input_ids"], skip_special_tokens=True
     )
@@ -217,24 +237,36 @@ def test_template_functions_are_those_of_transformers(tmp_path):
                 "{% for m in messages %}{% if loop.index0 > 0 %}{% break %}{% endif %}\n  {% if true %}\nx\n  {% endif %}\n{{ m.content }}"  # noqa: E501
                 "{% endfor %}\n")  # fmt: skip
     folder = write_tokenizer(tmp_path, template)
-    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<|bos|>"}
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {
+        "bos_token": "<|bos|>"
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    theirs = reference(folder).apply_chat_template(as_turn("a", "b"), tools=TOOLS, tokenize=False)
+    theirs = reference(folder).apply_chat_template(
+        as_turn("a", "b"), tools=TOOLS, tokenize=False
+    )
     assert Tokenizer(folder).render(as_turn("a", "b"), tools=TOOLS) == theirs
-    assert "17 May 1999" in Tokenizer(folder, now=datetime(1999, 5, 17)).render(as_turn("a"))
+    assert "17 May 1999" in Tokenizer(folder, now=datetime(1999, 5, 17)).render(
+        as_turn("a")
+    )
 
 
 def test_where_templates_and_end_tokens_come_from(tmp_path):
     folder = write_tokenizer(
         tmp_path / "named",
-        chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],
+        chat_template=[
+            {"name": "tool_use", "template": "T"},
+            {"name": "default", "template": "D"},
+        ],
     )
     tokenizer = Tokenizer(folder)
     assert (
-        tokenizer.render(as_turn("a")) == "D" and tokenizer.render(as_turn("a"), tools=TOOLS) == "T"
+        tokenizer.render(as_turn("a")) == "D"
+        and tokenizer.render(as_turn("a"), tools=TOOLS) == "T"
     )
     assert (
-        Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(as_turn("a"))
+        Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(
+            as_turn("a")
+        )
         == "S"
     )
     (folder / "chat_template.jinja").write_text("F")
@@ -292,14 +324,19 @@ def random_chat(rng):
     def pick():
         return (
             " ".join(
-                rng.choices([*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8))
+                rng.choices(
+                    [*WORDS, "###", "assistant:", "[INST]", "<think>"], k=rng.randint(1, 8)
+                )
             ).strip()
             or "x"
         )
 
     pool = [pick() for _ in range(2)]
     return as_turn(
-        *(rng.choice(pool) if rng.random() < 0.5 else pick() for _ in range(2 * rng.randint(1, 4)))
+        *(
+            rng.choice(pool) if rng.random() < 0.5 else pick()
+            for _ in range(2 * rng.randint(1, 4))
+        )
     )
 
 
@@ -350,10 +387,16 @@ def test_masks_hold_every_answer_and_its_end(styled):
 
 def test_thoughts_that_a_later_turn_strips(tmp_path):
     tokenizer = Tokenizer(write_tokenizer(tmp_path, THINK))
-    chat = as_turn("q", "<think>\nx\n</think>\n\na", "<think> r", "<think>\ny\n</think>\n\nb")
+    chat = as_turn(
+        "q", "<think>\nx\n</think>\n\na", "<think> r", "<think>\ny\n</think>\n\nb"
+    )
     segment = render_row({"messages": chat}, tokenizer)[0]
-    assert scored_text(tokenizer, segment) == "a<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
-    given = render_row({"messages": chat, "chat_template_kwargs": {"no_think": True}}, tokenizer)[0]
+    assert (
+        scored_text(tokenizer, segment) == "a<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
+    )
+    given = render_row(
+        {"messages": chat, "chat_template_kwargs": {"no_think": True}}, tokenizer
+    )[0]
     assert (
         scored_text(tokenizer, given) == "a<|im_end|>b<|im_end|>"
     )  # the prompt opens and closes the thought itself
@@ -369,7 +412,9 @@ def write_wild(folder, name):
     write_tokenizer(folder, path.read_text(), bos_token="<|bos|>")
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(
-        sorted(set(re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", path.read_text())) | {"<|im_end|>"})
+        sorted(
+            set(re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", path.read_text())) | {"<|im_end|>"}
+        )
     )
     backend.no_truncation()
     backend.save(str(folder / "tokenizer.json"))
@@ -393,7 +438,9 @@ def test_masks_equal_trl(tmp_path, name):
         )
         ids, mask = np.array(found["input_ids"]), np.array(found["assistant_masks"], bool)
         segment = render_row({"messages": chat}, ours)[0]
-        newline = np.append(False, np.isin(ids[:-1], ours.end_ids)) & (ids == ours.encode("\n")[0])
+        newline = np.append(False, np.isin(ids[:-1], ours.end_ids)) & (
+            ids == ours.encode("\n")[0]
+        )
         assert segment.ids.tolist() == ids.tolist()
         assert ((segment.labels != IGNORE) == (mask & ~newline)).all() and mask.any()
 
@@ -410,10 +457,13 @@ def test_generation_tags_give_transformers_masks(tmp_path):
         if (
             segment.ids.tolist() == found["input_ids"]
         ):  # else a token straddles prompt and answer there
-            assert (segment.labels != IGNORE).astype(int).tolist() == found["assistant_masks"]
+            assert (segment.labels != IGNORE).astype(int).tolist() == found[
+                "assistant_masks"
+            ]
     (folder / "chat_template.jinja").write_text(
         MARKED.replace(
-            "+ '<|im_end|>\\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}"
+            "+ '<|im_end|>\\n' }}{% endgeneration %}",
+            "}}{% endgeneration %}{{ '<|im_end|>\\n' }}",
         )
     )
     segment = render_row({"messages": as_turn("q", "a", "r", "b")}, Tokenizer(folder))[0]
@@ -477,7 +527,10 @@ def test_every_schema(chatml, tmp_path):
     assert scored({"prompt": "a", "completion": as_turn("", "b")[1:]}) == "b<|im_end|>"
     assert scored({"prompt": as_turn("u", "v", "a"), "completion": "b"}) == "b<|im_end|>"
     assert (
-        scored({"prompt": as_turn("u", "v", "a"), "completion": "b"}, completion_only_loss=False)
+        scored(
+            {"prompt": as_turn("u", "v", "a"), "completion": "b"},
+            completion_only_loss=False,
+        )
         == "v<|im_end|>b<|im_end|>"
     )
     assert scored({"prompt": "p", "chosen": "c", "rejected": "r"}) == "c<|eos|>"
@@ -489,9 +542,14 @@ def test_every_schema(chatml, tmp_path):
     assert scored(chat) == "a<|im_end|>" and whole(chat).startswith(
         "<|im_start|>system\ns<|im_end|>"
     )
-    assert render_row(chat, chatml)[0].weight == 0.5 and render_row(row, chatml)[0].weight == 1
+    assert (
+        render_row(chat, chatml)[0].weight == 0.5 and render_row(row, chatml)[0].weight == 1
+    )
     parts = [
-        {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}],
+        },
         *as_turn("", "a")[1:],
     ]
     assert whole({"messages": parts}).startswith("<|im_start|>user\nqr<|im_end|>")
@@ -502,9 +560,9 @@ def test_every_schema(chatml, tmp_path):
     )
     bare = Tokenizer(write_tokenizer(tmp_path, bos=False))
     segment = render_row(alpaca, bare)[0]
-    assert scored_text(bare, segment) == "done<|eos|>" and masked_text(bare, segment).endswith(
-        "### Input:\nit\n\n### Response:"
-    )
+    assert scored_text(bare, segment) == "done<|eos|>" and masked_text(
+        bare, segment
+    ).endswith("### Input:\nit\n\n### Response:")
     with pytest.raises(UserError, match="no chat template"):
         render_row(chat, bare)
 
@@ -558,7 +616,9 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
         segment = render_row({"prompt": prompt, "completion": completion}, tokenizer)[0]
         assert tokenizer.decode(segment.ids) == prompt + completion  # no second space
         assert (
-            tokenizer.decode([tokenizer.bos_id, *segment.ids[segment.labels != IGNORE]]).strip()
+            tokenizer.decode(
+                [tokenizer.bos_id, *segment.ids[segment.labels != IGNORE]]
+            ).strip()
             == completion.strip()
         )
 
@@ -646,7 +706,9 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
             assert all(
                 run in runs(whole.labels) for run in runs(kept.labels)
             )  # an answer is scored whole or not at all
-            assert len(kept.ids) == min(room, len(whole.ids)) or len(kept.ids) == last <= room
+            assert (
+                len(kept.ids) == min(room, len(whole.ids)) or len(kept.ids) == last <= room
+            )
     assert {"text", "cut", "whole", "answer longer than max_length"} <= seen
 
 
@@ -657,7 +719,9 @@ def test_fit_by_hand():
         return np.array([flag for run in runs for flag in run])
 
     got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 5, {0})
-    assert got[0].tolist() == [0, 6, 7, 8, 9] and got[1].tolist() == [False] * 3 + [True] * 2
+    assert (
+        got[0].tolist() == [0, 6, 7, 8, 9] and got[1].tolist() == [False] * 3 + [True] * 2
+    )
     got = fit(
         ids, flags(no * 3, yes * 2, no * 3, yes * 2), 7, {0}
     )  # through the first answer: its rest is context
@@ -697,7 +761,9 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
         and ledger.rows_not_sampled == 20
     )
     assert ledger.rows == ledger.examples + ledger.rows_dropped + ledger.rows_not_sampled
-    assert ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
+    assert (
+        ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
+    )
     assert ledger.scored == sum((s.labels != IGNORE).sum() for e in examples for s in e)
     assert ledger.scored + ledger.masked == sum(len(s.ids) for e in examples for s in e)
     assert sum(r["rows"] for r in ledger.reasons.values()) == ledger.rows_dropped
@@ -783,7 +849,9 @@ def test_readers_agree(tmp_path):
     import pyarrow.parquet
 
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
-    (tmp_path / "a.jsonl").write_text("\ufeff" + lines.replace("\n", "\n\n", 1), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "\ufeff" + lines.replace("\n", "\n\n", 1), encoding="utf-8"
+    )
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     (tmp_path / "b.json").write_text(json.dumps({"data": ROWS}))
     (tmp_path / "c.json").write_text(lines)
@@ -794,7 +862,8 @@ def test_readers_agree(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     files = sorted(tmp_path.iterdir())
     assert (
-        all([row for _, row in read_rows(str(file))] == ROWS for file in files) and len(files) == 7
+        all([row for _, row in read_rows(str(file))] == ROWS for file in files)
+        and len(files) == 7
     )
     assert [where for where, _ in read_rows(tmp_path / "a.jsonl")] == [
         f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 3, 4)
@@ -836,7 +905,9 @@ def test_files_that_are_wrong_are_named(tmp_path, name, content, message):
 
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"trian.jsonl: no such file \(nearest: .*train.jsonl"):
+    with pytest.raises(
+        UserError, match=r"trian.jsonl: no such file \(nearest: .*train.jsonl"
+    ):
         read_rows(str(tmp_path / "trian.jsonl"))
 
 
@@ -851,7 +922,9 @@ def test_a_data_set_of_the_hub(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": name}]), path)
     (tmp_path / "root" / "datasets" / "org" / "json").mkdir()
-    (tmp_path / "root" / "datasets" / "org" / "json" / "test.jsonl").write_text('{"text": "lines"}')
+    (tmp_path / "root" / "datasets" / "org" / "json" / "test.jsonl").write_text(
+        '{"text": "lines"}'
+    )
     hub = subprocess.Popen(
         [
             sys.executable,
@@ -890,15 +963,19 @@ def test_a_data_set_of_the_hub(tmp_path):
             "org/json#v1.0:test",
         ]
         command = [sys.executable, "-c", code, Path(data.__file__).parent]
-        output = subprocess.run([*command, *sources], env=env, capture_output=True, text=True)
+        output = subprocess.run(
+            [*command, *sources], env=env, capture_output=True, text=True
+        )
         env |= {"HF_TOKEN": "wrong", "HF_HOME": str(tmp_path / "other")}
-        refused = subprocess.run([*command, "org/one"], env=env, capture_output=True, text=True)
+        refused = subprocess.run(
+            [*command, "org/one"], env=env, capture_output=True, text=True
+        )
     finally:
         hub.terminate()
     lines = output.stdout.splitlines()
-    assert lines[0] == "['one/data/train-00000-of-00002', 'one/data/train-00001-of-00002']", (
-        output.stderr
-    )
+    assert (
+        lines[0] == "['one/data/train-00000-of-00002', 'one/data/train-00001-of-00002']"
+    ), output.stderr
     assert lines[1:4] == [
         "['one/data/test-00000-of-00001']",
         "['two/main/train-00000-of-00001']",
@@ -907,13 +984,13 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert lines[4].startswith(
         "error: org/two has several parts; name one of: org/two:main:train, org/two:other:train"
     )
-    assert lines[5].startswith("error: org/two:mian has no such part") and lines[6].startswith(
-        "error: org/none: no file here"
-    )
+    assert lines[5].startswith("error: org/two:mian has no such part") and lines[
+        6
+    ].startswith("error: org/none: no file here")
     assert "local" not in lines[6] and lines[7:] == ["['lines']"]
-    assert re.match("error: org/one: no file here.*repository needs HF_TOKEN", refused.stdout), (
-        refused.stderr
-    )
+    assert re.match(
+        "error: org/one: no file here.*repository needs HF_TOKEN", refused.stdout
+    ), refused.stderr
 
 
 def test_folders_globs_and_weights(chatml, tmp_path):
@@ -923,15 +1000,17 @@ def test_folders_globs_and_weights(chatml, tmp_path):
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     assert len(read_rows(tmp_path)) == 50 and len(read_rows(tmp_path / "[bc].jsonl")) == 20
     examples, rows, ledger = load_examples([f"{a}@1", f"{b}@3"], chatml)
-    assert [source["share"] for source in ledger.sources] == [0.25, 0.75] and "75.0% from " in str(
-        ledger
-    )
+    assert [source["share"] for source in ledger.sources] == [
+        0.25,
+        0.75,
+    ] and "75.0% from " in str(ledger)
 
     def names(epoch):
         return [row["prompt"] for row in rows.epoch(epoch)]
 
     assert (
-        len(examples.epoch(0)) == len(examples) == 40 == len(names(0)) and len(ledger.sources) == 2
+        len(examples.epoch(0)) == len(examples) == 40 == len(names(0))
+        and len(ledger.sources) == 2
     )
     assert names(0) == names(0) != names(1)
     for found in (
@@ -947,7 +1026,9 @@ def test_folders_globs_and_weights(chatml, tmp_path):
         0.5,
     ]  # none given is 1
     plain, _, ledger = load_examples([a, b], chatml)
-    assert plain.epoch(5).at.tolist() == [*range(40)] and [s["share"] for s in ledger.sources] == [
+    assert plain.epoch(5).at.tolist() == [*range(40)] and [
+        s["share"] for s in ledger.sources
+    ] == [
         0.75,
         0.25,
     ]
@@ -1013,17 +1094,25 @@ def test_a_date_in_the_template_is_part_of_the_key(tmp_path):
     plain = write_tokenizer(tmp_path / "plain", CHATML)
     for folder, same in ((dated, False), (plain, True)):
         one, two = (
-            load_examples(tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day)))[0]
+            load_examples(
+                tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day))
+            )[0]
             for day in (1, 2)
         )
-        assert (one.folder == two.folder) == same == ((one[0][0].ids == two[0][0].ids).all())
+        assert (
+            (one.folder == two.folder) == same == ((one[0][0].ids == two[0][0].ids).all())
+        )
 
 
 # --- recipes --------------------------------------------------------------------------------------
 
 ECQA = {"q_text": "Where?", "q_op1": "here", "q_op2": "there", "q_op3": "now", "q_op4": "then", "q_op5": "up",  # noqa: E501
         "q_ans": "there", "taskB": "It is not here. "}  # fmt: skip
-ARC = {"question": "Where?", "choices": {"text": ["B", "A"], "label": ["A", "B"]}, "answerKey": "B"}
+ARC = {
+    "question": "Where?",
+    "choices": {"text": ["B", "A"], "label": ["A", "B"]},
+    "answerKey": "B",
+}
 LISTED = {
     "question": "Where?",
     "choices": ["here", "there"],
@@ -1039,7 +1128,8 @@ def test_recipes_by_hand():
     )
     made = ecqa(ECQA)
     assert (
-        made["completion"][0]["content"] == "It is not here.\nAnswer: B" and made["answer"] == "B"
+        made["completion"][0]["content"] == "It is not here.\nAnswer: B"
+        and made["answer"] == "B"
     )
     assert made["prompt"][0]["content"].startswith(
         "Where?\nA. here\nB. there\nC. now\nD. then\nE. up\n"
@@ -1057,7 +1147,9 @@ def test_recipes_by_hand():
         made["prompt"].endswith("### Instruction:\ndo\n\n### Response:")
         and "Input" not in made["prompt"]
     )
-    assert "paired" in alpaca({"instruction": "do", "input": "it", "output": "done"})["prompt"]
+    assert (
+        "paired" in alpaca({"instruction": "do", "input": "it", "output": "done"})["prompt"]
+    )
     text = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq\nr<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"  # noqa: E501
     assert (
         chatml({"text": text})["messages"]
@@ -1086,7 +1178,9 @@ def test_recipes_by_hand():
         ],
     }
     seen = {
-        json.dumps([pick(rated, epoch)[side][0]["content"] for side in ("chosen", "rejected")])
+        json.dumps(
+            [pick(rated, epoch)[side][0]["content"] for side in ("chosen", "rejected")]
+        )
         for epoch in range(20)
     }
     assert seen == {'["y", "x"]', '["y", "z"]'}
@@ -1107,18 +1201,29 @@ def test_mcqa_draws_its_wording_but_never_its_answer():
     assert len({row["prompt"].split("\n")[0] for row in rows}) == 3 and any(
         "geography" in row["prompt"] for row in rows
     )
-    answers = {"B. there", "B) there", "(B) there", "B – there", "b) there", "2. there", "there"}
+    answers = {
+        "B. there",
+        "B) there",
+        "(B) there",
+        "B – there",
+        "b) there",
+        "2. there",
+        "there",
+    }
     assert {row["answer"] for row in rows} == answers
-    for (
-        row
-    ) in rows:  # one style within a question, the thought in the prompt, the answer alone is scored
+    for row in (
+        rows
+    ):  # one style within a question, the thought in the prompt, the answer alone is scored
         lines = row["prompt"].split("\n")
         assert (
             row["completion"] == f" {row['answer']}"
             and lines[3].endswith(row["answer"])
             and row["answer"] == row["choices"][1]
         )
-        assert lines[2].replace("here", "there").translate(str.maketrans("Aa1", "Bb2")) == lines[3]
+        assert (
+            lines[2].replace("here", "there").translate(str.maketrans("Aa1", "Bb2"))
+            == lines[3]
+        )
         assert lines[4:] == ["Solve step-by-step.", "<think> why </think>", " Answer:"]
     half, never = (data.use_recipe("mcqa", {"cot": cot}, 3)[0] for cot in (0.5, 0))
     shares = [
@@ -1148,16 +1253,22 @@ def test_movielens_from_its_original_tables(tmp_path):
     where, row = rows[0]
     user, item, rating, when = lines[int(where.rpartition(":")[2]) - 1].split("\t")
     assert (
-        row["title"].startswith(f"Film {item} ") and row["rating"] == int(rating) and when == "10"
+        row["title"].startswith(f"Film {item} ")
+        and row["rating"] == int(rating)
+        and when == "10"
     )
     before = sorted(
         (line.split("\t") for line in lines if line.startswith(user + "\t")),
         key=lambda cells: int(cells[3]),
     )
-    assert [title.split()[1] for title, _ in row["history"]] == [cells[1] for cells in before[:10]]
+    assert [title.split()[1] for title, _ in row["history"]] == [
+        cells[1] for cells in before[:10]
+    ]
     made = data.use_recipe("movielens", {"liked": 3}, 0)[0](row)
     assert (
-        made["completion"][0]["content"] == made["answer"] == ("Yes" if int(rating) >= 3 else "No")
+        made["completion"][0]["content"]
+        == made["answer"]
+        == ("Yes" if int(rating) >= 3 else "No")
     )
     liked, disliked = [line for line in made["prompt"][0]["content"].split("\n")[:2]]
     assert all(
@@ -1187,13 +1298,20 @@ def test_epochs_differ_and_come_back(chatml, tmp_path):
 
     examples, made, ledger = load()
     epochs = [texts(examples.epoch(n)) for n in range(3)]
-    assert epochs[0] == texts(examples) and epochs == [texts(load()[0].epoch(n)) for n in range(3)]
-    assert sum(a == b for a, b in zip(*epochs[:2])) < 15 > sum(a == b for a, b in zip(*epochs[1:]))
+    assert epochs[0] == texts(examples) and epochs == [
+        texts(load()[0].epoch(n)) for n in range(3)
+    ]
+    assert (
+        sum(a == b for a, b in zip(*epochs[:2]))
+        < 15
+        > sum(a == b for a, b in zip(*epochs[1:]))
+    )
     assert {*texts(load(max_samples=9)[0].epoch(2))} <= {*epochs[2]}
     (kept, _), (held, held_rows) = split_holdout(examples, made, 10)
     assert sorted(texts(kept.epoch(1)) + texts(held.epoch(1))) == sorted(epochs[1])
     assert all(
-        row["answer"] in text and row["choices"] for row, text in zip(held_rows, texts(held))
+        row["answer"] in text and row["choices"]
+        for row, text in zip(held_rows, texts(held))
     )
     fixed = load_examples(path, chatml, recipe="ecqa")[0]
     assert texts(fixed.epoch(1)) == texts(fixed)
@@ -1239,11 +1357,22 @@ def test_recipes_on_the_real_sets(recipe, file):
     tokenizer = Tokenizer(SHARED / "tokenizers" / "qwen3")
     preference = recipe == "ultrafeedback"
     examples, rows, ledger = load_examples(
-        SHARED / "data" / file, tokenizer, recipe=recipe, preference=preference, max_samples=60
+        SHARED / "data" / file,
+        tokenizer,
+        recipe=recipe,
+        preference=preference,
+        max_samples=60,
     )
-    assert ledger.scored + ledger.masked == sum(len(s.ids) for example in examples for s in example)
-    assert ledger.scored == sum((s.labels != IGNORE).sum() for example in examples for s in example)
-    assert ledger.tokens == ledger.scored + ledger.masked + ledger.dropped and ledger.examples >= 58
+    assert ledger.scored + ledger.masked == sum(
+        len(s.ids) for example in examples for s in example
+    )
+    assert ledger.scored == sum(
+        (s.labels != IGNORE).sum() for example in examples for s in example
+    )
+    assert (
+        ledger.tokens == ledger.scored + ledger.masked + ledger.dropped
+        and ledger.examples >= 58
+    )
     for example, row in zip(examples, rows):
         assert "answer" not in row or row["answer"] in scored_text(tokenizer, example[0])
 
@@ -1265,7 +1394,9 @@ class Settings(Base):
     data: list[str] = field(default_factory=lambda: ["a.jsonl", "b.jsonl"])  # files
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decays
     merge: bool = True  # write merged/
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # which layers
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"]
+    )  # which layers
     rank_pattern: dict = field(default_factory=dict)  # ranks by name
     kind: Literal["linear", "cosine"] = "cosine"  # of schedule
     val_size: float = 0.0  # share or count
@@ -1295,17 +1426,24 @@ def test_flags_and_files_make_a_config(tmp_path):
         parse_config(Settings, ["--merge"]).merge is True
         and parse_config(Settings, ["--max_length", "none"]).max_length is None
     )
-    assert parse_config(Settings, ["--betas", "0.8,0.9"]).betas == [0.8, 0.9] and parse_config(
-        Settings, ["--data", "x"]
-    ).data == ["x"]
+    assert parse_config(Settings, ["--betas", "0.8,0.9"]).betas == [
+        0.8,
+        0.9,
+    ] and parse_config(Settings, ["--data", "x"]).data == ["x"]
     for words, modules in (
         (["all-linear"], ["all-linear"]),
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         (["q_proj,v_proj"], ["q_proj", "v_proj"]),
     ):
-        assert parse_config(Settings, ["--target_modules", *words]).target_modules == modules
-    assert parse_config(Settings, ["--rank_pattern", '{"q_proj": 4}']).rank_pattern == {"q_proj": 4}
-    assert parse_config(Settings, ["--data", "x", "--seed", "1", "--data", "y", "z"]).data == [
+        assert (
+            parse_config(Settings, ["--target_modules", *words]).target_modules == modules
+        )
+    assert parse_config(Settings, ["--rank_pattern", '{"q_proj": 4}']).rank_pattern == {
+        "q_proj": 4
+    }
+    assert parse_config(
+        Settings, ["--data", "x", "--seed", "1", "--data", "y", "z"]
+    ).data == [
         "x",
         "y",
         "z",
@@ -1327,7 +1465,9 @@ def test_flags_and_files_make_a_config(tmp_path):
         rank_pattern={"a": 1},
         val_size=5,
     )
-    (tmp_path / "c.json").write_text('{"lora": {"r": 4}, "merge": false,\n\t"learning_rate": 1}')
+    (tmp_path / "c.json").write_text(
+        '{"lora": {"r": 4}, "merge": false,\n\t"learning_rate": 1}'
+    )
     got = parse_config(Settings, ["--config", str(tmp_path / "c.json")])
     assert got == Settings(lora_r=4, merge=False, learning_rate=1.0) and isinstance(
         got.learning_rate, float
@@ -1457,7 +1597,10 @@ def run(chatml, tmp_path, monkeypatch, capsys):
 def test_show_prints_rows_and_ledger(tmp_path, chatml, run, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": as_turn("a cat", "sat")}))
     output = run("show")
-    assert "<|im_start|>assistant\n⟦sat<|im_end|>⟧\n" in output and "1 rows: 1 examples" in output
+    assert (
+        "<|im_start|>assistant\n⟦sat<|im_end|>⟧\n" in output
+        and "1 rows: 1 examples" in output
+    )
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert "\033[32msat<|im_end|>\033[0m" in run("show")
     mix = ["mix", "--model", "x", "--data", "y"]
@@ -1481,7 +1624,17 @@ def test_audit_measures_lengths(tmp_path, chatml, run):
     lengths = np.array([len(example[0].ids) for example in examples])
     output = run("audit", "--output", str(tmp_path / "l.png"))
     head, line, scored, suggested, cut, *_ = output.splitlines()
-    assert head.split() == ["tokens", "min", "mean", "max", "p50", "p90", "p95", "p99", "p100"]
+    assert head.split() == [
+        "tokens",
+        "min",
+        "mean",
+        "max",
+        "p50",
+        "p90",
+        "p95",
+        "p99",
+        "p100",
+    ]
     want = [
         lengths.min(),
         lengths.mean(),
@@ -1498,14 +1651,18 @@ def test_audit_measures_lengths(tmp_path, chatml, run):
     assert "with max_length 20: 100 rows: 100 examples, " in run(
         "audit", "--max_length", "20", "--output", str(tmp_path / "l.png")
     )
-    line = run("audit", "--by", "characters", "--output", str(tmp_path / "l.png")).splitlines()[1]
+    line = run(
+        "audit", "--by", "characters", "--output", str(tmp_path / "l.png")
+    ).splitlines()[1]
     assert float(line.split()[3]) == max(
         len(chatml.decode(example[0].ids, skip_special=False)) for example in examples
     )
     pair = {"prompt": "a " * 20, "chosen": "cat", "rejected": "the mat and said"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
     prompt, *ends = [len(s.ids) for s in render_row(pair, chatml, preference=True)]
-    output = run("audit", "--preference", "--output", str(tmp_path / "l.png"), file="pairs.jsonl")
+    output = run(
+        "audit", "--preference", "--output", str(tmp_path / "l.png"), file="pairs.jsonl"
+    )
     assert float(output.splitlines()[1].split()[1]) == prompt + max(ends)
 
 
@@ -1533,7 +1690,9 @@ def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
     (tmp_path / "rows.jsonl").write_text(
         "\n".join(map(json.dumps, [LISTED, LISTED, ECQA | {"q_ans": "up"}]))
     )
-    output = run("pairs", "--recipe", "ecqa", "--output", str(tmp_path / "p.jsonl"), "--seed", "1")
+    output = run(
+        "pairs", "--recipe", "ecqa", "--output", str(tmp_path / "p.jsonl"), "--seed", "1"
+    )
     pairs = [row for _, row in read_rows(tmp_path / "p.jsonl")]
     assert "2 pairs; the same as another: 1" in output and [
         p["chosen"][0]["content"][-1] for p in pairs
@@ -1551,7 +1710,10 @@ def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
         )
     (tmp_path / "rows.jsonl").write_text(
         json.dumps(
-            {"messages": as_turn("q", "r", "s", "so\nAnswer: owl"), "choices": ["owl", "cat"]}
+            {
+                "messages": as_turn("q", "r", "s", "so\nAnswer: owl"),
+                "choices": ["owl", "cat"],
+            }
         )
     )
     run("pairs", "--output", str(tmp_path / "r.jsonl"))
@@ -1586,12 +1748,18 @@ def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):
         "12",
     ]
     for name in "pq":
-        monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / f"{name}.jsonl")])
+        monkeypatch.setattr(
+            sys, "argv", [*words, "--output", str(tmp_path / f"{name}.jsonl")]
+        )
         data.main()
     pairs = [row for _, row in read_rows(tmp_path / "p.jsonl")]
-    assert pairs == [row for _, row in read_rows(tmp_path / "q.jsonl")] and 8 <= len(pairs) <= 12
+    assert (
+        pairs == [row for _, row in read_rows(tmp_path / "q.jsonl")]
+        and 8 <= len(pairs) <= 12
+    )
     assert all(
-        pair["chosen"] == " nothing" and pair["rejected"].strip() != "nothing" for pair in pairs
+        pair["chosen"] == " nothing" and pair["rejected"].strip() != "nothing"
+        for pair in pairs
     )
     assert [pair["prompt"] for pair in pairs] == [
         row["prompt"] for row in rows if row["prompt"] in {p["prompt"] for p in pairs}

@@ -52,7 +52,9 @@ def many(tmp_path_factory):
 
 
 def config(**settings):
-    return dpo.DPOConfig(**{"model": "m", "data": ["d"], "lora_r": 4, "lora_alpha": 8, **settings})
+    return dpo.DPOConfig(
+        **{"model": "m", "data": ["d"], "lora_r": 4, "lora_alpha": 8, **settings}
+    )
 
 
 def flags(base, rows, out, **settings):
@@ -178,7 +180,10 @@ def trl_gradient(trainer, parts):
     }
     return (
         loss,
-        {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()},
+        {
+            name: sum(values) / len(values)
+            for name, values in trainer._metrics["train"].items()
+        },
         found,
     )
 
@@ -186,9 +191,9 @@ def trl_gradient(trainer, parts):
 def close(ours, theirs, tolerance=1e-5):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert (ours[name] - value).abs().max() <= tolerance * max(1.0, float(value.abs().max())), (
-            name
-        )
+        assert (ours[name] - value).abs().max() <= tolerance * max(
+            1.0, float(value.abs().max())
+        ), name
 
 
 WHOLE = [list(range(COUNT))]
@@ -229,7 +234,10 @@ def test_every_loss_type_of_trl_is_here():
 
     text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
     theirs = set(
-        text.partition("Possible values are:")[2].partition(". If")[0].replace("`", "").split(", ")
+        text.partition("Possible values are:")[2]
+        .partition(". If")[0]
+        .replace("`", "")
+        .split(", ")
     )
     assert {name.strip(" '") for name in theirs} <= set(dpo.LOSSES) and len(theirs) > 10
 
@@ -251,7 +259,13 @@ def test_reference_free_losses_are_trls(kind, trained, base, rows, tmp_path):
                "simpo": dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.4, beta=2.0)}[kind]  # fmt: skip # noqa: E501
     which = (ORPOTrainer, ORPOConfig) if kind == "orpo" else (CPOTrainer, CPOConfig)
     trainer = trl_trainer(
-        *which, base, file, peft_twin(base, model), tmp_path, remove_unused_columns=False, **options
+        *which,
+        base,
+        file,
+        peft_twin(base, model),
+        tmp_path,
+        remove_unused_columns=False,
+        **options,
     )
     settings = config(**options | {"loss_type": [kind]})
     assert settings.reference_free
@@ -294,15 +308,29 @@ def test_twenty_steps_are_trls(base, rows, tmp_path):
     model = load_model(base)
     add_lora(model, config(lora_alpha=32), seed=42)
     trainer = trl_trainer(
-        DPOTrainer, DPOConfig, base, rows, peft_twin(base, model), tmp_path / "trl", **settings
+        DPOTrainer,
+        DPOConfig,
+        base,
+        rows,
+        peft_twin(base, model),
+        tmp_path / "trl",
+        **settings,
     )
     trainer.train()
     dpo.main(flags(base, rows, tmp_path / "run", **settings))
-    lines = [line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
+    lines = [
+        line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line
+    ]
     theirs = [line for line in trainer.state.log_history if "loss" in line]
     assert len(lines) == len(theirs) == 20 and lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     for ours, their in zip(lines, theirs):
-        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"):
+        for name in (
+            "loss",
+            "rewards/margins",
+            "rewards/accuracies",
+            "logps/chosen",
+            "grad_norm",
+        ):
             assert ours[name] == pytest.approx(float(their[name]), rel=1e-4, abs=1e-4), (
                 name,
                 ours["step"],
@@ -336,7 +364,11 @@ def biased(tmp_path_factory):
 def adapter(base, tmp_path_factory):
     """An adapter as SFT leaves it: B is not zero, a norm trained, dropout in its settings."""
     model, folder = load_model(base), tmp_path_factory.mktemp("adapter") / "adapter"
-    add_lora(model, config(lora_dropout=0.1, modules_to_save=["post_attention_layernorm"]), seed=3)
+    add_lora(
+        model,
+        config(lora_dropout=0.1, modules_to_save=["post_attention_layernorm"]),
+        seed=3,
+    )
     move(model)
     write_adapter(model, folder.mkdir() or folder, "base")
     return folder
@@ -354,7 +386,9 @@ STARTS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("start", STARTS)
-def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, many, tmp_path):
+def test_step_0_has_margin_0_and_loss_ln_2(
+    start, dtype, base, biased, adapter, many, tmp_path
+):
     """Whatever trains and in bf16 too, to the last bit, in micro-batches of a few pairs; held-out
     pairs as well."""
     settings = STARTS[start] | ({"adapter": adapter} if "adapter" in STARTS[start] else {})
@@ -362,7 +396,9 @@ def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, 
     if start == "bias and norms":
         model = biased
     if start == "adapted head":
-        model = write_checkpoint(tmp_path / "untied", vocab_size=259, tie_word_embeddings=False)
+        model = write_checkpoint(
+            tmp_path / "untied", vocab_size=259, tie_word_embeddings=False
+        )
         write_tokenizer(model)
     argv = flags(model, many, tmp_path / "run", max_steps=1, micro_batch_tokens=150, dtype=dtype, eval_data=many,  # noqa: E501
                  save_strategy="no", warmup_ratio=0, **settings)  # fmt: skip
@@ -399,14 +435,17 @@ def scored_under(base, examples, **options):
     """What the model of `base` gives the scored tokens, an example at a time."""
     model = load_model(base, **options)
     return [
-        model.logps(next(sft.micro_batches([example], 1, "cpu"))).detach() for example in examples
+        model.logps(next(sft.micro_batches([example], 1, "cpu"))).detach()
+        for example in examples
     ]
 
 
 def test_another_reference(base, biased, rows, tmp_path):
     """--ref_model: margins are those to that model; its size may be another, its vocabulary may not
     be smaller."""
-    other = write_checkpoint(tmp_path / "other", seed=5, vocab_size=259, num_hidden_layers=1)
+    other = write_checkpoint(
+        tmp_path / "other", seed=5, vocab_size=259, num_hidden_layers=1
+    )
     dpo.main(flags(base, rows, tmp_path / "run", max_steps=1, ref_model=other))
     line = tracking.read_log(tmp_path / "run" / "log.jsonl")[0]
     examples = load_pairs(base, rows)
@@ -415,9 +454,9 @@ def test_another_reference(base, biased, rows, tmp_path):
         (p - r).split([len(e[1].ids), len(e[2].ids)])
         for p, r, e in zip(policy, reference, examples)
     ]
-    margin = sum(float(chosen.sum() - rejected.sum()) for chosen, rejected in margins) / len(
-        examples
-    )
+    margin = sum(
+        float(chosen.sum() - rejected.sum()) for chosen, rejected in margins
+    ) / len(examples)
     assert line["rewards/margins"] == pytest.approx(0.1 * margin, rel=1e-4)
     small = write_checkpoint(tmp_path / "small", vocab_size=60)
     with pytest.raises(UserError, match="ref_model: .*tokenizer"):
@@ -451,7 +490,8 @@ def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path
         file.write_bytes(b"half a file")
     assert not reads("broken")
     first, last = (
-        tracking.read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("first", "broken")
+        tracking.read_log(tmp_path / name / "log.jsonl")[0]["loss"]
+        for name in ("first", "broken")
     )
     assert first == last
 
@@ -460,8 +500,12 @@ def test_no_reference_where_none_is_needed(base, rows, tmp_path):
     dpo.main(flags(base, rows, tmp_path / "run", loss_type="simpo", max_steps=1))
     dpo.main(flags(base, rows, tmp_path / "flag", reference_free="true", max_steps=1))
     assert not (tmp_path / "reference").exists()
-    free, flag = (tracking.read_log(tmp_path / name / "log.jsonl")[0] for name in ("run", "flag"))
-    assert "kl" not in free and flag["rewards/chosen"] == pytest.approx(0.1 * flag["logps/chosen"])
+    free, flag = (
+        tracking.read_log(tmp_path / name / "log.jsonl")[0] for name in ("run", "flag")
+    )
+    assert "kl" not in free and flag["rewards/chosen"] == pytest.approx(
+        0.1 * flag["logps/chosen"]
+    )
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -479,7 +523,9 @@ def test_a_shared_prompt_has_the_gradient_of_two(kind, trained):
     model, examples, _ = trained
     settings = config(loss_type=[kind])
     loss, metrics, shared = gradient(model, examples, settings)
-    again, same, apart = gradient(model, [unshared(example) for example in examples], settings)
+    again, same, apart = gradient(
+        model, [unshared(example) for example in examples], settings
+    )
     assert loss == pytest.approx(again, rel=1e-6)
     for name, value in metrics.items():
         assert value == pytest.approx(same[name], rel=1e-5, abs=1e-5)
@@ -494,7 +540,9 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(kind, trained):
     settings = config(loss_type=[kind], label_smoothing=0.1, micro_batch_tokens=1)
     loss, metrics, found = gradient(model, examples, settings)
     budget = sft.token_budget(settings, model.device)
-    assert len(list(sft.micro_batches(examples, budget, "cpu"))) == (1 if "aot" in kind else COUNT)
+    assert len(list(sft.micro_batches(examples, budget, "cpu"))) == (
+        1 if "aot" in kind else COUNT
+    )
     again, same, cut = gradient(model, examples, settings, budget)
     assert loss == pytest.approx(again, rel=1e-6) and metrics == pytest.approx(
         same, rel=1e-5, abs=1e-5
@@ -518,7 +566,9 @@ def test_a_weight_of_two_is_the_pair_twice(trained):
 def test_rpo_alpha_is_the_sft_loss_beside(trained):
     model, examples, _ = trained
     one = gradient(model, examples, config(rpo_alpha=0.3))
-    other = gradient(model, examples, config(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3]))
+    other = gradient(
+        model, examples, config(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3])
+    )
     assert one[0] == other[0] and one[1] == other[1]
 
 
@@ -545,7 +595,9 @@ def test_training_prefers_what_is_chosen(kind, base, many, tmp_path):
         )
     )
     lines = [
-        line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in line
+        line
+        for line in tracking.read_log(tmp_path / "run" / "log.jsonl")
+        if "eval_loss" in line
     ]
     assert (
         lines[-1]["eval_rewards/accuracies"] > 0.7
@@ -559,7 +611,11 @@ def test_training_prefers_what_is_chosen(kind, base, many, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(), dict(lora_r=0, learning_rate=1e-3), dict(adapter="adapter", loss_type="sigmoid,sft")],
+    [
+        dict(),
+        dict(lora_r=0, learning_rate=1e-3),
+        dict(adapter="adapter", loss_type="sigmoid,sft"),
+    ],
     ids=["lora", "full", "adapter"],
 )
 def test_two_halves_are_the_whole_bit_for_bit(settings, base, adapter, many, tmp_path):
@@ -575,7 +631,9 @@ def test_two_halves_are_the_whole_bit_for_bit(settings, base, adapter, many, tmp
     log.write_text("\n".join(log.read_text().splitlines()[:4]) + "\n")
     shutil.rmtree(tmp_path / "reference")
     dpo.main(flags(base, many, tmp_path / "halves", **settings))
-    kept = "model.safetensors" if settings.get("lora_r") == 0 else "adapter_model.safetensors"
+    kept = (
+        "model.safetensors" if settings.get("lora_r") == 0 else "adapter_model.safetensors"
+    )
     for name in ("optimizer.safetensors", kept):
         assert same_tensors(
             *(tmp_path / run / "checkpoint-000006" / name for run in ("whole", "halves"))
@@ -622,9 +680,12 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
     lines = tracking.read_log(run / "log.jsonl")
     wanted = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",  # noqa: E501
               "logps/rejected", "loss", "kl"}  # fmt: skip
-    assert wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
     assert (
-        "answers right on 4 held-out questions" in output and "evaluation pairs at step 1" in output
+        wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
+    )
+    assert (
+        "answers right on 4 held-out questions" in output
+        and "evaluation pairs at step 1" in output
     )
     assert "r 4, alpha 8" in output and "eval_answers" in lines[-1]
     plain, merged = load_model(base), load_model(run / "merged")
@@ -649,7 +710,9 @@ def test_the_plot_has_a_panel_for_each_thing_logged(tmp_path, monkeypatch):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 0, "eval_loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
     tracking.plot_losses(log)
-    log.write_text('{"step": 1, "loss": 1.0, "rewards/margins": 0.1, "rewards/accuracies": 0.5}\n')
+    log.write_text(
+        '{"step": 1, "loss": 1.0, "rewards/margins": 0.1, "rewards/accuracies": 0.5}\n'
+    )
     tracking.plot_losses(log)
     assert [len(labels) for labels in seen] == [1, 3] and "margin" in seen[1][1]
 
@@ -664,7 +727,9 @@ def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "read_log", lambda path: [])
     dpo.main([])
     assert (
-        calls[0] == [] and calls[1].adapter == "output/sft" and calls[1].output_dir == "output/dpo"
+        calls[0] == []
+        and calls[1].adapter == "output/sft"
+        and calls[1].output_dir == "output/dpo"
     )
     assert all(file.endswith("_pairs.jsonl") for file in calls[1].data + calls[1].eval_data)
     (tmp_path / "output" / "sft" / "checkpoint-000100").mkdir(parents=True)
@@ -701,7 +766,9 @@ def test_a_row_of_no_use_is_counted_and_all_of_them_stop_the_run(
     )
     (found,) = ledger.reasons
     assert reason in found and ledger.reasons[found]["rows"] == 1 and len(examples) == 21
-    assert ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
+    assert (
+        ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
+    )
     file.write_text(json.dumps(row))
     error = refuse(flags(base, file, tmp_path / "run", max_length=100), capsys)
     assert (
@@ -714,7 +781,9 @@ def test_a_row_of_no_use_is_counted_and_all_of_them_stop_the_run(
 def test_a_prompt_longer_than_max_length_gives_way(base, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(
-        json.dumps({"prompt": "long " * 50 + "end", "chosen": " yes", "rejected": " no, never"})
+        json.dumps(
+            {"prompt": "long " * 50 + "end", "chosen": " yes", "rejected": " no, never"}
+        )
     )
     ((prompt, chosen, rejected),), _, ledger = sft.load_examples(
         [file], sft.Tokenizer(base), max_length=30, preference=True
@@ -733,7 +802,8 @@ def test_sides_share_tokens_not_characters(base):
 
     def as_turn(*texts):
         return [
-            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+            {"role": ("user", "assistant")[i % 2], "content": text}
+            for i, text in enumerate(texts)
         ]
 
     row = {"prompt": as_turn("hello", "hi"), "chosen": as_turn("once more", "yes"),
@@ -756,7 +826,10 @@ def test_an_adapter_that_unties_the_model_is_to_be_merged_first(base, rows, tmp_
 
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = LoraConfig(
-        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=False
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head"],
+        ensure_weight_tying=False,
     )
     get_peft_model(reference, settings).save_pretrained(tmp_path / "apart")
     with pytest.raises(UserError, match="merge it first"):
@@ -767,7 +840,11 @@ def refuse(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: dpo.main(argv))
     error = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) <= 2
+    assert (
+        stopped.value.code == 2
+        and error.startswith("error: ")
+        and len(error.splitlines()) <= 2
+    )
     return error
 
 
@@ -778,7 +855,10 @@ MISTAKES = {
     "beta": (dict(beta=0), ["beta"]),
     "smoothing": (dict(label_smoothing=0.5), ["label_smoothing"]),
     "exo": (dict(loss_type="exo_pair"), ["label_smoothing", "exo_pair"]),
-    "two references": (dict(ref_model="m", reference_free="true"), ["ref_model", "reference_free"]),
+    "two references": (
+        dict(ref_model="m", reference_free="true"),
+        ["ref_model", "reference_free"],
+    ),
     "no reference for these": (dict(ref_model="m", loss_type="orpo"), ["ref_model"]),
     "no such reference": (dict(ref_model="nowhere/at/all"), ["nowhere/at/all"]),
     "no such adapter": (dict(adapter="nowhere/at/all"), ["nowhere/at/all"]),

@@ -15,10 +15,10 @@ from conftest import ROOT, write_checkpoint
 from test_sft import write_tokenizer
 
 import eval as evaluation
-from data import Tokenizer
+from data import Tokenizer, find_answer, split_prompt
 from model import IGNORE, Batch, Segment, generate, generate_each, load_model
 from qlora import load_4bit
-from support import tracking
+from support import report, tracking
 from support.errors import UserError
 
 
@@ -40,17 +40,17 @@ from support.errors import UserError
 )
 def test_find_answer(text, letter):
     """What follows the last 'Answer:' on its line: a letter by itself, else the words, no letter of a longer word."""
-    assert evaluation.find_answer(text) == letter
+    assert find_answer(text) == letter
 
 
 def test_the_prompt_ends_where_the_last_answer_begins():
     """Of two answers the last is the reference; what follows it (a newline of the template) belongs to neither."""
     ids = np.arange(10, 22)
     labels = np.where(np.isin(np.arange(12), [3, 4, 8, 9, 10]), ids, IGNORE)
-    prompt, reference = evaluation.split_prompt([Segment(ids, labels)])
+    prompt, reference = split_prompt([Segment(ids, labels)])
     assert prompt == list(range(10, 18)) and reference == [18, 19, 20]
     whole = [Segment(ids, np.where(np.arange(12) > 0, ids, IGNORE))]
-    assert evaluation.split_prompt(whole) == ([10], list(range(11, 22)))
+    assert split_prompt(whole) == ([10], list(range(11, 22)))
 
 
 def test_likeliest_is_the_choice_a_plain_forward_pass_likes_best(tiny_checkpoint):
@@ -67,7 +67,9 @@ def test_likeliest_is_the_choice_a_plain_forward_pass_likes_best(tiny_checkpoint
             with torch.no_grad():
                 sums.append(float(model.logps(Batch.pack([[Segment(ids, labels)]])).sum()))
         expected.append(int(np.argmax(sums)))
-    assert [evaluation.likeliest(model, context, choices) for context in contexts] == expected
+    assert [
+        evaluation.likeliest(model, context, choices) for context in contexts
+    ] == expected
 
 
 def test_a_model_that_never_answers_is_asked(tmp_path):
@@ -79,7 +81,9 @@ def test_a_model_that_never_answers_is_asked(tmp_path):
 
     def example(question, answer):
         prompt, answer = tokenizer.encode(question), tokenizer.encode(answer)
-        return [Segment(np.array(prompt + answer), np.array([IGNORE] * len(prompt) + answer))]
+        return [
+            Segment(np.array(prompt + answer), np.array([IGNORE] * len(prompt) + answer))
+        ]
 
     rows = [example(f"{i}? ", f"Because.\nAnswer: {'AB'[i % 2]}") for i in range(6)] + [
         example("hello ", "hi")
@@ -134,7 +138,8 @@ def make_rows(task, count, seed):
             }
         elif task == "hellaswag":
             ends = [
-                words(1, 5) + rng.choice(["", " [title] x", "  ", " [a b] y"]) for _ in range(4)
+                words(1, 5) + rng.choice(["", " [title] x", "  ", " [a b] y"])
+                for _ in range(4)
             ]
             row = {
                 "activity_label": words(1, 2),
@@ -183,7 +188,9 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = write_checkpoint(
-        tmp_path_factory.mktemp("base") / "model", vocab_size=259, max_position_embeddings=400
+        tmp_path_factory.mktemp("base") / "model",
+        vocab_size=259,
+        max_position_embeddings=400,
     )
     write_tokenizer(folder)
     return folder
@@ -219,9 +226,13 @@ def lm_eval_results(folder, data_dir, tasks, shots, chat, limit, monkeypatch, ca
         )
     special = json.loads((folder / "tokenizer_config.json").read_text())
     special = {
-        key: special[key] for key in ("bos_token", "eos_token", "pad_token") if special.get(key)
+        key: special[key]
+        for key in ("bos_token", "eos_token", "pad_token")
+        if special.get(key)
     }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), **special
+    )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if (folder / "chat_template.jinja").exists():
         tokenizer.chat_template = (folder / "chat_template.jinja").read_text()
@@ -268,7 +279,9 @@ def check_parity(folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_p
     theirs = lm_eval_results(
         folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_path / "cache"
     )
-    ours, samples = our_results(folder, data_dir, tasks, shots, chat, limit, tmp_path / "out")
+    ours, samples = our_results(
+        folder, data_dir, tasks, shots, chat, limit, tmp_path / "out"
+    )
     names = {
         "acc": "acc,none",
         "acc_norm": "acc_norm,none",
@@ -288,7 +301,9 @@ def check_parity(folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_p
                 np.testing.assert_allclose(
                     mine["logps"], [r[0][0] for r in other["resps"]], atol=1e-4, rtol=0
                 )
-        for name, value in ((name, value) for name, value in ours[task].items() if name in names):
+        for name, value in (
+            (name, value) for name, value in ours[task].items() if name in names
+        ):
             assert value == pytest.approx(theirs["results"][task][names[name]], abs=1e-12)
             other = theirs["results"][task][names[name].replace(",", "_stderr,")]
             assert ours[task][f"{name}_stderr"] == pytest.approx(other, abs=1e-12)
@@ -318,7 +333,9 @@ def test_gsm8k_is_graded_as_lm_eval_grades():
         and task.shots == config["num_fewshot"]
     )
     options = {
-        key: value for key, value in options.items() if key.startswith(("ignore", "regexes"))
+        key: value
+        for key, value in options.items()
+        if key.startswith(("ignore", "regexes"))
     }
     texts = [
         "so 3.\n#### 72",
@@ -338,12 +355,20 @@ def test_gsm8k_is_graded_as_lm_eval_grades():
         "is 72.",
         "####  72",
     ]
-    for answer in ("x <<1+1=2>>\n#### 72", "so #### 1,072", "#### -5", "#### 3.0", "#,### 72"):
+    for answer in (
+        "x <<1+1=2>>\n#### 72",
+        "so #### 1,072",
+        "#### -5",
+        "#### 3.0",
+        "#,### 72",
+    ):
         for text in texts:
             ours = evaluation.grade_gsm8k(
                 evaluation.Item(["q"], [answer]), task, SimpleNamespace(decode=str), text
             )
-            cut = postprocess_generated_text(text, config["generation_kwargs"]["until"], None)
+            cut = postprocess_generated_text(
+                text, config["generation_kwargs"]["until"], None
+            )
             for spec, name in zip(config["filter_list"], task.metrics):
                 pattern = {k: v for k, v in spec["filter"][0].items() if k != "function"}
                 found = RegexFilter(**pattern).apply([[cut]], [{}])[0][0]
@@ -353,7 +378,9 @@ def test_gsm8k_is_graded_as_lm_eval_grades():
                 assert ours["metrics"][name] == right, (answer, text, name)
 
 
-def test_a_missing_train_file_means_the_questions_themselves(base, data_dir, monkeypatch, tmp_path):
+def test_a_missing_train_file_means_the_questions_themselves(
+    base, data_dir, monkeypatch, tmp_path
+):
     for task in ("commonsense_qa", "winogrande"):
         (tmp_path / "data" / task).mkdir(parents=True)
         (tmp_path / "data" / task / "validation.jsonl").write_text(
@@ -392,8 +419,14 @@ def test_real_data_equals_lm_eval(shared, shots, monkeypatch, tmp_path):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_prefix_tree_scores_what_single_sequences_score(tiny_checkpoint, attention):
     """Sequences that share much, little, all, or end inside another; a tree of any shape gives each its own sum."""
-    model, rng = load_model(tiny_checkpoint(), attn_implementation=attention), random.Random(0)
-    words, sequences = [[rng.randrange(3, 190) for _ in range(n)] for n in (9, 1, 5, 3, 12, 4)], []
+    model, rng = (
+        load_model(tiny_checkpoint(), attn_implementation=attention),
+        random.Random(0),
+    )
+    words, sequences = (
+        [[rng.randrange(3, 190) for _ in range(n)] for n in (9, 1, 5, 3, 12, 4)],
+        [],
+    )
     for _ in range(40):
         ids = [1] + [token for _ in range(rng.randint(1, 4)) for token in rng.choice(words)]
         sequences.append((ids, rng.randint(1, len(ids) - 1)))
@@ -427,17 +460,25 @@ def test_the_header_is_computed_once():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_batch_that_refills_itself_writes_the_same(tiny_checkpoint, attention):
     """Rows that end make room for others, behind a header or not; every row is what it is alone."""
-    model, rng = load_model(tiny_checkpoint(), attn_implementation=attention), random.Random(1)
+    model, rng = (
+        load_model(tiny_checkpoint(), attn_implementation=attention),
+        random.Random(1),
+    )
     for header in ([], [rng.randrange(3, 190) for _ in range(20)]):
         prompts = [
-            header + [rng.randrange(3, 190) for _ in range(rng.randint(1, 9))] for _ in range(11)
+            header + [rng.randrange(3, 190) for _ in range(rng.randint(1, 9))]
+            for _ in range(11)
         ]
-        ends = {n for p in prompts for n in generate(model, [p], 9)[0][4:5]}  # some rows end early
+        ends = {
+            n for p in prompts for n in generate(model, [p], 9)[0][4:5]
+        }  # some rows end early
         alone = [generate(model, [p], 9, eos_ids=ends)[0] for p in prompts]
         assert len({len(ids) for ids in alone}) > 1
         for size in (1, 3, 64):
             assert generate(model, prompts, 9, eos_ids=ends, batch_size=size) == alone
-        order = [row for row, _ in generate_each(model, prompts, 9, eos_ids=ends, batch_size=3)]
+        order = [
+            row for row, _ in generate_each(model, prompts, 9, eos_ids=ends, batch_size=3)
+        ]
         assert sorted(order) == list(range(11)) and order != list(range(11))  # as they end
         cut = generate(model, prompts, 9, eos_ids=[], stop=lambda ids: len(ids) == 2)
         assert [len(ids) for ids in cut] == [2] * 11
@@ -449,7 +490,8 @@ def test_long_prompts_and_decoding_equal_eager(tiny_checkpoint):
     ids = rng.integers(3, 190, 1300).tolist()
     sums = [
         evaluation.sum_logps(
-            load_model(folder, attn_implementation=name), [(ids, 1), (ids[:900] + [5] * 30, 2)]
+            load_model(folder, attn_implementation=name),
+            [(ids, 1), (ids[:900] + [5] * 30, 2)],
         )
         for name in ("sdpa", "eager")
     ]
@@ -472,7 +514,7 @@ def ask(source, folder, tmp_path, name="own", **changes):
     """An own set's samples and summary."""
     model, tokenizer, config = load_model(folder), Tokenizer(folder), settings(**changes)
     questions = evaluation.ask_own(evaluation.read_own(source), model, tokenizer, config)
-    samples = evaluation.run(
+    samples = evaluation.answer_all(
         model, tokenizer, questions, tmp_path / f"samples_m_{name}.jsonl", "", config
     )
     return samples, evaluation.summarise(samples)
@@ -484,7 +526,14 @@ def test_perplexity_equals_lm_eval(base, tmp_path):
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    texts = ["One day a dog ran.", "A cat. " * 90, "ü" * 200, "x" * 400, "y" * 401, "z" * 801]
+    texts = [
+        "One day a dog ran.",
+        "A cat. " * 90,
+        "ü" * 200,
+        "x" * 400,
+        "y" * 401,
+        "z" * 801,
+    ]
     reference = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(base),
         batch_size=1,
@@ -555,7 +604,8 @@ def test_references_reasoning_and_questions_alone(base, tmp_path):
     from rouge_score.rouge_scorer import RougeScorer
 
     rows = [
-        {"prompt": f"say {n} ", "completion": f"the answer number {n} is here"} for n in range(3)
+        {"prompt": f"say {n} ", "completion": f"the answer number {n} is here"}
+        for n in range(3)
     ]
     samples, summary = ask(write_rows(tmp_path / "r.jsonl", rows), base, tmp_path)
     for row, sample in zip(rows, samples):
@@ -564,7 +614,10 @@ def test_references_reasoning_and_questions_alone(base, tmp_path):
             .score(row["completion"], sample["output"])["rougeL"]
             .fmeasure
         )
-        assert sample["metrics"]["rougeL"] == wanted and sample["reference"] == row["completion"]
+        assert (
+            sample["metrics"]["rougeL"] == wanted
+            and sample["reference"] == row["completion"]
+        )
     assert {"exact_match", "rouge1", "rouge2", "rougeL", "n"} <= set(summary)
     rows = [
         {
@@ -621,7 +674,10 @@ def test_forced_choices_in_training(base):
     assert [q and q.shown["choices"] for q in asked] == [options for *_, options in rows]
     texts = [[tokenizer.decode(ids) for ids, _ in q.sequences] for q in asked[:4]]
     assert texts[0] == [rows[0][0]["prompt"] + f"Answer: {letter}" for letter in "ABC"]
-    assert texts[2] == ["Which?  dog", "Which?  cat"] and texts[3] == ["Is it? yes", "Is it? no"]
+    assert texts[2] == ["Which?  dog", "Which?  cat"] and texts[3] == [
+        "Is it? yes",
+        "Is it? no",
+    ]
     model.train()
     found = evaluation.choice_metrics(model, asked[:4])
     assert model.training and set(found) == {"eval_accuracy", "eval_f1"}
@@ -653,7 +709,13 @@ def results_of(rates, n=1000, seed=0, common=0.8):
 def test_an_average_that_rises_while_two_sets_fall():
     """Question by question results with the figures of a published SFT and DPO run: the average rises at every stage,
     and every stage loses on two sets of five."""
-    sets = {"arc": 1172, "csqa": 1221, "gsm8k": 1319, "hellaswag": 10042, "winogrande": 1267}
+    sets = {
+        "arc": 1172,
+        "csqa": 1221,
+        "gsm8k": 1319,
+        "hellaswag": 10042,
+        "winogrande": 1267,
+    }
     stages = {
         "base": (48.1, 82.7, 75.4, 54.5, 70.3),
         "sft": (54.2, 81.4, 78.5, 58.2, 69.0),
@@ -667,12 +729,14 @@ def test_an_average_that_rises_while_two_sets_fall():
         for n, (name, rates) in enumerate(stages.items())
     }
     pairs = evaluation.compare_all(samples)
-    verdicts = {p["task"]: p["verdict"] for p in pairs if (p["a"], p["b"]) == ("base", "dpo")}
+    verdicts = {
+        p["task"]: p["verdict"] for p in pairs if (p["a"], p["b"]) == ("base", "dpo")
+    }
     assert verdicts == dict(zip(sets, ("rose", "fell", "rose", "rose", "fell")))
     assert all(
         p["delta"] < 0 for p in pairs if p["task"] in ("csqa", "winogrande")
     )  # at every stage
-    said = evaluation.headline("base", "dpo", pairs)
+    said = report.headlines(pairs)[1]
     assert (
         "+2." in said
         and "fell beyond noise: csqa, winogrande" in said
@@ -682,13 +746,13 @@ def test_an_average_that_rises_while_two_sets_fall():
         name: {task: evaluation.summarise(rows) for task, rows in found.items()}
         for name, found in samples.items()
     }
-    text = evaluation.report(results, pairs, samples)
+    text = report.comparison_report(results, pairs, samples)
     assert said in text and text.count("| fell |") == 2
 
 
 def test_two_percent_of_a_hundred_is_noise():
     a, b = results_of({"x": 0.50}, 100, 1)["x"], results_of({"x": 0.52}, 100, 2)["x"]
-    a, b = (evaluation.columns(rows)["acc"] for rows in (a, b))
+    a, b = (evaluation.values_by_metric(rows)["acc"] for rows in (a, b))
     found = evaluation.compare("acc", a, b)
     assert (
         found["verdict"] == "noise"
@@ -703,7 +767,9 @@ def test_paired_statistics_against_scipy():
 
     a, b = results_of({"x": 0.6}, 400, 1)["x"], results_of({"x": 0.7}, 400, 2)["x"]
     x, y = (np.array([s["metrics"]["acc"] for s in rows]) for rows in (a, b))
-    found = evaluation.compare("acc", *(evaluation.columns(rows)["acc"] for rows in (a, b)), 20000)
+    found = evaluation.compare(
+        "acc", *(evaluation.values_by_metric(rows)["acc"] for rows in (a, b)), 20000
+    )
     gained, lost = int((y > x).sum()), int((y < x).sum())
     assert (found["gained"], found["lost"], found["n"]) == (gained, lost, 400)
     assert found["mcnemar_p"] == pytest.approx(binomtest(gained, gained + lost).pvalue)
@@ -725,11 +791,15 @@ def adapters(base, tmp_path_factory):
     for n, more in enumerate(([], ["norm"], [])):
         model = load_model(base)
         add_lora(
-            model, LoRAConfig(lora_r=2, target_modules=["q_proj"], modules_to_save=more), seed=n
+            model,
+            LoRAConfig(lora_r=2, target_modules=["q_proj"], modules_to_save=more),
+            seed=n,
         )
         with torch.no_grad():
             for p in (p for p in model.parameters() if p.requires_grad):
-                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(n)))
+                p.add_(
+                    0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(n))
+                )
         folders.append(tmp_path_factory.mktemp("adapters") / f"a{n}" / "adapter")
         save_adapter(model, folders[-1], base)
     return folders
@@ -743,7 +813,9 @@ def test_models_side_by_side(base, adapters, data_dir, tmp_path, monkeypatch, ca
     """Base, adapters and run folders in one run score what each scores alone; a base is loaded once for plain LoRA."""
     loads = []
     monkeypatch.setattr(
-        evaluation, "load_4bit", lambda *args, **more: loads.append(1) or load_4bit(*args, **more)
+        evaluation,
+        "load_4bit",
+        lambda *args, **more: loads.append(1) or load_4bit(*args, **more),
     )
     options = [
         "--tasks",
@@ -768,11 +840,16 @@ def test_models_side_by_side(base, adapters, data_dir, tmp_path, monkeypatch, ca
     )
     assert len(loads) == 2  # the trained norms took the base along
     found = json.loads((tmp_path / "all" / "results.json").read_text())
-    assert found["models"]["one"] == found["models"]["again"] and len(found["pairs"]) == 10 * 3
+    assert (
+        found["models"]["one"] == found["models"]["again"] and len(found["pairs"]) == 10 * 3
+    )
     lines = {
-        name: (tmp_path / "all" / f"samples_{name}_arc_easy.jsonl").read_text() for name in models
+        name: (tmp_path / "all" / f"samples_{name}_arc_easy.jsonl").read_text()
+        for name in models
     }
-    assert len({json.loads(text.split("\n")[0])["logps"][0] for text in lines.values()}) == 4
+    assert (
+        len({json.loads(text.split("\n")[0])["logps"][0] for text in lines.values()}) == 4
+    )
     for name, path in models.items():
         command("--model", f"{name}={path}", *options, tmp_path / name)
         assert (
@@ -788,12 +865,12 @@ def test_models_side_by_side(base, adapters, data_dir, tmp_path, monkeypatch, ca
 
 def test_names():
     """A source without a name is named after itself, in letters that a file's name may have."""
-    assert evaluation.named(["Qwen/Qwen3-0.6B", "a.b=x=y", "runs/mine"], "model") == {
+    assert evaluation.by_name(["Qwen/Qwen3-0.6B", "a.b=x=y", "runs/mine"], "model") == {
         "Qwen3-0.6B": "Qwen/Qwen3-0.6B",
         "a.b": "x=y",
         "mine": "runs/mine",
     }
-    assert evaluation.named(["d/q.jsonl", "org/set:test"], "data") == {
+    assert evaluation.by_name(["d/q.jsonl", "org/set:test"], "data") == {
         "q": "d/q.jsonl",
         "set_test": "org/set:test",
     }
@@ -816,7 +893,9 @@ def test_an_interrupted_evaluation_goes_on(base, data_dir, tmp_path, monkeypatch
         str(tmp_path / "out"),
     ]
     command(*argv)
-    files = [tmp_path / "out" / f"samples_m_{task}.jsonl" for task in ("winogrande", "gsm8k")]
+    files = [
+        tmp_path / "out" / f"samples_m_{task}.jsonl" for task in ("winogrande", "gsm8k")
+    ]
     whole = [file.read_text() for file in files]
     scored, written = [], []
     score, generate_each = evaluation.score, evaluation.generate_each
@@ -858,7 +937,9 @@ def test_a_reference_that_changes_is_asked_anew(base, tmp_path):
         ("why", "a\nAnswer: x", "a\nAnswer: y"),
     ):
         files = [
-            write_rows(tmp_path / f"{n}.jsonl", [{"prompt": "Is it? ", "completion": answer}])
+            write_rows(
+                tmp_path / f"{n}.jsonl", [{"prompt": "Is it? ", "completion": answer}]
+            )
             for n, answer in enumerate((old, new, new))
         ]
         found = [ask(file, base, tmp_path, name)[0][0] for file in files]
@@ -871,7 +952,9 @@ def test_a_reference_that_changes_is_asked_anew(base, tmp_path):
 def test_a_model_that_fails_leaves_the_others(base, data_dir, tmp_path):
     broken = write_checkpoint(tmp_path / "broken", vocab_size=259)
     (broken / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="1 of 2 models failed: broken: .*not a whole safetensors"):
+    with pytest.raises(
+        UserError, match="1 of 2 models failed: broken: .*not a whole safetensors"
+    ):
         command(
             "--model",
             f"broken={broken}",
@@ -906,7 +989,10 @@ def test_a_model_that_fails_leaves_the_others(base, data_dir, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--tasks", "winogrand"], "--tasks: 'winogrand' is not one of .*nearest: winogrande"),
+        (
+            ["--tasks", "winogrand"],
+            "--tasks: 'winogrand' is not one of .*nearest: winogrande",
+        ),
         (["--model", "a=x", "--model", "a=y", "--tasks", "winogrande"], "two are named a"),
         ([], "nothing to ask: give --data FILE, or --tasks of arc_challenge"),
         (["--tasks", "winogrande", "--limit", "0"], "--limit: 0 is below 1"),
@@ -942,7 +1028,13 @@ def test_mistakes(base, data_dir, tmp_path, argv, message):
         ),
         (
             "hellaswag",
-            {"activity_label": "x", "ctx_a": "x", "ctx_b": "x", "endings": ["a"], "label": 2},
+            {
+                "activity_label": "x",
+                "ctx_a": "x",
+                "ctx_b": "x",
+                "endings": ["a"],
+                "label": 2,
+            },
             "one of them",
         ),
         (
@@ -998,7 +1090,7 @@ def test_without_arguments_in_a_process(tmp_path):
     )
     assert (
         done.returncode == 2
-        and done.stderr.startswith("error: --tasks: 'arc'")
+        and done.stderr.startswith("error: tasks: 'arc'")
         and "Traceback" not in done.stderr
     )
 
@@ -1047,9 +1139,18 @@ def train(base, tmp_path, name, **changes):
         | changes
     )
     sft.main(
-        [str(x) for key, value in options.items() if value is not None for x in (f"--{key}", value)]
+        [
+            str(x)
+            for key, value in options.items()
+            if value is not None
+            for x in (f"--{key}", value)
+        ]
     )
-    log = [line for line in tracking.read_log(tmp_path / name / "log.jsonl") if "eval_loss" in line]
+    log = [
+        line
+        for line in tracking.read_log(tmp_path / name / "log.jsonl")
+        if "eval_loss" in line
+    ]
     return tmp_path / name, log
 
 
@@ -1060,7 +1161,12 @@ def weights(folder):
 def test_training_measures_choices_and_keeps_the_best(base, tmp_path):
     """The lowest held-out loss of the log is the step whose weights adapter/ holds, and rotation spared it."""
     folder, log = train(
-        base, tmp_path, "a", load_best_model_at_end="true", save_total_limit=2, learning_rate=0.1
+        base,
+        tmp_path,
+        "a",
+        load_best_model_at_end="true",
+        save_total_limit=2,
+        learning_rate=0.1,
     )
     assert [line["step"] for line in log] == list(range(25)) and all(
         0 <= line["eval_accuracy"] <= 1 for line in log
@@ -1069,12 +1175,21 @@ def test_training_measures_choices_and_keeps_the_best(base, tmp_path):
     assert best != 24, "this run was meant to get worse"
     kept = sorted(path.name for path in folder.glob("checkpoint-*"))
     assert kept == [f"checkpoint-{best:06d}", "checkpoint-000024"]
-    assert weights(folder / "adapter") == weights(folder / kept[0]) != weights(folder / kept[1])
+    assert (
+        weights(folder / "adapter")
+        == weights(folder / kept[0])
+        != weights(folder / kept[1])
+    )
 
 
 def test_a_best_step_between_checkpoints_is_saved(base, tmp_path):
     folder, log = train(
-        base, tmp_path, "a", load_best_model_at_end="true", save_steps=100, learning_rate=0.1
+        base,
+        tmp_path,
+        "a",
+        load_best_model_at_end="true",
+        save_steps=100,
+        learning_rate=0.1,
     )
     best = min(log[1:], key=lambda line: line["eval_loss"])["step"]
     assert best != 24 and (folder / f"checkpoint-{best:06d}").exists()
@@ -1139,7 +1254,10 @@ def test_the_best_and_the_patience_survive_a_resume(base, tmp_path):
     import shutil
 
     options = dict(
-        load_best_model_at_end="true", early_stopping_patience=2, learning_rate=0.1, max_steps=24
+        load_best_model_at_end="true",
+        early_stopping_patience=2,
+        learning_rate=0.1,
+        max_steps=24,
     )
     whole, log = train(base, tmp_path, "whole", **options)
     last = log[-1]["step"]

@@ -37,7 +37,14 @@ from support.settings import parse_config
 
 TINY = ROOT / "examples" / "tiny-qwen3"
 CONFIG = json.loads((TINY / "config.json").read_text())
-COMMANDS = {"sft": sft, "dpo": dpo, "eval": evaluation, "data": data, "lora": lora, "qlora": qlora}
+COMMANDS = {
+    "sft": sft,
+    "dpo": dpo,
+    "eval": evaluation,
+    "data": data,
+    "lora": lora,
+    "qlora": qlora,
+}
 TALK = {
     "messages": [
         {"role": "user", "content": "2 + 2?"},
@@ -177,9 +184,7 @@ def not_utf8(path):
     path.write_bytes(path.read_bytes().replace(b"hello", b"\xff\xfe\xfd\xfc\xfb"))
 
 
-TRAIN = (
-    "sft --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "
-)
+TRAIN = "sft --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "
 PAIRS = (
     "dpo --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "
     "--ref_cache cache "
@@ -208,7 +213,11 @@ CASES = {
         {"m/config.json": json.dumps(CONFIG).encode("utf-16")},
         "config.json: not valid JSON",
     ),
-    "config with escapes": (TRAIN, config(model_type="\x1b[31m\n"), r"model_type '\x1b[31m"),
+    "config with escapes": (
+        TRAIN,
+        config(model_type="\x1b[31m\n"),
+        r"model_type '\x1b[31m",
+    ),
     "config with a long name": (
         TRAIN,
         config(torch_dtype="x" * 10**6),
@@ -245,7 +254,11 @@ CASES = {
     "weights of a small vocabulary": (
         TRAIN,
         config(vocab_size=300)
-        | {"m/model.safetensors": tensors(lambda t: t.update({FIRST: t[FIRST][:300].clone()}))},
+        | {
+            "m/model.safetensors": tensors(
+                lambda t: t.update({FIRST: t[FIRST][:300].clone()})
+            )
+        },
         "beyond the model's vocabulary of 300",
     ),
     "weights named in colour": (
@@ -265,8 +278,17 @@ CASES = {
         sharded(x="p.safetensors") | {"m/p.safetensors": pipe},
         "p.safetensors: not a regular",
     ),
-    "index to half a character": (TRAIN, sharded(x="\ud800.safetensors"), "index.json", r"\ud800"),
-    "tokenizer is huge": (TRAIN, {"m/tokenizer.json": link("/dev/zero")}, "no tokenizer.json"),
+    "index to half a character": (
+        TRAIN,
+        sharded(x="\ud800.safetensors"),
+        "index.json",
+        r"\ud800",
+    ),
+    "tokenizer is huge": (
+        TRAIN,
+        {"m/tokenizer.json": link("/dev/zero")},
+        "no tokenizer.json",
+    ),
     "tokenizer's regex never ends": (
         SHOW,
         {
@@ -296,7 +318,9 @@ CASES = {
     # templates
     "template with a loop in a loop": (
         SHOW,
-        template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+        template(
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        ),
         "rows.jsonl:1",
         "timed out after",
     ),
@@ -332,14 +356,22 @@ CASES = {
         template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
         "recursion",
     ),
-    "template that reads files": (SHOW, template("{% include '/etc/passwd' %}"), "no loader"),
+    "template that reads files": (
+        SHOW,
+        template("{% include '/etc/passwd' %}"),
+        "no loader",
+    ),
     "template that looks behind": (
         SHOW,
         template("\n\n{{ cycler.__init__.__globals__ }}"),
         "line 3",
         "unsafe",
     ),
-    "template that formats": (SHOW, template("{{ '{0.__class__.__mro__}'.format('') }}"), "unsafe"),
+    "template that formats": (
+        SHOW,
+        template("{{ '{0.__class__.__mro__}'.format('') }}"),
+        "unsafe",
+    ),
     "template with a wrong line": (
         SHOW,
         template("a\nb\n{% endif %}"),
@@ -362,7 +394,11 @@ CASES = {
         r"line 1: \x1b[2J",
     ),
     # rows and their files
-    "row twice": (SHOW, row('{"text": "a", "text": "b"}'), "rows.jsonl:1: not JSON: 'text' twice"),
+    "row twice": (
+        SHOW,
+        row('{"text": "a", "text": "b"}'),
+        "rows.jsonl:1: not JSON: 'text' twice",
+    ),
     "row of a huge weight": (
         SHOW,
         row('{"text": "a", "weight": 1' + "0" * 400 + "}"),
@@ -449,7 +485,11 @@ CASES = {
         {"x.parquet": pipe},
         "not a regular file",
     ),
-    "data without a name": ("data show --model m --data=", {}, "'': a source of rows has a name"),
+    "data without a name": (
+        "data show --model m --data=",
+        {},
+        "'': a source of rows has a name",
+    ),
     "data of nothing": (
         "sft --model m --output_dir out --data",
         {},
@@ -460,8 +500,16 @@ CASES = {
         {},
         "org/na..me: no file here",
     ),
-    "data of weight inf": ("data show --model m --data rows.jsonl@1e300", {}, "the weight after @"),
-    "data of bytes": ("data show --model m --data \udcff.jsonl", {}, "--data: expected list[str]"),
+    "data of weight inf": (
+        "data show --model m --data rows.jsonl@1e300",
+        {},
+        "the weight after @",
+    ),
+    "data of bytes": (
+        "data show --model m --data \udcff.jsonl",
+        {},
+        "--data: expected list[str]",
+    ),
     "recipe of nested choices": (
         SHOW + "--recipe mcqa",
         row({"question": "q", "choices": [["a"], "b"], "answer": "b"}),
@@ -483,8 +531,16 @@ CASES = {
         {"c.yaml": "seed: " + "9" * 5000},
         "c.yaml: cannot be read",
     ),
-    "YAML from a pipe": ("sft --config c.yaml", {"c.yaml": pipe}, "c.yaml: not a regular file"),
-    "config of nothing": (TRAIN + "--config", {}, "--config: expected at least one argument"),
+    "YAML from a pipe": (
+        "sft --config c.yaml",
+        {"c.yaml": pipe},
+        "c.yaml: not a regular file",
+    ),
+    "config of nothing": (
+        TRAIN + "--config",
+        {},
+        "--config: expected at least one argument",
+    ),
     "rank that is no number": (
         TRAIN + '--rank_pattern {"q_proj":2.5}',
         {},
@@ -500,13 +556,21 @@ CASES = {
         {},
         "--rank_pattern: expected dict",
     ),
-    "regex that never ends": (TRAIN + f"--target_modules {BOMB}", {}, "matching target_modules"),
+    "regex that never ends": (
+        TRAIN + f"--target_modules {BOMB}",
+        {},
+        "matching target_modules",
+    ),
     "steps without end": (
         TRAIN.replace("_steps 1", "_steps 1" + "0" * 30),
         {},
         "--max_steps: expected int",
     ),
-    "steps to infinity": (TRAIN.replace("_steps 1", "_steps inf"), {}, "--max_steps: expected int"),
+    "steps to infinity": (
+        TRAIN.replace("_steps 1", "_steps inf"),
+        {},
+        "--max_steps: expected int",
+    ),
     "rate that is NaN": (
         TRAIN + "--learning_rate nan",
         {},
@@ -529,7 +593,11 @@ CASES = {
         "m: holds files",
     ),
     "preference of no weight": (PAIRS + "--loss_weights 0", {}, "loss_weights: [0.0]"),
-    "preference to infinity": (PAIRS + "--simpo_gamma inf", {}, "--simpo_gamma: expected float"),
+    "preference to infinity": (
+        PAIRS + "--simpo_gamma inf",
+        {},
+        "--simpo_gamma: expected float",
+    ),
     "preference without pairs": (PAIRS, {}, "rows.jsonl:1: fits no schema"),
     # adapters and 4 bits
     "adapter of a bomb": (
@@ -544,9 +612,17 @@ CASES = {
         "a: not an adapter",
         "timed out",
     ),
-    "adapter of a nested regex": (MERGE, adapter_config(target_modules="(" * 5000), "is no regex"),
+    "adapter of a nested regex": (
+        MERGE,
+        adapter_config(target_modules="(" * 5000),
+        "is no regex",
+    ),
     "adapter alpha NaN": (MERGE, adapter_config(lora_alpha=math.nan), "lora_alpha = NaN"),
-    "adapter rank 10^9": (MERGE, adapter_config(r=10**9), "lora_r: 1000000000 is not above 0 and"),
+    "adapter rank 10^9": (
+        MERGE,
+        adapter_config(r=10**9),
+        "lora_r: 1000000000 is not above 0 and",
+    ),
     "adapter of a base that is no name": (
         MERGE,
         adapter_config(base_model_name_or_path=5),
@@ -568,11 +644,19 @@ CASES = {
     ),
     "adapter that overflows": (
         MERGE,
-        {"a/adapter_model.safetensors": tensors(lambda t: [x.fill_(1e30) for x in t.values()])},
+        {
+            "a/adapter_model.safetensors": tensors(
+                lambda t: [x.fill_(1e30) for x in t.values()]
+            )
+        },
         "out: is not written",
         "would hold NaN or infinity",
     ),
-    "adapter that is nowhere": (MERGE.replace("a --out", "x/y --out"), {}, "adapter x/y: no"),
+    "adapter that is nowhere": (
+        MERGE.replace("a --out", "x/y --out"),
+        {},
+        "adapter x/y: no",
+    ),
     "4 bits of offset NaN": (
         ASK4,
         state(nested_offset=math.nan),
@@ -596,17 +680,28 @@ CASES = {
         "--output_dir m: exists already",
     ),
     # evaluation, and what data.py writes
-    "evaluation of an empty name": (ASK.replace("model m", "model="), {}, "--model: '' is empty"),
+    "evaluation of an empty name": (
+        ASK.replace("model m", "model="),
+        {},
+        "--model: '' is empty",
+    ),
     "evaluation of a name that leaves": (
         ASK.replace("model m", "model ../../x=m"),
         {},
         "neither a folder nor",
     ),
     "evaluation of an empty text": (ASK, row({"text": ""}), "rows.jsonl:1: an empty text"),
-    "evaluation of half a character": (ASK, row('{"text": "\\ud800"}'), r"cannot encode '\ud800'"),
+    "evaluation of half a character": (
+        ASK,
+        row('{"text": "\\ud800"}'),
+        r"cannot encode '\ud800'",
+    ),
     "evaluation of a damaged run": (
         "eval --model run --data rows.jsonl --output_dir out",
-        {"run/config.json": '{"bnb_4bit_quant_type": [1]}', "run/adapter_config.json": None},
+        {
+            "run/config.json": '{"bnb_4bit_quant_type": [1]}',
+            "run/adapter_config.json": None,
+        },
         "run/config.json: not",
     ),
     "samples that are a pipe": (
@@ -640,7 +735,9 @@ CASES = {
 
 def contents(root):
     return {
-        path: path.is_file() and path.read_bytes() for path in root.rglob("*") if not path.is_fifo()
+        path: path.is_file() and path.read_bytes()
+        for path in root.rglob("*")
+        if not path.is_fifo()
     }
 
 
@@ -683,7 +780,9 @@ def test_it_ends_in_one_line_and_nothing_is_lost(case, home, monkeypatch, capsys
     assert sanitize(told[0]) == told[0] and seconds < 8
     after = contents(home)
     assert {path: after.get(path) for path in before} == before
-    assert {path.relative_to(home).parts[0] for path in after.keys() - before.keys()} <= {"out"}
+    assert {path.relative_to(home).parts[0] for path in after.keys() - before.keys()} <= {
+        "out"
+    }
 
 
 def test_a_name_may_hold_control_characters_only_as_escapes(home, monkeypatch, capsys):
@@ -731,7 +830,9 @@ def test_long_texts_are_encoded_a_part_at_a_time(monkeypatch):
     backend, tokenizer.backend = tokenizer.backend, Counting()
     found = list(tokenizer.encode_all(texts))
     assert (
-        found == [wanted[0]] * 4 + wanted[1:] and max(sizes) < 2**22 + 1_200_000 and len(sizes) > 1
+        found == [wanted[0]] * 4 + wanted[1:]
+        and max(sizes) < 2**22 + 1_200_000
+        and len(sizes) > 1
     )
 
 
@@ -822,14 +923,22 @@ def test_the_token_is_in_no_message_and_no_file(given, tmp_path):
         else {"HF_TOKEN_PATH": str(tmp_path / "token")}
     )
     ran = subprocess.run(
-        [sys.executable, "-c", ASKING, ROOT], env=env, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", ASKING, ROOT],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     server.shutdown()
     told = ran.stdout + ran.stderr
     print(told)
-    assert ran.returncode == 0 and told.count("error: ") == 18 and "Traceback" not in told, told
+    assert (
+        ran.returncode == 0 and told.count("error: ") == 18 and "Traceback" not in told
+    ), told
     assert f"Bearer {TOKEN}" in server.seen and TOKEN[:12] not in told
-    written = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
+    written = [
+        path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()
+    ]
     assert sum(TOKEN in text for text in written) == 1  # the token's own file
 
 
@@ -849,8 +958,12 @@ def test_no_module_reads_pickles():
 steady = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
-WORDS = st.text(st.characters(exclude_categories=()), max_size=9)  # halves of characters too
-NUMBERS = st.integers() | st.floats() | st.sampled_from([10**30, -1, 2**63, math.nan, math.inf])
+WORDS = st.text(
+    st.characters(exclude_categories=()), max_size=9
+)  # halves of characters too
+NUMBERS = (
+    st.integers() | st.floats() | st.sampled_from([10**30, -1, 2**63, math.nan, math.inf])
+)
 SIMPLE = st.none() | st.booleans() | NUMBERS | WORDS
 VALUES = st.recursive(
     SIMPLE,
@@ -904,8 +1017,14 @@ def attempt(what, *arguments, **options):
 @given(ROWS, st.booleans(), st.sampled_from(["", *data.RECIPES]))
 def test_any_row_is_rendered_or_refused(row, preference, recipe):
     make, _ = data.use_recipe(recipe, {}, 0)
-    found = attempt(data.render_row, row, fuzzed_tokenizer, 64, make=make, preference=preference)
-    assert found is None or isinstance(found, str) or all(len(segment.ids) for segment in found[:1])
+    found = attempt(
+        data.render_row, row, fuzzed_tokenizer, 64, make=make, preference=preference
+    )
+    assert (
+        found is None
+        or isinstance(found, str)
+        or all(len(segment.ids) for segment in found[:1])
+    )
 
 
 @settings(steady, max_examples=300)
@@ -936,7 +1055,9 @@ def test_any_row_is_rendered_or_refused(row, preference, recipe):
     ),
 )
 def test_any_config_is_understood_or_refused(changes, rope):
-    found = attempt(ModelConfig.from_dict, CONFIG | {"rope_scaling": rope or None} | changes)
+    found = attempt(
+        ModelConfig.from_dict, CONFIG | {"rope_scaling": rope or None} | changes
+    )
     assert found is None or M.rope_frequencies(found)[0].isfinite().all()
 
 
@@ -944,10 +1065,14 @@ def test_any_config_is_understood_or_refused(changes, rope):
 @given(st.data())
 def test_any_setting_is_taken_or_refused(tmp_path_factory, data_of):
     kind = data_of.draw(
-        st.sampled_from([sft.SFTConfig, dpo.DPOConfig, data.DataConfig, evaluation.EvalConfig])
+        st.sampled_from(
+            [sft.SFTConfig, dpo.DPOConfig, data.DataConfig, evaluation.EvalConfig]
+        )
     )
     names = sorted(kind.__dataclass_fields__)
-    flags = data_of.draw(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3))
+    flags = data_of.draw(
+        st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3)
+    )
     file = tmp_path_factory.getbasetemp() / "settings.json"
     file.write_text(json.dumps(flags))
     must = ["--model", "m", "--data", "d"]
@@ -955,7 +1080,10 @@ def test_any_setting_is_taken_or_refused(tmp_path_factory, data_of):
     attempt(
         parse_config,
         kind,
-        [*must, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))],
+        [
+            *must,
+            *(word for key, value in flags.items() for word in (f"--{key}", str(value))),
+        ],
     )
     attempt(parse_config, kind, [*must, *map(str, flags.values())])
 
@@ -1006,7 +1134,9 @@ def small(tmp_path_factory):
     }
     (folder / "config.json").write_text(json.dumps(raw))
     network = M.Transformer(ModelConfig.read(folder))
-    return folder, save({name: tensor.detach() for name, tensor in network.state_dict().items()})
+    return folder, save(
+        {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    )
 
 
 @settings(steady, max_examples=300)

@@ -51,7 +51,9 @@ SHAPE = dict(
 FAMILIES = {
     "qwen3": dict(model_type="qwen3", tie_word_embeddings=False),
     "qwen3-tied": dict(model_type="qwen3", tie_word_embeddings=True),
-    "qwen2-tied": dict(model_type="qwen2", tie_word_embeddings=True, head_dim=6),  # q, k, v biases
+    "qwen2-tied": dict(
+        model_type="qwen2", tie_word_embeddings=True, head_dim=6
+    ),  # q, k, v biases
     "llama": dict(
         model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True
     ),
@@ -90,7 +92,9 @@ def theirs(folder, dtype=torch.float32):
 
 
 def pack(documents):
-    return Batch.pack([[Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in documents])
+    return Batch.pack(
+        [[Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in documents]
+    )
 
 
 @torch.no_grad()
@@ -121,7 +125,9 @@ def stored(folder):
 
 def peft_model(folder, settings, seed=0):
     torch.manual_seed(seed)
-    model = peft.get_peft_model(theirs(folder), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    model = peft.get_peft_model(
+        theirs(folder), peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
     shake(model)
     return model.eval()
 
@@ -134,10 +140,16 @@ CASES = {  # name: family, PEFT's settings
         "qwen3",
         dict(target_modules=["model.layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"]),
     ),
-    "layers": ("qwen3", dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1])),
+    "layers": (
+        "qwen3",
+        dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
+    ),
     "bias none": ("llama", dict(target_modules=["q_proj", "down_proj"])),
     "bias all": ("llama", dict(target_modules=["q_proj", "down_proj"], bias="all")),
-    "bias lora_only": ("qwen2-tied", dict(target_modules=["q_proj", "up_proj"], bias="lora_only")),
+    "bias lora_only": (
+        "qwen2-tied",
+        dict(target_modules=["q_proj", "up_proj"], bias="lora_only"),
+    ),
     "norms": (
         "qwen3",
         dict(
@@ -150,21 +162,33 @@ CASES = {  # name: family, PEFT's settings
         "qwen3",
         dict(target_modules=["o_proj"], modules_to_save=["embed_tokens", "lm_head"]),
     ),
-    "embedding": ("llama", dict(target_modules=["o_proj"], modules_to_save=["embed_tokens"])),
+    "embedding": (
+        "llama",
+        dict(target_modules=["o_proj"], modules_to_save=["embed_tokens"]),
+    ),
     "tied embedding": (
         "qwen3-tied",
-        dict(target_modules=["k_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        dict(
+            target_modules=["k_proj"],
+            modules_to_save=["embed_tokens"],
+            ensure_weight_tying=True,
+        ),
     ),
     "tied head": (
         "qwen2-tied",
-        dict(target_modules=["k_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True),
+        dict(
+            target_modules=["k_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True
+        ),
     ),
     "rslora": ("qwen3", dict(target_modules="all-linear", use_rslora=True)),
     "dora": ("qwen3", dict(target_modules="all-linear", use_dora=True)),
     "dora and biases": (
         "llama",
         dict(
-            target_modules=["q_proj", "down_proj"], use_dora=True, bias="lora_only", use_rslora=True
+            target_modules=["q_proj", "down_proj"],
+            use_dora=True,
+            bias="lora_only",
+            use_rslora=True,
         ),
     ),
     "patterns": (
@@ -175,7 +199,10 @@ CASES = {  # name: family, PEFT's settings
             rank_pattern={"q_proj": 5, r"layers\.0\.self_attn\.k_proj": 2},
         ),
     ),
-    "whole layers": ("llama", dict(target_modules="all-linear", modules_to_save=["mlp", "k_proj"])),
+    "whole layers": (
+        "llama",
+        dict(target_modules="all-linear", modules_to_save=["mlp", "k_proj"]),
+    ),
     "whole biases": (
         "llama",
         dict(target_modules=["q_proj"], modules_to_save=["k_proj"], bias="all"),
@@ -254,21 +281,29 @@ def test_an_adapter_made_here_opens_in_peft(case, bases, tmp_path):
     save_adapter(model, tmp_path / "ours", bases[family])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")
-        reference = peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "ours").eval()
+        reference = peft.PeftModel.from_pretrained(
+            theirs(bases[family]), tmp_path / "ours"
+        ).eval()
     assert_close(logits(reference), logits(model))
     assert {p.dtype for p in stored(tmp_path / "ours").values()} == {torch.float32}
     trainable, total = count_parameters(model)
     tied = family.endswith("tied") and settings.get("modules_to_save")
     assert trainable == sum(
-        t.numel() for k, t in stored(tmp_path / "ours").items() if not (tied and "lm_head" in k)
+        t.numel()
+        for k, t in stored(tmp_path / "ours").items()
+        if not (tied and "lm_head" in k)
     )
     assert total == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize(
+    "whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
+)
 def test_a_tied_pair_that_peft_trained_apart_is_untied(whole, bases, tmp_path):
     base = bases["qwen3-tied"]
-    reference = peft_model(base, dict(r=2, target_modules=["q_proj"], modules_to_save=whole))
+    reference = peft_model(
+        base, dict(r=2, target_modules=["q_proj"], modules_to_save=whole)
+    )
     reference.save_pretrained(tmp_path / "theirs")
     model = ours(base)
     load_adapter(model, tmp_path / "theirs")
@@ -297,7 +332,8 @@ def test_a_list_of_targets_from_elsewhere_is_read_as_peft_reads_it(bases, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "case", ["all-linear", "norms", "tied embedding", "everything", "dora", "dora and biases"]
+    "case",
+    ["all-linear", "norms", "tied embedding", "everything", "dora", "dora and biases"],
 )
 def test_training_is_pefts(case, bases, tmp_path):
     """20 AdamW steps from the same adapter on the same batches."""
@@ -310,7 +346,9 @@ def test_training_is_pefts(case, bases, tmp_path):
     load_adapter(model, tmp_path / "start", trainable=True)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     rng = np.random.default_rng(0)
-    batches = [[rng.integers(0, 67, n) for n in rng.integers(4, 12, 2)] for _ in range(4)] * 5
+    batches = [
+        [rng.integers(0, 67, n) for n in rng.integers(4, 12, 2)] for _ in range(4)
+    ] * 5
 
     expected = adamw_steps(reference, their_loss, batches)
     losses = adamw_steps(
@@ -362,7 +400,13 @@ def test_a_fresh_lora_changes_nothing_and_comes_from_its_seed_alone(dtype, bases
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.get_parameter(n).dtype == torch.float32 for n in trained)
     assert all(
-        ("lora_" in n or "norm" in n or n.endswith("bias") or "embed" in n or "lm_head" in n)
+        (
+            "lora_" in n
+            or "norm" in n
+            or n.endswith("bias")
+            or "embed" in n
+            or "lm_head" in n
+        )
         for n in trained
     )
     assert torch.equal(logits(merge_lora(model)), before)
@@ -401,7 +445,10 @@ def test_merge_sums_in_fp32_and_rounds_once(bases):
     add_lora(
         model,
         LoRAConfig(
-            lora_r=4, target_modules=["q_proj", "lm_head"], bias="all", modules_to_save=["norm"]
+            lora_r=4,
+            target_modules=["q_proj", "lm_head"],
+            bias="all",
+            modules_to_save=["norm"],
         ),
     )
     shake(model)
@@ -412,7 +459,9 @@ def test_merge_sums_in_fp32_and_rounds_once(bases):
             + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
         )
         expected[path + ".weight"] = W.float().bfloat16()
-    expected |= {n: p.detach().bfloat16() for n, p in model.named_parameters() if "norm" in n}
+    expected |= {
+        n: p.detach().bfloat16() for n, p in model.named_parameters() if "norm" in n
+    }
     before = logits(model)
     merge_lora(model)
     for name, tensor in expected.items():
@@ -456,12 +505,17 @@ def test_disable_lora_is_the_base_for_as_long_as_it_lasts(bases):
     assert torch.equal(logits(model), after) and not torch.equal(after, before)
     model = ours(bases["qwen3"])
     add_lora(model, LoRAConfig(modules_to_save=["norm"]))
-    with pytest.raises(UserError, match="norm.weight is trained in place"), disable_lora(model):
+    with (
+        pytest.raises(UserError, match="norm.weight is trained in place"),
+        disable_lora(model),
+    ):
         pass
 
 
 def test_any_linear_can_be_the_base():
-    class Halves(nn.Module):  # a stand-in for a quantised layer: no weight, but `dequantize`
+    class Halves(
+        nn.Module
+    ):  # a stand-in for a quantised layer: no weight, but `dequantize`
         in_features, out_features, bias = 6, 4, None
 
         def __init__(self):
@@ -482,7 +536,9 @@ def test_any_linear_can_be_the_base():
     assert layer.lora_A.grad is not None
     merged = layer.merge()
     assert type(merged) is Linear and merged.weight.dtype == torch.bfloat16
-    wanted = (layer.base_layer.dense_weight().float() + 2 * layer.lora_B @ layer.lora_A).bfloat16()
+    wanted = (
+        layer.base_layer.dense_weight().float() + 2 * layer.lora_B @ layer.lora_A
+    ).bfloat16()
     assert torch.equal(merged.weight, wanted)
 
 
@@ -490,7 +546,11 @@ def test_rank_0_is_full_fine_tuning(bases):
     model = ours(bases["qwen2-tied"], "bfloat16")
     assert add_lora(model, LoRAConfig(lora_r=0)) == [] and not lora_layers(model)
     trainable, total = count_parameters(model)
-    assert trainable == total == sum(p.numel() for p in theirs(bases["qwen2-tied"]).parameters())
+    assert (
+        trainable
+        == total
+        == sum(p.numel() for p in theirs(bases["qwen2-tied"]).parameters())
+    )
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in merge_lora(model).parameters()} == {torch.bfloat16}
 
@@ -514,7 +574,8 @@ def test_targeted_norms_are_trained_whole_and_said_so(bases, tmp_path):
     )
     model = ours(bases["qwen3"])
     add_lora(
-        model, LoRAConfig(target_modules=["q_proj", "input_layernorm"], layers_to_transform=[1])
+        model,
+        LoRAConfig(target_modules=["q_proj", "input_layernorm"], layers_to_transform=[1]),
     )
     assert model.adapter.modules_to_save == ["model.layers.1.input_layernorm"]
     assert [n for n, p in model.named_parameters() if p.requires_grad and "norm" in n] == [
@@ -525,22 +586,26 @@ def test_targeted_norms_are_trained_whole_and_said_so(bases, tmp_path):
 def test_one_of_a_tied_pair_trains_both(bases):
     for name in ("embed_tokens", "lm_head"):
         model = ours(bases["qwen3-tied"])
-        (notice,) = add_lora(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=[name]))
+        (notice,) = add_lora(
+            model, LoRAConfig(target_modules=["q_proj"], modules_to_save=[name])
+        )
         assert (
             "tied" in notice
             and model.model.embed_tokens.weight.requires_grad
             and model.lm_head is None
         )
-        assert sum("embed" in n for n, p in model.named_parameters() if p.requires_grad) == 1
+        assert (
+            sum("embed" in n for n, p in model.named_parameters() if p.requires_grad) == 1
+        )
 
 
 def count_lora(raw, config):
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
     add_lora(model, config)
-    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n), count_parameters(
-        model
-    )
+    return sum(
+        p.numel() for n, p in model.named_parameters() if "lora_" in n
+    ), count_parameters(model)
 
 
 def test_parameter_counts_of_a_real_shape():
@@ -604,8 +669,14 @@ def test_parameter_counts_of_the_recipes(shape, r, targets, number):
             "'q_porj' matches.*nearest: q_proj.*'gate' matches.*nearest: gate_proj",
         ),
         (dict(target_modules=["c_attn2"]), r"'c_attn2'"),
-        (dict(target_modules=["model.layers.9.self_attn.q_proj"]), "layers.9.*nearest: q_proj"),
-        (dict(target_modules=["embed_tokens"]), "no form for model.embed_tokens; modules_to_save"),
+        (
+            dict(target_modules=["model.layers.9.self_attn.q_proj"]),
+            "layers.9.*nearest: q_proj",
+        ),
+        (
+            dict(target_modules=["embed_tokens"]),
+            "no form for model.embed_tokens; modules_to_save",
+        ),
         (dict(target_modules=["lm_head", "q_proj"]), "no form for lm_head"),
         (dict(target_modules=["mlp"]), "no form for model.layers.0.mlp"),
         (dict(target_modules=[r"q_proj|("]), "is no regex: missing"),
@@ -613,7 +684,10 @@ def test_parameter_counts_of_the_recipes(shape, r, targets, number):
         (dict(target_modules=["q_proj", ".*k_proj"]), "a regex stands alone"),
         (dict(target_modules=["norm"]), "no linear layer is left"),
         (dict(target_modules=[]), "no linear layer is left"),
-        (dict(target_modules=["q_proj"], modules_to_save=["q_proj"]), "no linear layer is left"),
+        (
+            dict(target_modules=["q_proj"], modules_to_save=["q_proj"]),
+            "no linear layer is left",
+        ),
         (
             dict(target_modules=[".*q_proj"], layers_to_transform=[0]),
             "layers_to_transform goes with names",
@@ -680,7 +754,10 @@ def adapter(bases, tmp_path):
         (dict(layer_replication=[[0, 2]]), "layer_replication"),
         (dict(trainable_token_indices=[3]), "trainable_token_indices"),
         (dict(a_field_of_next_year=2), "a_field_of_next_year = 2 is not supported"),
-        (dict(init_lora_weights="pissa"), "pissa.*base was changed too: save it as plain LoRA"),
+        (
+            dict(init_lora_weights="pissa"),
+            "pissa.*base was changed too: save it as plain LoRA",
+        ),
         (dict(r="16", bias=3), 'r = "16" is not supported; bias = 3 is not'),
         (dict(r=0), "a rank r from 1"),
         (dict(target_modules=None), "target_modules are needed"),
@@ -692,7 +769,10 @@ def adapter(bases, tmp_path):
             "not an adapter of this model: target_modules: no linear layer",
         ),
         (dict(target_modules="(("), "not an adapter of this model: .*no regex"),
-        (dict(r=3), r"8 tensor\(s\) do not fit: .*lora_A.weight is \[2, 24\], expected \[3, 24\]"),
+        (
+            dict(r=3),
+            r"8 tensor\(s\) do not fit: .*lora_A.weight is \[2, 24\], expected \[3, 24\]",
+        ),
         (
             dict(target_modules=["q_proj", "down_proj"]),
             r"missing .*down_proj.*unexpected .*up_proj",
@@ -766,7 +846,9 @@ def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["lora.py", "merge", *map(str, arguments)])
         run_command(lora.main)
 
-    command("--adapter", adapter, "--output-dir", tmp_path / "merged", "--model", bases["qwen3"])
+    command(
+        "--adapter", adapter, "--output-dir", tmp_path / "merged", "--model", bases["qwen3"]
+    )
     assert "merged" in capsys.readouterr().out
     assert (tmp_path / "merged" / "config.json").read_text() == (
         bases["qwen3"] / "config.json"
@@ -791,10 +873,14 @@ def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
             command("--adapter", adapter, *arguments)
         error = capsys.readouterr().err
         assert not (tmp_path / "new").exists()
-        assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") <= 2
+        assert (
+            left.value.code == 2 and error.startswith("error: ") and error.count("\n") <= 2
+        )
         assert re.search(message, error), error
     file = adapter / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None})
+    )
     with pytest.raises(UserError, match="names no base model; give it with --model"):
         merge(adapter, tmp_path / "new")
 
@@ -855,7 +941,8 @@ def test_both_folders_become_roots_and_nothing_is_pushed_twice(finished, hub, ca
     assert hub.commits == [("me/mine", "of the run"), ("me/mine-merged", "of the run")]
     pushed(finished)
     assert (
-        len(hub.commits) == 2 and "me/mine-merged holds merged/ already" in capsys.readouterr().out
+        len(hub.commits) == 2
+        and "me/mine-merged holds merged/ already" in capsys.readouterr().out
     )
     (finished / "adapter" / "README.md").write_text("# a better card")
     pushed(finished, "--hub_commit_message", "a better card")
@@ -954,7 +1041,9 @@ def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_AnotherSecret")
     assert "oken" in refused() and hub.asked == ["/api/whoami-v2"]
     monkeypatch.setenv("HF_TOKEN", "")
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(finished / "no-token"))
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_TOKEN_PATH", str(finished / "no-token")
+    )
     assert "no token; set HF_TOKEN" in refused() and not hub.asked
 
 
@@ -966,7 +1055,9 @@ def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
         ("merged", "", "merged: not a finished run"),
     ],
 )  # it has a config.json and a card too
-def test_what_is_no_finished_run_is_not_pushed(part, missing, message, finished, hub, capsys):
+def test_what_is_no_finished_run_is_not_pushed(
+    part, missing, message, finished, hub, capsys
+):
     if missing:
         (finished / missing).unlink()
     with pytest.raises(SystemExit) as left:

@@ -91,7 +91,9 @@ def unrolled(example):
         before = [example[i].ids for i in ancestors(example, index)[:-1]]
         hidden = np.full(sum(map(len, before)), IGNORE, np.int32)
         labels = np.concatenate([hidden, segment.labels])
-        yield [Segment(np.concatenate([*before, segment.ids]), labels, weight=segment.weight)]
+        yield [
+            Segment(np.concatenate([*before, segment.ids]), labels, weight=segment.weight)
+        ]
 
 
 def reference_of(folder, dtype=torch.float32, attention="sdpa"):
@@ -189,7 +191,9 @@ def test_gradients_equal_transformers(tiny_checkpoint, name):
     assert_same_gradients(ours, {n: p.grad for n, p in reference.named_parameters()}, 1e-5)
 
 
-YARN = dict(rope_type="yarn", factor=16.0, original_max_position_embeddings=8192, rope_theta=1e6)
+YARN = dict(
+    rope_type="yarn", factor=16.0, original_max_position_embeddings=8192, rope_theta=1e6
+)
 ROPES = {
     "default": dict(rope_type="default", rope_theta=5e5),
     "linear": dict(rope_type="linear", factor=4.0, rope_theta=1e4),
@@ -228,11 +232,15 @@ def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
     if (
         name == "yarn-default-original"
     ):  # as written by hand; transformers fills it in when it writes
-        (raw.get("rope_scaling") or raw["rope_parameters"]).pop("original_max_position_embeddings")
+        (raw.get("rope_scaling") or raw["rope_parameters"]).pop(
+            "original_max_position_embeddings"
+        )
         (folder / "config.json").write_text(json.dumps(raw))
     model, reference = load_model(folder), reference_of(folder)
     inv_freq, scale = M.rope_frequencies(model.config)
-    torch.testing.assert_close(inv_freq, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        inv_freq, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0
+    )
     assert scale == pytest.approx(reference.model.rotary_emb.attention_scaling, rel=1e-9)
 
     ids, rng = tokens(40), np.random.default_rng(0)
@@ -243,7 +251,9 @@ def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
     ]  # given, lest gaps be read as packed documents
     with torch.no_grad():
         theirs = reference(
-            torch.from_numpy(ids)[None].long(), position_ids=positions[None], attention_mask=causal
+            torch.from_numpy(ids)[None].long(),
+            position_ids=positions[None],
+            attention_mask=causal,
         )
         theirs = theirs.logits[0]
     near = logits_of(model, ids)
@@ -253,7 +263,9 @@ def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
     )
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied", "qwen2-untied-head-dim", "llama-biases-untied"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-tied", "qwen2-untied-head-dim", "llama-biases-untied"]
+)
 def test_bf16_is_as_near_the_truth_as_transformers(tiny_checkpoint, name):
     """bf16 rounds; our logits and gradients are no farther from fp32's than the reference's own
     (root mean square)."""
@@ -262,11 +274,17 @@ def test_bf16_is_as_near_the_truth_as_transformers(tiny_checkpoint, name):
     )
     rows, found = [tokens(48, seed) for seed in range(6)], []
     for dtype in (torch.float32, torch.bfloat16):
-        reference, labels = reference_of(folder, dtype), torch.from_numpy(np.stack(rows)).long()
+        reference, labels = (
+            reference_of(folder, dtype),
+            torch.from_numpy(np.stack(rows)).long(),
+        )
         out = reference(labels, labels=labels)
         out.loss.backward()
         found.append(
-            (out.logits.detach().float(), {n: p.grad for n, p in reference.named_parameters()})
+            (
+                out.logits.detach().float(),
+                {n: p.grad for n, p in reference.named_parameters()},
+            )
         )
     (truth, true_gradients), (theirs, their_gradients) = found
     model = load_model(folder)
@@ -277,7 +295,9 @@ def test_bf16_is_as_near_the_truth_as_transformers(tiny_checkpoint, name):
 
     ours = torch.stack([logits_of(model, row) for row in rows])
     assert 0 < off(ours, truth) <= 1.02 * off(theirs, truth)  # measured: 0.87 to 0.95
-    our_gradients, _ = gradients(model, [Batch.pack([[seg(row, weight=-1 / 282)] for row in rows])])
+    our_gradients, _ = gradients(
+        model, [Batch.pack([[seg(row, weight=-1 / 282)] for row in rows])]
+    )
     mine, reference = [
         torch.stack([off(g[n], true) for n, true in true_gradients.items()])
         for g in (our_gradients, their_gradients)
@@ -294,7 +314,9 @@ def test_both_attentions_equal_transformers_of_that_name(tiny_checkpoint, attent
         theirs = reference_of(folder, attention=attention)(
             torch.from_numpy(ids)[None].long()
         ).logits[0]
-    assert_close(logits_of(load_model(folder, attn_implementation=attention), ids), theirs, 1e-5)
+    assert_close(
+        logits_of(load_model(folder, attn_implementation=attention), ids), theirs, 1e-5
+    )
 
 
 # --- the packed batch -----------------------------------------------------------------------------
@@ -345,11 +367,17 @@ def test_batch_invariants_hold_on_trees():
     assert [stop - start for start, stop, _ in batch.segments] == [
         len(example[i].ids) for example, i in flat
     ]
-    assert batch.num_sequences == sum(1 + max(s.sequence for s in example) for example in examples)
+    assert batch.num_sequences == sum(
+        1 + max(s.sequence for s in example) for example in examples
+    )
     assert len(batch.scored) == sum(
         (s.labels != IGNORE)[s.prefix < 0 :].sum() for e in examples for s in e
     )
-    owner = {t: i for i, (start, stop, _) in enumerate(batch.segments) for t in range(start, stop)}
+    owner = {
+        t: i
+        for i, (start, stop, _) in enumerate(batch.segments)
+        for t in range(start, stop)
+    }
     for at, target in zip(
         batch.scored.tolist(), batch.targets.tolist()
     ):  # a target stands right after its predictor
@@ -359,7 +387,9 @@ def test_batch_invariants_hold_on_trees():
         ]
     for (example, index), (start, stop, _) in zip(flat, batch.segments):
         before = sum(len(example[i].ids) for i in ancestors(example, index)[:-1])
-        assert batch.positions[start:stop].tolist() == list(range(before, before + stop - start))
+        assert batch.positions[start:stop].tolist() == list(
+            range(before, before + stop - start)
+        )
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -371,7 +401,9 @@ def test_packed_equals_one_by_one_equals_repeated_prefix(tiny_checkpoint, name, 
     packed, packed_logps = gradients(
         load_model(folder, attn_implementation=attention), [Batch.pack(trees())]
     )
-    alone = [Batch.pack([document]) for example in trees() for document in unrolled(example)]
+    alone = [
+        Batch.pack([document]) for example in trees() for document in unrolled(example)
+    ]
     single, single_logps = gradients(load_model(folder, attn_implementation="eager"), alone)
     assert_close(packed_logps, single_logps, 2e-6)
     assert_same_gradients(packed, single, 5e-6)
@@ -386,7 +418,10 @@ def test_packed_equals_one_by_one_equals_repeated_prefix(tiny_checkpoint, name, 
 def test_a_token_sees_its_lineage_and_nothing_else(tiny_checkpoint, attention):
     """d hidden[t] / d embedding[j] is exactly zero unless j is in t's lineage and not after it, and
     never zero there: no document sees another, no continuation its sibling, nobody the future."""
-    model, batch = load_model(tiny_checkpoint(), attn_implementation=attention), Batch.pack(trees())
+    model, batch = (
+        load_model(tiny_checkpoint(), attn_implementation=attention),
+        Batch.pack(trees()),
+    )
     visible = torch.zeros(len(batch.tokens), len(batch.tokens), dtype=torch.bool)
     start = 0
     for example in trees():
@@ -400,7 +435,8 @@ def test_a_token_sees_its_lineage_and_nothing_else(tiny_checkpoint, attention):
     embedded = model.model.embed_tokens(batch.tokens).requires_grad_()
     model.model.embed_tokens.register_forward_hook(lambda *_: embedded)
     gradients = [
-        torch.autograd.grad(row.sum(), embedded, retain_graph=True)[0] for row in model(batch)
+        torch.autograd.grad(row.sum(), embedded, retain_graph=True)[0]
+        for row in model(batch)
     ]
     influence = torch.stack([gradient.abs().sum(-1) for gradient in gradients])
     assert torch.equal(influence != 0, visible)
@@ -414,12 +450,16 @@ def test_other_documents_are_bit_equal_when_one_changes(tiny_checkpoint, attenti
     documents[1] = [seg((tokens(9, 9) + 1) % 199)]
     after = model(Batch.pack(documents))
     same = torch.tensor([True] * 5 + [False] * 9 + [True] * 6)
-    assert torch.equal(before[same], after[same]) and not torch.equal(before[~same], after[~same])
+    assert torch.equal(before[same], after[same]) and not torch.equal(
+        before[~same], after[~same]
+    )
 
 
 def test_order_of_examples_changes_nothing(tiny_checkpoint):
     model, examples = load_model(tiny_checkpoint()), trees()
-    forward, backward = [model.logps(Batch.pack(order)) for order in (examples, examples[::-1])]
+    forward, backward = [
+        model.logps(Batch.pack(order)) for order in (examples, examples[::-1])
+    ]
     sizes = [len(Batch.pack([example]).scored) for example in examples]
     assert_close(torch.cat(backward.split(sizes[::-1])[::-1]), forward, 2e-6)
 
@@ -441,10 +481,13 @@ def test_varlen_describes_the_same_attention(monkeypatch, examples):
         a = a.arguments
         assert a["window_size"] == (-1, 0) and a["enable_gqa"] and a["scale"] is None
         assert a["cu_seq_q"].dtype == a["cu_seq_k"].dtype == torch.int32
-        assert a["cu_seq_q"][-1] == len(a["query"]) and a["cu_seq_k"][-1] == len(a["key"]) == len(
-            a["value"]
+        assert a["cu_seq_q"][-1] == len(a["query"]) and a["cu_seq_k"][-1] == len(
+            a["key"]
+        ) == len(a["value"])
+        assert (
+            a["max_q"] == a["cu_seq_q"].diff().max()
+            and a["max_k"] == a["cu_seq_k"].diff().max()
         )
-        assert a["max_q"] == a["cu_seq_q"].diff().max() and a["max_k"] == a["cu_seq_k"].diff().max()
         out = []
         for q0, q1, k0, k1 in zip(
             a["cu_seq_q"], a["cu_seq_q"][1:], a["cu_seq_k"], a["cu_seq_k"][1:]
@@ -458,14 +501,17 @@ def test_varlen_describes_the_same_attention(monkeypatch, examples):
             scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
             future = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
             out.append(
-                torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+                torch.einsum(
+                    "hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v
+                )
             )
         return torch.cat(out).float()
 
     monkeypatch.setattr(varlen, "varlen_attn", played)
     batch, generator = Batch.pack(examples), torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(len(batch.tokens), heads, 12, generator=generator) for heads in (6, 2, 2)
+        torch.randn(len(batch.tokens), heads, 12, generator=generator)
+        for heads in (6, 2, 2)
     )
     want = M.eager_attention(q, k, v, batch)
     assert_close(M.varlen_attention(q, k, v, batch), want, 2e-6)
@@ -483,7 +529,8 @@ def test_sdpa_equals_eager_forward_and_backward(examples):
     batch, found, generator = Batch.pack(examples), {}, torch.Generator().manual_seed(0)
     T = len(batch.tokens)
     q, k, v = (
-        torch.randn(T, heads, 12, generator=generator, requires_grad=True) for heads in (6, 2, 2)
+        torch.randn(T, heads, 12, generator=generator, requires_grad=True)
+        for heads in (6, 2, 2)
     )
     upstream = torch.randn(q.shape, generator=generator)
     for attend in (M.eager_attention, M.sdpa_attention):
@@ -530,7 +577,9 @@ def test_gradient_checkpointing_changes_memory_not_gradients(tiny_checkpoint):
         found[on] = *gradients(model, [Batch.pack(trees())], logps), len(calls), sum(saved)
     assert torch.equal(found[True][1], found[False][1])
     assert all(torch.equal(found[True][0][n], g) for n, g in found[False][0].items())
-    assert (found[False][2], found[True][2]) == (1, 2) and found[True][3] < 0.4 * found[False][3]
+    assert (found[False][2], found[True][2]) == (1, 2) and found[True][3] < 0.4 * found[
+        False
+    ][3]
 
 
 def test_gradient_checkpointing_reaches_what_trains_above_frozen_layers(tiny_checkpoint):
@@ -552,7 +601,12 @@ def head_case(S, V=997, C=24, dtype=torch.float32, seed=0):
         torch.randn(S, C, generator=g).to(dtype),
         (0.5 * torch.randn(V, C, generator=g)).to(dtype),
     )
-    return hidden, weight, torch.randint(0, V, (S,), generator=g), torch.randn(S, generator=g)
+    return (
+        hidden,
+        weight,
+        torch.randint(0, V, (S,), generator=g),
+        torch.randn(S, generator=g),
+    )
 
 
 def head_gradients(score, hidden, weight, targets, upstream, trains):
@@ -565,12 +619,16 @@ def head_gradients(score, hidden, weight, targets, upstream, trains):
 def cross_entropy(hidden, weight, targets):
     logits = F.linear(hidden, weight)
     return -F.cross_entropy(
-        logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none"
+        logits if logits.dtype == torch.float64 else logits.float(),
+        targets,
+        reduction="none",
     )
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
-@pytest.mark.parametrize("S, V", [(1, 997), (256, 997), (300, 997), (515, 997), (300, 20011)])
+@pytest.mark.parametrize(
+    "S, V", [(1, 997), (256, 997), (300, 997), (515, 997), (300, 20011)]
+)
 def test_token_logps_equal_cross_entropy(S, V, trains):
     """Value and both gradients in fp32 against float64 cross entropy; S on, off and below the
     chunk, an upstream gradient that differs by row, a vocabulary large enough that the CPU splits a
@@ -593,16 +651,22 @@ def test_token_logps_in_bf16_within_the_references_error(trains, confident):
     drown."""
     hidden, weight, targets, upstream = case = list(head_case(300, dtype=torch.bfloat16))
     if confident:  # hidden along its target's row: p of about 0.97 to 0.9999
-        case[0] = hidden = (weight[targets] * torch.linspace(1.7, 3.0, 300)[:, None]).bfloat16()
+        case[0] = hidden = (
+            weight[targets] * torch.linspace(1.7, 3.0, 300)[:, None]
+        ).bfloat16()
         p = F.linear(hidden.float(), weight.float()).softmax(-1).gather(1, targets[:, None])
         assert 0.9 < p.median() < 0.9999
-    ours, theirs = [head_gradients(score, *case, trains) for score in (token_logps, cross_entropy)]
+    ours, theirs = [
+        head_gradients(score, *case, trains) for score in (token_logps, cross_entropy)
+    ]
     truth = head_gradients(
         cross_entropy, *(x.double() if x.is_floating_point() else x for x in case), trains
     )
     assert ours[0].dtype == torch.float32 and ours[1].dtype == torch.bfloat16
     for mine, reference, true in zip(ours, theirs, truth):
-        error, allowed = ((x.double() - true).pow(2).mean().sqrt() for x in (mine, reference))
+        error, allowed = (
+            (x.double() - true).pow(2).mean().sqrt() for x in (mine, reference)
+        )
         assert error <= 1.1 * allowed + 1e-12
 
 
@@ -630,14 +694,22 @@ def test_token_logps_keeps_one_row_per_position():
     hidden, weight, targets, _ = head_case(515)
     asks = hidden.clone().requires_grad_()
     assert saved_for_backward(lambda: token_logps(asks, weight, targets)) == [(515, 24)]
-    kept = saved_for_backward(lambda: token_logps(asks, weight.clone().requires_grad_(), targets))
+    kept = saved_for_backward(
+        lambda: token_logps(asks, weight.clone().requires_grad_(), targets)
+    )
     assert not [shape for shape in kept if len(shape) == 2 and shape[1] == 997]
     assert saved_for_backward(lambda: token_logps(hidden, weight, targets)) == []
     with torch.no_grad():
-        assert saved_for_backward(lambda: token_logps(asks, weight.requires_grad_(), targets)) == []
+        assert (
+            saved_for_backward(lambda: token_logps(asks, weight.requires_grad_(), targets))
+            == []
+        )
     weight.requires_grad_(False)
     assert not token_logps(hidden, weight, targets).requires_grad
-    for inputs, products in ((hidden, 1), (asks, 2)):  # what backward needs is not even computed
+    for inputs, products in (
+        (hidden, 1),
+        (asks, 2),
+    ):  # what backward needs is not even computed
         with FlopCounterMode(display=False) as counter:
             token_logps(inputs, weight, targets)
         assert counter.get_total_flops() == products * 2 * 515 * 24 * 997
@@ -709,9 +781,14 @@ def test_seeded_sampling(tiny_checkpoint):
     )
     assert others[1] == one[1]
     assert generate(model, prompts, 5, seed=1, **options) == [row[:5] for row in one]
-    for ends in ({one[0][3]}, {one[2][0]}):  # a row that ends leaves the others' draws alone
+    for ends in (
+        {one[0][3]},
+        {one[2][0]},
+    ):  # a row that ends leaves the others' draws alone
         cut = generate(model, prompts, 12, seed=1, eos_ids=ends, **options)
-        assert cut == [row[: next((i for i, t in enumerate(row) if t in ends), 12)] for row in one]
+        assert cut == [
+            row[: next((i for i, t in enumerate(row) if t in ends), 12)] for row in one
+        ]
     assert generate(model, prompts, 12, temperature=0.7, top_k=1, seed=3) == generate(
         model, prompts, 12
     )
@@ -745,14 +822,22 @@ def test_sampling_distribution_is_that_of_transformers(temperature, top_k, top_p
         picks = sample(logits[row].expand(N, -1), grid, temperature, top_k, top_p)
         found = torch.bincount(picks, minlength=37) / N
         assert (found - want[row]).abs().max() < 2 / N + 1e-5
-        assert not (found > 0)[want[row] == 0].any() and (found > 0)[want[row] > 2 / N].all()
+        assert (
+            not (found > 0)[want[row] == 0].any() and (found > 0)[want[row] > 2 / N].all()
+        )
 
 
 def test_sampling_never_leaves_a_rows_own_set():
     """The largest uniform there is, in rows whose kept sets differ in size."""
     logits = torch.stack([torch.linspace(0, 9, 20), torch.zeros(20)])
     for u in (1.0 - 2**-24, 1.0):  # 1.0: what a float64 draw just below one rounds to
-        assert sample(logits, torch.full((2,), u), 1.0, 0, 0.9).tolist()[0] in (15, 16, 17, 18, 19)
+        assert sample(logits, torch.full((2,), u), 1.0, 0, 0.9).tolist()[0] in (
+            15,
+            16,
+            17,
+            18,
+            19,
+        )
 
 
 def test_generation_draws_follow_the_model(tiny_checkpoint):
@@ -763,7 +848,8 @@ def test_generation_draws_follow_the_model(tiny_checkpoint):
     want = logits_of(model, np.array(prompt))[-1].softmax(-1)
     found = (
         torch.bincount(
-            torch.tensor(generate(model, [prompt] * N, 1, temperature=1.0))[:, 0], minlength=199
+            torch.tensor(generate(model, [prompt] * N, 1, temperature=1.0))[:, 0],
+            minlength=199,
         )
         / N
     )
@@ -793,12 +879,16 @@ def test_dtype_and_nothing_left_on_meta(tiny_checkpoint, stored, wanted):
     }
     assert model.dtype == dtype
     on_disk = {
-        n: t.clone() for file in folder.glob("*.safetensors") for n, t in load_file(file).items()
+        n: t.clone()
+        for file in folder.glob("*.safetensors")
+        for n, t in load_file(file).items()
     }
     assert tensors.keys() == on_disk.keys() and all(
         torch.equal(tensors[n], t.to(dtype)) for n, t in on_disk.items()
     )
-    for file in folder.glob("*.safetensors"):  # what is loaded is a copy: the files may change now
+    for file in folder.glob(
+        "*.safetensors"
+    ):  # what is loaded is a copy: the files may change now
         file.write_bytes(bytes(file.stat().st_size))
     assert all(torch.equal(tensors[n], t.to(dtype)) for n, t in on_disk.items())
     assert torch.isfinite(logits_of(model, tokens(9))).all()
@@ -811,7 +901,9 @@ def test_all_tensor_faults_are_told_at_once(tiny_checkpoint):
         t["model.layers.0.self_attn.q_projj.weight"] = t.pop(
             "model.layers.0.self_attn.q_proj.weight"
         )
-        t["model.layers.1.mlp.up_proj.weight"] = t["model.layers.1.mlp.up_proj.weight"][:-1].clone()
+        t["model.layers.1.mlp.up_proj.weight"] = t["model.layers.1.mlp.up_proj.weight"][
+            :-1
+        ].clone()
         t["model.layers.7.mlp.up_proj.weight"] = torch.zeros(3)
         del t["model.norm.weight"]
 
@@ -839,14 +931,18 @@ def test_tied_head_stored_twice(tiny_checkpoint):
     model = load_model(folder)
     assert model.lm_head is None and model.head_weight() is model.model.embed_tokens.weight
     rewrite(folder, lambda t: t["lm_head.weight"].add_(1))
-    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
+    with pytest.raises(
+        UserError, match="lm_head.weight differs from model.embed_tokens.weight"
+    ):
         load_model(folder)
 
 
 def test_rotary_tables_in_old_files_are_ignored(tiny_checkpoint):
     folder = tiny_checkpoint(model_type="llama")
     before = logits_of(load_model(folder), tokens(9))
-    table = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(6) for i in (0, 1)}
+    table = {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(6) for i in (0, 1)
+    }
     rewrite(folder, lambda t: t.update(table))
     assert torch.equal(logits_of(load_model(folder), tokens(9)), before)
 
@@ -874,7 +970,9 @@ for dtype in ("bfloat16", "float32"):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads its memory from /proc"
+)
 def test_peak_memory_is_the_model_and_one_tensor(tiny_checkpoint):
     """fp32 on disk, loaded as bf16 and as fp32: the process never grows past model + largest tensor
     (+ 16 MB)."""
@@ -882,7 +980,10 @@ def test_peak_memory_is_the_model_and_one_tensor(tiny_checkpoint):
     config(hidden_size=1024, intermediate_size=3072, num_hidden_layers=4)(big)
     with torch.device("meta"):
         shapes = M.Transformer(M.ModelConfig.read(big)).state_dict()
-    save_file({name: torch.zeros(t.shape) for name, t in shapes.items()}, big / "model.safetensors")
+    save_file(
+        {name: torch.zeros(t.shape) for name, t in shapes.items()},
+        big / "model.safetensors",
+    )
     run = subprocess.run(
         [sys.executable, "-c", PEAK, ROOT, small, big], capture_output=True, text=True
     )
@@ -926,7 +1027,9 @@ def test_saved_checkpoint_is_the_loaded_one(tiny_checkpoint, tmp_path, dtype, sh
         assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
         assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
         held = [list(load_file(out / s).values()) for s in shards]
-        assert all(len(tensors) == 1 or sum(t.nbytes for t in tensors) <= shard for tensors in held)
+        assert all(
+            len(tensors) == 1 or sum(t.nbytes for t in tensors) <= shard for tensors in held
+        )
         assert (max(map(len, held)) > 1) == (shard > 1)
     again = load_model(out)
     assert (
@@ -998,7 +1101,9 @@ def test_interrupted_save_leaves_the_old_folder_whole(
 def test_disk_that_fills_up_ends_in_one_line(tiny_checkpoint, tmp_path, capsys):
     """The system refuses writes beyond 50 kB a file: exit status 2, no traceback, the old folder as
     it was."""
-    resource = pytest.importorskip("resource", reason="file size limits are a thing of Unix")
+    resource = pytest.importorskip(
+        "resource", reason="file size limits are a thing of Unix"
+    )
     source, out = tiny_checkpoint(), tmp_path / "out"
     shutil.copytree(source, out)
     model, before, limits = (
@@ -1014,7 +1119,10 @@ def test_disk_that_fills_up_ends_in_one_line(tiny_checkpoint, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     told = capsys.readouterr().err
     assert ended.value.code == 2 and re.fullmatch(r"error: .*(too large).*\n", told), told
-    assert files_of(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["out", "tiny"]
+    assert files_of(out) == before and sorted(p.name for p in tmp_path.iterdir()) == [
+        "out",
+        "tiny",
+    ]
 
 
 # --- mistakes of the user's -----------------------------------------------------------------------
@@ -1069,7 +1177,9 @@ def only_pickle(folder):
 
 
 def integers(folder):
-    rewrite(folder, lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int64)}))
+    rewrite(
+        folder, lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int64)})
+    )
 
 
 NORM, WEIGHTS, ORIGINAL = (
@@ -1101,7 +1211,11 @@ BAD_CHECKPOINTS = {
     "unknown model": (config(model_type="gemma3"), "config.json", "gemma3", "qwen3"),
     "no model type": (config(model_type=None), "config.json", "model_type"),
     "model type no string": (config(model_type=["llama"]), "config.json", "model_type"),
-    "rope dynamic": (config(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic", "yarn"),
+    "rope dynamic": (
+        config(rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "dynamic",
+        "yarn",
+    ),
     "rope longrope": (
         config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
         "longrope",
@@ -1127,11 +1241,17 @@ BAD_CHECKPOINTS = {
         "high_freq_factor",
     ),
     "rope yarn text": (config(rope_scaling=YARN | {"beta_fast": "32"}), "rope beta_fast"),
-    "rope yarn original text": (config(rope_scaling=YARN | {ORIGINAL: "8k"}), f"rope {ORIGINAL}"),
+    "rope yarn original text": (
+        config(rope_scaling=YARN | {ORIGINAL: "8k"}),
+        f"rope {ORIGINAL}",
+    ),
     "rope theta zero": (config(rope_theta=0), "rope_theta"),
     "partial rotary": (config(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "gelu": (config(hidden_act="gelu"), "hidden_act", "gelu"),
-    "sliding window": (config(sliding_window=128, use_sliding_window=True), "sliding-window"),
+    "sliding window": (
+        config(sliding_window=128, use_sliding_window=True),
+        "sliding-window",
+    ),
     "sliding layers": (
         config(layer_types=["full_attention", "sliding_attention"]),
         "sliding-window",
@@ -1164,8 +1284,16 @@ BAD_CHECKPOINTS = {
     "end token is text": (config(eos_token_id="</s>"), "eos_token_id"),
     "end tokens are text": (config(eos_token_id=[2, "</s>"]), "eos_token_id"),
     "tie is text": (config(tie_word_embeddings="false"), "tie_word_embeddings"),
-    "truncated": (file(WEIGHTS, lambda b: b[:-100]), WEIGHTS, "not a whole safetensors file"),
-    "truncated header": (file(WEIGHTS, lambda b: b[:60]), WEIGHTS, "not a whole safetensors file"),
+    "truncated": (
+        file(WEIGHTS, lambda b: b[:-100]),
+        WEIGHTS,
+        "not a whole safetensors file",
+    ),
+    "truncated header": (
+        file(WEIGHTS, lambda b: b[:60]),
+        WEIGHTS,
+        "not a whole safetensors file",
+    ),
     "empty": (file(WEIGHTS, ""), WEIGHTS, "not a whole safetensors file"),
     "header length": (
         file(WEIGHTS, lambda b: b"\xff" * 8 + b[8:]),
@@ -1209,7 +1337,11 @@ BAD_CHECKPOINTS = {
         "index.json",
         "model-9.safetensors",
     ),
-    "index wrong shard": (index(**{NORM: "model-00001-of-00011.safetensors"}), "index.json", NORM),
+    "index wrong shard": (
+        index(**{NORM: "model-00001-of-00011.safetensors"}),
+        "index.json",
+        NORM,
+    ),
     "index invents": (
         index(**{"model.more": "model-00001-of-00011.safetensors"}),
         "index.json",
@@ -1248,7 +1380,10 @@ def test_bad_checkpoint_is_named_in_one_line(good, tmp_path, name):
     [
         (dict(dtype="bf16"), ["dtype", "'bf16'", "bfloat16"]),
         (dict(dtype=torch.float64), ["dtype", "float64"]),
-        (dict(attn_implementation="spda"), ["attn_implementation", "'spda'", "nearest: sdpa"]),
+        (
+            dict(attn_implementation="spda"),
+            ["attn_implementation", "'spda'", "nearest: sdpa"],
+        ),
         (dict(attn_implementation="flash_attention_2"), ["attn_implementation", "flash"]),
     ],
 )
@@ -1260,7 +1395,8 @@ def test_bad_flag_is_named_before_weights_are_read(good, monkeypatch, options, p
 
 
 @pytest.mark.parametrize(
-    "name", ["no/such/model", "Qwen", "~no-user/a", "a" * 99, "org/na me", "org/a..b", "-org/a"]
+    "name",
+    ["no/such/model", "Qwen", "~no-user/a", "a" * 99, "org/na me", "org/a..b", "-org/a"],
 )
 def test_name_that_is_no_model(name):
     with pytest.raises(UserError, match=f"^model {re.escape(name)}: n[^\n]*$"):
@@ -1321,9 +1457,13 @@ def test_stories260k_writes_what_its_readme_quotes(shared):
     from tokenizers import Tokenizer
 
     folder = shared / "models" / "stories260K"
-    model, tokenizer = load_model(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model, tokenizer = (
+        load_model(folder),
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+    )
     quoted = re.search(
-        r'greedy from BOS it writes "(.+?)"', " ".join((shared / "README.md").read_text().split())
+        r'greedy from BOS it writes "(.+?)"',
+        " ".join((shared / "README.md").read_text().split()),
     )[1]
     written = tokenizer.decode(generate(model, [[1]], 64)[0])
     assert written.strip().startswith(quoted)
@@ -1351,7 +1491,9 @@ def test_hub_names(shared, tiny_checkpoint, tmp_path):
     """A hub id is downloaded, weights and text files alone; a name that isn't there, a transfer
     that breaks and a hub that doesn't answer each end in one line."""
     root, home = tmp_path / "root", tmp_path / "home"
-    folder = companions(tiny_checkpoint("root/models/Qwen/Qwen3-0.6B", max_shard_size="20KB"))
+    folder = companions(
+        tiny_checkpoint("root/models/Qwen/Qwen3-0.6B", max_shard_size="20KB")
+    )
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     for name, file in (
         ("org/no-config", "generation_config.json"),

@@ -35,7 +35,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # head_dim != C/H, K < H, an odd vocabulary (conftest), and rows that are no multiple of a block
 SHAPES = {
     "qwen3": dict(),
-    "qwen3-untied": dict(tie_word_embeddings=False, dtype="bfloat16", max_shard_size="60KB"),
+    "qwen3-untied": dict(
+        tie_word_embeddings=False, dtype="bfloat16", max_shard_size="60KB"
+    ),
     "llama": dict(
         model_type="llama",
         tie_word_embeddings=False,
@@ -57,7 +59,9 @@ def bases(tmp_path_factory):
 
 
 def pack(documents=DOCUMENTS):
-    return Batch.pack([[Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in documents])
+    return Batch.pack(
+        [[Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in documents]
+    )
 
 
 def theirs(folder, quant=None, dtype=torch.float32):
@@ -77,14 +81,18 @@ def theirs(folder, quant=None, dtype=torch.float32):
         if quant
         else {}
     )
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).train()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, **options
+    ).train()
 
 
 @torch.no_grad()
 def logits(model):
     if hasattr(model, "head_weight"):
         return model.logits(model(pack()))
-    return torch.cat([model(torch.tensor(ids)[None]).logits[0] for ids in DOCUMENTS]).float()
+    return torch.cat(
+        [model(torch.tensor(ids)[None]).logits[0] for ids in DOCUMENTS]
+    ).float()
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -137,8 +145,12 @@ def test_bits_and_values_are_those_of_bitsandbytes_modules(shape, kind, double, 
     stored = module.state_dict()
     assert set(stored) == set(layer.state_dict())
     for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, stored[name]) and tensor.dtype == stored[name].dtype, name
-    wanted = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(tensor, stored[name]) and tensor.dtype == stored[name].dtype, (
+            name
+        )
+    wanted = bitsandbytes.functional.dequantize_4bit(
+        module.weight.data, module.weight.quant_state
+    )
     assert torch.equal(layer.dense_weight(), wanted) and layer.dense_weight().dtype == dtype
 
 
@@ -151,7 +163,9 @@ def test_the_known_error_of_nf4():
 
 
 @pytest.mark.parametrize("compute", [None, "bfloat16"])
-def test_forward_and_gradients_are_those_of_the_dequantised_layer_and_no_weight_is_kept(compute):
+def test_forward_and_gradients_are_those_of_the_dequantised_layer_and_no_weight_is_kept(
+    compute,
+):
     layer, _ = a_layer(40, 72, bias=True)
     layer.compute_dtype = compute and torch.bfloat16
     layer.bias.requires_grad_(True)
@@ -185,7 +199,9 @@ def test_it_copies_and_goes_to_meta_as_any_module():
 
 @pytest.mark.parametrize("kind,double", KINDS)
 @pytest.mark.parametrize("base", SHAPES)
-def test_a_quantised_load_computes_what_transformers_and_bitsandbytes_do(base, kind, double, bases):
+def test_a_quantised_load_computes_what_transformers_and_bitsandbytes_do(
+    base, kind, double, bases
+):
     quant = QuantConfig(True, kind, double)
     model = load_4bit(bases[base], quant, dtype="float32")
     assert len(layers_4bit(model)) == 14 and "lm_head" not in layers_4bit(model)
@@ -216,7 +232,9 @@ def test_4bit_checkpoints_go_both_ways(base, kind, double, bases, tmp_path):
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     again = load_4bit(tmp_path / "ours", dtype="float32")
-    exact = ours.config.dtype == "float32"  # what is not quantised is stored in the base's dtype
+    exact = (
+        ours.config.dtype == "float32"
+    )  # what is not quantised is stored in the base's dtype
     assert_close(logits(again), logits(ours), 0 if exact else 1e-5)
     # what is not quantised in a bfloat16 checkpoint, transformers always computes in bfloat16
     assert_close(logits(theirs(tmp_path / "ours")), logits(ours), 1e-5 if exact else 0.03)
@@ -276,7 +294,9 @@ def test_qlora_training_is_pefts(base, settings, bases, tmp_path):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     rng = np.random.default_rng(0)
-    batches = [[rng.integers(0, 199, n) for n in rng.integers(6, 20, 2)] for _ in range(4)] * 5
+    batches = [
+        [rng.integers(0, 199, n) for n in rng.integers(6, 20, 2)] for _ in range(4)
+    ] * 5
     expected, losses = (
         adamw_steps(reference, their_loss, batches),
         adamw_steps(model, our_loss, batches),
@@ -300,8 +320,13 @@ def test_checkpointing_changes_no_gradient(bases):
         shake(model)
         model.gradient_checkpointing = checkpointing
         our_loss(model, DOCUMENTS).backward()
-        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items()) and grads[0]
+        grads.append(
+            {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        )
+    assert (
+        all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
+        and grads[0]
+    )
 
 
 # --- the measured merge ---------------------------------------------------------------------------
@@ -342,7 +367,10 @@ def test_a_merge_is_measured_as_it_comes_out(base, settings, bases, tmp_path):
         )
     assert figures["original"]["kl"] > 1e-3
     if "dequantized" in figures:
-        assert abs(figures["dequantized"]["kl"]) < 1e-6 and figures["dequantized"]["top1"] == 1.0
+        assert (
+            abs(figures["dequantized"]["kl"]) < 1e-6
+            and figures["dequantized"]["top1"] == 1.0
+        )
 
 
 def test_while_it_is_measured_nothing_changes(bases):
@@ -364,7 +392,9 @@ def test_a_start_is_pefts(kind, bases):
     The randomised SVD draws numbers, which PEFT takes from the global state: there torch's function
     is the reference.
     """
-    settings = dict(target_modules=["k_proj", "down_proj"], lora_alpha=6, init_lora_weights=kind)
+    settings = dict(
+        target_modules=["k_proj", "down_proj"], lora_alpha=6, init_lora_weights=kind
+    )
     reference = peft.get_peft_model(
         theirs(bases["qwen3"]), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **settings)
     )
@@ -411,7 +441,9 @@ def test_pissa_is_exported_as_plain_lora(settings, bases, tmp_path):
     add_lora(model, LoRAConfig(lora_r=4, init_lora_weights="pissa", **settings), seed=1)
     shake(model)
     save_adapter(model, tmp_path / "ours", bases["llama"])
-    reference = peft.PeftModel.from_pretrained(theirs(bases["llama"]), tmp_path / "ours").eval()
+    reference = peft.PeftModel.from_pretrained(
+        theirs(bases["llama"]), tmp_path / "ours"
+    ).eval()
     assert reference.peft_config["default"].r == 8
     assert_close(logits(reference), logits(model))
     again = load_model(bases["llama"], dtype="float32")
@@ -567,7 +599,10 @@ def test_stopped_and_gone_on_with_is_the_same_run(settings, bases, tmp_path):
     for file in ("model", "adapter_model", "optimizer"):
         file = f"checkpoint-000006/{file}.safetensors"
         if (tmp_path / "whole" / file).exists():
-            a, b = load_file(tmp_path / "whole" / file), load_file(tmp_path / "halves" / file)
+            a, b = (
+                load_file(tmp_path / "whole" / file),
+                load_file(tmp_path / "halves" / file),
+            )
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
             if "optimizer" in file and "8bit" in settings.get("optim", ""):
                 assert any(t.dtype == torch.uint8 for t in a.values())
@@ -575,7 +610,9 @@ def test_stopped_and_gone_on_with_is_the_same_run(settings, bases, tmp_path):
         json.loads((tmp_path / run / "checkpoint-000006" / "state.json").read_text())
         for run in ("whole", "halves")
     ]
-    assert [state.pop("log_bytes") > 0 for state in states]  # lines of the log tell the speed too
+    assert [
+        state.pop("log_bytes") > 0 for state in states
+    ]  # lines of the log tell the speed too
     assert states[0] == states[1] and bool(states[0]["scaler"]) == (
         settings.get("dtype") == "float16"
     )
@@ -624,11 +661,17 @@ def test_fp16_scales_its_loss_and_skips_what_overflows(bases, tmp_path):
         model = load_model(bases["qwen3"], dtype="float16")
         add_lora(model, config, 1)
         start = {
-            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+            name: p.detach().clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad
         }
-        examples = [[Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in DOCUMENTS]
+        examples = [
+            [Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in DOCUMENTS
+        ]
         sft.train(model, sft.Plan(examples, config), loss, config)
-        state = json.loads((tmp_path / output / "checkpoint-000004" / "state.json").read_text())
+        state = json.loads(
+            (tmp_path / output / "checkpoint-000004" / "state.json").read_text()
+        )
         return state["scaler"], {
             name: not torch.equal(model.get_parameter(name), p) for name, p in start.items()
         }
@@ -716,7 +759,9 @@ def described(text):
             ("does not describe",),
         ),
         (
-            described('{"quant_type": "nf4", "blocksize": 64, "dtype": "int8", "shape": [72, 48]}'),
+            described(
+                '{"quant_type": "nf4", "blocksize": 64, "dtype": "int8", "shape": [72, 48]}'
+            ),
             ("does not describe",),
         ),
     ],
@@ -777,11 +822,14 @@ def test_what_does_not_go_together_is_said(bases, tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     qlora.bitsandbytes.cache_clear()
     with pytest.raises(
-        UserError, match="4-bit weights and 8-bit optimizers need it: pip install bitsandbytes"
+        UserError,
+        match="4-bit weights and 8-bit optimizers need it: pip install bitsandbytes",
     ):
         quantized()
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        sft.make_optimizer({"a": nn.Parameter(torch.zeros(2))}, sft.SFTConfig(optim="adamw_8bit"))
+        sft.make_optimizer(
+            {"a": nn.Parameter(torch.zeros(2))}, sft.SFTConfig(optim="adamw_8bit")
+        )
 
 
 def test_the_commands(bases, tmp_path, monkeypatch, capsys):

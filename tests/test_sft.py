@@ -38,7 +38,8 @@ def write_tokenizer(folder):
     """A byte-level tokenizer of 259 ids with a ChatML template."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {
-        token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))
+        token: i
+        for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))
     }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = (
@@ -133,7 +134,9 @@ def test_every_epoch_is_a_permutation_of_its_own():
         sft.Plan(
             examples,
             config(
-                per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=2
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                num_train_epochs=2,
             ),
         )
         for _ in "ab"
@@ -164,7 +167,9 @@ def test_schedules_are_those_of_transformers(name, warmup):
     settings = config(lr_scheduler_type=name, learning_rate=3e-4, **warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     steps = warmup.get("warmup_steps", math.ceil(50 * warmup.get("warmup_ratio", 0)))
-    reference = get_scheduler(name, optimizer, num_warmup_steps=steps, num_training_steps=50)
+    reference = get_scheduler(
+        name, optimizer, num_warmup_steps=steps, num_training_steps=50
+    )
     for step in range(50):
         assert sft.learning_rate(step, 50, settings) == pytest.approx(
             optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-15
@@ -189,10 +194,14 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(base, rows):
         model.zero_grad()
         loss, _ = sft.accumulate(model, examples, count, sft.sft_loss, budget)
         found.append(
-            (loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+            (
+                loss,
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad},
+            )
         )
     sizes = [
-        len(list(sft.micro_batches(examples, budget, "cpu"))) for budget in (1, 250, 400, 10**6)
+        len(list(sft.micro_batches(examples, budget, "cpu")))
+        for budget in (1, 250, 400, 10**6)
     ]
     assert sizes[0] == 8 > sizes[1] > sizes[2] > sizes[3] == 1
     for loss, gradient in found[1:]:
@@ -231,7 +240,9 @@ def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
         total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
         count += int((labels != -100).sum())
     line = tracking.read_log(tmp_path / "run" / "log.jsonl")[0]
-    assert line["scored_tokens"] == count and line["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert line["scored_tokens"] == count and line["loss"] == pytest.approx(
+        total / count, rel=1e-5
+    )
 
 
 # --- resume ---------------------------------------------------------------------------------------
@@ -255,7 +266,9 @@ def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
     for path in (tmp_path / "halves").iterdir():
         if path.name in ("checkpoint-000006", "checkpoint-000008", "adapter", "merged"):
             subprocess.run(["rm", "-r", path], check=True)
-    assert [p.name for p in checkpoints.checkpoints(tmp_path / "halves")] == ["checkpoint-000003"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "halves")] == [
+        "checkpoint-000003"
+    ]
     log = (tmp_path / "halves" / "log.jsonl").read_text().splitlines()
     (tmp_path / "halves" / "log.jsonl").write_text(
         "\n".join(log[:3]) + '\n{"step": 6, "half a li'
@@ -317,7 +330,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, rows, tmp_path):
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been():
     """benchmarks/resume.py, a few of its kills: SIGKILL at random moments, then byte equality."""
     run = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--kills", "3", "--cases", "lora"],
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / "resume.py"),
+            "--kills",
+            "3",
+            "--cases",
+            "lora",
+        ],
         capture_output=True,
         text=True,
         timeout=300,
@@ -352,14 +372,17 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
     sft.main(flags(base, rows, run, save_steps=1))
     told = capsys.readouterr().out
     assert (
-        f"{last} is damaged and skipped: adapter_model.safetensors is not the file written" in told
+        f"{last} is damaged and skipped: adapter_model.safetensors is not the file written"
+        in told
     )
     assert "state.json is missing" in told and "manifest.json: not valid JSON" in told
     assert f"resuming from {others[4]}" in told
     assert same_tensors(
         *(tmp_path / r / last.name / "adapter_model.safetensors" for r in ("whole", "run"))
     )
-    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(run / "log.jsonl")
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(
+        run / "log.jsonl"
+    )
 
 
 def test_two_runs_do_not_work_in_one_folder(base, rows, tmp_path, capsys):
@@ -411,12 +434,16 @@ def gradient(model, examples, loss_fn, micro_batch_tokens, dropout_seed=3):
     found = sft.compute_gradient(
         model, examples, 100, loss_fn, settings, dropout_seed, lambda loss: loss
     )
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    grads = {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
     return *found, grads, settings.micro_batch_tokens
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "cpu"])
-@pytest.mark.parametrize("settings", [dict(lora_dropout=0.2), dict(lora_r=0)], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "settings", [dict(lora_dropout=0.2), dict(lora_r=0)], ids=["lora", "full"]
+)
 def test_out_of_memory_splits_the_micro_batch_and_the_gradient_stays(
     base, rows, settings, where, capsys
 ):
@@ -438,7 +465,9 @@ def test_out_of_memory_splits_the_micro_batch_and_the_gradient_stays(
             raise RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
             )
-        hook = model.model.layers[0].register_forward_hook(lambda m, i, out: GivesOut.apply(out))
+        hook = model.model.layers[0].register_forward_hook(
+            lambda m, i, out: GivesOut.apply(out)
+        )
         try:
             return -model.logps(batch).sum(), {}
         finally:
@@ -447,7 +476,9 @@ def test_out_of_memory_splits_the_micro_batch_and_the_gradient_stays(
     model.train()
     loss, _, found, budget = gradient(model, examples, poor, total)
     told = capsys.readouterr().out
-    assert budget == total // 4 and max(seen) == total and told.count("out of memory at") == 2, (
+    assert (
+        budget == total // 4 and max(seen) == total and told.count("out of memory at") == 2
+    ), (
         budget,
         told,
     )
@@ -481,7 +512,9 @@ def test_memory_that_suffices_for_no_example_ends_the_run_and_keeps_it(
     monkeypatch.setattr(sft, "sft_loss", poor)
     error = refuse(argv, capsys)
     assert "out of memory" in error and "--gradient_checkpointing" in error
-    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-000005"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == [
+        "checkpoint-000005"
+    ]
     monkeypatch.setattr(sft, "sft_loss", loaded)
     sft.main([*argv, "--gradient_checkpointing"])
     assert same_tensors(
@@ -513,17 +546,27 @@ def test_a_lowered_budget_outlives_a_resume(base, rows, tmp_path, monkeypatch):
             patch.setattr(sft, "sft_loss", poor)
             sft.main(flags(base, rows, tmp_path / run, micro_batch_tokens=4096))
         if run == "halves":
-            state = json.loads((tmp_path / run / "checkpoint-000006" / "state.json").read_text())
+            state = json.loads(
+                (tmp_path / run / "checkpoint-000006" / "state.json").read_text()
+            )
             assert 0 < state["lowered"] <= 260
             subprocess.run(
-                ["rm", "-r", tmp_path / run / "checkpoint-000008", tmp_path / run / "adapter"],
+                [
+                    "rm",
+                    "-r",
+                    tmp_path / run / "checkpoint-000008",
+                    tmp_path / run / "adapter",
+                ],
                 check=True,
             )
             log = (tmp_path / run / "log.jsonl").read_text().splitlines()
             (tmp_path / run / "log.jsonl").write_text("\n".join(log[:-1]) + "\n")
             sft.main(flags(base, rows, tmp_path / run, micro_batch_tokens=4096))
     assert same_tensors(
-        *(tmp_path / r / "checkpoint-000008" / "optimizer.safetensors" for r in ("whole", "halves"))
+        *(
+            tmp_path / r / "checkpoint-000008" / "optimizer.safetensors"
+            for r in ("whole", "halves")
+        )
     )
 
 
@@ -535,14 +578,18 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(
     goes on."""
     bad = sft.Plan(
         sft.load_examples([str(rows)], sft.Tokenizer(base))[0],
-        config(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1),
+        config(
+            per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1
+        ),
     )
     target = bad[1][3][0].ids
     loaded = sft.sft_loss
 
     def spoil(model, batch):
         loss, metrics = loaded(model, batch)
-        if any(np.array_equal(batch.tokens[a:b].numpy(), target) for a, b, _ in batch.segments):
+        if any(
+            np.array_equal(batch.tokens[a:b].numpy(), target) for a, b, _ in batch.segments
+        ):
             factor = torch.tensor(float("nan")) if spoilt == "loss" else torch.tensor(0.0)
             loss = (
                 loss * factor
@@ -552,7 +599,9 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(
         return loss, metrics
 
     monkeypatch.setattr(sft, "sft_loss", spoil)
-    argv = flags(base, rows, tmp_path / "run", num_train_epochs=1, save_steps=1, logging_steps=1)
+    argv = flags(
+        base, rows, tmp_path / "run", num_train_epochs=1, save_steps=1, logging_steps=1
+    )
     sft.main(argv)
     lines = tracking.read_log(tmp_path / "run" / "log.jsonl")
     (line,) = [line for line in lines if "skipped" in line]
@@ -563,13 +612,15 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(
         and len(line["rows"]) == 8
         and place.startswith(str(rows))
     )
-    row = json.loads(rows.read_text().splitlines()[int(place.rpartition(":")[2]) - 1])["messages"][
-        0
-    ]["content"]
+    row = json.loads(rows.read_text().splitlines()[int(place.rpartition(":")[2]) - 1])[
+        "messages"
+    ][0]["content"]
     assert row in sft.Tokenizer(base).decode(target)
-    assert [line["step"] for line in lines if "loss" in line] == [1, 3, 4] and "nan" in line[
-        "skipped"
-    ]
+    assert [line["step"] for line in lines if "loss" in line] == [
+        1,
+        3,
+        4,
+    ] and "nan" in line["skipped"]
     one, two, three = (
         load_file(tmp_path / "run" / f"checkpoint-00000{n}" / "adapter_model.safetensors")
         for n in (1, 2, 3)
@@ -593,11 +644,18 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_one_kept(
 
     monkeypatch.setattr(sft, "sft_loss", spoil)
     argv = flags(
-        base, rows, tmp_path / "run", save_steps=100, micro_batch_tokens=4096, max_skipped_steps=2
+        base,
+        rows,
+        tmp_path / "run",
+        save_steps=100,
+        micro_batch_tokens=4096,
+        max_skipped_steps=2,
     )
     error = refuse(argv, capsys)
     assert "2 steps in a row, up to 6, had no finite loss" in error and "log.jsonl" in error
-    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-000004"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == [
+        "checkpoint-000004"
+    ]
     monkeypatch.setattr(sft, "sft_loss", loaded)
     sft.main(argv)
     sft.main(
@@ -693,7 +751,9 @@ def test_a_run_folder_holds_all_that_was_promised(base, rows, tmp_path):
     assert (run / "training_loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_finished_run_says_so_and_another_configuration_is_refused(base, rows, tmp_path, capsys):
+def test_a_finished_run_says_so_and_another_configuration_is_refused(
+    base, rows, tmp_path, capsys
+):
     argv = flags(base, rows, tmp_path / "run", num_train_epochs=1)
     sft.main(argv)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
@@ -705,7 +765,9 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(base, rows,
         sft.main([*argv, "--learning_rate", "0.5"])
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     sft.main([*argv, "--learning_rate", "0.5", "--overwrite_output_dir"])
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["learning_rate"] == 0.5
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["learning_rate"] == 0.5
+    )
 
 
 def test_a_run_goes_on_from_the_adapter_of_another(base, rows, tmp_path, capsys):
@@ -714,7 +776,13 @@ def test_a_run_goes_on_from_the_adapter_of_another(base, rows, tmp_path, capsys)
     held = dict(eval_data=rows, num_train_epochs=1)
     sft.main(flags(base, rows, tmp_path / "first", **held))
     sft.main(
-        flags(base, rows, tmp_path / "second", **{**held, "lora_r": 2}, adapter=tmp_path / "first")
+        flags(
+            base,
+            rows,
+            tmp_path / "second",
+            **{**held, "lora_r": 2},
+            adapter=tmp_path / "first",
+        )
     )
     first, second = (
         [
@@ -730,7 +798,8 @@ def test_a_run_goes_on_from_the_adapter_of_another(base, rows, tmp_path, capsys)
         and "r 4, alpha 32" in capsys.readouterr().out
     )
     files = [
-        tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("first", "second")
+        tmp_path / run / "adapter" / "adapter_model.safetensors"
+        for run in ("first", "second")
     ]
     assert {k: v.shape for k, v in load_file(files[0]).items()} == {
         k: v.shape for k, v in load_file(files[1]).items()
@@ -741,7 +810,14 @@ def test_base_weights_stay_as_they_were(base, rows, tmp_path):
     """What is frozen is equal to the last bit after training; what trains is not."""
     before = load_file(base / "model.safetensors")
     sft.main(
-        flags(base, rows, tmp_path / "run", num_train_epochs=1, target_modules="q_proj", merge=True)
+        flags(
+            base,
+            rows,
+            tmp_path / "run",
+            num_train_epochs=1,
+            target_modules="q_proj",
+            merge=True,
+        )
     )
     after = load_file(tmp_path / "run" / "merged" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -754,7 +830,9 @@ def test_base_weights_stay_as_they_were(base, rows, tmp_path):
 def plan_of(base, rows, **settings):
     """(config, examples, Plan, Forecast) of a run on a CPU."""
     settings = sft.SFTConfig(
-        model=str(base), data=[str(rows)], **{"lora_r": 4, "micro_batch_tokens": 400, **settings}
+        model=str(base),
+        data=[str(rows)],
+        **{"lora_r": 4, "micro_batch_tokens": 400, **settings},
     )
     examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
     steps = sft.Plan(examples, settings)
@@ -784,7 +862,9 @@ def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
     """The same micro-batch on the loaded model, what lives counted by the same meter and what stays
     by hand: equal to the byte (but for the description of 4-bit weights, which is no tensor before
     they are quantised)."""
-    settings, _, steps, (modules, memory, flops, largest) = plan_of(base, rows, **KINDS[case])
+    settings, _, steps, (modules, memory, flops, largest) = plan_of(
+        base, rows, **KINDS[case]
+    )
     model = sft.load_4bit(base, settings)
     sft.attach_adapter(model, settings)
     model.train()
@@ -832,7 +912,9 @@ def test_the_meter_counts_what_is_saved_for_backward():
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 def test_optimizer_bytes_are_those_of_its_state(optim):
     shapes = [(5,), (63, 64), (64, 64), (65, 66), (300, 1000)]
-    parameters = {f"p{n}": torch.nn.Parameter(torch.randn(shape)) for n, shape in enumerate(shapes)}
+    parameters = {
+        f"p{n}": torch.nn.Parameter(torch.randn(shape)) for n, shape in enumerate(shapes)
+    }
     settings = config(optim=optim)
     optimizer = sft.make_optimizer(parameters, settings)
     sum(p.square().sum() for p in parameters.values()).backward()
@@ -861,18 +943,25 @@ def test_checkpointing_and_smaller_micro_batches_are_foreseen_to_need_less(base,
     assert need[3]["optimizer"] == 2 * need[3]["weights"] > 5 * need[0]["optimizer"]
 
 
-def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, tmp_path, capsys):
+def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(
+    base, rows, tmp_path, capsys
+):
     """Steps and scored tokens are those of the log; no folder is made; the run ends with its
     measured peak, and its parts' seconds add up."""
     argv = flags(base, rows, tmp_path / "run", logging_steps=1)
     sft.main([*argv, "--dry_run"])
     told = capsys.readouterr().out
-    assert not list(tmp_path.iterdir()) and "tokens/s" in told and "of what plain products" in told
+    assert (
+        not list(tmp_path.iterdir())
+        and "tokens/s" in told
+        and "of what plain products" in told
+    )
     sft.main(argv)
     lines = tracking.read_log(tmp_path / "run" / "log.jsonl")
     scored = sum(line["scored_tokens"] for line in lines if "scored_tokens" in line)
     assert (
-        f"{lines[-1]['step']} steps of 8 examples" in told and f"{scored:,} of them scored" in told
+        f"{lines[-1]['step']} steps of 8 examples" in told
+        and f"{scored:,} of them scored" in told
     )
     told, peak = capsys.readouterr().out, lines[-1]["peak_memory_gb"]
     assert peak > 0 and f"peak memory of the steps: {peak:.2f} GB" in told
@@ -883,7 +972,9 @@ def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, t
     )
 
 
-def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys, monkeypatch):
+def test_what_does_not_fit_is_told_with_what_helps(
+    base, rows, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(planner, "free_memory_gb", lambda device: -1.0)
     sft.main([*flags(base, rows, tmp_path / "run", micro_batch_tokens=400), "--dry_run"])
     told = capsys.readouterr().out
@@ -898,7 +989,9 @@ def test_what_cannot_be_estimated_does_not_stop_a_dry_run(
     """A loss that looks at a value, which tensors without content have not."""
     loaded = sft.sft_loss
     monkeypatch.setattr(
-        sft, "sft_loss", lambda model, batch: (found := loaded(model, batch), float(found[0]))[0]
+        sft,
+        "sft_loss",
+        lambda model, batch: (found := loaded(model, batch), float(found[0]))[0],
     )
     sft.main([*flags(base, rows, tmp_path / "run", num_train_epochs=1), "--dry_run"])
     told = capsys.readouterr().out
@@ -968,7 +1061,10 @@ FILES = {
     "not an object": ("[1, 2]\n", ["rows.jsonl:1"]),
     "empty": ("", ["rows.jsonl"]),
     "wrong type": ('{"messages": "hello"}\n', ["rows.jsonl:1", "messages"]),
-    "no assistant": ('{"messages": [{"role": "user", "content": "a"}]}\n', ["nothing to train on"]),
+    "no assistant": (
+        '{"messages": [{"role": "user", "content": "a"}]}\n',
+        ["nothing to train on"],
+    ),
     "wrong role": ('{"messages": [{"role": "usr", "content": 3}]}\n', ["rows.jsonl:1"]),
 }
 
@@ -985,14 +1081,20 @@ def test_a_folder_of_other_files_is_left_alone(base, rows, tmp_path, capsys):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     for extra in ([], ["--overwrite_output_dir"]):
-        assert "thesis.txt" not in refuse([*flags(base, rows, tmp_path / "home"), *extra], capsys)
+        assert "thesis.txt" not in refuse(
+            [*flags(base, rows, tmp_path / "home"), *extra], capsys
+        )
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
     subprocess.run(
         ["cp", "-r", base, tmp_path / "model"], check=True
     )  # its config.json is no run's
     for extra in ([], ["--overwrite_output_dir"]):
-        assert "not a run's" in refuse([*flags(base, rows, tmp_path / "model"), *extra], capsys)
-    assert same_tensors(base / "model.safetensors", tmp_path / "model" / "model.safetensors")
+        assert "not a run's" in refuse(
+            [*flags(base, rows, tmp_path / "model"), *extra], capsys
+        )
+    assert same_tensors(
+        base / "model.safetensors", tmp_path / "model" / "model.safetensors"
+    )
 
 
 def test_what_a_kill_leaves_is_no_obstacle(base, rows, tmp_path):
@@ -1013,7 +1115,9 @@ def test_what_a_kill_leaves_is_no_obstacle(base, rows, tmp_path):
 
 def test_output_that_cannot_be_written(base, rows, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in refuse(flags(base, rows, tmp_path / "file" / "run"), capsys)
+    assert str(tmp_path / "file") in refuse(
+        flags(base, rows, tmp_path / "file" / "run"), capsys
+    )
     assert str(tmp_path / "file") in refuse(flags(base, rows, tmp_path / "file"), capsys)
 
 
@@ -1038,7 +1142,8 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp
     if (
         os.geteuid() != 0
         or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", tmp_path], capture_output=True
+            ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", tmp_path],
+            capture_output=True,
         ).returncode
     ):
         pytest.skip("mounting a small file system needs root")
@@ -1062,7 +1167,8 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp
         assert "space" in error[-1]
         kept = checkpoints.checkpoints(tmp_path / "run")
         assert kept and all(
-            load_file(p / "adapter_model.safetensors") and load_file(p / "optimizer.safetensors")
+            load_file(p / "adapter_model.safetensors")
+            and load_file(p / "optimizer.safetensors")
             for p in kept
         )
         assert not list((tmp_path / "run").glob(".checkpoint*"))
@@ -1070,7 +1176,9 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp
         subprocess.run(["umount", tmp_path])
 
 
-def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(base, rows, tmp_path):
+def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(
+    base, rows, tmp_path
+):
     """The run folder becomes read-only under a running run: one line, what was kept is whole, and
     once it can be written again the same command ends where an undisturbed run ends."""
     run = tmp_path / "run"
@@ -1107,9 +1215,14 @@ def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(base
     sft.main(argv)
     sft.main(flags(base, rows, tmp_path / "whole", num_train_epochs=20, save_steps=1000))
     assert same_tensors(
-        *(tmp_path / r / "checkpoint-000080" / "optimizer.safetensors" for r in ("run", "whole"))
+        *(
+            tmp_path / r / "checkpoint-000080" / "optimizer.safetensors"
+            for r in ("run", "whole")
+        )
     )
-    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(run / "log.jsonl")
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(
+        run / "log.jsonl"
+    )
 
 
 def test_help_explains_every_flag(capsys):
@@ -1142,14 +1255,23 @@ def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder)).Reload()
-    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    return {
+        tag: [(e.step, e.value) for e in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_has_each_step_of_the_log_once(base, rows, tmp_path):
     """Also after a kill: what was told of the steps done again counts no more."""
     run = tmp_path / "run"
     argv = flags(
-        base, rows, run, eval_data=rows, logging_steps=1, eval_strategy="steps", eval_steps=2
+        base,
+        rows,
+        run,
+        eval_data=rows,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
     )
     argv = (
         argv[: argv.index("--report_to")] + argv[argv.index("--report_to") + 2 :]
@@ -1164,7 +1286,9 @@ def test_tensorboard_has_each_step_of_the_log_once(base, rows, tmp_path):
         ("eval/loss", "eval_loss"),
     ):
         assert told[tag] == [
-            (line["step"], pytest.approx(line[key], rel=1e-6)) for line in log if key in line
+            (line["step"], pytest.approx(line[key], rel=1e-6))
+            for line in log
+            if key in line
         ], tag
     assert len(told["train/loss"]) == 8 and [step for step, _ in told["eval/loss"]] == [
         0,
@@ -1200,7 +1324,9 @@ class Dashboard:
             self.finished += 1
 
         counter = (
-            {"_next_step": max((step for step, _ in lines), default=-1) + 1} if self.counts else {}
+            {"_next_step": max((step for step, _ in lines), default=-1) + 1}
+            if self.counts
+            else {}
         )
         return SimpleNamespace(log=log, finish=finish, **counter)
 
@@ -1234,9 +1360,13 @@ def test_a_dashboard_has_one_run_through_a_resume(name, base, rows, tmp_path, mo
 def test_a_tracker_that_breaks_costs_a_line(base, rows, tmp_path, monkeypatch, capsys):
     there = Dashboard(monkeypatch, "wandb")
     there.broken = 4
-    sft.main(flags(base, rows, tmp_path / "run", report_to="wandb,tensorboard", logging_steps=1))
+    sft.main(
+        flags(base, rows, tmp_path / "run", report_to="wandb,tensorboard", logging_steps=1)
+    )
     assert (
-        capsys.readouterr().err.count("the run goes on without wandb (ConnectionError: 'gone')")
+        capsys.readouterr().err.count(
+            "the run goes on without wandb (ConnectionError: 'gone')"
+        )
         == 1
     )
     assert len(scalars(tmp_path / "run" / "runs")["train/loss"]) == 8
@@ -1257,12 +1387,18 @@ def test_what_report_to_means(wanted, there, found, monkeypatch):
     assert tracking.find_trackers(config(report_to=wanted)) == found
 
 
-def test_trackers_that_can_not_be_had_are_told_first(base, rows, tmp_path, monkeypatch, capsys):
+def test_trackers_that_can_not_be_had_are_told_first(
+    base, rows, tmp_path, monkeypatch, capsys
+):
     """A name that is none, one that is not installed, one that does not start; before the model is loaded but for the
     last."""
-    assert "wandbb" in refuse(flags(base, rows, tmp_path / "run", report_to="wandbb"), capsys)
+    assert "wandbb" in refuse(
+        flags(base, rows, tmp_path / "run", report_to="wandbb"), capsys
+    )
     monkeypatch.setitem(sys.modules, "wandb", None)
-    error = refuse(flags("not/loaded", "nor.jsonl", tmp_path / "run", report_to="wandb"), capsys)
+    error = refuse(
+        flags("not/loaded", "nor.jsonl", tmp_path / "run", report_to="wandb"), capsys
+    )
     assert "report_to: wandb is not installed; pip install wandb" in error and not list(
         (tmp_path / "run").glob("*")
     )
@@ -1302,13 +1438,15 @@ def test_the_log_file_has_what_the_terminal_had(base, rows, tmp_path, monkeypatc
     )
     at = told.index("Traceback (most recent call last):")
     assert [line for line in told[:at] if line != "a warning"] == shown.out.splitlines()
-    assert {"a warning", "half a line, the rest"} <= {*told} and "ZeroDivisionError" in "".join(
-        first[at:]
-    )
+    assert {"a warning", "half a line, the rest"} <= {
+        *told
+    } and "ZeroDivisionError" in "".join(first[at:])
     sft.main(argv)
     again = (run / "run.log").read_text().splitlines()
     assert again[: len(first)] == first
-    assert [line[20:] for line in again[len(first) :]] == capsys.readouterr().out.splitlines()
+    assert [
+        line[20:] for line in again[len(first) :]
+    ] == capsys.readouterr().out.splitlines()
     for more in ([], ["--learning_rate", "0.5"]):
         with pytest.raises(UserError) if more else nullcontext():
             sft.main([*argv, *more])
@@ -1316,7 +1454,9 @@ def test_the_log_file_has_what_the_terminal_had(base, rows, tmp_path, monkeypatc
     assert (sys.stdout, sys.stderr) == streams and "write" not in vars(sys.stdout)
 
 
-def test_a_figure_that_can_not_be_drawn_costs_a_line(base, rows, tmp_path, monkeypatch, capsys):
+def test_a_figure_that_can_not_be_drawn_costs_a_line(
+    base, rows, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     sft.main(flags(base, rows, tmp_path / "run"))
     assert (
@@ -1341,7 +1481,9 @@ def test_a_notebook_has_one_figure_redrawn_in_place(base, rows, tmp_path, monkey
     monkeypatch.setitem(
         sys.modules,
         "IPython.display",
-        SimpleNamespace(display=display, Image=lambda filename: Path(filename).read_bytes()[:4]),
+        SimpleNamespace(
+            display=display, Image=lambda filename: Path(filename).read_bytes()[:4]
+        ),
     )
     sft.main(flags(base, rows, tmp_path / "run"))
     assert [how for how, _ in shown] == ["display"] + [
@@ -1407,15 +1549,27 @@ def test_cards_say_what_a_model_is_and_name_no_place(base, rows, tmp_path):
             "pipeline_tag": "text-generation",
             "tags": ["plaintune", "sft"],
         }
-        assert f'from_pretrained("{name}")' in card and (run / part / "training_loss.png").exists()
-        assert str(tmp_path) not in card and str(base.parent) not in card and "`rows.jsonl`" in card
+        assert (
+            f'from_pretrained("{name}")' in card
+            and (run / part / "training_loss.png").exists()
+        )
+        assert (
+            str(tmp_path) not in card
+            and str(base.parent) not in card
+            and "`rows.jsonl`" in card
+        )
         log = tracking.read_log(run / "log.jsonl")
         best = min(
-            (line for line in log[1:] if "eval_loss" in line), key=lambda line: line["eval_loss"]
+            (line for line in log[1:] if "eval_loss" in line),
+            key=lambda line: line["eval_loss"],
         )
-        assert f"| eval_loss | {log[0]['eval_loss']:.4g} | {best['eval_loss']:.4g} |" in card
         assert (
-            "31 rows: 31 examples" in card and "| lora_r | 4 |" in card and "| seed | 42 |" in card
+            f"| eval_loss | {log[0]['eval_loss']:.4g} | {best['eval_loss']:.4g} |" in card
+        )
+        assert (
+            "31 rows: 31 examples" in card
+            and "| lora_r | 4 |" in card
+            and "| seed | 42 |" in card
         )
         assert "hub_model_id" not in card and "![the loss" in card
     assert (run / "README.md").read_text() == (run / "adapter" / "README.md").read_text()
@@ -1426,7 +1580,9 @@ def test_cards_of_hub_names(base, rows, tmp_path, monkeypatch):
     adapter that was gone on with has its own rank, so the config's is not told; results are the best step's."""
     folder = tmp_path / "run"
     (folder / "merged").mkdir(parents=True)
-    (folder / "log.jsonl").write_text('{"step": 3, "loss": 0.5}\n{"step": 4, "loss": 0.25}\n')
+    (folder / "log.jsonl").write_text(
+        '{"step": 3, "loss": 0.5}\n{"step": 4, "loss": 0.25}\n'
+    )
     monkeypatch.chdir(rows.parent.parent)
     data = ["org/rows#v1:train@2", str(rows), f"{rows.parent.name}/rows.jsonl@2"]
     full = sft.SFTConfig(model="org/base", data=data, output_dir=str(folder), lora_r=0)
@@ -1438,7 +1594,9 @@ def test_cards_of_hub_names(base, rows, tmp_path, monkeypatch):
         and front["datasets"] == ["org/rows"]
         and "# run\n" in card
     )
-    assert front["base_model_relation"] == "finetune" and "3 rows, as rows.jsonl:1; /a" in card
+    assert (
+        front["base_model_relation"] == "finetune" and "3 rows, as rows.jsonl:1; /a" in card
+    )
     assert card == (folder / "README.md").read_text() and "| loss |  | 0.5 |" in card
     write_card(
         sft.SFTConfig(
@@ -1467,13 +1625,19 @@ def test_a_run_is_pushed_and_its_push_taken_up_again(
         tmp_path / "run",
         flags(base, rows, tmp_path / "run", merge=True, num_train_epochs=1),
     )
-    argv += ["--push_to_hub", "--hub_model_id", "me/mine", "--hub_commit_message", "first words"]
+    argv += [
+        "--push_to_hub",
+        "--hub_model_id",
+        "me/mine",
+        "--hub_commit_message",
+        "first words",
+    ]
     hub.faults += [503] * 4
     error = refuse(argv, capsys)
     assert f"`python lora.py push {run}` goes on from here" in error and not hub.commits
-    assert (run / "README.md").exists() and "train_runtime" in tracking.read_log(run / "log.jsonl")[
-        -1
-    ]
+    assert (run / "README.md").exists() and "train_runtime" in tracking.read_log(
+        run / "log.jsonl"
+    )[-1]
     assert "push to me/mine" in (run / "run.log").read_text()
     hub.faults.clear()
     sft.main(argv)
@@ -1483,14 +1647,22 @@ def test_a_run_is_pushed_and_its_push_taken_up_again(
         "me/mine-merged": files_of(run / "merged"),
     }
     assert "pushed merged/ to me/mine-merged" in capsys.readouterr().out
-    assert not [p for p in run.rglob("*") if p.is_file() and hub.token.encode() in p.read_bytes()]
+    assert not [
+        p for p in run.rglob("*") if p.is_file() and hub.token.encode() in p.read_bytes()
+    ]
 
 
-def test_a_hub_that_refuses_is_told_before_anything_is_loaded(tmp_path, hub, monkeypatch, capsys):
+def test_a_hub_that_refuses_is_told_before_anything_is_loaded(
+    tmp_path, hub, monkeypatch, capsys
+):
     """Neither the model nor the rows exist, yet the token is what is told; and it is not shown, though the hub says
     it."""
     argv = flags(
-        "not/loaded", "nor.jsonl", tmp_path / "run", push_to_hub="true", hub_model_id="me/mine"
+        "not/loaded",
+        "nor.jsonl",
+        tmp_path / "run",
+        push_to_hub="true",
+        hub_model_id="me/mine",
     )
     hub.closed.add("me/mine")
     error = refuse(argv, capsys)
