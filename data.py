@@ -973,12 +973,10 @@ class Examples(Sequence):
 
     folder: Path
     at: np.ndarray  # (N,) which of the folder's examples
-    shares: (
-        list  # of the rows seen, expected from each source; [] where every row is seen once
-    )
+    shares: list  # expected of the rows seen, by source; [] where every row is seen once
     seed: int
     make: object  # the recipe: (row, epoch) -> row
-    render: object  # row -> list[Segment] or the reason why not; None where the recipe does not draw
+    render: object  # where the recipe draws: row -> list[Segment], or the reason why not
     number: int = 0
     as_rows: bool = False
 

@@ -272,6 +272,9 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
         update_best({}, metrics, 0, config)  # refuses an unknown metric_for_best_model now
         log.write({"step": 0, "epoch": 0.0, **metrics})
     model.train()
+    gradient = partial(
+        compute_gradient, model, loss_fn=loss_fn, config=config, scale=scaler.scale
+    )
     bar = tqdm(total=len(steps), initial=state.step, unit="step", leave=False, disable=None)
     with stop_signals() as signals, keep_freed_memory(), bar:
         while state.step < len(steps) and not signals and not state.best.get("stop"):
@@ -279,34 +282,28 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             step, examples = state.step + 1, steps[state.step]
             count = sum(map(steps.count, examples))
             line = {"step": step, "epoch": round(step / steps.steps_per_epoch, 4)}
-            seed, scale = [config.seed, step], scaler.scale
             try:
-                loss, sums = compute_gradient(
-                    model, examples, count, loss_fn, config, seed, scale
-                )
+                loss, sums = gradient(examples, count, seed=[config.seed, step])
             except UserError:  # out of memory
                 save()
                 raise
 
             clock.enter("optimizer")
             scaler.unscale_(optimizer)
-            norm = float(
-                clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf)
-            )
+            norm = float(clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
             lr = set_learning_rate(optimizer, state.step, len(steps), config)
             if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
                 scaler.step(
                     optimizer
-                )  # in float16 it skips an overflow itself, and scales less
+                )  # skips an overflow of float16 itself, and scales less
                 scored = sum(map(count_scored, examples))
                 state.window.update(
-                    {"loss": loss, **sums, "count": count, "scored_tokens": scored}
+                    sums | {"loss": loss, "count": count, "scored_tokens": scored}
                 )
                 state.skipped = 0
             else:
-                skip_step(
-                    state, steps, log, line, f"loss {loss}, norm {norm}", save, config
-                )
+                reason = f"loss {loss}, gradient norm {norm}"
+                skip_step(state, steps, log, line, reason, save, config)
             scaler.update()
             optimizer.zero_grad()
             state.step = step
@@ -314,10 +311,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             bar.update()
 
             if state.window and steps.due(step, "steps", config.logging_steps):
-                means, speed = pop_means(state.window), clock.throughput()
-                log.write(
-                    {**line, **means, "grad_norm": norm, "learning_rate": lr, **speed}
-                )
+                means = pop_means(state.window) | {"grad_norm": norm, "learning_rate": lr}
+                log.write({**line, **means, **clock.throughput()})
             if evaluate and steps.due(step, config.eval_strategy, config.eval_steps):
                 clock.enter("evaluation")
                 metrics = evaluate()
@@ -331,7 +326,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
 
 
 def start_training(model, steps, config, clock):
-    """What `train` works with, as the last checkpoint left it: state, trained parameters by name,
+    """What `train` works with, as the last checkpoint left it: state, trained parameters,
     optimizer, gradient scaler, log and save()."""
     clock.enter("evaluation")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -353,7 +348,7 @@ def start_training(model, steps, config, clock):
         save_checkpoint(state, parameters, optimizer, scaler, log, config, write)
         clock.enter("log")
 
-    return state, parameters, optimizer, scaler, log, save
+    return state, [*parameters.values()], optimizer, scaler, log, save
 
 
 def skip_step(state, steps, log, line, reason, save, config):
@@ -433,19 +428,15 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
         try:
             torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
             return accumulate(model, examples, count, loss_fn, budget, scale)
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # CPU, oneDNN and MPS have no class for it
+        except (RuntimeError, MemoryError) as error:  # not every device has a class for it
             message = f"{type(error).__name__}: {error}".partition("\n")[0]
             if not re.search("memory|create a primitive", message, re.IGNORECASE):
                 raise
         model.zero_grad()  # backward may have got halfway; out here its graph is freed
         free_cached_memory()
         sizes = [*map(count_tokens, examples)]
-        if budget == sys.maxsize or len([*split_by_tokens(examples, budget)]) == len(
-            examples
-        ):
+        groups = [*split_by_tokens(examples, budget)]
+        if budget == sys.maxsize or len(groups) == len(examples):
             config.micro_batch_tokens = asked
             raise UserError(
                 f"out of memory at {max(sizes):,} tokens that can't be split ({message}); run "
@@ -677,9 +668,7 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     device = pick_device(config.device)
     clock, source = Clock(device), resolve(config.model, config.revision)
     tokenizer, dtype = Tokenizer(source, began), pick_dtype(config, source, device)
-    examples, eval_examples, choices, ledger, report = load_data(
-        config, tokenizer, **options
-    )
+    examples, eval_examples, choices, ledger, report = load_data(config, tokenizer, options)
     source_examples = examples.epoch(0)
     if before_training:  # it may change the examples in place
         examples, eval_examples = [*source_examples], [*eval_examples]
@@ -710,9 +699,8 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         return losses | choice_metrics(model, forced)
 
     before = ask()
-    results, log = train(
-        model, steps, loss_fn, config, evaluate if eval_examples else None, clock
-    )
+    evaluate = evaluate if eval_examples else None
+    results, log = train(model, steps, loss_fn, config, evaluate, clock)
     answers = show_answers(before, ask(), config.num_samples)
 
     # 5. export and report
@@ -737,7 +725,7 @@ def write_results(config, log, ledger, results, figures):
     print(f"saved in {folder}: {', '.join(files)}")
 
 
-def load_data(config, tokenizer, **options):
+def load_data(config, tokenizer, options):
     """(training examples, evaluation examples, the choices of each of these or None, the training
     rows' ledger, data_report.json)."""
     names = (
@@ -771,13 +759,8 @@ def load_data(config, tokenizer, **options):
             "load_best_model_at_end, early_stopping_patience: no held-out rows; "
             "give eval_data or val_size"
         )
-    return (
-        examples,
-        eval_examples,
-        [row.get("choices") for row in eval_rows],
-        ledger,
-        report,
-    )
+    choices = [row.get("choices") for row in eval_rows]
+    return examples, eval_examples, choices, ledger, report
 
 
 def pick_dtype(config, source, device):
@@ -887,10 +870,8 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
         config.attn_implementation, model.config, model.dtype, device
     )
     for layer in model.modules():
-        if isinstance(layer, Linear4bit) and not hasattr(
-            layer, "state"
-        ):  # quantised when loaded
-            layer.expect_own(model.dtype)
+        if isinstance(layer, Linear4bit) and not hasattr(layer, "state"):
+            layer.expect_own(model.dtype)  # it is quantised when it is loaded
     for p in model.parameters():
         p.data = p.data.to(model.dtype)
     attach_adapter(model, config)
