@@ -264,9 +264,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     both. evaluate() -> {name: value}. A signal to stop saves at the step's end, then exits.
     """
     began, clock = time.perf_counter(), clock or Clock(model.device)
-    state, parameters, optimizer, scaler, log, save = start_training(
-        model, steps, config, clock
-    )
+    state, parameters, optimizer, scaler, log, save = set_up(model, steps, config, clock)
     if evaluate and config.eval_strategy != "no" and state.step == 0:
         metrics = evaluate()
         update_best({}, metrics, 0, config)  # refuses an unknown metric_for_best_model now
@@ -293,13 +291,9 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             norm = float(clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
             lr = set_learning_rate(optimizer, state.step, len(steps), config)
             if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
-                scaler.step(
-                    optimizer
-                )  # skips an overflow of float16 itself, and scales less
-                scored = sum(map(count_scored, examples))
-                state.window.update(
-                    sums | {"loss": loss, "count": count, "scored_tokens": scored}
-                )
+                scaler.step(optimizer)  # skips an overflow of float16 by itself
+                sums["scored_tokens"] = sum(map(count_scored, examples))
+                state.window.update({**sums, "loss": loss, "count": count})
                 state.skipped = 0
             else:
                 reason = f"loss {loss}, gradient norm {norm}"
@@ -325,7 +319,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     return finish_training(model, state, signals, config, clock, began), log
 
 
-def start_training(model, steps, config, clock):
+def set_up(model, steps, config, clock):
     """What `train` works with, as the last checkpoint left it: state, trained parameters,
     optimizer, gradient scaler, log and save()."""
     clock.enter("evaluation")
