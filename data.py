@@ -499,7 +499,7 @@ def split_row(row, chat, preference=False):
 def template_kwargs(row):
     """The template's variables that a row sets: `chat_template_kwargs` and `tools`."""
     kwargs, tools = row.get("chat_template_kwargs") or {}, row.get("tools")
-    reserved = {"messages", "add_generation_prompt", "keep_marks"}
+    reserved = {"messages", "add_generation_prompt", "keep_marks", "self"}
     if not isinstance(kwargs, dict) or kwargs.keys() & reserved:
         expected = "must be an object of the template's variables"
         raise UserError(f"'chat_template_kwargs' {expected}, found {brief(kwargs)}")

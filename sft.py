@@ -212,11 +212,6 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
             self.data = [str(EXAMPLES / "mcqa" / "train.jsonl")]
             self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation.jsonl")]
         check_choices(self)
-        numbers = [
-            name for name, value in vars(self).items() if isinstance(value, (int, float))
-        ]
-        numbers.remove("max_steps")
-        check_range(self, 0, *numbers)
         check_range(
             self,
             1,
@@ -231,6 +226,11 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
             "max_skipped_steps",
         )
         check_range(self, 1, "max_new_tokens", most=2**20)
+        numbers = [
+            name for name, value in vars(self).items() if isinstance(value, (int, float))
+        ]
+        numbers.remove("max_steps")
+        check_range(self, 0, *numbers)
         check_range(self, 0, "warmup_ratio", most=1)
         check_range(self, 0, "adam_beta1", "adam_beta2", most=math.nextafter(1, 0))
         if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):

@@ -43,10 +43,12 @@ def unique_keys(pairs):
 
 def read_json(path):
     """The object in a JSON file; UserError: it is missing, broken or something else."""
-    missing = as_user_error(path, FileNotFoundError)
-    with missing, as_user_error(f"{path}: not valid JSON", ValueError, RecursionError):
-        text = regular_file(path, 2**26).read_text(encoding="utf-8")
+    try:
+        with as_user_error(path, FileNotFoundError):
+            text = regular_file(path, 2**26).read_text(encoding="utf-8")
         value = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:  # its text names the line
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not an object")
     return value

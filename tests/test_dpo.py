@@ -684,7 +684,7 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
         wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
     )
     assert (
-        "answers right on 4 held-out questions" in output
+        "answers right on 4 evaluation questions" in output
         and "evaluation pairs at step 1" in output
     )
     assert "r 4, alpha 8" in output and "eval_answers" in lines[-1]

@@ -102,8 +102,10 @@ def test_a_model_that_never_answers_is_asked(tmp_path):
         "reference"
     ].endswith("Answer: A")
     right = [row["answer"] == row["gold"] for row in answers[:6]]
-    assert evaluation.accuracy(answers) == (sum(right) / 6, 6)
-    assert evaluation.accuracy(answers[6:]) == (None, 0)
+    share = sum(right) / 6
+    shares = {"eval_answers_before": share, "eval_answers": share}
+    assert report.show_answers(answers, answers, 0) == shares
+    assert report.show_answers(answers[6:], answers[6:], 0) == {}
 
 
 # --- benchmarks beside lm-evaluation-harness --------------------------------------------------------------------------
@@ -330,7 +332,7 @@ def test_gsm8k_is_graded_as_lm_eval_grades():
     task, options = evaluation.TASKS["gsm8k"], config["metric_list"][0]
     assert (
         list(task.stops) == config["generation_kwargs"]["until"]
-        and task.shots == config["num_fewshot"]
+        and task.num_fewshot == config["num_fewshot"]
     )
     options = {
         key: value
@@ -991,7 +993,7 @@ def test_a_model_that_fails_leaves_the_others(base, data_dir, tmp_path):
     [
         (
             ["--tasks", "winogrand"],
-            "--tasks: 'winogrand' is not one of .*nearest: winogrande",
+            "tasks: 'winogrand' is not one of .*nearest: winogrande",
         ),
         (["--model", "a=x", "--model", "a=y", "--tasks", "winogrande"], "two are named a"),
         ([], "nothing to ask: give --data FILE, or --tasks of arc_challenge"),
@@ -999,7 +1001,7 @@ def test_a_model_that_fails_leaves_the_others(base, data_dir, tmp_path):
         (["--tasks", "winogrande", "--num_fewshot", "-1"], "--num_fewshot: -1 is below 0"),
         (
             ["--tasks", "winogrande", "--num_fewshot", "99"],
-            "99 few-shot examples can't be drawn from 10 rows",
+            "99 few-shot examples can't be sampled from 10 rows",
         ),
         (["--data", "winogrande=x.jsonl"], "a benchmark's name"),
         (["--tsks", "x"], "unknown argument --tsks.*tasks"),
@@ -1035,7 +1037,7 @@ def test_mistakes(base, data_dir, tmp_path, argv, message):
                 "endings": ["a"],
                 "label": 2,
             },
-            "one of them",
+            "none of its choices",
         ),
         (
             "winogrande",

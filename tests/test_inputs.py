@@ -259,7 +259,7 @@ CASES = {
                 lambda t: t.update({FIRST: t[FIRST][:300].clone()})
             )
         },
-        "beyond the model's vocabulary of 300",
+        "outside the model's vocabulary of 300",
     ),
     "weights named in colour": (
         TRAIN,
@@ -413,13 +413,13 @@ CASES = {
         SHOW,
         kwargs({"self": 1}),
         "rows.jsonl:1",
-        "chat template failed",
+        "'chat_template_kwargs' must be",
     ),
     "row of a million keys": (
         SHOW,
         row({f"\x1bk{n}": 1 for n in range(10**5)}),
         "fits no schema: it has",
-        "wanted is",
+        "one of messages",
     ),
     "row of 10 MB": (
         SHOW,
@@ -488,7 +488,7 @@ CASES = {
     "data without a name": (
         "data show --model m --data=",
         {},
-        "'': a source of rows has a name",
+        "'': a source of rows needs a name",
     ),
     "data of nothing": (
         "sft --model m --output_dir out --data",
@@ -592,7 +592,11 @@ CASES = {
         {},
         "m: holds files",
     ),
-    "preference of no weight": (PAIRS + "--loss_weights 0", {}, "loss_weights: [0.0]"),
+    "preference of no weight": (
+        PAIRS + "--loss_weights 0",
+        {},
+        "loss_weights, rpo_alpha: [0.0, 0.0]",
+    ),
     "preference to infinity": (
         PAIRS + "--simpo_gamma inf",
         {},
@@ -649,7 +653,7 @@ CASES = {
                 lambda t: [x.fill_(1e30) for x in t.values()]
             )
         },
-        "out: is not written",
+        "out: not written",
         "would hold NaN or infinity",
     ),
     "adapter that is nowhere": (
@@ -672,7 +676,7 @@ CASES = {
                 )
             )
         },
-        "of another kind",
+        "another dtype",
     ),
     "4 bits onto something": (
         "qlora quantize --model m --output_dir m",

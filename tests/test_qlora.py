@@ -737,7 +737,7 @@ def described(text):
         ),
         (
             lambda t: t.update({f"{Q}.absmax": t[f"{Q}.absmax"].float()}),
-            ("q_proj.weight.absmax (F32)", "another kind"),
+            ("q_proj.weight.absmax (F32)", "another dtype"),
         ),
         (described("{"), ("does not describe 4-bit weights of shape [72, 48]",)),
         (
