@@ -1,0 +1,175 @@
+"""The worked changes of README.md, run as they stand there."""
+
+import json
+import re
+from dataclasses import make_dataclass
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, write_checkpoint
+from test_sft import write_tokenizer
+
+import data
+import dpo
+import eval as evaluation
+import lora
+import model
+import sft
+from model import IGNORE, Batch, Segment, load_model
+
+MODULES = {
+    "dpo.py": dpo,
+    "lora.py": lora,
+    "data.py": data,
+    "sft.py": sft,
+    "eval.py": evaluation,
+}
+MODULES["model.py"] = model
+TABLES = [
+    dpo.LOSSES,
+    lora.VARIANTS,
+    data.RECIPES,
+    sft.SCHEDULES,
+    evaluation.TASKS,
+    model.FAMILIES,
+]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTION = README.partition("## Where to change what")[2].partition("\n## ")[0]
+BLOCKS = dict(
+    re.findall(r"\*\*An? ([\w ]+)\*\*(?:(?!```).)*```python\n(.*?)```", SECTION, re.S)
+)
+
+
+@pytest.fixture
+def change(request):
+    """Runs the block of a change in its module, and takes the entry out again."""
+    before = [dict(table) for table in TABLES]
+    block = BLOCKS[request.param]
+    file = re.match(r"# (\w+\.py)", block)[1]
+    code = [line for line in block.splitlines() if line.strip()]
+    assert len(code) <= 15
+    exec(block, vars(MODULES[file]))
+    yield request.param
+    for table, entries in zip(TABLES, before):
+        table.clear()
+        table.update(entries)
+
+
+def logits(net, count=20):
+    ids = np.arange(3, 3 + count)
+    batch = Batch.pack([[Segment(ids, np.full(count, IGNORE))]])
+    with torch.no_grad():
+        return net.logits(net(batch))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("base") / "model", vocab_size=259)
+    return write_tokenizer(folder) or folder
+
+
+def flags(base, rows, out, **settings):
+    settings = {
+        "max_steps": 2,
+        "eval_answers": 0,
+        "logging_steps": 1,
+        "lora_r": 4,
+    } | settings
+    settings |= {"model": base, "data": rows, "output_dir": out, "report_to": "none"}
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def write_rows(file, rows):
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_every_change_has_its_block():
+    assert list(BLOCKS) == [
+        "loss",
+        "loss with a parameter",
+        "LoRA variant",
+        "recipe",
+        "schedule",
+        "evaluation task",
+        "model family",
+    ]
+
+
+@pytest.mark.parametrize("change", ["loss", "loss with a parameter"], indirect=True)
+def test_a_loss(change, base, tmp_path, monkeypatch):
+    """Step 0 has margin 0, so the first loss is known: 1, and -log sigmoid(-0.5)."""
+    monkeypatch.setattr(dpo.DPOConfig, "odpo_offset", 0.5, raising=False)
+    name, first = {"loss": ("squared_hinge", 1.0)}.get(change, ("odpo", 0.974077))
+    pairs = [{"prompt": f"{n}? ", "chosen": "yes", "rejected": "no"} for n in range(8)]
+    rows = write_rows(tmp_path / "pairs.jsonl", pairs)
+    more = {"loss_type": name, "ref_cache": tmp_path / "cache"}
+    dpo.main(flags(base, rows, tmp_path / "run", **more))
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx(first, abs=1e-5)
+
+
+@pytest.mark.parametrize("change", ["LoRA variant"], indirect=True)
+def test_a_lora_variant(change, base, tmp_path, monkeypatch):
+    """Its own parameter trains, and the merged model computes what the adapter does."""
+    monkeypatch.setitem(lora.PEFT_FIELDS, "use_diagonal", "use_diagonal")
+    config = make_dataclass(
+        "LoRAConfig", [("use_diagonal", bool, False)], bases=(lora.LoRAConfig,)
+    )
+    monkeypatch.setattr(lora, "LoRAConfig", config)
+    net = load_model(base)
+    lora.add_lora(net, config(lora_r=4, use_diagonal=True), seed=1)
+    for layer in lora.lora_layers(net).values():
+        assert type(layer).__name__ == "DiagonalLoRALinear" and layer.lora_E.requires_grad
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+        torch.nn.init.normal_(layer.lora_E)
+    lora.save_adapter(net, tmp_path / "adapter", base)
+    lora.merge(tmp_path / "adapter", tmp_path / "merged")
+    torch.testing.assert_close(logits(load_model(tmp_path / "merged")), logits(net.eval()))
+    assert (logits(load_model(base)) - logits(net)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("change", ["recipe"], indirect=True)
+def test_a_recipe(change):
+    make, _ = data.use_recipe("boolq", {}, 0)
+    row = make({"passage": "Grass is green.", "question": "is grass red", "answer": False})
+    assert row["prompt"][0]["content"] == "Grass is green.\nis grass red?"
+    assert row["completion"] == data.as_turn("assistant", "No")
+
+
+@pytest.mark.parametrize("change", ["schedule"], indirect=True)
+def test_a_schedule(change, base, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"row {n}"} for n in range(8)])
+    more = {"lr_scheduler_type": "polynomial", "learning_rate": 1e-3, "warmup_ratio": 0}
+    sft.main(flags(base, rows, tmp_path / "run", **more))
+    lines = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates == pytest.approx([1e-3, 0.25e-3])
+
+
+@pytest.mark.parametrize("change", ["evaluation task"], indirect=True)
+def test_an_evaluation_task(change, base, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    row = {"goal": "open a jar", "sol1": "twist the lid", "sol2": "eat it", "label": 1}
+    write_rows(tmp_path / "piqa" / "validation.jsonl", [row])
+    argv = ["--model", f"m={base}", "--tasks", "piqa", "--data_dir", str(tmp_path)]
+    evaluation.main([*argv, "--output_dir", str(tmp_path / "out")])
+    sample = json.loads((tmp_path / "out" / "samples_m_piqa.jsonl").read_text())
+    assert sample["gold"] == 1 and sample["answers"] == ["twist the lid", "eat it"]
+
+
+@pytest.mark.parametrize("change", ["model family"], indirect=True)
+def test_a_model_family(change, tmp_path):
+    """Mistral's logits are transformers'; a sliding window, which is not computed, is refused."""
+    folder = write_checkpoint(
+        tmp_path / "mistral", model_type="mistral", sliding_window=None
+    )
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = reference(torch.arange(3, 23)[None]).logits[0]
+    torch.testing.assert_close(logits(load_model(folder)), expected, atol=1e-5, rtol=1e-5)
+    raw = json.loads((folder / "config.json").read_text()) | {"sliding_window": 4096}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(model.UserError, match="sliding"):
+        load_model(folder)
