@@ -1,4 +1,5 @@
-"""What every test file may lean on. No test reaches a network; `transformers` is the reference to hold ours against."""
+"""What every test file may lean on. No test reaches a network; `transformers` is the reference to
+hold ours against."""
 
 import base64
 import json
@@ -25,7 +26,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 
-# head_dim differs from C/H (which Llama's reference wants whole), K < H, an odd vocabulary: mixed-up sizes break
+# head_dim differs from C/H (which Llama's reference wants whole), K < H, an odd vocabulary:
+# mixed-up sizes break
 TINY = dict(
     model_type="qwen3",
     vocab_size=199,
@@ -44,7 +46,8 @@ TINY = dict(
 
 @pytest.fixture
 def shared():
-    """The folder of real models and data beside the repository; the test is skipped where there is none."""
+    """The folder of real models and data beside the repository; the test is skipped where there is
+    none."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("no ../shared folder beside the repository")
@@ -54,8 +57,9 @@ def shared():
 def write_checkpoint(
     folder, seed=0, dtype="float32", dialect="new", max_shard_size="5GB", **config
 ):
-    """Writes a checkpoint with transformers' own classes and returns its folder. config overrides TINY; every weight is
-    random and far from its initial value, norms and biases too. dialect "old": rope_scaling beside rope_theta."""
+    """Writes a checkpoint with transformers' own classes and returns its folder. config overrides
+    TINY; every weight is random and far from its initial value, norms and biases too. dialect
+    "old": rope_scaling beside rope_theta."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch_dtype = getattr(torch, dtype)
@@ -79,14 +83,15 @@ def write_checkpoint(
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path):
-    """make(name="tiny", **options of write_checkpoint) -> the folder of a new checkpoint below tmp_path."""
+    """make(name="tiny", **options of write_checkpoint) -> the folder of a new checkpoint below
+    tmp_path."""
     return lambda name="tiny", **options: write_checkpoint(tmp_path / name, **options)
 
 
 def adamw_steps(model, loss_fn, batches):
-    """The losses of AdamW steps with decay and clipping over batches of documents (ids), loss_fn(model, documents)
-    summed. eps is 1e-5: some gradients are nothing but rounding (a key's bias hardly moves a softmax), which 1e-8 turns
-    into whole steps."""
+    """The losses of AdamW steps with decay and clipping over batches of documents (ids),
+    loss_fn(model, documents) summed. eps is 1e-5: some gradients are nothing but rounding (a key's
+    bias hardly moves a softmax), which 1e-8 turns into whole steps."""
     parameters, losses = [p for p in model.parameters() if p.requires_grad], []
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1, eps=1e-5)
     for documents in batches:
@@ -112,9 +117,10 @@ def their_loss(model, documents):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as a push asks for. files: {repository: {path: bytes}}; commits: (repository,
-    message) of each; faults: statuses that the next commits are answered with; closed: repositories that take nothing;
-    asked: every request. A token that is refused is told back, which no log may show."""
+    """As much of the hub's interface as a push asks for. files: {repository: {path: bytes}};
+    commits: (repository, message) of each; faults: statuses that the next commits are answered
+    with; closed: repositories that take nothing; asked: every request. A token that is refused is
+    told back, which no log may show."""
 
     protocol_version = "HTTP/1.1"
     log_message = lambda *_: None
