@@ -2,3 +2,13 @@
 
 It imports none of the seven modules; what it needs of them comes as arguments.
 """
+
+import os
+
+# huggingface_hub reads these when it is imported, and would take '' for the working directory
+PREFIXES = "HF_", "PLAINTUNE_", "HOME", "XDG_"
+for name, value in list(os.environ.items()):
+    if value == "" and name.startswith(PREFIXES):
+        del os.environ[name]
+if os.path.expanduser("~") == "~":  # a user without a home: caches go to the working directory
+    os.environ["HOME"] = os.getcwd()

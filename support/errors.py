@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from traceback import walk_tb
 
 import torch
@@ -15,6 +15,7 @@ from support.memory import tune_allocator
 
 # characters that a terminal would obey (control, change of direction) and halves of surrogate pairs
 UNPRINTABLE = "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+COLOURS = r"\x1b\[(?:32|0)m"  # `data.py show` marks what is scored
 LACK_OF_MEMORY = "out of memory; take a smaller model or batch, or --load_in_4bit"
 TEMPLATES = "<template>", "<unknown>"  # the file names of jinja's frames
 
@@ -32,42 +33,64 @@ def nearest(name, options) -> str:
 def run_command(main):
     """Runs a command. A UserError, a lack of memory or an error of the disk ends it with the line
     'error: ...' and exit status 2, without a traceback."""
+    message, status = "", 2
     try:
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # escapes what the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")
+        prepare_streams()
         if not sys.stderr.isatty():
             disable_progress_bars()
         tune_allocator()
         with as_user_error(LACK_OF_MEMORY, MemoryError, torch.OutOfMemoryError):
-            return main()
+            result = main()
+            sys.stdout.flush()
+            return result
     except UserError as error:
         message = str(error)
-    except (
-        BrokenPipeError
-    ):  # the reader of `python data.py show ... | head` has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except BrokenPipeError:  # the reader of `python data.py show ... | head` has closed the pipe
+        status = 141
     except OSError as error:
         if error.errno is None:
             raise
         message = str(error)
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.stdout.flush()
+        status = 130
+    except SystemExit as ended:
+        status = ended.code
     message = sanitize(message).replace("\n", " ")
-    print(f"error: {shorten(message, 1000)}", file=sys.stderr)
-    sys.exit(2)
+    message = message and f"error: {shorten(message, 1000)}\n"
+    for stream, text in (sys.stdout, ""), (sys.stderr, message):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # a full disk or a dead terminal, where Python's own last flush would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
+
+
+def prepare_streams():
+    """Makes every print safe: streams that the caller closed lead nowhere, control characters and
+    what the terminal's encoding lacks are escaped."""
+    for name in ("stdin", "stdout", "stderr"):  # in this order, so that each gets its own number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    write = sys.stdout.write
+    sys.stdout.write = lambda text: write(re.sub(f"(?!{COLOURS}){UNPRINTABLE}", escape, text))
+
+
+def escape(match):
+    """The matched character as Python writes it: '\\x1b'."""
+    return ascii(match[0])[1:-1]
 
 
 def sanitize(text):
     """`text` without the hub's token, and with unprintable characters escaped."""
-    token = get_token()
+    token = None
+    with suppress(Exception):  # a token's file that cannot be read holds none that was sent
+        token = get_token()
     if token:
         text = text.replace(token, "***")
-    return re.sub(UNPRINTABLE, lambda match: ascii(match[0])[1:-1], text)
+    return re.sub(UNPRINTABLE, escape, text)
 
 
 def shorten(text, width):

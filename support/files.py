@@ -95,41 +95,82 @@ def write_tensors(tensors, file):
         save_file(tensors, file, metadata={"format": "pt"})
 
 
+def aside_of(path):
+    """Where `path` is written before it is renamed; the name says that what is there is ours."""
+    return path.with_name(f".{path.name}.plaintune.partial")
+
+
 def write_text(path, text):
-    """Writes a file aside and renames it into place: a stop leaves the old one or the new one."""
-    aside = Path(path).with_name(f".{Path(path).name}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    """Writes a file, from a text or its lines, aside and renames it into place.
+
+    A stop leaves the old file or the new one. UserError: another process is writing it.
+    """
+    path = Path(path).resolve()  # a link stays one
+    aside = aside_of(path)
+    aside.touch()
+    with locked(aside), open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
+        try:
+            file.writelines(text)
+            file.flush()
+            sync(aside)
+            aside.rename(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def is_free(folder):
+    """Whether a folder holds nothing but what a killed command left aside."""
+    return all(path.name.endswith(".plaintune.partial") for path in folder.iterdir())
+
+
+def clear_folder(folder):
+    """Deletes what is in a folder; of a link only the link. UserError: the folder is one."""
+    folder = Path(folder)
+    if folder.is_symlink():
+        raise UserError(f"{folder}: a link, nothing behind it is deleted; name {folder.resolve()}")
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager
 def atomic_folder(target):
     """A new folder to write into, synced and renamed to `target` if the block ends well.
 
-    A block that raises leaves `target` as it was.
+    A block that raises leaves `target` as it was. A mount point, or an empty folder, which may be
+    the working directory, stays where it is: the files move in. UserError: another process is
+    writing it.
     """
-    target = Path(target)
-    aside = target.with_name(f".{target.name}.partial")
-    old = target.with_name(f".{target.name}.old")
+    target = Path(target).resolve()  # a link stays one
+    stays = target.is_dir() and (target.is_mount() or is_free(target))
+    aside = aside_of(target / "files" if stays else target)
+    old = aside.with_suffix(".old")
 
     def clean_up():
-        shutil.rmtree(aside, ignore_errors=True)
         if old.exists() and not target.exists():  # stopped between the two renames
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 
-    clean_up()
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in [*aside.iterdir(), aside]:
-            sync(file)
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
-        sync(target.parent)
-    finally:
-        clean_up()
+    with locked_folder(aside):
+        try:
+            clear_folder(aside)  # of a killed command
+            clean_up()
+            yield aside
+            for file in [*aside.iterdir(), aside]:
+                sync(file)
+            if stays:
+                for file in aside.iterdir():
+                    file.rename(target / file.name)
+            else:
+                if target.is_dir():
+                    target.rename(old)
+                aside.rename(target)
+            sync(aside.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            clean_up()
 
 
 def sync(path):
@@ -140,27 +181,36 @@ def sync(path):
 
 
 @contextmanager
-def locked_folder(folder):
-    """While the block runs, `folder` is this process's alone; UserError: another process has it.
-
-    It is made if it is missing, and removed if the block leaves nothing in it.
-    """
-    folder = Path(folder)
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+def locked(path):
+    """While the block runs, a file or folder is this process's; UserError: another one has it."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{folder}: another run is using this folder; wait for it or choose --output_dir"
+                f"{path}: another run is using this folder; wait for it or choose another"
             ) from None
         except OSError:
             pass  # a file system without locks
         yield
     finally:
         os.close(handle)
-        with suppress(OSError):
-            for path in new:
+
+
+@contextmanager
+def locked_folder(folder):
+    """`locked` of a folder, which is made if it is missing and removed if it stays empty.
+
+    A link stays one, also to a folder that is yet to be made.
+    """
+    real = Path(folder).resolve()
+    new = [path for path in (real, *real.parents) if not path.exists()]
+    real.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        for path in new:
+            with suppress(OSError):
                 path.rmdir()

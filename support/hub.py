@@ -19,28 +19,21 @@ from huggingface_hub import (
     HfApi,
     get_token,
     list_repo_files,
+    set_client_factory,
     snapshot_download,
 )
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils._http import default_client_factory
 
 from support.errors import UserError, sanitize
 from support.files import read_json, write_text
 
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
+COMPANIONS = tuple(
+    "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja "
+    "special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model".split()
 )
-
-
 NOT_LOADED = "not loaded from the hub (a private repository needs HF_TOKEN)"
+TIMEOUT = 30  # seconds that a connection or the next piece of an answer may take
 WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a push
 
 
@@ -55,6 +48,21 @@ class HubConfig:
     hub_private_repo: bool | None = (
         None  # of a new repository: private; none: the hub's default
     )
+
+
+def make_client():
+    """The hub's http client, with a timeout also for those of its calls that wait for ever."""
+
+    def limit(request):
+        limits = request.extensions["timeout"]
+        limits |= {phase: limits[phase] or TIMEOUT for phase in limits}
+
+    client = default_client_factory()
+    client.event_hooks["request"].append(limit)
+    return client
+
+
+set_client_factory(make_client)
 
 
 def call_hub(what, ask, waits=(), advice=""):

@@ -1,10 +1,12 @@
 """Limits on time and memory for untrusted chat templates, regular expressions and tokenizers."""
 
+import os
 import resource
 import signal
 import sys
 import threading
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 from support.errors import UserError
@@ -18,18 +20,19 @@ class Overrun(BaseException):
 def bounded(where, seconds=5, more=2**30):
     """A block for untrusted code: UserError after `seconds`, MemoryError above `more` bytes.
 
-    Time is limited in the main thread alone, memory on Linux alone. A block inside another one
-    shares the outer one's limits.
+    The seconds are the processor's, so that a busy machine refuses nothing. Time is limited in the
+    main thread alone, memory on Linux alone. A block inside another one shares the outer one's
+    limits.
     """
 
     def stop(*_):
         raise Overrun
 
-    nested = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    nested = signal.getitimer(signal.ITIMER_PROF)[0] > 0
     if nested or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGALRM, stop)
+    handler = signal.signal(signal.SIGPROF, stop)
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     if (
         sys.platform == "linux" and limits[0] == resource.RLIM_INFINITY
@@ -37,12 +40,30 @@ def bounded(where, seconds=5, more=2**30):
         pages = int(Path("/proc/self/statm").read_text().split()[5])
         most = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     except Overrun:
-        raise UserError(f"{where}: timed out after {seconds} s") from None
+        raise UserError(f"{where}: timed out after {seconds} s of processor time") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
         resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def try_apart(where, attempt):
+    """Calls attempt() once in a `bounded` process of its own; UserError: that fails or is killed.
+
+    For native libraries, which end the process where memory is short.
+    """
+
+    def run():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        with bounded(where):
+            attempt()
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise UserError(f"{where}: fails, or takes more time or memory than is its due")

@@ -56,6 +56,22 @@ NAME_LIST = (
 FIELD = r"^    (\w+):(?:(?!\n    [^\s)])[^#])*# (.*)"  # a field and the comment at its end
 
 
+def plain_value(loader, node):
+    """What JSON reads, else the text: to YAML 1.1 `no` is False, 1:30 is 90 and 010 is 8."""
+    try:
+        return json.loads(node.value)
+    except ValueError:
+        return loader.construct_scalar(node)
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML whose numbers, truth values and dates are plain values."""
+
+
+for tag in ("bool", "int", "float", "timestamp"):
+    PlainLoader.add_constructor(f"tag:yaml.org,2002:{tag}", plain_value)
+
+
 def type_of(kind):
     """(list, (str,)) of `list[str] | None`: a field's type without None, and its items' types."""
     if isinstance(kind, types.UnionType):
@@ -64,7 +80,7 @@ def type_of(kind):
 
 
 def convert(value, kind):
-    """`value`, a flag's text or what YAML made of it, as a field's type: T or `T | None`.
+    """`value`, a flag's text or what a file holds, as a field's type: T or `T | None`.
 
     ValueError or TypeError: it is no value of that type.
     """
@@ -75,7 +91,7 @@ def convert(value, kind):
     if kind is bool and word in BOOLS:
         return BOOLS[word]
     if kind in (int, float):
-        number = float(word)  # YAML 1.1 reads 2e-4 as a string
+        number = float(word)
         if abs(number) < 2**53 and kind(number) == number:  # neither NaN nor infinity
             return kind(number)
     if (
@@ -199,10 +215,10 @@ def read_settings(path, kinds, problems):
                     f"{where}: {name} is given twice, the second time as {key!r}"
                 )
             else:
-                settings[name] = (
-                    f"{where}: {name}",
-                    loader.construct_object(value, deep=True),
-                )
+                setting = loader.construct_object(value, deep=True)
+                if isinstance(setting, (bool, int, float)):
+                    setting = value.value  # as it is written: a folder may be named 1.10
+                settings[name] = f"{where}: {name}", setting
 
     unreadable = OSError, ValueError, RecursionError, yaml.YAMLError
     with as_user_error(f"--config {path}: cannot be read", *unreadable):
@@ -216,7 +232,7 @@ def read_settings(path, kinds, problems):
             raise UserError(
                 f"{path}: has aliases (*name), which may expand without end; write the values out"
             )
-        loader = yaml.SafeLoader(text)
+        loader = PlainLoader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}: holds no settings of the form `key: value`")

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import tokenizers
 import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
@@ -31,7 +33,7 @@ import model as M
 import qlora
 import sft
 from model import ModelConfig, load_model
-from support import errors, readers, sandbox
+from support import errors, files, hub, readers, sandbox
 from support.errors import UserError, sanitize
 from support.settings import parse_config
 
@@ -529,7 +531,7 @@ CASES = {
     "YAML of a long number": (
         TRAIN + "--config c.yaml",
         {"c.yaml": "seed: " + "9" * 5000},
-        "c.yaml: cannot be read",
+        "c.yaml:1: seed: expected int, found '999",
     ),
     "YAML from a pipe": (
         "sft --config c.yaml",
@@ -849,11 +851,12 @@ def test_the_limits_leave_no_trace():
     import signal
 
     def state():
-        return signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_DATA)
+        return signal.getsignal(signal.SIGPROF), resource.getrlimit(resource.RLIMIT_DATA)
 
     before = state()
     with pytest.raises(UserError, match="^x: timed out after 0.2 s"):
         with sandbox.bounded("x", 0.2):
+            time.sleep(0.5)  # a busy machine's time does not count
             try:
                 with sandbox.bounded("y", 99):
                     while True:
@@ -862,7 +865,339 @@ def test_the_limits_leave_no_trace():
                 pytest.fail("what is inside takes the end for its own")
     with sandbox.bounded("x"):
         pass
-    assert state() == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert state() == before and signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+
+
+def test_sleep_is_no_work():
+    """Only the processor's time counts: a block that waits longer than its limit is no fault."""
+    with sandbox.bounded("x", 0.1):
+        time.sleep(0.3)
+
+
+@pytest.mark.parametrize("times, refused", [(1, False), (40, True)])
+def test_a_tokenizer_that_expands_without_end_is_refused_when_tried_apart(times, refused):
+    """Its library aborts where memory is short, also in decoding: the child ends, not we."""
+    raw = json.loads((TINY / "tokenizer.json").read_text())
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    raw["decoder"] = {
+        "type": "Sequence",
+        "decoders": [raw["decoder"], {"type": "Fuse"}, *[doubling] * times],
+    }
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(raw))
+
+    def decode_all():
+        tokenizer.decode(list(range(tokenizer.get_vocab_size())))
+
+    if refused:
+        with pytest.raises(UserError, match="^t.json: fails, or takes more time or memory"):
+            sandbox.try_apart("t.json", decode_all)
+    else:
+        sandbox.try_apart("t.json", decode_all)
+
+
+# --- values of settings ---------------------------------------------------------------------------
+
+SETTINGS = {
+    "eval_strategy: no": "no",
+    "merge: no": False,
+    "merge: Off": False,
+    "output_dir: no": "no",
+    "output_dir: 1.10": "1.10",
+    "output_dir: 010": "010",
+    "output_dir: 1:30": "1:30",
+    "output_dir: 2026-11-25": "2026-11-25",
+    "output_dir: true": "true",
+    "max_steps: 010": 10,
+    "max_steps: 1_000": 1000,
+    "max_steps: 1:30": UserError,
+    "max_steps: 0x10": UserError,
+    "max_steps: 0b11": UserError,
+    "max_steps: true": UserError,
+    "learning_rate: 1:30.5": UserError,
+    "learning_rate: 2e-4": 2e-4,
+    "learning_rate: .inf": UserError,
+    "seed: 2026-11-25": UserError,
+    "seed: 2026-13-45": UserError,
+    "max_samples: ~": None,
+    "rank_pattern: {q_proj: 1:30}": UserError,
+    "rank_pattern: {no: 4}": {"no": 4},
+    "recipe_args: {cot: 0.5, n: 1:30, m: 010, on: 3, day: 2026-11-25, yes: '5'}": {
+        "cot": 0.5,
+        "n": "1:30",
+        "m": "010",
+        "on": 3,
+        "day": "2026-11-25",
+        "yes": "5",
+    },
+}
+
+
+@pytest.mark.parametrize("line", SETTINGS)
+def test_a_value_in_yaml_is_what_is_written(line, tmp_path):
+    """As a flag reads it: YAML 1.1 made False, 90, 8 and a date of no, 1:30, 010 and 2026-11-25."""
+    (tmp_path / "c.yaml").write_text(line)
+    name, argv = line.partition(":")[0], ["--model", "m", "--data", "d", "--config"]
+    if SETTINGS[line] is UserError:
+        with pytest.raises(UserError, match=f"c.yaml:1: {name}: expected"):
+            parse_config(sft.SFTConfig, [*argv, str(tmp_path / "c.yaml")])
+    else:
+        value = getattr(parse_config(sft.SFTConfig, [*argv, str(tmp_path / "c.yaml")]), name)
+        assert value == SETTINGS[line] and type(value) is type(SETTINGS[line])
+
+
+# --- files and folders ----------------------------------------------------------------------------
+
+
+def write_folder(target, text="new"):
+    with files.atomic_folder(target) as aside:
+        (aside / "a").write_text(text)
+
+
+def tree(folder):
+    """{path: content} of all files below, through links; '->' marks the links."""
+    paths = {p: "->" for p in folder.rglob("*") if p.is_symlink()}
+    paths |= {p: p.read_text() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}
+    return {str(path.relative_to(folder)): content for path, content in paths.items()}
+
+
+def test_a_folder_is_written_through_a_link(tmp_path):
+    """To a full folder, to an empty one and to none yet: the link stays a link."""
+    for name in ("full", "empty"):
+        (tmp_path / "disk" / name).mkdir(parents=True)
+    (tmp_path / "disk" / "full" / "b").write_text("old")
+    for name in ("full", "empty", "none"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        write_folder(tmp_path / name)
+    wanted = {f"disk/{name}/a": "new" for name in ("full", "empty", "none")}
+    assert tree(tmp_path) == wanted | dict.fromkeys(("full", "empty", "none"), "->")
+
+
+def test_a_mount_point_and_the_working_directory_stay(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "out" / "lost+found").mkdir()
+    rename, node = type(tmp_path).rename, (tmp_path / "here").stat().st_ino
+
+    def refuse(path, to):
+        if "out" in (path.name, to.name):
+            raise OSError(16, "Device or resource busy", str(path))
+        return rename(path, to)
+
+    monkeypatch.setattr(type(tmp_path), "rename", refuse)
+    monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path.name == "out")
+    monkeypatch.chdir(tmp_path / "here")
+    for text in ("one", "two"):
+        write_folder(tmp_path / "out", text)
+    write_folder(".")
+    assert tree(tmp_path) == {"out/a": "two", "here/a": "new"}
+    assert (tmp_path / "out" / "lost+found").is_dir()
+    assert (tmp_path / "here").stat().st_ino == node
+
+
+def test_what_others_named_like_ours_is_left_and_what_a_kill_left_goes(tmp_path):
+    for name in (".out.partial", ".out.old", ".f.partial", "f.partial", ".f"):
+        (tmp_path / name).write_text("mine")
+    left = files.aside_of(tmp_path / "out")
+    left.mkdir()
+    (left / "b").write_text("of a killed command")
+    files.aside_of(tmp_path / "f").write_text("of a killed command, longer than the new one")
+    write_folder(tmp_path / "out")
+    files.write_text(tmp_path / "f", ["two\n", "lines"])
+    mine = dict.fromkeys((".out.partial", ".out.old", ".f.partial", "f.partial", ".f"), "mine")
+    assert tree(tmp_path) == mine | {"out/a": "new", "f": "two\nlines"}
+
+
+def test_a_folder_with_what_a_kill_left_inside_is_free(tmp_path):
+    (tmp_path / ".files.plaintune.partial").mkdir()
+    assert files.is_free(tmp_path)
+    write_folder(tmp_path)
+    assert tree(tmp_path) == {"a": "new"} and not files.is_free(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["missing", "empty", "full"])
+def test_two_commands_do_not_write_one_folder_or_file(place, tmp_path):
+    """The second is refused and the first ends as if it had been alone."""
+    out = tmp_path / "new" / "out"
+    if place != "missing":
+        out.mkdir(parents=True)
+    if place == "full":
+        (out / "a").write_text("old")
+    with files.atomic_folder(out) as aside:
+        (aside / "a").write_text("first")
+        with pytest.raises(UserError, match="another run is using"):
+            write_folder(out, "second")
+    assert tree(out) == {"a": "first"} and [p.name for p in out.parent.iterdir()] == ["out"]
+
+    def lines():
+        yield "first"
+        with pytest.raises(UserError, match="another run is using"):
+            files.write_text(out / "f", "second")
+
+    files.write_text(out / "f", lines())
+    assert tree(out) == {"a": "first", "f": "first"}
+
+
+def test_a_block_that_fails_leaves_all_as_it_was(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "f").write_text("old")
+
+    def fail():
+        yield "new"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_text(tmp_path / "f", fail())
+    for name in ("out", "a/b/c"):
+        with pytest.raises(KeyboardInterrupt), files.atomic_folder(tmp_path / name) as aside:
+            (aside / "x").write_text("new")
+            raise KeyboardInterrupt
+    assert tree(tmp_path) == {"f": "old"} and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_in_the_folders_place_stays(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OSError):
+        write_folder(tmp_path / "out")
+    assert tree(tmp_path) == {"out": "mine"}
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    files.write_text(tmp_path / "link", "new")
+    assert tree(tmp_path) == {"real": "new", "link": "->"}
+
+
+def test_clearing_deletes_nothing_behind_links(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").write_text("years of work")
+    run = tmp_path / "run"
+    (run / "sub").mkdir(parents=True)
+    (run / "sub" / "b").write_text("old")
+    (run / "sub" / "deep").symlink_to("../../precious")
+    (run / "folder").symlink_to("../precious")
+    (run / "file").symlink_to("../precious/a")
+    (run / "nowhere").symlink_to("missing")
+    files.clear_folder(run)
+    (tmp_path / "link").symlink_to("precious")
+    with pytest.raises(
+        UserError, match="link: a link, nothing behind it is deleted; name .*precious"
+    ):
+        files.clear_folder(tmp_path / "link")
+    assert tree(tmp_path) == {"precious/a": "years of work", "link": "->"}
+    assert not list(run.iterdir())
+
+
+def test_a_lock_follows_links_also_to_a_folder_that_is_yet_to_be_made(tmp_path):
+    (tmp_path / "link").symlink_to("disk/run")
+    with files.locked_folder(tmp_path / "link"):
+        assert (tmp_path / "disk" / "run").is_dir()
+        with pytest.raises(UserError), files.locked_folder(tmp_path / "disk" / "run"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+# --- streams and homes ----------------------------------------------------------------------------
+
+STREAMS = {
+    "stdout closed": (">&-", "{}", 0, ""),
+    "stderr closed": ("2>&-", "{}", 0, ""),
+    "all closed": ("<&- >&- 2>&-", "{}", 0, ""),
+    "all closed and a mistake": ("<&- >&- 2>&-", "nowhere.jsonl", 2, ""),
+    "stdout on a full disk": (">/dev/full", "{}", 2, "No space left on device"),
+    "all on a full disk": (">/dev/full 2>&1", "{}", 2, ""),
+    "stderr on a full disk and a mistake": ("2>/dev/full", "nowhere.jsonl", 2, ""),
+    "stdout for reading": ("1</dev/null", "{}", 2, "Bad file descriptor"),
+    "help on a full disk": ("--help >/dev/full", "{}", 0, ""),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_streams_that_take_nothing_end_in_a_line_or_do_no_harm(case, tmp_path):
+    """No traceback, no exit status but ours, and nothing of the output in another file."""
+    words, rows, status, line = STREAMS[case]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(TALK))
+    command = f"{sys.executable} {ROOT}/data.py show --model {TINY} --data {rows} {words}"
+    command = command.format(tmp_path / "rows.jsonl")
+    ran = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == status and "Traceback" not in ran.stderr, ran.stderr
+    assert line in ran.stderr and "Exception ignored" not in ran.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+HOMELESS = """
+import os, pwd, runpy, sys
+
+def unknown(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = unknown
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"HOME": ""},
+        {"HOME": "/dev/null"},
+        {"HOME": "{0}", "HF_HOME": "", "PLAINTUNE_CACHE": "", "HF_HUB_ETAG_TIMEOUT": ""},
+        {"HOME": "{0}", "HF_TOKEN_PATH": "{0}"},
+        {"HOME": "{0}", "PLAINTUNE_CACHE": "{0}/rows.jsonl"},
+    ],
+)
+def test_no_home_and_empty_caches_work_or_end_in_a_line(changes, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(TALK))
+    env = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"}
+    env |= {key: value.format(tmp_path) for key, value in changes.items()}
+    argv = [ROOT / "data.py", "show", "--model", TINY, "--data", "rows.jsonl"]
+    ran = subprocess.run(
+        [sys.executable, "-c", HOMELESS, *map(str, argv)],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    told = ran.stderr
+    assert "Traceback" not in told and told.count("error: ") == (ran.returncode == 2), told
+    assert ran.returncode == 2 * any("rows" in v or "null" in v for v in changes.values()), told
+    assert {path.name for path in tmp_path.iterdir()} <= {"rows.jsonl", ".cache"}
+
+
+def test_a_print_is_safe_wherever_it_stands(monkeypatch, capsys):
+    """No command's print reaches the terminal's controls, but for the green of data.py show."""
+    errors.run_command(
+        lambda: print("a\x1b[2J\x1b[31mb\r\u202ec\x9b\udc80 \x1b[32mgreen\x1b[0m\tä")
+    )
+    shown = capsys.readouterr().out
+    escaped = r"a\x1b[2J\x1b[31mb\r\u202ec\x9b\udc80 "
+    assert shown == escaped + "\x1b[32mgreen\x1b[0m\tä\n"
+
+
+@pytest.mark.parametrize("path", ["files", "model", "whoami"])
+def test_a_hub_that_accepts_and_never_answers_ends_in_one_line(path, monkeypatch, capsys):
+    """Also in calls that huggingface_hub itself makes without a timeout."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the system accepts, nobody answers
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:%d" % server.getsockname()[1])
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+        monkeypatch.setattr(hub, "list_repo_files", hub.HfApi().list_repo_files)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        asks = {
+            "files": lambda: hub.hub_files("org/x", bool),
+            "model": lambda: hub.resolve("org/x"),
+            "whoami": lambda: hub.call_hub("push", hub.HfApi().whoami),
+        }
+        with pytest.raises(SystemExit) as ended:
+            errors.run_command(asks[path])
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and len(told) == 1 and "timed out" in told[0]
 
 
 # --- secrets and pickles --------------------------------------------------------------------------

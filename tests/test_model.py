@@ -1086,13 +1086,13 @@ def test_interrupted_save_leaves_the_old_folder_whole(
         yield from tensors[5:]
 
     def renames(path, to):
-        if where == "rename" and path.name == ".out.partial":
+        if where == "rename" and path.name == ".out.plaintune.partial":
             raise stop()
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", renames)
     if where == "killed before":
-        out.rename(tmp_path / ".out.old")
+        out.rename(tmp_path / ".out.plaintune.old")
     with pytest.raises(stop):
         save_model(stream(), out, source, max_shard_bytes=12_000)
     assert files_of(out) == before and sorted(p.name for p in tmp_path.iterdir()) == names
