@@ -975,10 +975,9 @@ class Examples(Sequence):
     """
 
     folder: Path
-    entries: (
-        np.ndarray
-    )  # (examples,) of LAYOUT, and the bytes they lie in: memory-mapped once, so
-    data: np.ndarray  # that a run outlives a removed cache
+    # memory-mapped once, so that a run outlives a removed cache
+    entries: np.ndarray  # (examples,) of LAYOUT
+    data: np.ndarray  # the bytes they lie in
     at: np.ndarray  # (N,) which of the folder's examples
     shares: list  # expected of the rows seen, by source; [] where every row is seen once
     seed: int
@@ -1056,9 +1055,7 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
     """Renders (where, row, number of its source) into a new folder, renamed into place when it is
     complete. `ledger` is filled on the way."""
     end, ends = 0, set(tokenizer.end_ids)
-    for stale in folder.parent.glob(
-        "*.partial"
-    ):  # a kill leaves its folder, but no lock on it
+    for stale in folder.parent.glob("*.partial"):  # a kill's: nobody has its lock
         with suppress(UserError), locked_folder(stale):
             shutil.rmtree(stale, ignore_errors=True)
     quiet = not sys.stderr.isatty()

@@ -338,12 +338,11 @@ def copy_output(folder):
         with suppress(OSError):
             method(*text)
 
-    before, methods = modified(), {}
+    before, patched = modified(), {}
     for stream in streams:
-        methods[stream] = stream.write, stream.flush
-        stream.write, stream.flush = [
-            partial(attempt, method) for method in methods[stream]
-        ]
+        patched[stream] = dict(vars(stream))  # by run_command
+        stream.write = partial(attempt, stream.write)
+        stream.flush = partial(attempt, stream.flush)
     try:
         yield
     except Exception as error:
@@ -352,7 +351,10 @@ def copy_output(folder):
         raise
     finally:
         for stream in streams:
-            stream.write, stream.flush = methods[stream]
+            for name in ("write", "flush"):
+                delattr(stream, name)
+                if name in patched[stream]:
+                    setattr(stream, name, patched[stream][name])
             try:
                 stream.flush()
             except OSError:  # Python's own last flush would fail too
