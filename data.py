@@ -21,6 +21,7 @@ import os
 import re
 import runpy
 import secrets
+import shutil
 import sys
 import tempfile
 import zlib
@@ -47,7 +48,7 @@ from support.errors import (
     run_command,
     sanitize,
 )
-from support.files import read_json, regular_file
+from support.files import locked_folder, read_json, regular_file, sync
 from support.hub import COMPANIONS, resolve
 from support.readers import find_sources, stream_rows
 from support.sandbox import Overrun, bounded
@@ -841,6 +842,8 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
                 prepared.append((row, 1.0))
                 continue
             weight, sides = weight_of(row), to_pieces(row, tokenizer, **options)
+            if not weight:
+                sides = "weight 0"
             if not isinstance(sides, str):
                 pieces = itertools.chain(*sides)
                 text = "".join(piece for piece, _ in pieces if isinstance(piece, str))
@@ -972,6 +975,9 @@ class Examples(Sequence):
     """
 
     folder: Path
+    # memory-mapped once, so that a run outlives a removed cache
+    entries: np.ndarray  # (examples,) of LAYOUT
+    data: np.ndarray  # the bytes they lie in
     at: np.ndarray  # (N,) which of the folder's examples
     shares: list  # expected of the rows seen, by source; [] where every row is seen once
     seed: int
@@ -979,14 +985,6 @@ class Examples(Sequence):
     render: object  # where the recipe draws: row -> list[Segment], or the reason why not
     number: int = 0
     as_rows: bool = False
-
-    @cached_property
-    def index(self):
-        return np.memmap(self.folder / "index.bin", LAYOUT, "r")
-
-    @cached_property
-    def data(self):
-        return np.memmap(self.folder / "data.bin", np.uint8, "r")
 
     def __len__(self):
         return len(self.at)
@@ -999,14 +997,14 @@ class Examples(Sequence):
             example = row if self.as_rows or isinstance(row, str) else self.render(row)
             if not isinstance(example, str):
                 return example
-        (*offsets, _), weight, _ = self.index[self.at[i]]
+        (*offsets, _), weight, _ = self.entries[self.at[i]]
         pairs = itertools.pairwise(offsets)
         parts = [self.data[start:end].view(np.int32) for start, end in pairs if start < end]
         return to_segments(parts, float(weight))
 
     def row(self, i):
         """(where it stands, as 'file:line'; the row as it was read) of example `i`."""
-        *_, start, end = self.index["offsets"][self.at[i]]
+        *_, start, end = self.entries["offsets"][self.at[i]]
         return json.loads(self.data[start:end].tobytes())
 
     def epoch(self, number):
@@ -1014,7 +1012,7 @@ class Examples(Sequence):
         source's share, the rest drawn."""
         at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
         if self.shares:
-            sources = self.index["source"][at]
+            sources = self.entries["source"][at]
             groups = [at[sources == n] for n in range(len(self.shares))]
             shares = [
                 share if len(group) else 0 for group, share in zip(groups, self.shares)
@@ -1035,16 +1033,37 @@ class Examples(Sequence):
         return f"{len(self)}-{crc:08x}"
 
 
+def checksum(folder):
+    """CRC-32 of a folder's examples."""
+    crc = 0
+    for name in ("data.bin", "index.bin"):
+        with open(folder / name, "rb") as file:
+            while block := file.read(2**24):
+                crc = zlib.crc32(block, crc)
+    return crc
+
+
+def read_ledger(folder):
+    """The ledger of a folder of examples; None: it is missing or damaged."""
+    with suppress(OSError, UserError, TypeError):
+        ledger = Ledger(**read_json(folder / "ledger.json"))
+        if ledger.crc == checksum(folder):
+            return ledger
+
+
 def write_examples(folder, rows, ledger, tokenizer, **options):
     """Renders (where, row, number of its source) into a new folder, renamed into place when it is
     complete. `ledger` is filled on the way."""
     end, ends = 0, set(tokenizer.end_ids)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob("*.partial"):  # a kill's: nobody has its lock
+        with suppress(UserError), locked_folder(stale):
+            shutil.rmtree(stale, ignore_errors=True)
     quiet = not sys.stderr.isatty()
     rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=quiet, leave=False))
-    with tempfile.TemporaryDirectory(
-        dir=folder.parent, ignore_cleanup_errors=True
-    ) as partial:
+    aside = tempfile.TemporaryDirectory(
+        suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
+    )
+    with aside as partial, locked_folder(partial):
         with (
             open(f"{partial}/data.bin", "wb") as data,
             open(f"{partial}/index.bin", "wb") as index,
@@ -1064,8 +1083,10 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
                 entries = np.array(entries, LAYOUT).tobytes()
                 for file, block in ((data, b"".join(blobs)), (index, entries)):
                     file.write(block)
-                    ledger.crc = zlib.crc32(block, ledger.crc)
+        ledger.crc = checksum(Path(partial))
         Path(partial, "ledger.json").write_text(json.dumps(ledger.as_dict()))
+        for file in Path(partial).iterdir():
+            sync(file)
         with suppress(OSError):  # another process may have been first
             os.rename(partial, folder)
 
@@ -1085,7 +1106,11 @@ def cache_folder(sources, tokenizer, settings):
         digest.update(str(path).encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
-    cache = Path(os.environ.get("PLAINTUNE_CACHE", "~/.cache/plaintune")).expanduser()
+    with as_user_error(
+        "PLAINTUNE_CACHE: no folder for rendered rows", OSError, RuntimeError
+    ):
+        cache = Path(os.environ.get("PLAINTUNE_CACHE") or "~/.cache/plaintune").expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
     return cache / digest.hexdigest()
 
 
@@ -1101,7 +1126,9 @@ def load_examples(
     needs_seed = draws or max_samples is not None
     settings = [max_samples, recipe, recipe_args, options, needs_seed and seed]
     folder = cache_folder(sources, tokenizer, settings)
-    if not (folder / "ledger.json").exists():
+    ledger = read_ledger(folder)
+    if not ledger:
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         ledger = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources])
         rows = stream_rows(sources)
         if max_samples is not None:
@@ -1112,7 +1139,9 @@ def load_examples(
             rows = (row for n, row in enumerate(rows) if n in sample)
             ledger.rows = ledger.rows_not_sampled = total - len(sample)
         write_examples(folder, rows, ledger, tokenizer, make=make, **options)
-    ledger = Ledger(**read_json(folder / "ledger.json"))
+        ledger = read_ledger(folder)
+    if not ledger:
+        raise UserError(f"{folder}: does not read back as written; check the disk")
     ledger.check()
     shares = []
     for entry, (_, weight, _) in zip(ledger.sources, sources):
@@ -1125,7 +1154,11 @@ def load_examples(
 
     shares = shares if sources[0][1] else []
     at = np.arange(ledger.examples)
-    examples = Examples(folder, at, shares, seed, make, render if draws else None)
+    entries = np.memmap(folder / "index.bin", LAYOUT, "r")
+    data = np.memmap(folder / "data.bin", np.uint8, "r")
+    examples = Examples(
+        folder, entries, data, at, shares, seed, make, render if draws else None
+    )
     return examples, replace(examples, as_rows=True), ledger
 
 

@@ -21,10 +21,10 @@ unless stated otherwise.
 
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,9 +44,9 @@ from model import IGNORE
 from qlora import load_4bit
 from sft import SFTConfig, micro_batches, read_config, token_budget
 from support.errors import UserError, as_user_error, run_command
-from support.files import locked_folder, read_tensor, write_tensors
+from support.files import locked_folder, read_tensor, sync, write_tensors
 from support.settings import check_range
-from support.tracking import copy_output, read_log
+from support.tracking import copy_output, read_log, warn_on_error
 
 # --- the losses -----------------------------------------------------------------------------------
 
@@ -389,6 +389,21 @@ def score(model, groups, budget):
     return torch.cat(logps)
 
 
+def checksum(logps):
+    """SHA-256 of a tensor, as a tensor of 32 bytes."""
+    return torch.tensor([*hashlib.sha256(logps.numpy()).digest()], dtype=torch.uint8)
+
+
+def read_reference(path):
+    """The cached log-probs (S,); None where there are none, or not those written."""
+    with suppress(FileNotFoundError):
+        with suppress(OSError, SafetensorError, UserError):
+            logps = read_tensor(path, "logps")
+            if torch.equal(read_tensor(path, "sha256"), checksum(logps)):
+                return logps
+        print(f"reference: {path} is damaged and made anew")
+
+
 def add_reference(model, steps, eval_examples, config):
     """Gives every segment of the plan and of the evaluation set, in place, the log-probs of its
     scored tokens under `model`: from the cache, or from one pass over the first epoch's batches."""
@@ -397,18 +412,23 @@ def add_reference(model, steps, eval_examples, config):
     if eval_examples and config.eval_strategy != "no":
         groups.append(eval_examples)
     path = Path(config.ref_cache) / f"{content_hash(model, groups, budget)}.safetensors"
-    try:
-        logps = read_tensor(path, "logps")
+    logps = read_reference(path)
+    if logps is not None:
         print(f"reference: read from {path}")
-    except (FileNotFoundError, SafetensorError):
+    else:
         began = time.perf_counter()
         logps = score(model, groups, budget)
         seconds = time.perf_counter() - began
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        write_tensors({"logps": logps}, unfinished)
-        unfinished.replace(path)
-        print(f"reference: {len(logps):,} tokens scored in {seconds:.2f} s, kept in {path}")
+        print(f"reference: {len(logps):,} tokens scored in {seconds:.2f} s")
+        with warn_on_error("reference: not kept for the next run"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(
+                ".partial"
+            )  # a kill's is replaced by the next run's
+            write_tensors({"logps": logps, "sha256": checksum(logps)}, unfinished)
+            sync(unfinished)
+            unfinished.replace(path)
+            print(f"reference: kept in {path}")
     offset = 0
     for group in groups:
         for example in group:

@@ -19,7 +19,7 @@ from collections import Counter
 from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from lora import (
     adapter_parameters,
     add_lora,
     count_parameters,
+    find_adapter,
     load_adapter,
     merge,
     merge_lora,
@@ -46,6 +47,7 @@ from model import (
     IGNORE,
     Batch,
     ModelConfig,
+    checkpoint_tensors,
     choose_attention,
     open_model,
     pick_device,
@@ -63,13 +65,21 @@ from support.card import merge_table, write_card
 from support.checkpoints import (
     load_best,
     resume,
+    sample_weights,
     save_checkpoint,
+    save_on_error,
     start_run,
     update_best,
     write_run_config,
 )
 from support.errors import UserError, run_command
-from support.files import atomic_folder, locked_folder, read_tensor, write_tensors
+from support.files import (
+    atomic_folder,
+    locked_folder,
+    read_header,
+    read_tensor,
+    write_tensors,
+)
 from support.hub import COMPANIONS, HubConfig, call_hub, create_repositories, push, resolve
 from support.memory import free_cached_memory, keep_freed_memory
 from support.planner import by_module, estimate_memory, fits, print_plan, print_speed
@@ -233,6 +243,8 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
         check_range(self, 0, *numbers)
         check_range(self, 0, "warmup_ratio", most=1)
         check_range(self, 0, "adam_beta1", "adam_beta2", most=math.nextafter(1, 0))
+        if self.max_steps <= 0 and not self.num_train_epochs:
+            raise UserError("num_train_epochs: 0 trains nothing; give more, or max_steps")
         if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
             raise UserError(
                 "load_best_model_at_end: needs an eval_strategy and a save_strategy other than no"
@@ -261,7 +273,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     """Runs the plan `steps` from the last checkpoint to its end. Returns (results, the open Log).
 
     loss_fn(model, batch) -> (summed loss, {metric: summed value}); the step's planned count divides
-    both. evaluate() -> {name: value}. A signal to stop saves at the step's end, then exits.
+    both. evaluate() -> {name: value}. A signal to stop saves at the step's end, then exits; an
+    error saves the last whole step, with what of it is yet to be logged and evaluated.
     """
     began, clock = time.perf_counter(), clock or Clock(model.device)
     state, parameters, optimizer, scaler, log, save = set_up(model, steps, config, clock)
@@ -275,16 +288,18 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     )
     bar = tqdm(total=len(steps), initial=state.step, unit="step", leave=False, disable=None)
     with stop_signals() as signals, keep_freed_memory(), bar:
-        while state.step < len(steps) and not signals and not state.best.get("stop"):
-            clock.enter("forward and backward")
-            step, examples = state.step + 1, steps[state.step]
-            count = sum(map(steps.count, examples))
-            line = {"step": step, "epoch": round(step / steps.steps_per_epoch, 4)}
-            try:
+        while True:
+            with save_on_error(save):  # up to the next update the state is a whole step's
+                if state.unreported and report_step(
+                    state, steps, log, evaluate, config, clock
+                ):
+                    save()
+                if state.step >= len(steps) or signals or state.best.get("stop"):
+                    break
+                clock.enter("forward and backward")
+                step, examples = state.step + 1, steps[state.step]
+                count = sum(map(steps.count, examples))
                 loss, sums = gradient(examples, count, seed=[config.seed, step])
-            except UserError:  # out of memory
-                save()
-                raise
 
             clock.enter("optimizer")
             scaler.unscale_(optimizer)
@@ -297,24 +312,13 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
                 state.skipped = 0
             else:
                 reason = f"loss {loss}, gradient norm {norm}"
-                skip_step(state, steps, log, line, reason, save, config)
+                skip_step(state, steps, log, reason, save, config)
             scaler.update()
             optimizer.zero_grad()
-            state.step = step
+            state.step, state.log_bytes = step, log.size()
+            state.unreported = {"grad_norm": norm, "learning_rate": lr}
             clock.count_step(sum(map(count_tokens, examples)), len(examples))
             bar.update()
-
-            if state.window and steps.due(step, "steps", config.logging_steps):
-                means = pop_means(state.window) | {"grad_norm": norm, "learning_rate": lr}
-                log.write({**line, **means, **clock.throughput()})
-            if evaluate and steps.due(step, config.eval_strategy, config.eval_steps):
-                clock.enter("evaluation")
-                metrics = evaluate()
-                state.best = update_best(state.best, metrics, step, config)
-                log.write({**line, **metrics})
-            new_best = config.load_best_model_at_end and state.best.get("step") == step
-            if new_best or steps.due(step, config.save_strategy, config.save_steps):
-                save()
         save()
     return finish_training(model, state, signals, config, clock, began), log
 
@@ -327,11 +331,12 @@ def set_up(model, steps, config, clock):
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     trained = trained_tensors(model, config)
-    state = resume(config, trained, parameters, optimizer, scaler, steps)
+    origin = describe_origin(model, optimizer, config)
+    state = resume(config, trained, parameters, optimizer, scaler, steps, origin)
     asked = config.micro_batch_tokens
     if state.lowered:  # memory ran out before
         config.micro_batch_tokens = min(state.lowered, token_budget(config, model.device))
-    trackers = start_trackers(config, state.step and state.step + 1)
+    trackers = start_trackers(config, state.step and state.step + (not state.unreported))
     log = Log(Path(config.output_dir), state.log_bytes, trackers)
 
     def save():
@@ -345,27 +350,59 @@ def set_up(model, steps, config, clock):
     return state, [*parameters.values()], optimizer, scaler, log, save
 
 
-def skip_step(state, steps, log, line, reason, save, config):
+def describe_origin(model, optimizer, config):
+    """What a resumed run must have in common with its checkpoint, beside the data."""
+    adapter = model.adapter if config.lora_r else config
+    origin = {name: getattr(adapter, name) for name in vars(LoRAConfig())}
+    del origin["lora_dropout"]
+    origin["optimizer"] = type(optimizer).__name__.removeprefix("Paged")
+    origin["weights of --model"] = sample_weights(checkpoint_tensors(model.folder))
+    if config.adapter:
+        file = find_adapter(config.adapter) / "adapter_model.safetensors"
+        origin["weights of --adapter"] = sample_weights(read_header(file))
+    return origin
+
+
+def report_step(state, steps, log, evaluate, config, clock):
+    """Logs and evaluates the last step where that is due; whether a checkpoint is due. The state
+    changes at the end alone: after an error a resume does all of it again."""
+    step, window, best = state.step, state.window, state.best
+    if window and steps.due(step, "steps", config.logging_steps):
+        log.write(
+            {**steps.place(step), **means(window), **state.unreported, **clock.throughput()}
+        )
+        window = Counter()
+    if evaluate and steps.due(step, config.eval_strategy, config.eval_steps):
+        clock.enter("evaluation")
+        metrics = evaluate()
+        best = update_best(best, metrics, step, config)
+        log.write({**steps.place(step), **metrics})
+    state.window, state.best, state.unreported = window, best, {}
+    new_best = config.load_best_model_at_end and best.get("step") == step
+    return new_best or steps.due(step, config.save_strategy, config.save_steps)
+
+
+def skip_step(state, steps, log, reason, save, config):
     """Logs the rows of a step without a finite loss and gradient; UserError after too many in a
     row. The step before the first of them is saved."""
     if not state.skipped:
         save()
     state.skipped += 1
-    log.write({**line, "skipped": reason, "rows": steps.rows(state.step)})
+    step = state.step + 1
+    log.write({**steps.place(step), "skipped": reason, "rows": steps.rows(state.step)})
     if state.skipped >= config.max_skipped_steps:
         raise UserError(
-            f"{state.skipped} steps in a row, up to {line['step']}, had no finite loss and "
+            f"{state.skipped} steps in a row, up to {step}, had no finite loss and "
             f"gradient; their rows are in {log.path}. The last good step is kept; "
             "try a lower learning_rate"
         )
 
 
-def pop_means(window):
-    """Empties a window of summed losses and metrics; their means over its loss denominators."""
-    count, scored = window.pop("count"), round(window.pop("scored_tokens"))
-    means = {name: total / count for name, total in window.items()}
-    window.clear()
-    return {**means, "scored_tokens": scored}
+def means(window):
+    """The means of a window of summed losses and metrics, over its loss denominators."""
+    sums = dict(window)
+    count, scored = sums.pop("count"), round(sums.pop("scored_tokens"))
+    return {name: total / count for name, total in sums.items()} | {"scored_tokens": scored}
 
 
 def finish_training(model, state, signals, config, clock, began):
@@ -483,7 +520,7 @@ class Plan:
     def __init__(self, examples, config, count=count_scored, source=None):
         self.examples, self.source = examples, source or examples
         self.seed, self.count = config.seed, count
-        self.fingerprint = getattr(self.source, "fingerprint", len(examples))
+        self.fingerprint = getattr(self.source, "fingerprint", str(len(examples)))
         self.batch_size = (
             config.per_device_train_batch_size * config.gradient_accumulation_steps
         )
@@ -495,14 +532,25 @@ class Plan:
     def __len__(self):
         return self.steps
 
+    @lru_cache(1)
+    def epoch(self, number):
+        """(the examples of an epoch, their order)."""
+        examples = self.examples
+        if hasattr(examples, "epoch"):
+            examples = examples.epoch(number)
+        return examples, np.random.default_rng([self.seed, number]).permutation(
+            len(examples)
+        )
+
     def select(self, step):
         """(the examples of the epoch of a step, counted from 0; those of them in the step)."""
         epoch, n = divmod(step, self.steps_per_epoch)
-        examples = (
-            self.examples.epoch(epoch) if hasattr(self.examples, "epoch") else self.examples
-        )
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(examples))
+        examples, order = self.epoch(epoch)
         return examples, order[n * self.batch_size : (n + 1) * self.batch_size]
+
+    def place(self, step):
+        """Where a run is after `step` steps."""
+        return {"step": step, "epoch": round(step / self.steps_per_epoch, 4)}
 
     def __getitem__(self, step):
         """The examples of a step."""
@@ -891,10 +939,12 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
         config, source, steps, loss_fn, device, dtype
     )
     lengths, scored = [], 0
-    for step in range(len(steps)):
+    sample = range(0, len(steps), len(steps) // 1024 + 1)  # all steps of most runs
+    for step in sample:
         lengths += map(count_tokens, steps[step])
         scored += sum(map(count_scored, steps[step]))
-    print_plan(modules, memory, steps, sum(lengths), scored)
+    tokens = sum(lengths) * len(steps) // len(sample)
+    print_plan(modules, memory, steps, tokens, scored * len(steps) / len(sample))
 
     def estimate(changes):
         changed = copy(config)
@@ -906,9 +956,7 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
     model = load_to_train(config, source, steps, device, dtype)
     model.train()
     step = partial(accumulate, model, largest, 1, loss_fn, sys.maxsize)
-    print_speed(
-        model, step, sum(map(count_tokens, largest)), flops, sum(lengths), len(steps)
-    )
+    print_speed(model, step, sum(map(count_tokens, largest)), flops, tokens, len(steps))
 
 
 # --- the command ----------------------------------------------------------------------------------

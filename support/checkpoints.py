@@ -3,19 +3,29 @@
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from support.errors import UserError, nearest
-from support.files import atomic_folder, read_json, read_tensor, write_tensors
+from support.errors import UserError, as_user_error, nearest
+from support.files import (
+    atomic_folder,
+    clear_folder,
+    read_json,
+    read_tensor,
+    write_tensors,
+)
 from support.hub import HubConfig
-from support.tracking import read_log
+from support.tracking import read_log, warn_on_error
 
 
 @dataclass
@@ -23,9 +33,11 @@ class RunState:
     """What a checkpoint keeps of a run beside its tensors."""
 
     data: str  # the plan's fingerprint
+    origin: dict  # what else must be the same to go on: {name: value}
     step: int = 0  # steps done
+    unreported: dict = field(default_factory=dict)  # of the last step, until it is logged
     saved: int = 0  # steps of the last checkpoint
-    log_bytes: int = 0  # size of log.jsonl
+    log_bytes: int = 0  # size of log.jsonl, without what an unreported step has written
     window: Counter = field(default_factory=Counter)  # sums since its last line
     best: dict = field(default_factory=dict)  # see update_best
     skipped: int = 0  # last steps in a row that were not finite
@@ -68,7 +80,10 @@ def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_wei
     step is saved already, or with save_strategy no."""
     if state.saved == state.step or config.save_strategy == "no":
         return
-    state.saved, state.log_bytes, state.scaler = state.step, log.sync(), scaler.state_dict()
+    size = log.sync()
+    if not state.unreported:
+        state.log_bytes = size
+    state.saved, state.scaler = state.step, scaler.state_dict()
     tensors = {}
     for name, p in parameters.items():
         for key, value in optimizer.state[p].items():
@@ -89,33 +104,82 @@ def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_wei
             shutil.rmtree(old)
 
 
+@contextmanager
+def save_on_error(save):
+    """Whatever ends the block, save() comes first; that it fails too is only printed."""
+    try:
+        yield
+    except BaseException:
+        with warn_on_error("the last step is not saved"):
+            save()
+        raise
+
+
 def hash_files(folder):
     """{file: SHA-256} of a folder's files."""
     hashes = {}
-    for path in folder.iterdir():
+    for path in filter(Path.is_file, folder.iterdir()):
         with open(path, "rb") as file:
             hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def sample_weights(tensors):
+    """A hash of {name: (file, shape, dtype name)}: of names, shapes, dtypes, and 64 values of each
+    tensor, evenly spaced. Training changes it; a few values changed by hand may not. Reading all of
+    them would take as long as loading the model."""
+    digest = hashlib.sha256()
+    for name, (file, *header) in sorted(tensors.items()):
+        with safe_open(file, "pt") as weights:
+            values = weights.get_tensor(name).flatten()
+        sample = values[:: max(1, len(values) // 64)].contiguous()
+        digest.update(repr((name, header)).encode())
+        digest.update(sample.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def read_state(checkpoint):
+    """Its RunState; UserError: fields are missing, unknown or of another type."""
+    file = checkpoint / "state.json"
+    values, state = read_json(file), RunState("", {})
+    for name in values.keys() | vars(state).keys():
+        if not isinstance(vars(state).get(name), type(values.get(name, ...))):
+            raise UserError(f"{file}: {name} is {json.dumps(values.get(name))}")
+    numbers = [values["step"], *values["window"].values()]
+    if values["step"] < 0 or not all(
+        isinstance(number, (int, float)) for number in numbers
+    ):
+        raise UserError(f"{file}: step or window is not made of numbers")
+    vars(state).update(values, window=Counter(values["window"]))
+    return state
 
 
 def damage(checkpoint):
     """What is wrong with a checkpoint's files, '' where they are as they were written."""
     try:
         expected, actual = read_json(checkpoint / "manifest.json"), hash_files(checkpoint)
+        faults = []
+        for name, digest in {"state.json": "", **expected}.items():
+            if name not in actual:
+                faults.append(f"{name} is missing")
+            elif actual[name] != digest:
+                faults.append(f"{name} is not the file written")
+        if not faults:
+            read_state(checkpoint)
     except (OSError, UserError) as error:
         return str(error)
-    faults = []
-    for name, digest in {"state.json": "", **expected}.items():
-        if name not in actual:
-            faults.append(f"{name} is missing")
-        elif actual[name] != digest:
-            faults.append(f"{name} is not the file written")
     return ", ".join(faults)
 
 
 def checkpoints(folder):
-    """A run's checkpoints, oldest first."""
-    return sorted(path for path in Path(folder).glob("checkpoint-*") if path.is_dir())
+    """A run's checkpoints by step: folders named checkpoint-<number>. Any other, as
+    checkpoint-best, and a link, is the user's own."""
+    steps = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        number = re.fullmatch("checkpoint-([0-9]+)", path.name)
+        if number and path.is_dir() and not path.is_symlink():
+            steps[path] = int(number[1])
+    return sorted(steps, key=steps.get)
 
 
 def find_checkpoint(config):
@@ -137,19 +201,21 @@ def find_checkpoint(config):
 
 
 @torch.no_grad()
-def resume(config, trained, parameters, optimizer, scaler, steps):
+def resume(config, trained, parameters, optimizer, scaler, steps, origin):
     """The state that the last checkpoint left, its tensors put back, or a new run's. trained: as
-    for `load_trained`; parameters: by the optimizer's names."""
-    path = find_checkpoint(config)
+    for `load_trained`; parameters: by the optimizer's names; origin: as in RunState."""
+    path, origin = find_checkpoint(config), json.loads(json.dumps(origin))
     if path is None:
-        return RunState(steps.fingerprint)
-    state = RunState(**read_json(path / "state.json"))
+        return RunState(steps.fingerprint, origin)
+    state = read_state(path)
+    advice = "another --output_dir, or --overwrite_output_dir"
     if state.data != steps.fingerprint:
         raise UserError(
-            f"{path}: was trained on other data than --data gives now; take the old data, "
-            "another --output_dir, or --overwrite_output_dir"
+            f"{path}: was trained on other data than --data gives now; take the old data, {advice}"
         )
-    state.window = Counter(state.window)
+    changed = differences(state.origin, origin)
+    if changed:
+        raise UserError(f"{path}: was trained with {changed}; take the old ones, {advice}")
     scaler.load_state_dict(state.scaler)
     load_trained(path, trained)
     if hasattr(
@@ -216,6 +282,19 @@ FREE = {
 }
 
 
+def differences(old, new):
+    """What differs in `new`, as 'lora_r (8 there, 4 now)'; '' for nothing."""
+    shown = []
+    for key, value in new.items():
+        if old.get(key) != value:
+            shown.append(
+                f"{key} ({json.dumps(old.get(key))} there, {json.dumps(value)} now)"
+            )
+    if len(shown) > 4:
+        shown[4:] = [f"{len(shown) - 4} more"]
+    return ", ".join(shown)
+
+
 def start_run(config):
     """Makes the run folder ready: (the day its run began, for templates that state the date;
     whether it is finished). Deletes the old run with overwrite_output_dir. UserError where it holds
@@ -233,28 +312,26 @@ def start_run(config):
             f"{folder}: holds files that are not a run's; choose another --output_dir"
         )
     if config.overwrite_output_dir and old:
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear_folder(folder)
         old = {}
-    if not old:
-        return datetime.now(), False
-    changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
-    if changed:
-        shown = [
-            f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new[key])} now)"
-            for key in changed[:4]
-        ]
-        raise UserError(
-            f"{folder} holds a run of another configuration, {len(changed)} settings differ: "
-            f"{', '.join(shown)}; choose another --output_dir, or --overwrite_output_dir"
-        )
-    for path in folder.glob(".checkpoint-*.partial"):  # left by a kill
+    began, finished = datetime.now(), False
+    if old:
+        changed = differences(old, {key: new[key] for key in new if key not in FREE})
+        if changed:
+            raise UserError(
+                f"{folder} holds a run of another configuration: {changed}; "
+                "choose another --output_dir, or --overwrite_output_dir"
+            )
+        with as_user_error(f"{file}: began", ValueError, TypeError):
+            began = datetime.fromisoformat(old["began"])
+        log = folder / "log.jsonl"
+        last = read_log(log)[-1:] if log.exists() and config.resume == "auto" else []
+        finished = any("train_runtime" in line for line in last)
+    if not (finished or os.access(folder, os.W_OK)):
+        raise UserError(f"{folder}: can't be written to; choose another --output_dir")
+    for path in folder.glob(".checkpoint-[0-9]*"):  # left by a kill
         shutil.rmtree(path)
-    log = folder / "log.jsonl"
-    last = read_log(log)[-1:] if log.exists() and config.resume == "auto" else []
-    return datetime.fromisoformat(old["began"]), any(
-        "train_runtime" in line for line in last
-    )
+    return began, finished
 
 
 def write_run_config(config, began, report):

@@ -106,8 +106,10 @@ class Log:
         self.path, self.trackers = folder / "log.jsonl", trackers or {}
         self.next_plot = 0.0
         self.file = open(self.path, "a", encoding="utf-8")
-        if self.file.tell() > size:
+        if self.size() > size:
             self.file.truncate(size)
+        if self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            self.file.write("\n")  # a damaged last line ends here
 
     def write(self, line):
         self.file.write(json.dumps(line) + "\n")
@@ -132,6 +134,9 @@ class Log:
                 continue
             del self.trackers[name]  # it failed
 
+    def size(self):
+        return self.file.tell()
+
     def plot(self):
         began = time.perf_counter()
         with warn_on_error("training_loss.png is not drawn"):
@@ -144,7 +149,7 @@ class Log:
     def sync(self):
         """Waits until the log is on the disk; returns its size in bytes."""
         os.fsync(self.file.fileno())
-        return self.file.tell()
+        return self.size()
 
     def close(self):
         for name, (_, finish) in self.trackers.items():
@@ -162,9 +167,15 @@ def warn_on_error(what):
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts, without a last one that a kill cut short."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The lines of a log.jsonl as dicts. A line that is none, which a kill or the disk damaged, is
+    left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+    return lines
 
 
 PLOTTED = {
@@ -300,7 +311,8 @@ def notebook(path):
 
 @contextmanager
 def copy_output(folder):
-    """While the block runs, what is printed goes to folder/run.log too, each line with its time.
+    """While the block runs, what is printed goes to folder/run.log too, each line with its time,
+    and a dead terminal or a full disk under it does not end the run.
 
     It is buffered until this command has written config.json: one that is refused leaves no trace.
     """
@@ -319,13 +331,18 @@ def copy_output(folder):
                     file.write(f"{datetime.now():%F %T} {line}\n")
             buffer.clear()
 
-    def write_both(write, text):
-        record(text)
-        return write(text)
+    def attempt(method, *text):
+        """Writes or flushes a stream."""
+        for line in text:
+            record(line)
+        with suppress(OSError):
+            method(*text)
 
-    before = modified()
+    before, patched = modified(), {}
     for stream in streams:
-        stream.write = partial(write_both, stream.write)
+        patched[stream] = dict(vars(stream))  # by run_command
+        stream.write = partial(attempt, stream.write)
+        stream.flush = partial(attempt, stream.flush)
     try:
         yield
     except Exception as error:
@@ -334,4 +351,11 @@ def copy_output(folder):
         raise
     finally:
         for stream in streams:
-            del stream.write
+            for name in ("write", "flush"):
+                delattr(stream, name)
+                if name in patched[stream]:
+                    setattr(stream, name, patched[stream][name])
+            try:
+                stream.flush()
+            except OSError:  # Python's own last flush would fail too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -496,6 +496,63 @@ def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path
     assert first == last
 
 
+@pytest.mark.parametrize(
+    "damage",
+    ["bit", "nan", "cut", "old layout", "empty", "folder", "no place", "left over"],
+)
+def test_a_damaged_reference_is_made_anew(
+    damage, base, many, tmp_path, monkeypatch, capsys
+):
+    """A bit that changes one log-prob a little, NaN, a file without its checksum: the same values
+    again. Where it can't be kept, the run goes on with them."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "reference"
+    settings = dpo.DPOConfig(model=str(base), data=[str(many)], ref_cache=str(folder))
+
+    def references():
+        examples = load_pairs(base, many)
+        plan = sft.Plan(examples, settings, dpo.count_pairs)
+        dpo.add_reference(model, plan, [], settings)
+        return [part.reference for example in examples for part in example]
+
+    model = load_model(base)
+    before = references()
+    (file,) = folder.iterdir()
+    written = file.read_bytes()
+    logps = load_file(file)["logps"]
+    if damage == "bit":
+        place = written.index(logps.numpy().tobytes())
+        file.write_bytes(
+            written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :]
+        )
+    elif damage == "nan":
+        save_file({**load_file(file), "logps": logps * float("nan")}, file)
+    elif damage == "cut":
+        file.write_bytes(written[:-5])
+    elif damage == "old layout":
+        save_file({"logps": logps + 1}, file)
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "folder":
+        file.unlink()
+        file.mkdir()
+    elif damage == "no place":
+        settings.ref_cache = str(many / "reference")  # below a file
+    else:
+        file.with_suffix(".partial").write_bytes(b"half")
+        file.unlink()
+    capsys.readouterr()
+    after = references()
+    assert all(map(np.array_equal, before, after))
+    printed = capsys.readouterr()
+    assert "tokens scored" in printed.out and "read from" not in printed.out
+    if damage in ("folder", "no place"):
+        assert "not kept for the next run" in printed.err
+    else:
+        assert [path.read_bytes() for path in folder.iterdir()] == [written]
+
+
 def test_no_reference_where_none_is_needed(base, rows, tmp_path):
     dpo.main(flags(base, rows, tmp_path / "run", loss_type="simpo", max_steps=1))
     dpo.main(flags(base, rows, tmp_path / "flag", reference_free="true", max_steps=1))

@@ -385,6 +385,356 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
     )
 
 
+def test_only_a_number_makes_a_checkpoint_a_runs_own(base, rows, tmp_path):
+    """The user's copies, links and files are never deleted nor the newest; the others go by
+    number, not by name."""
+    own = ["checkpoint-000003", "checkpoint-20", "checkpoint-1000000"]
+    odd = ["-best", "-9-copy", "-", "-٣", "-+4", "-000008.bak", "-1e3", "_5"]
+    for name in [*own, *(f"checkpoint{end}" for end in odd)]:
+        (tmp_path / "names" / name).mkdir(parents=True)
+    (tmp_path / "names" / "checkpoint-000007").symlink_to(tmp_path)
+    (tmp_path / "names" / "checkpoint-000009").write_text("")
+    assert [path.name for path in checkpoints.checkpoints(tmp_path / "names")] == own
+
+    run = tmp_path / "run"
+    argv = flags(base, rows, run, save_total_limit=1)
+    sft.main(argv)
+    (run / "checkpoint-000008").rename(run / "checkpoint-best")
+    (run / "checkpoint-100").symlink_to(run / "checkpoint-best")
+    files = {path.name: path.read_bytes() for path in (run / "checkpoint-best").iterdir()}
+    subprocess.run(["sed", "-i", "$d", run / "log.jsonl"], check=True)
+    (run / ".checkpoint-000005.old").mkdir()
+    sft.main(argv)
+    names = ["checkpoint-000008", "checkpoint-100", "checkpoint-best"]
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == names
+    for path in (run / "checkpoint-best").iterdir():
+        assert files[path.name] == path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, rows, tmp_path_factory):
+    """(the flags of a run that evaluates, logs and saves at other steps; its folder)."""
+    settings = dict(
+        eval_data=rows,
+        max_eval_samples=5,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=100,
+        micro_batch_tokens=200,
+        metric_for_best_model="loss",
+        early_stopping_patience=6,
+    )
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    sft.main(flags(base, rows, folder, **settings))
+    return settings, folder
+
+
+def ends_like(undisturbed, run):
+    """Whether a run has the last checkpoint, the adapter and the log of the undisturbed one."""
+    _, whole = undisturbed
+    names = [
+        f"checkpoint-000008/{name}.safetensors" for name in ("adapter_model", "optimizer")
+    ] + ["adapter/adapter_model.safetensors"]
+    return all(same_tensors(whole / name, run / name) for name in names) and without_times(
+        whole / "log.jsonl"
+    ) == without_times(run / "log.jsonl")
+
+
+@pytest.mark.parametrize(
+    "where, error, step",
+    [
+        ("backward", RuntimeError("no such kernel"), 4),
+        ("backward", KeyboardInterrupt(), 4),
+        ("data", KeyError("row"), 4),
+        ("evaluation", ZeroDivisionError(), 4),
+        ("evaluation", SystemExit(3), 4),
+        ("log", OSError(28, "No space left on device"), 4),
+        ("tracker", KeyboardInterrupt(), 6),
+    ],
+)
+def test_any_error_saves_the_last_whole_step(
+    where, error, step, undisturbed, base, rows, tmp_path, monkeypatch
+):
+    """In the middle of a backward pass, in an evaluation, behind half a line of the log: what is
+    saved is a whole step, and the same command ends where an undisturbed run ends, each line and
+    evaluation once."""
+    argv = flags(base, rows, tmp_path / "run", **undisturbed[0])
+    calls = []
+
+    def after(count, function, *args, **options):
+        """`function`, which raises at its call number `count`, when it is half done."""
+        calls.append(0)
+        result = function(*args, **options)
+        if len(calls) == count:
+            raise error
+        return result
+
+    with monkeypatch.context() as patch:
+        if where == "backward":  # the second micro-batch of step 5
+            backward = torch.Tensor.backward
+            steps = []
+            loaded = sft.accumulate
+
+            def accumulate(*args, **options):
+                steps.append(torch.is_grad_enabled())
+                if sum(steps) == 5 and steps[-1]:
+                    calls.clear()
+                    patch.setattr(torch.Tensor, "backward", lambda t: after(2, backward, t))
+                return loaded(*args, **options)
+
+            patch.setattr(sft, "accumulate", accumulate)
+        elif where == "data":
+            get = sft.Plan.__getitem__
+            patch.setattr(sft.Plan, "__getitem__", lambda *args: after(5, get, *args))
+        elif where == "evaluation":  # at the steps 0, 2, 4
+            loaded = sft.evaluate_loss
+            patch.setattr(sft, "evaluate_loss", lambda *args: after(3, loaded, *args))
+        else:
+            write = tracking.Log.write
+
+            def half(log, line):
+                if line["step"] == step and ("loss" in line) == (where == "log"):
+                    log.file.write('{"step": 4, "lo')
+                    log.file.flush()
+                    raise error
+                return write(log, line)
+
+            patch.setattr(tracking.Log, "write", half)
+        with pytest.raises(type(error)):
+            sft.main(argv)
+    (saved,) = checkpoints.checkpoints(tmp_path / "run")
+    assert saved.name == f"checkpoint-{step:06d}" and not checkpoints.damage(saved)
+    sft.main(argv)
+    assert ends_like(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("terminal", ["closed pipe", "full disk"])
+def test_a_run_outlives_its_terminal(terminal, undisturbed, base, rows, tmp_path):
+    argv = flags(base, rows, tmp_path / "run", **undisturbed[0])
+    argv = [sys.executable, str(ROOT / "sft.py"), *argv]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if terminal == "full disk":
+        with open("/dev/full", "w") as full:
+            run = subprocess.run(argv, env=one_thread, stdout=full, stderr=full)
+    else:
+        run = subprocess.Popen(argv, env=one_thread, stdout=-1, stderr=subprocess.STDOUT)
+        run.stdout.readline()
+        run.stdout.close()
+        run.wait(200)
+    assert run.returncode == 0 and ends_like(undisturbed, tmp_path / "run")
+    assert "saved in" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_a_run_outlives_its_cache(undisturbed, base, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
+    loaded = sft.load_to_train
+
+    def load(*args):
+        assert any((tmp_path / "cache").iterdir())
+        subprocess.run(["rm", "-r", tmp_path / "cache"], check=True)
+        return loaded(*args)
+
+    monkeypatch.setattr(sft, "load_to_train", load)
+    sft.main(flags(base, rows, tmp_path / "run", **undisturbed[0]))
+    assert ends_like(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "file", ["data.bin", "index.bin", "ledger.json", "cut", "gone", "list", "other"]
+)
+def test_a_damaged_cache_is_made_anew(file, base, rows, tmp_path, monkeypatch):
+    """A bit, the end, a file; a ledger that is a list or another's: the same examples again."""
+    monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path))
+    tokenizer = sft.Tokenizer(base)
+
+    def load():
+        examples, rows_read, ledger = sft.load_examples([str(rows)], tokenizer)
+        ids = [[segment.ids.tolist() for segment in example] for example in examples]
+        return (
+            ids,
+            [rows_read[n] for n in range(len(ids))],
+            examples.fingerprint,
+            str(ledger),
+        )
+
+    before = load()
+    (cache,) = tmp_path.iterdir()
+    content = {path.name: path.read_bytes() for path in cache.iterdir()}
+    if file in content:
+        damaged = bytearray(content[file])
+        damaged[len(damaged) // 2] ^= 1
+        (cache / file).write_bytes(damaged)
+    elif file == "cut":
+        os.truncate(cache / "data.bin", 1000)
+    elif file == "gone":
+        (cache / "index.bin").unlink()
+    else:
+        (cache / "ledger.json").write_text("[]" if file == "list" else '{"shape": 3}')
+    assert load() == before
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == content
+
+
+def test_left_over_folders_of_the_cache_go_unless_somebody_writes_them(
+    base, rows, tmp_path, monkeypatch
+):
+    from support.files import locked_folder
+
+    monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path))
+    for name in ("tmp1.partial", "tmp2.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.bin").write_bytes(b"half")
+    with locked_folder(tmp_path / "tmp2.partial"):
+        _, _, ledger = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2 and names[1] == "tmp2.partial" and ledger.examples == 31
+
+
+@pytest.mark.parametrize("place", ["", "~", "~no-such-user/cache", "/dev/null/cache"])
+def test_where_the_cache_is(place, base, rows, tmp_path, monkeypatch):
+    """Empty means the default, never the working directory; no place is told with its variable."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PLAINTUNE_CACHE", place)
+    monkeypatch.chdir(tmp_path)
+    expected = nullcontext()
+    if len(place) > 1:
+        expected = pytest.raises(UserError, match="PLAINTUNE_CACHE: no folder")
+    with expected:
+        sft.load_examples([str(rows)], sft.Tokenizer(base))
+        default = ".cache/plaintune" if not place else "."
+        assert len(list((tmp_path / "home" / default).iterdir())) == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"home"}
+
+
+ORIGINS = {
+    "smaller rank": (dict(lora_r=2), "lora_r (4 there, 2 now)"),
+    "rank of a layer": (dict(rank_pattern='{"q_proj": 2}'), "rank_pattern"),
+    "targets": (dict(target_modules="q_proj"), "target_modules"),
+    "layers": (dict(layers_to_transform="1"), "layers_to_transform"),
+    "alpha": (dict(lora_alpha=8), "lora_alpha (32 there, 8.0 now)"),
+    "scale": (dict(use_rslora="true"), "use_rslora"),
+    "another kind": (dict(use_dora="true"), "use_dora"),
+    "a start in the base": (dict(init_lora_weights="pissa"), "init_lora_weights"),
+    "all weights": (dict(lora_r=0), "lora_r (4 there, 0 now)"),
+    "optimizer": (dict(optim="adamw_8bit"), 'optimizer ("AdamW" there, "AdamW8bit" now)'),
+    "another base": (dict(model="other"), "weights of --model"),
+    "a longer base": (dict(model="longer"), "weights of --model"),
+}
+
+
+@pytest.mark.parametrize("case", ORIGINS)
+def test_a_checkpoint_of_another_start_is_refused(
+    case, undisturbed, base, rows, tmp_path, capsys
+):
+    """--resume names a checkpoint; what differs is named, and nothing is trained."""
+    settings, name = ORIGINS[case]
+    if "model" in settings:
+        layers = 3 if case == "a longer base" else 2
+        settings = {"model": tmp_path / "model"}
+        write_checkpoint(
+            settings["model"], seed=1, vocab_size=259, num_hidden_layers=layers
+        )
+        write_tokenizer(settings["model"])
+    settings = {
+        **undisturbed[0],
+        "resume": undisturbed[1] / "checkpoint-000008",
+        **settings,
+    }
+    error = refuse(flags(base, rows, tmp_path / "run", **settings), capsys)
+    assert name in error and "checkpoint-000008: was trained with" in error
+
+
+def test_other_weights_in_the_base_are_refused(base, rows, tmp_path, capsys):
+    """The base's file is another one of the same size; so is the adapter's that training began
+    from. Another name for the same optimizer, and another dropout of a named checkpoint, go on."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    model, first, run = (tmp_path / name for name in ("model", "first", "run"))
+    shutil.copytree(base, model)
+    sft.main(flags(model, rows, first, num_train_epochs=1))
+    argv = flags(model, rows, run, adapter=first)
+    sft.main(argv)
+    subprocess.run(["sed", "-i", "$d", run / "log.jsonl"], check=True)
+    for file, name in (
+        (model / "model.safetensors", "weights of --model"),
+        (first / "adapter" / "adapter_model.safetensors", "weights of --adapter"),
+    ):
+        old = file.read_bytes()
+        save_file(
+            {name: t * 1.01 for name, t in load_file(file).items()}, file, {"format": "pt"}
+        )
+        error = refuse(argv, capsys)
+        assert name in error and "there" in error
+        file.write_bytes(old)
+    settings = dict(resume=run / "checkpoint-000006", lora_dropout=0, optim="adamw_torch")
+    sft.main(flags(model, rows, tmp_path / "next", adapter=first, **settings))
+    assert (tmp_path / "next" / "checkpoint-000008").is_dir()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"step": "8"},
+        {"step": 8.0},
+        {"step": -1},
+        {"step": True},
+        {"window": None},
+        {"window": {"loss": "low"}},
+        {"best": []},
+        {"origin": "x"},
+        {"data": 31},
+        {"colour": "red"},
+        {"scaler": ...},
+    ],
+)
+def test_an_odd_state_is_damage(values, undisturbed, tmp_path):
+    """Though its manifest says that it is the file written."""
+    import shutil
+
+    checkpoint = shutil.copytree(undisturbed[1] / "checkpoint-000008", tmp_path / "c")
+    state = json.loads((checkpoint / "state.json").read_text()) | values
+    state = {name: value for name, value in state.items() if value is not ...}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").write_text(
+        json.dumps(checkpoints.hash_files(checkpoint))
+    )
+    (checkpoint / "notes").mkdir()
+    assert "state.json" in checkpoints.damage(checkpoint)
+    shutil.copy(undisturbed[1] / "checkpoint-000008" / "state.json", checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").write_text(
+        json.dumps(checkpoints.hash_files(checkpoint))
+    )
+    assert not checkpoints.damage(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b'{"step": 8, "lo',
+        b"{]\n",
+        b"3\n",
+        b"[1]\n",
+        b"\xff\xfe\n",
+        b"\0" * 64,
+        b'{"loss": 1}\n',
+    ]
+    + [b'{"step": "x", "train_runtime": 1}\n', b"[" * 99999 + b"\n"],
+)
+def test_a_damaged_line_of_the_log_is_left_out(end, tmp_path):
+    """The last one, and one in the middle once the run has gone on behind it."""
+    good = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+    file = tmp_path / "log.jsonl"
+    file.write_bytes("".join(f"{json.dumps(line)}\n" for line in good).encode() + end)
+    assert tracking.read_log(file) == good
+    log = tracking.Log(tmp_path, size=10**6)
+    log.write({"step": 3, "loss": 1.0})
+    assert tracking.read_log(file) == [*good, {"step": 3, "loss": 1.0}]
+    assert log.sync() == file.stat().st_size
+
+
 def test_two_runs_do_not_work_in_one_folder(base, rows, tmp_path, capsys):
     """The second says so and leaves all as it is; the lock goes with the process that had it, even
     one killed."""
@@ -972,6 +1322,23 @@ def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(
     )
 
 
+def test_a_dry_run_of_many_steps_looks_at_some(base, rows, tmp_path, capsys, monkeypatch):
+    """300,000 steps of 31 rows: the tokens are those of the rows' mean to a percent."""
+    steps, loaded = [], sft.Plan.__getitem__
+    monkeypatch.setattr(
+        sft.Plan, "__getitem__", lambda *args: steps.append(args[1]) or loaded(*args)
+    )
+    argv = flags(base, rows, tmp_path / "run", gradient_accumulation_steps=1)
+    sft.main([*argv, "--max_steps", "300000", "--dry_run"])
+    examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    tokens = sum(map(sft.count_tokens, examples)) * 300_000 / 8
+    shown = re.search(
+        r"300000 steps of 4 examples: ([\d,]+) tokens", capsys.readouterr().out
+    )
+    assert int(shown[1].replace(",", "")) == pytest.approx(tokens, rel=0.01)
+    assert len(steps) < 3000
+
+
 def test_what_does_not_fit_is_told_with_what_helps(
     base, rows, tmp_path, capsys, monkeypatch
 ):
@@ -1042,6 +1409,11 @@ MISTAKES = {
     "hold out all": (dict(val_size=31), ["31"]),
     "answers too long": (dict(max_length=3), ["max_length"]),
     "resume path": (dict(resume="checkpoint-9"), ["resume", "checkpoint-9"]),
+    "no epoch": (dict(num_train_epochs=0), ["num_train_epochs: 0 trains nothing"]),
+    "no epoch, no step": (
+        dict(num_train_epochs=0, max_steps=0),
+        ["num_train_epochs: 0 trains nothing"],
+    ),
 }
 
 
@@ -1065,6 +1437,10 @@ FILES = {
         '{"messages": [{"role": "user", "content": "a"}]}\n',
         ["nothing to train on"],
     ),
+    "weights of 0": (
+        '{"text": "a", "weight": 0}\n{"text": "b", "weight": 0.0}\n',
+        ["nothing to train on", "weight 0: 2", "rows.jsonl:1"],
+    ),
     "wrong role": ('{"messages": [{"role": "usr", "content": 3}]}\n', ["rows.jsonl:1"]),
 }
 
@@ -1075,6 +1451,31 @@ def test_a_bad_row_is_named_by_file_and_line(case, base, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(text)
     error = refuse(flags(base, tmp_path / "rows.jsonl", tmp_path / "run"), capsys)
     assert all(name in error for name in names), error
+
+
+def test_overwriting_deletes_links_and_not_what_is_behind_them(
+    base, rows, tmp_path, capsys
+):
+    """A link in the run folder to a folder, one to a file, one to nothing; the run folder as a
+    link is refused and named."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    (disk / "kept.txt").write_text("kept")
+    argv = flags(base, rows, run, num_train_epochs=1, save_strategy="no")
+    sft.main(argv)
+    for name, target in (
+        ("merged", disk),
+        ("file", disk / "kept.txt"),
+        ("none", "nowhere"),
+    ):
+        (run / name).symlink_to(target)
+    sft.main([*argv, "--overwrite_output_dir"])
+    assert (disk / "kept.txt").read_text() == "kept" and (run / "adapter").is_dir()
+    assert not any(path.is_symlink() for path in run.iterdir())
+    (tmp_path / "link").symlink_to(run)
+    argv = flags(base, rows, tmp_path / "link", num_train_epochs=1, save_strategy="no")
+    assert "a link" in refuse([*argv, "--overwrite_output_dir"], capsys)
+    assert (run / "adapter").is_dir()
 
 
 def test_a_folder_of_other_files_is_left_alone(base, rows, tmp_path, capsys):
