@@ -40,6 +40,21 @@ COMPANIONS = (
 )
 
 
+def companions(base, adapter=None):
+    """{name: path} of a model's COMPANIONS. An adapter's own go before its base's: it is asked with
+    the tokenizer and chat template that it was trained with."""
+    files = {}
+    for folder in filter(None, (base, adapter)):
+        own = {name: Path(folder, name) for name in COMPANIONS}
+        own = {name: path for name, path in own.items() if path.is_file()}
+        if folder is adapter:
+            own.pop("config.json", None)
+        if "tokenizer_config.json" in own:  # the template is in it or beside it
+            files.pop("chat_template.jinja", None)
+        files |= own
+    return files
+
+
 NOT_LOADED = "not loaded from the hub (a private repository needs HF_TOKEN)"
 WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a push
 
