@@ -498,11 +498,8 @@ def ask_choice(tokenizer, example, choices):
 
     def grade(sums):
         answer = options[int(np.argmax(sums))]
-        return {
-            "logps": sums,
-            "answer": answer,
-            "metrics": {"accuracy": float(answer == gold)},
-        }
+        metrics = {"accuracy": float(answer == gold)}
+        return {"logps": sums, "answer": answer, "metrics": metrics}
 
     shown = {"prompt": prompt.strip(), "choices": options, "gold": gold}
     return Question(shown, sequences, [], grade)
@@ -596,27 +593,26 @@ def with_completion(row, has_template):
     """(a row of an own set with its reference as the completion, whether it has a reference).
     UserError: it has two questions or two references."""
     row = {key: value for key, value in row.items() if value is not None}
-    if "reference" in row and "prompt" not in row and "messages" in row:
+    if row.keys() >= {"messages", "reference"}:
         row["prompt"] = row.pop("messages")
-    asked = [key for key in ("question", "prompt") if key in row]
-    references = [key for key in ("reference", "completion", "chosen") if key in row]
-    if asked and not references and "answer" in row:
-        references = ["answer"]
-    if len(asked) > 1 or len(references) > 1:
-        names = " and ".join(asked if len(asked) > 1 else references)
-        raise UserError(f"has {names}; give one of them")
-    if not asked and "reference" in row:
-        raise UserError("'reference' needs a 'question', 'prompt' or 'messages'")
+    columns = row.keys() & {"reference", "completion", "chosen"} or row.keys() & {"answer"}
+    for names in (columns, row.keys() & {"prompt", "question"}):
+        if len(names) > 1:
+            raise UserError(f"has {' and '.join(sorted(names))}; leave one of them")
     if "question" in row:
         question = text_of(row, "question")
-        del row["question"]
         row["prompt"] = as_turn("user", question) if has_template else question
-    if asked and not references:
-        row["completion"] = "?"  # the renderer needs it
-    elif references[:1] in (["reference"], ["answer"]):
-        row["completion"] = text_of(row, references[0])
-        del row[references[0]]
-    return row, bool(references or not asked)
+    if "prompt" not in row:
+        if "reference" in row:
+            raise UserError("'reference' needs a 'question', 'prompt' or 'messages'")
+        return row, True
+    for key in columns & {"reference", "answer"}:
+        row["completion"] = text_of(row, key)
+    if not columns:
+        row["completion"] = "?"  # the renderer needs one
+    for key in ("question", "reference", "answer"):
+        row.pop(key, None)
+    return row, bool(columns)
 
 
 def ask_prompts(rows, model, tokenizer):
@@ -712,15 +708,9 @@ def answer_all(model, tokenizer, questions, file, identity, config):
         for numbers, answers in ((to_score, scores), (to_write, texts)):
             for index, answer in answers:
                 n = numbers[index]
-                question = questions[n]
-                sample = {
-                    "id": n,
-                    "key": keys[n],
-                    **question.shown,
-                    **question.grade(answer),
-                }
-                samples[n] = sample
-                out.write(json.dumps(sample) + "\n")
+                about = {"id": n, "key": keys[n], **questions[n].shown}
+                samples[n] = about | questions[n].grade(answer)
+                out.write(json.dumps(samples[n]) + "\n")
                 out.flush()
                 bar.update()
     write_samples(file, samples)
@@ -866,10 +856,8 @@ def pairs(config):
             continue
         pair = {"prompt": prompt, "chosen": answer, "rejected": wrong}
         if is_chat:
-            pair |= {
-                "chosen": as_turn("assistant", answer),
-                "rejected": as_turn("assistant", wrong),
-            }
+            for side in ("chosen", "rejected"):
+                pair[side] = as_turn("assistant", pair[side])
         key = json.dumps(pair)
         if key in pairs:
             counts["the same as another"] += 1
@@ -1029,11 +1017,8 @@ def by_name(sources, flag):
 
 def embedded_models():
     """The embedded model and what `python sft.py` and `python dpo.py` have made of it so far."""
-    models = {
-        "base": str(EXAMPLES / "tiny-qwen3"),
-        "sft": "output/sft",
-        "dpo": "output/dpo",
-    }
+    base = str(EXAMPLES / "tiny-qwen3")
+    models = {"base": base, "sft": "output/sft", "dpo": "output/dpo"}
     for name, path in list(models.items()):
         if not Path(path).exists():
             print(f"{name}: there is no {models.pop(name)} yet, skipped")

@@ -40,10 +40,8 @@ def show_answers(before, after, num_samples):
     gold = [n for n, row in enumerate(after) if row["gold"]]
     if not gold:
         return {}
-    was, now = (
-        fmean(rows[n]["answer"] == rows[n]["gold"] for n in gold)
-        for rows in (before, after)
-    )
+    was = fmean(before[n]["answer"] == before[n]["gold"] for n in gold)
+    now = fmean(after[n]["answer"] == after[n]["gold"] for n in gold)
     chance = fmean(1 / len(after[n]["choices"]) for n in gold)
     print(
         f"\nanswers right on {len(gold)} evaluation questions: {was:.1%} before, {now:.1%} after "
@@ -89,6 +87,7 @@ VERDICTS = {
     "fell": "fell beyond noise",
     "noise": "no more than noise",
     "too few": "too few rows differ for a verdict",
+    None: "no value of each row to compare",
 }
 
 
@@ -97,21 +96,22 @@ def headlines(results, comparisons):
     lines = []
     for a, b in dict.fromkeys((c["a"], c["b"]) for c in comparisons):
         pair = [c for c in comparisons if (c["a"], c["b"]) == (a, b)]
-        names = {verdict: [] for verdict in VERDICTS}
-        for c in pair:
-            names[c["verdict"]].append(f"{c['task']} {c['metric']}")
-        parts = [f"{VERDICTS[key]}: {', '.join(names[key]) or 'none'}" for key in names]
-        shown = {f"{t} {m}" for t, sums in results[a].items() for m in metrics_of(sums)}
-        others = shown.difference(*names.values())
-        if others:
-            parts.append(f"no value of each row to compare: {', '.join(sorted(others))}")
+        names = {words: [] for words in VERDICTS.values()}
+        for task, summary in results[a].items():
+            verdicts = {c["metric"]: c["verdict"] for c in pair if c["task"] == task}
+            for metric in metrics_of(summary):
+                words = VERDICTS[verdicts.get(metric)]
+                names[words].append(f"{task} {metric}")
+        parts = [f"{words}: {', '.join(names[words])}" for words in names if names[words]]
         line = f"{a} → {b}: {'; '.join(parts)}."
         mains = [c for c in pair if c["main"] and c["n"] >= FEWEST]
         points = [100 * c["delta"] for c in mains if c["metric"] != "bits_per_byte"]
         if points:
-            line += f" {fmean(points):+.2f} points on average of the main metric of "
-            line += f"{len(points)} sets."
-            if fmean(points) >= 0 and any(c["verdict"] == "fell" for c in mains):
+            average = fmean(points)
+            line += (
+                f" {average:+.2f} points on average of {len(points)} sets' main metrics."
+            )
+            if average >= 0 and any(c["verdict"] == "fell" for c in mains):
                 line += " The average hides what fell."
         lines.append(line)
     return lines
@@ -137,13 +137,13 @@ def comparison_report(results, comparisons, samples):
     ]
     for task, own in next(iter(samples.values())).items():
         for n, row in enumerate(own[:20]):
-            if "output" in row:
-                prompt = str(row.get("prompt") or row["prompts"][0])[-600:].replace(
-                    "\n", "\n> "
-                )
-                paragraphs += [f"## {task}, question {n + 1}", f"> {prompt}"]
-                for name, sets in samples.items():
-                    paragraphs.append(f"**{name}:** {sets[task][n]['output']}")
+            if "output" not in row:
+                continue
+            prompt = str(row.get("prompt") or row["prompts"][0])
+            quoted = prompt[-600:].replace("\n", "\n> ")
+            paragraphs += [f"## {task}, question {n + 1}", f"> {quoted}"]
+            for name, sets in samples.items():
+                paragraphs.append(f"**{name}:** {sets[task][n]['output']}")
     return "\n\n".join(paragraphs) + "\n"
 
 
@@ -161,7 +161,8 @@ def plot_comparison(results, mains, comparisons, file):
     bars, intervals = figure.subplots(2, height_ratios=(4, 1 + height))
     width = 0.8 / len(results)
     for n, (name, sets) in enumerate(results.items()):
-        x = np.arange(len(mains)) + (n - (len(results) - 1) / 2) * width
+        offset = (n - (len(results) - 1) / 2) * width
+        x = np.arange(len(mains)) + offset
         values = [sets[task][metric] for task, metric in mains.items()]
         errors = [spread(sets[task], metric) or 0 for task, metric in mains.items()]
         bars.bar(x, values, width, yerr=errors, label=name, capsize=2)

@@ -1398,7 +1398,7 @@ def test_the_sentence_covers_every_metric_that_is_shown(tmp_path):
     assert "rose beyond noise: s acc;" in line and "fell beyond noise: s acc_norm;" in line
     assert "too few rows differ for a verdict: t acc;" in line
     assert "no value of each row to compare: t f1, t precision, t recall" in line
-    assert "on average of the main metric of 1 sets" in line  # three rows are no set
+    assert "on average of 1 sets' main metrics" in line  # three rows are no set
     report.plot_comparison(results, {"s": "acc", "t": "acc"}, pairs, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
@@ -1429,8 +1429,8 @@ def test_every_column_that_names_a_reference_is_read(base, tmp_path, row, refere
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "a", "completion": "b", "reference": "c"}, "reference and completion"),
-        ({"prompt": "a", "question": "b"}, "question and prompt"),
+        ({"prompt": "a", "completion": "b", "reference": "c"}, "completion and reference"),
+        ({"prompt": "a", "question": "b"}, "prompt and question"),
         ({"question": "a", "answer": 4}, "'answer' must be a string, found '4'"),
         ({"prompt": "a", "reference": ["b", "c"]}, "'reference' must be a string"),
         ({"instruction": "a", "output": "b", "reference": "c"}, "'reference' needs a"),
