@@ -695,8 +695,7 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         return losses | choice_metrics(model, forced)
 
     before = ask()
-    evaluate = evaluate if eval_examples else None
-    results, log = train(model, steps, loss_fn, config, evaluate, clock)
+    results, log = train(model, steps, loss_fn, config, eval_examples and evaluate, clock)
     answers = show_answers(before, ask(), config.num_samples)
 
     # 5. export and report
