@@ -49,7 +49,7 @@ from support.errors import (
     sanitize,
 )
 from support.files import locked_folder, read_json, regular_file, sync
-from support.hub import COMPANIONS, resolve
+from support.hub import companions, resolve
 from support.readers import find_sources, stream_rows
 from support.sandbox import Overrun, bounded
 from support.settings import check_choices, check_range, parse_config
@@ -109,14 +109,15 @@ class Tokenizer:
 
     `now` (default: the time of the call) is what `strftime_now` formats: Llama 3.2 writes the date
     into its system turn, so a run that is resumed tomorrow needs the day on which it began.
+    `adapter`: a folder whose tokenizer files go before the checkpoint's.
     UserError: a file is missing or broken. Source: transformers' PreTrainedTokenizerFast.
     """
 
-    def __init__(self, folder, now=None):
-        self.folder = Path(folder)
+    def __init__(self, folder, now=None, adapter=None):
+        self.folder, self.files = Path(folder), companions(folder, adapter)
         self.now = now or datetime.now()
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
+        path = self.files.get("tokenizer.json")
+        if not path:
             raise UserError(
                 f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder"
             )
@@ -135,8 +136,7 @@ class Tokenizer:
         self.prepends = self.encode("\na") != self.newline + self.encode("a")
 
     def read(self, name):
-        path = self.folder / name
-        return read_json(path) if path.exists() else {}
+        return read_json(self.files[name]) if name in self.files else {}
 
     def read_special_tokens(self, config):
         self.special = {}  # {"bos_token": "<s>", ...}
@@ -145,6 +145,9 @@ class Tokenizer:
                 token = token.get("content")
             if name.endswith("_token") and isinstance(token, str):
                 self.special[name] = token
+        fault = f"{self.files.get('tokenizer_config.json')}: its tokens are malformed"
+        with as_user_error(fault, Exception):
+            self.add_tokens(config)
         self.bos_id, eos_id, self.pad_id = (
             self.backend.token_to_id(self.special.get(name, ""))
             for name in ("bos_token", "eos_token", "pad_token")
@@ -159,13 +162,26 @@ class Tokenizer:
         ends = [id for id in ends if isinstance(id, int) and 0 <= id < 2**24]
         self.eos_ids = list(dict.fromkeys(ends))
 
+    def add_tokens(self, config):
+        """Gives those that tokenizer_config.json alone names the next ids, as transformers does."""
+        tokens = config.get("added_tokens_decoder") or {}
+        tokens = [tokenizers.AddedToken(**tokens[id]) for id in sorted(tokens, key=int)]
+        self.backend.add_tokens(tokens)
+        more = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+        more = more.values() if isinstance(more, dict) else more or ()
+        texts = [token["content"] if isinstance(token, dict) else token for token in more]
+        added = self.backend.get_added_tokens_decoder().values()
+        new = dict.fromkeys([*self.special.values(), *texts])
+        known = {token.content for token in added}
+        self.backend.add_special_tokens([text for text in new if text not in known])
+
     def read_templates(self, config):
-        self.template_file = self.folder / "chat_template.jinja"
-        if self.template_file.exists():
+        self.template_file = self.files.get("chat_template.jinja")
+        if self.template_file:
             file = regular_file(self.template_file, 2**20)
             templates = file.read_text(encoding="utf-8", errors="replace")
         else:
-            self.template_file = self.folder / "tokenizer_config.json"
+            self.template_file = self.files.get("tokenizer_config.json", self.folder)
             templates = config.get("chat_template") or []
         if isinstance(templates, str):
             templates = [{"name": "default", "template": templates}]
@@ -199,7 +215,7 @@ class Tokenizer:
                 if isinstance(error, (KeyboardInterrupt, Overrun)):
                     raise
                 message = f"cannot encode {brief(max(batch, key=len))}: {brief(str(error))}"
-                raise UserError(f"{self.folder / 'tokenizer.json'}: {message}") from None
+                raise UserError(f"{self.files['tokenizer.json']}: {message}") from None
             for encoding in encodings:
                 yield encoding.ids
 
@@ -575,6 +591,9 @@ ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
 )
 
 
+RATIONALES = "rationale", "explanation", "taskB", "support"
+
+
 def first_of(row, *keys):
     """The first of these columns that is filled."""
     return next((row[key] for key in keys if row.get(key) not in (None, "")), "")
@@ -599,7 +618,7 @@ def question_of(row):
         right = next((names.index(answer) for names in order if answer in names), -1)
     if not 0 <= right < len(choices) <= len(LETTERS):
         raise ValueError(f"{answer or 'no answer'} is not one of the choices")
-    rationale = first_of(row, "rationale", "explanation", "taskB", "support")
+    rationale = first_of(row, *RATIONALES)
     return question, choices, right, rationale.strip()
 
 
@@ -885,6 +904,7 @@ class Ledger:
     rows_not_sampled: int = 0
     rows_truncated: int = 0
     rows_ended: int = 0  # examples that score an end of turn
+    rationales: int | None = None  # rows with one, where the recipe draws on them
     tokens: int = 0
     scored: int = 0
     masked: int = 0
@@ -947,6 +967,10 @@ class Ledger:
             text += f", {self.rows_dropped:,} dropped{self.describe_reasons()}"
         if self.rows_not_sampled:
             text += f", {self.rows_not_sampled:,} not sampled"
+        seen = self.rows - self.rows_not_sampled
+        if self.rationales is not None and self.rationales < seen:
+            text += f"\nrationales in {self.rationales:,} of {seen:,} rows: no chain of thought"
+            text += " in the others"
         if len(self.sources) > 1:
             shares = [
                 f"{s['share']:.1%} from {s['name']} ({s['examples']:,})"
@@ -1072,6 +1096,8 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
                 blobs, entries = [], []
                 rendered = render_rows(chunk, tokenizer, **options)
                 for (where, row, source), (parts, weight, *counts) in zip(chunk, rendered):
+                    if ledger.rationales is not None:
+                        ledger.rationales += bool(str(first_of(row, *RATIONALES)).strip())
                     ledger.add(where, parts, *counts, ends)
                     if isinstance(parts, str):
                         continue
@@ -1097,11 +1123,7 @@ def cache_folder(sources, tokenizer, settings):
     date = tokenizer.tells_date and f"{tokenizer.now:%F}"
     digest = hashlib.blake2b(repr((settings, date)).encode(), digest_size=16)
     files = [Path(__file__), Path(getfile(stream_rows))]
-    files += [
-        tokenizer.folder / name
-        for name in COMPANIONS
-        if (tokenizer.folder / name).is_file()
-    ]
+    files += tokenizer.files.values()
     for path in itertools.chain(files, *(paths for _, _, paths in sources)):
         digest.update(str(path).encode())
         with open(path, "rb") as file:
@@ -1130,6 +1152,8 @@ def load_examples(
     if not ledger:
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         ledger = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources])
+        if recipe == "ecqa" or recipe == "mcqa" and (recipe_args or {}).get("cot", 1):
+            ledger.rationales = 0
         rows = stream_rows(sources)
         if max_samples is not None:
             total = sum(1 for _ in stream_rows(sources))

@@ -38,6 +38,7 @@ import torch
 from tqdm import tqdm
 
 from data import (
+    RECIPES,
     DataConfig,
     Tokenizer,
     as_turn,
@@ -49,6 +50,7 @@ from data import (
     split_row,
     text_of,
     texts_of,
+    use_recipe,
     write_rows,
 )
 from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
@@ -130,9 +132,8 @@ def pack_shared(sequences, device="cpu"):
 def sum_logps(model, sequences):
     """The summed log-probability of ids[start:] of each sequence (ids, start): a list of floats."""
     batch = pack_shared(sequences, model.device)
-    logps = (
-        model.logps(batch).cpu().double()
-    )  # a sum of hundreds of nats has few fp32 digits left
+    # a sum of hundreds of nats has few fp32 digits left
+    logps = model.logps(batch).cpu().double()
     sums = logps.new_zeros(batch.num_sequences)
     return sums.index_add(0, batch.sequence.cpu(), logps).tolist()
 
@@ -413,10 +414,8 @@ def ask_items(items, task, model, tokenizer, config):
         room = max(max_length - config.max_new_tokens, 1)
         ids = encode_texts(tokenizer, [choices[0][0] for choices in contexts])
         for (item, _), choices in zip(items, contexts):
-            prompt, grade = (
-                ids[choices[0][0]][-room:],
-                partial(grade_gsm8k, item, task, tokenizer),
-            )
+            prompt = ids[choices[0][0]][-room:]
+            grade = partial(grade_gsm8k, item, task, tokenizer)
             questions.append(Question(item._asdict(), [], prompt, grade, task.stops))
         return questions
     choices = [choice for choices in contexts for choice in choices]
@@ -499,11 +498,8 @@ def ask_choice(tokenizer, example, choices):
 
     def grade(sums):
         answer = options[int(np.argmax(sums))]
-        return {
-            "logps": sums,
-            "answer": answer,
-            "metrics": {"accuracy": float(answer == gold)},
-        }
+        metrics = {"accuracy": float(answer == gold)}
+        return {"logps": sums, "answer": answer, "metrics": metrics}
 
     shown = {"prompt": prompt.strip(), "choices": options, "gold": gold}
     return Question(shown, sequences, [], grade)
@@ -518,8 +514,7 @@ def choice_metrics(model, questions):
         samples.append(questions[n].shown | questions[n].grade(sums))
     model.train(training)
     means = summarise(samples)
-    names = [name for name in means if name != "n" and not name.endswith("_stderr")]
-    return {f"eval_{name}": means[name] for name in names}
+    return {f"eval_{name}": means[name] for name in report.metrics_of(means)}
 
 
 def ask_text(text, tokenizer, max_length):
@@ -549,27 +544,38 @@ def grade_text(tokenizer, reference, ids):
     text = tokenizer.decode(ids).strip()
     if reference is None:
         return {"output": text, "metrics": {}}
-    hint = "answers are compared with references by ROUGE; pip install rouge_score"
-    with as_user_error(hint, ImportError):
-        from rouge_score.rouge_scorer import RougeScorer
-    rouge = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(
-        reference, text
-    )
-    metrics = {name: score.fmeasure for name, score in rouge.items()}
-    return {"output": text, "metrics": {"exact_match": float(text == reference), **metrics}}
+    from rouge_score.rouge_scorer import RougeScorer  # imports a language toolkit, slowly
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    metrics = {"exact_match": float(text == reference)}
+    for name, rouge in scorer.score(reference, text).items():
+        metrics[name] = rouge.fmeasure
+    return {"output": text, "metrics": metrics}
 
 
-def read_own(source):
-    """[(where, row), ...] of an own set; a .txt is one row."""
+def read_own(source, config):
+    """[(where, row), ...] of an own set, as --recipe makes them; a .txt is one row."""
     if source.endswith(".txt"):
         return [(source, {"text": read_text(Path(source))})]
-    return read_rows(source)
+    make, _ = use_recipe(config.recipe, config.recipe_args, config.seed)
+    rows, dropped = [], Counter()
+    for where, row in read_rows(source):
+        with as_user_error(where, UserError):
+            row = make(row)
+        if isinstance(row, str):
+            dropped[row] += 1
+        else:
+            rows.append((where, row))
+    for reason, count in dropped.items():
+        print(f"{source}: {count:,} rows are not asked: {reason}")
+    if not rows:
+        raise UserError(f"{source}: no rows to ask")
+    return rows[: config.limit]
 
 
 def ask_own(rows, model, tokenizer, config):
     """The rows of an own set -> Questions. What a row holds decides: a question with choices, a
     text, a prompt with a reference (`Answer: X`, a choice, Yes or No, any text), a prompt alone."""
-    rows = rows[: config.limit]
     if all({"question", "choices"} <= row.keys() for _, row in rows):
         task = Task(arc)
         items = [(parse_item(where, row, task, "choices"), []) for where, row in rows]
@@ -583,18 +589,38 @@ def ask_own(rows, model, tokenizer, config):
     return ask_prompts(rows, model, tokenizer)
 
 
+def with_completion(row, has_template):
+    """(a row of an own set with its reference as the completion, whether it has a reference).
+    UserError: it has two questions or two references."""
+    row = {key: value for key, value in row.items() if value is not None}
+    if row.keys() >= {"messages", "reference"}:
+        row["prompt"] = row.pop("messages")
+    columns = row.keys() & {"reference", "completion", "chosen"} or row.keys() & {"answer"}
+    for names in (columns, row.keys() & {"prompt", "question"}):
+        if len(names) > 1:
+            raise UserError(f"has {' and '.join(sorted(names))}; leave one of them")
+    if "question" in row:
+        question = text_of(row, "question")
+        row["prompt"] = as_turn("user", question) if has_template else question
+    if "prompt" not in row:
+        if "reference" in row:
+            raise UserError("'reference' needs a 'question', 'prompt' or 'messages'")
+        return row, True
+    for key in columns & {"reference", "answer"}:
+        row["completion"] = text_of(row, key)
+    if not columns:
+        row["completion"] = "?"  # the renderer needs one
+    for key in ("question", "reference", "answer"):
+        row.pop(key, None)
+    return row, bool(columns)
+
+
 def ask_prompts(rows, model, tokenizer):
     """Rows with prompts, some with a reference -> Questions."""
     examples, has_reference = [], []
     for where, row in rows:
-        answered = "question" not in row
-        if "prompt" in row:
-            answered = answered and not {"completion", "chosen"}.isdisjoint(row)
-        if not answered:  # the renderer needs a completion
-            prompt = row.get("question", row.get("prompt"))
-            if "question" in row and tokenizer.has_template:
-                prompt = as_turn("user", prompt)
-            row = {"prompt": prompt, "completion": "?"}
+        with as_user_error(where, UserError):
+            row, answered = with_completion(row, tokenizer.has_template)
         example = render_row(row, tokenizer, where=where)
         if isinstance(example, str):
             raise UserError(f"{where}: {example}")
@@ -682,15 +708,9 @@ def answer_all(model, tokenizer, questions, file, identity, config):
         for numbers, answers in ((to_score, scores), (to_write, texts)):
             for index, answer in answers:
                 n = numbers[index]
-                question = questions[n]
-                sample = {
-                    "id": n,
-                    "key": keys[n],
-                    **question.shown,
-                    **question.grade(answer),
-                }
-                samples[n] = sample
-                out.write(json.dumps(sample) + "\n")
+                about = {"id": n, "key": keys[n], **questions[n].shown}
+                samples[n] = about | questions[n].grade(answer)
+                out.write(json.dumps(samples[n]) + "\n")
                 out.flush()
                 bar.update()
     write_samples(file, samples)
@@ -707,16 +727,18 @@ def values_by_metric(samples):
 
 
 def summarise(samples):
-    """Samples -> {"n", metric: mean, metric_stderr: its standard error (lm_eval's mean_stderr)},
-    and what only a whole set has: F1 scores, perplexities."""
+    """Samples -> {"n", metric: mean, metric_stderr: its standard error (lm_eval's mean_stderr),
+    metric_n: of how many samples}, and what only a whole set has: F1 scores, perplexities."""
     summary = {"n": len(samples)}
     for name, (values, weights) in values_by_metric(samples).items():
         mean, n = np.average(values, weights=weights), len(values)
         spread = ((weights * (values - mean)) ** 2).sum() * n / max(n - 1, 1)
         summary[name] = float(mean)
         summary[f"{name}_stderr"] = float(spread**0.5 / weights.sum())
+        summary[f"{name}_n"] = n
     answered = [s for s in samples if s.get("gold") and "answer" in s]
-    summary |= f1_scores([(sample["gold"], sample["answer"]) for sample in answered])
+    scores = f1_scores([(sample["gold"], sample["answer"]) for sample in answered])
+    summary |= scores | {f"{name}_n": len(answered) for name in scores}
     if samples and "logp" in samples[0]:
         total = sum(sample["logp"] for sample in samples)
         for unit in ("token", "word", "byte"):
@@ -748,6 +770,9 @@ def f1_scores(graded):
 MAIN = "acc_norm", "acc", "exact_match_flexible", "accuracy", "exact_match", "bits_per_byte"
 
 
+FEWEST_DIFFERING = 6  # five that all differ in one way still have p = 2 / 2^5 = 0.06
+
+
 def main_metric(metrics):
     return next((name for name in MAIN if name in metrics), None)
 
@@ -755,29 +780,35 @@ def main_metric(metrics):
 def compare(name, a, b, resamples=2000):
     """The paired difference b - a of a metric, from its (values, weights) for two models.
 
-    {"delta", "low", "high": a 95 % bootstrap interval over questions, "verdict": rose, fell, or
-    noise where the interval contains 0}; for values 0 or 1 also "gained", "lost", and "mcnemar_p",
-    McNemar's exact test.
+    {"n", "delta", "low", "high": a 95 % bootstrap interval over questions, "verdict": rose, fell,
+    or noise}; for values 0 or 1 also "gained", "lost", and "mcnemar_p", McNemar's exact test. Noise
+    is what has 0 in its interval, or p of 0.05 or more. Too few, without an interval, is what has
+    less than FEWEST rows, where bootstrap intervals are too narrow (Hesterberg 2015,
+    arXiv:1411.5279), or less than FEWEST_DIFFERING that differ. Rows that all differ by the same
+    have no interval either.
     """
     (x, weights), (y, _) = a, b
+    gained, lost = int((y > x).sum()), int((y < x).sum())
+    delta = float((weights * (y - x)).sum() / weights.sum())
+    result = {"n": len(x), "delta": delta, "low": None, "high": None, "verdict": "too few"}
+    if {*x, *y} <= {0.0, 1.0}:
+        tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+        p = min(1.0, 2 * tail / 2 ** (gained + lost))
+        result |= {"gained": gained, "lost": lost, "mcnemar_p": p}
+    if len(x) < report.FEWEST or gained + lost < FEWEST_DIFFERING:
+        return result
     pairs, counts = np.unique(
         np.stack([weights * (y - x), weights]), axis=1, return_counts=True
     )
     rng = np.random.default_rng(0)
     differences, totals = pairs @ rng.multinomial(len(x), counts / len(x), resamples).T
-    low, high = np.quantile(differences / totals, (0.025, 0.975))
-    verdict = "rose" if low > 0 else "fell" if high < 0 else "noise"
-    if name == "bits_per_byte":  # fewer are better
-        verdict = {"rose": "fell", "fell": "rose"}.get(verdict, verdict)
-    delta = (weights * (y - x)).sum() / weights.sum()
-    result = {"n": len(x), "delta": float(delta), "low": float(low), "high": float(high)}
+    low, high = map(float, np.quantile(differences / totals, (0.025, 0.975)))
+    verdict = "noise"
+    if (low > 0 or high < 0) and result.get("mcnemar_p", 0) < 0.05:
+        is_better = (low > 0) != (name == "bits_per_byte")  # fewer bits are better
+        verdict = "rose" if is_better else "fell"
     result["verdict"] = verdict
-    if {*x, *y} <= {0.0, 1.0}:
-        gained, lost = int((y > x).sum()), int((y < x).sum())
-        tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
-        p = min(1.0, 2 * tail / 2 ** (gained + lost))
-        result |= {"gained": gained, "lost": lost, "mcnemar_p": p}
-    return result
+    return result | {"low": low, "high": high} if low < high else result
 
 
 def compare_all(samples):
@@ -825,10 +856,8 @@ def pairs(config):
             continue
         pair = {"prompt": prompt, "chosen": answer, "rejected": wrong}
         if is_chat:
-            pair |= {
-                "chosen": as_turn("assistant", answer),
-                "rejected": as_turn("assistant", wrong),
-            }
+            for side in ("chosen", "rejected"):
+                pair[side] = as_turn("assistant", pair[side])
         key = json.dumps(pair)
         if key in pairs:
             counts["the same as another"] += 1
@@ -872,17 +901,16 @@ class EvalConfig:
 
     model: list[str] = field(
         default_factory=list
-    )  # [NAME=]PATH ...: model, adapter or run folder
+    )  # [NAME=]PATH ...: models, adapters, runs
     tasks: list[str] = field(default_factory=list)  # benchmarks
-    data: list[str] = field(
-        default_factory=list
-    )  # [NAME=]SOURCE ...: texts, questions, references
-    data_dir: str | None = (
-        None  # holds TASK/SPLIT.jsonl in the hub's columns; none: the hub
-    )
+    data: list[str] = field(default_factory=list)  # [NAME=]SOURCE ...: own rows, or a .txt
+    data_dir: str | None = None  # has TASK/SPLIT.jsonl in the hub's columns; none: the hub
     num_fewshot: int | None = None  # few-shot examples; none: the task's own number
     limit: int | None = None  # evaluate this many questions of each set, the first ones
     apply_chat_template: bool = False  # ask benchmarks as chats, few-shot examples as turns
+    recipe: str = ""  # how to read the rows of data
+    recipe_args: dict = field(default_factory=dict)  # the recipe's arguments
+    seed: int = 42  # of what the recipe draws
     max_new_tokens: int = 256  # longest generated answer
     batch_size: int = 32  # answers generated at a time
     output_dir: str = "output/eval"  # results.json, samples, report.md and figures
@@ -892,6 +920,7 @@ class EvalConfig:
 
     CHOICES = {
         "tasks": TASKS,
+        "recipe": ("", *RECIPES),
         "dtype": ("auto", *DTYPES),
         "attn_implementation": ("auto", "flash", *ATTENTION),
     }
@@ -899,7 +928,7 @@ class EvalConfig:
     def __post_init__(self):
         check_choices(self)
         check_range(self, 1, "limit", "batch_size")
-        check_range(self, 0, "num_fewshot")
+        check_range(self, 0, "num_fewshot", "seed")
         check_range(self, 1, "max_new_tokens", most=2**20)
 
 
@@ -932,40 +961,42 @@ def read_quantization(file):
 
 
 def load_evaluated(path, cache, config):
-    """-> (model, tokenizer, identity of its files). `cache` keeps the base for the adapters that
-    follow, unless an adapter trained more than LoRA layers, which can't be taken off again."""
+    """-> (model, tokenizer, identity). `cache` keeps the base for the adapters that follow, unless
+    an adapter trained more than LoRA layers, which can't be taken off again."""
     base, adapter, quant = find_base(path)
     key = base, astuple(quant)
     if key not in cache:
         cache.clear()
-        cache[key] = load_4bit(
+        model = load_4bit(
             base,
             quant,
             dtype=config.dtype,
             device=pick_device(config.device),
             attn_implementation=config.attn_implementation,
         )
-    model = cache[key]
+        cache[key] = model, hash_weights(model.folder)
+    model, *hashes = cache[key]
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.base_layer)
     vars(model).pop("adapter", None)
-    tokenizer_folder, folders = model.folder, [model.folder]
     if adapter:
         load_adapter(model, adapter)
-        folders.append(adapter)
+        hashes.append(hash_weights(adapter))
         if not all(".lora_" in key for key in adapter_parameters(model)):
             cache.clear()
-        if (adapter / "tokenizer.json").exists():
-            tokenizer_folder = adapter
-    files = []
-    for folder in folders:
-        for file in sorted(folder.glob("*.safetensors")):
-            files.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
-    return (
-        model.eval(),
-        Tokenizer(tokenizer_folder),
-        (files, str(model.dtype), astuple(quant)),
-    )
+    identity = hashes, str(model.dtype), astuple(quant)
+    return model.eval(), Tokenizer(model.folder, adapter=adapter), identity
+
+
+def hash_weights(folder):
+    """SHA-256 of the content of a folder's weights and configs: sizes and times may be equal where
+    weights are not."""
+    digest = hashlib.sha256()
+    for pattern in ("*.safetensors", "*config.json"):
+        for path in sorted(folder.glob(pattern)):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def by_name(sources, flag):
@@ -986,11 +1017,8 @@ def by_name(sources, flag):
 
 def embedded_models():
     """The embedded model and what `python sft.py` and `python dpo.py` have made of it so far."""
-    models = {
-        "base": str(EXAMPLES / "tiny-qwen3"),
-        "sft": "output/sft",
-        "dpo": "output/dpo",
-    }
+    base = str(EXAMPLES / "tiny-qwen3")
+    models = {"base": base, "sft": "output/sft", "dpo": "output/dpo"}
     for name, path in list(models.items()):
         if not Path(path).exists():
             print(f"{name}: there is no {models.pop(name)} yet, skipped")
@@ -1006,6 +1034,8 @@ def read_questions(config, has_models):
                 f"nothing to ask: give --data FILE, or --tasks of {', '.join(TASKS)}"
             )
         own = {"mcqa": str(EXAMPLES / "mcqa" / "validation.jsonl")}
+    if config.recipe and not config.data:
+        raise UserError("--recipe: reads the rows of --data, and there is none")
     for name in own:
         if name in TASKS:
             raise UserError(f"--data: {name} is a benchmark's name; give NAME={own[name]}")
@@ -1013,7 +1043,7 @@ def read_questions(config, has_models):
     for name in config.tasks:
         ask[name] = partial(ask_items, read_task(name, config), TASKS[name], config=config)
     for name, source in own.items():
-        ask[name] = partial(ask_own, read_own(source), config=config)
+        ask[name] = partial(ask_own, read_own(source, config), config=config)
     return ask
 
 
@@ -1060,7 +1090,11 @@ def main(argv=None):
             metrics = next(iter(results.values()))
             mains = {task: main_metric(summary) for task, summary in metrics.items()}
             report.plot_comparison(results, mains, comparisons, folder / "results.png")
-            print(report.results_table(results), *report.headlines(comparisons), sep="\n")
+            print(
+                report.results_table(results),
+                *report.headlines(results, comparisons),
+                sep="\n",
+            )
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(models)} models failed: {reasons}")

@@ -812,7 +812,7 @@ def merge(adapter, output_dir, base=None, swap_layers=None):
         notices.append(
             "the adapter trained embedding and head apart: the merged model is untied"
         )
-    save_model(merged_tensors(), output_dir, model.folder, **changes)
+    save_model(merged_tensors(), output_dir, model.folder, adapter=adapter, **changes)
     return notices
 
 

@@ -43,7 +43,7 @@ from support.files import (
     read_tensor,
     write_tensors,
 )
-from support.hub import COMPANIONS, resolve
+from support.hub import companions, resolve
 
 # --- the packed batch -----------------------------------------------------------------------------
 
@@ -1140,12 +1140,15 @@ def load_model(
 # --- checkpoints: written a shard at a time, then renamed into place ------------------------------
 
 
-def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
+def save_model(
+    tensors, folder, source, max_shard_bytes=2 * 10**9, adapter=None, **changes
+):
     """Writes a checkpoint in the Hugging Face layout; it opens in transformers.
 
     tensors: (name, tensor) pairs, taken one at a time; memory holds one shard, twice while it is
     written. Weights and biases are stored in the dtype that the config of `source` names; its
-    tokenizer and chat template are copied, and its config with `changes` (None removes a key).
+    tokenizer and chat template are copied (the adapter's, where its folder has them), and its
+    config with `changes` (None removes a key).
     """
     dtype = DTYPES[ModelConfig.read(source).dtype]
 
@@ -1177,9 +1180,8 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, **changes):
         if len(names) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        for file in COMPANIONS:
-            if (Path(source) / file).is_file():
-                shutil.copyfile(Path(source) / file, aside / file)
+        for name, file in companions(source, adapter).items():
+            shutil.copyfile(file, aside / name)
         if changes:
             raw = read_json(aside / "config.json") | changes
             removed = {key for key, value in changes.items() if value is None}

@@ -80,7 +80,7 @@ from support.files import (
     read_tensor,
     write_tensors,
 )
-from support.hub import COMPANIONS, HubConfig, call_hub, create_repositories, push, resolve
+from support.hub import HubConfig, call_hub, companions, create_repositories, push, resolve
 from support.memory import free_cached_memory, keep_freed_memory
 from support.planner import by_module, estimate_memory, fits, print_plan, print_speed
 from support.report import show_answers
@@ -709,7 +709,8 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     # 2. data and plan
     device = pick_device(config.device)
     clock, source = Clock(device), resolve(config.model, config.revision)
-    tokenizer, dtype = Tokenizer(source, began), pick_dtype(config, source, device)
+    adapter = config.adapter and find_adapter(config.adapter)
+    tokenizer, dtype = Tokenizer(source, began, adapter), pick_dtype(config, source, device)
     examples, eval_examples, choices, ledger, report = load_data(config, tokenizer, options)
     source_examples = examples.epoch(0)
     if before_training:  # it may change the examples in place
@@ -741,8 +742,7 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         return losses | choice_metrics(model, forced)
 
     before = ask()
-    evaluate = evaluate if eval_examples else None
-    results, log = train(model, steps, loss_fn, config, evaluate, clock)
+    results, log = train(model, steps, loss_fn, config, eval_examples and evaluate, clock)
     answers = show_answers(before, ask(), config.num_samples)
 
     # 5. export and report
@@ -891,9 +891,9 @@ def export_adapter(model, config, folder):
     """Writes PEFT's files and the tokenizer, and reads the tensors back."""
     with atomic_folder(folder) as partial_folder:
         tensors = write_adapter(model, partial_folder, config.model)
-        for name in COMPANIONS:
-            if name != "config.json" and (model.folder / name).is_file():
-                shutil.copyfile(model.folder / name, partial_folder / name)
+        files = companions(model.folder, config.adapter and find_adapter(config.adapter))
+        for name in files.keys() - {"config.json"}:
+            shutil.copyfile(files[name], partial_folder / name)
     file = folder / "adapter_model.safetensors"
     for name, tensor in tensors.items():
         if not torch.equal(read_tensor(file, name), tensor):

@@ -32,6 +32,23 @@ COMPANIONS = tuple(
     "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja "
     "special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model".split()
 )
+
+
+def companions(base, adapter=None):
+    """{name: path} of a model's COMPANIONS. An adapter's own go before its base's: it is asked with
+    the tokenizer and chat template that it was trained with."""
+    files = {}
+    for folder in filter(None, (base, adapter)):
+        own = {name: Path(folder, name) for name in COMPANIONS}
+        own = {name: path for name, path in own.items() if path.is_file()}
+        if folder is adapter:
+            own.pop("config.json", None)
+        if "tokenizer_config.json" in own:  # the template is in it or beside it
+            files.pop("chat_template.jinja", None)
+        files |= own
+    return files
+
+
 NOT_LOADED = "not loaded from the hub (a private repository needs HF_TOKEN)"
 TIMEOUT = 30  # seconds that a connection or the next piece of an answer may take
 WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a push

@@ -64,7 +64,7 @@ def read_jsonl(path):
 
 
 def read_json_list(path):
-    """A list of rows, or {"data": [...]}; a file of JSON lines under this name is read as such."""
+    """A list of rows, {"data": [...]}, or one row; JSON lines under this name are read as such."""
     text = read_text(path)
     try:
         rows = json.loads(text, object_pairs_hook=unique_keys)
@@ -77,12 +77,9 @@ def read_json_list(path):
         line = brief(line or "end of file")
         raise UserError(f"{path}:{number}: not JSON: {reason}: {line}") from None
     if isinstance(rows, dict):
-        rows = rows.get("data", rows)
+        rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
     if not isinstance(rows, list):
-        message = (
-            f'{path}: expected a list of rows or {{"data": [...]}}, found {brief(rows)}'
-        )
-        raise UserError(message)
+        raise UserError(f"{path}: expected rows, found {brief(rows)}")
     return number_rows(path, rows)
 
 
@@ -99,18 +96,27 @@ def read_csv(path):
             yield where, row
 
 
+def without_nulls(value):
+    """`value` without the nulls by which Arrow gives all structs of a column the same keys.
+    Source: trl's remove_none_values."""
+    if isinstance(value, dict):
+        return {key: without_nulls(v) for key, v in value.items() if v is not None}
+    return [*map(without_nulls, value)] if isinstance(value, list) else value
+
+
 def read_parquet(path):
     import pyarrow.parquet
 
-    with as_user_error(
-        f"{path}: not a parquet file", pyarrow.ArrowException, OSError, ValueError
-    ):
+    faults = pyarrow.ArrowException, OSError, ValueError, KeyError
+    with as_user_error(f"{path}: not a parquet file", *faults):
         file = pyarrow.parquet.ParquetFile(path)
         unique_keys([(name, None) for name in file.schema_arrow.names])
-        batches = file.iter_batches(256)
-        yield from number_rows(
-            path, (row for batch in batches for row in batch.to_pylist())
+        rows = (
+            without_nulls(row)
+            for batch in file.iter_batches(256)
+            for row in batch.to_pylist(maps_as_pydicts="strict")
         )
+        yield from number_rows(path, rows)
 
 
 def number_rows(path, rows):
@@ -156,12 +162,43 @@ def reader_of(path):
     return READERS.get(Path(str(path).removesuffix(".gz")).suffix)
 
 
+SPLITS = {  # a file is one of a data set's splits if a word of its name is here
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+def split_of(path):
+    """'train', 'validation' or 'test' if the name says so, as `datasets` reads names; else None."""
+    words = {*re.findall("[a-z]+", path.name.lower())}
+    return next((split for split, names in SPLITS.items() if words & names), None)
+
+
+def files_in(folder):
+    """The files of a folder and of its data/: all, or where they are a data set's splits, those of
+    train. UserError: several splits without train, or no file."""
+    paths, splits = [*folder.iterdir(), *folder.glob("data/*")], {}
+    paths = sorted(filter(reader_of, paths))
+    for path in paths:
+        splits.setdefault(split_of(path), []).append(path)
+    if not splits:
+        raise UserError(f"{folder}: no file in it of a kind in {', '.join(READERS)}")
+    files = splits.get("train", paths)
+    if len(splits) > 1:
+        names = brief(", ".join(path.name for path in paths), 200)
+        if files is paths:
+            raise UserError(f"{folder}: has several splits; name one: {names}")
+        print(f"{folder}: its train split, {len(files)} of {len(paths)} files: {names}")
+    return files
+
+
 def find_files(name):
     """The files of one source, sorted; UserError where one is missing or of an unknown type."""
     path = Path(name)
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.-]+){0,2}", name)
     if path.is_dir():
-        paths = sorted(filter(reader_of, path.iterdir()))
+        paths = files_in(path)
     elif path.exists():
         paths = [path]
     elif matches := glob.glob(name, recursive=True):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from statistics import fmean
 
 import numpy as np
@@ -39,10 +40,8 @@ def show_answers(before, after, num_samples):
     gold = [n for n, row in enumerate(after) if row["gold"]]
     if not gold:
         return {}
-    was, now = (
-        fmean(rows[n]["answer"] == rows[n]["gold"] for n in gold)
-        for rows in (before, after)
-    )
+    was = fmean(before[n]["answer"] == before[n]["gold"] for n in gold)
+    now = fmean(after[n]["answer"] == after[n]["gold"] for n in gold)
     chance = fmean(1 / len(after[n]["choices"]) for n in gold)
     print(
         f"\nanswers right on {len(gold)} evaluation questions: {was:.1%} before, {now:.1%} after "
@@ -51,81 +50,100 @@ def show_answers(before, after, num_samples):
     return {"eval_answers_before": was, "eval_answers": now}
 
 
+FEWEST = 20  # rows: of fewer a standard error or an interval says little
+
 # --- evaluations: results are {model: {set: summary}}, comparisons those of eval.compare_all ------
+
+
+def metrics_of(summary):
+    """The names of the metrics in a set's summary."""
+    return [name for name in summary if not re.search(r"^n$|_n$|_stderr$", name)]
+
+
+def spread(summary, name):
+    """A metric's standard error; None where too few rows, or rows all alike, can't carry one."""
+    error = summary.get(f"{name}_stderr")
+    return error if error and summary[f"{name}_n"] >= FEWEST else None
 
 
 def results_table(results):
     """A row per set and metric, a column per model, ± the standard error."""
 
     def cell(summary, name):
-        error = summary.get(f"{name}_stderr")
-        spread = "" if error is None else f" ± {error:.4f}"
-        return f"{summary.get(name, math.nan):.4f}{spread}"
+        error = spread(summary, name)
+        error = f" ± {error:.4f}" if error else ""
+        return f"{summary.get(name, math.nan):.4f}{error}"
 
     rows = []
     for task, summary in next(iter(results.values())).items():
-        for name in summary:
-            if name != "n" and not name.endswith("_stderr"):
-                cells = [cell(sets[task], name) for sets in results.values()]
-                rows.append([task, name, summary["n"], *cells])
+        for name in metrics_of(summary):
+            cells = [cell(sets[task], name) for sets in results.values()]
+            rows.append([task, name, summary.get(f"{name}_n", summary["n"]), *cells])
     return markdown_table(["set", "metric", "n", *results], *rows)
 
 
-def headlines(comparisons):
-    """Of every two models: what rose, fell or is noise, and whether the average hides it."""
+VERDICTS = {
+    "rose": "rose beyond noise",
+    "fell": "fell beyond noise",
+    "noise": "no more than noise",
+    "too few": "too few rows differ for a verdict",
+    None: "no value of each row to compare",
+}
+
+
+def headlines(results, comparisons):
+    """Of every two models: what each metric did, and whether the average hides what fell."""
     lines = []
     for a, b in dict.fromkeys((c["a"], c["b"]) for c in comparisons):
-        mains = [c for c in comparisons if c["main"] and (c["a"], c["b"]) == (a, b)]
-        sets = {"rose": [], "fell": [], "noise": []}
-        for c in mains:
-            sets[c["verdict"]].append(c["task"])
-        rose, fell, noise = (", ".join(names) or "none" for names in sets.values())
-        line = f"Rose beyond noise: {rose}; fell beyond noise: {fell}; no more than noise: {noise}."
+        pair = [c for c in comparisons if (c["a"], c["b"]) == (a, b)]
+        names = {words: [] for words in VERDICTS.values()}
+        for task, summary in results[a].items():
+            verdicts = {c["metric"]: c["verdict"] for c in pair if c["task"] == task}
+            for metric in metrics_of(summary):
+                words = VERDICTS[verdicts.get(metric)]
+                names[words].append(f"{task} {metric}")
+        parts = [f"{words}: {', '.join(names[words])}" for words in names if names[words]]
+        line = f"{a} → {b}: {'; '.join(parts)}."
+        mains = [c for c in pair if c["main"] and c["n"] >= FEWEST]
         points = [100 * c["delta"] for c in mains if c["metric"] != "bits_per_byte"]
         if points:
             average = fmean(points)
-            line = f"{average:+.2f} points on average of {len(points)} sets. {line}"
-            if sets["fell"] and average >= 0:
+            line += (
+                f" {average:+.2f} points on average of {len(points)} sets' main metrics."
+            )
+            if average >= 0 and any(c["verdict"] == "fell" for c in mains):
                 line += " The average hides what fell."
-        lines.append(f"{a} → {b}: {line}")
+        lines.append(line)
     return lines
 
 
 def comparison_report(results, comparisons, samples):
     """The comparison as Markdown: results, sentences, every difference, generated answers."""
-    head = (
-        "from",
-        "to",
-        "set",
-        "metric",
-        "difference",
-        "95 % interval",
-        "McNemar p",
-        "verdict",
-    )
+    head = "from to set metric n difference interval p verdict".split()
     rows = []
     for c in comparisons:
-        interval = f"{c['low']:+.4f} to {c['high']:+.4f}"
-        p = f"{c.get('mcnemar_p', math.nan):.3g}"
-        names = c["a"], c["b"], c["task"], c["metric"]
+        interval = "" if c["low"] is None else f"{c['low']:+.4f} to {c['high']:+.4f}"
+        p = f"{c['mcnemar_p']:.3g}" if "mcnemar_p" in c else ""
+        names = c["a"], c["b"], c["task"], c["metric"], c["n"]
         rows.append([*names, f"{c['delta']:+.4f}", interval, p, c["verdict"]])
     paragraphs = [
         "# Evaluation",
         results_table(results),
-        *headlines(comparisons),
+        *headlines(results, comparisons),
         "Two models answered the same questions, so intervals come from paired differences "
-        "(bootstrap). Where an interval contains 0, the difference is no more than noise.",
+        "(bootstrap). Where an interval contains 0, or McNemar's p is 0.05 or more, the difference "
+        "is no more than noise.",
         markdown_table(head, *rows),
     ]
     for task, own in next(iter(samples.values())).items():
         for n, row in enumerate(own[:20]):
-            if "output" in row:
-                prompt = str(row.get("prompt") or row["prompts"][0])[-600:].replace(
-                    "\n", "\n> "
-                )
-                paragraphs += [f"## {task}, question {n + 1}", f"> {prompt}"]
-                for name, sets in samples.items():
-                    paragraphs.append(f"**{name}:** {sets[task][n]['output']}")
+            if "output" not in row:
+                continue
+            prompt = str(row.get("prompt") or row["prompts"][0])
+            quoted = prompt[-600:].replace("\n", "\n> ")
+            paragraphs += [f"## {task}, question {n + 1}", f"> {quoted}"]
+            for name, sets in samples.items():
+                paragraphs.append(f"**{name}:** {sets[task][n]['output']}")
     return "\n\n".join(paragraphs) + "\n"
 
 
@@ -143,17 +161,20 @@ def plot_comparison(results, mains, comparisons, file):
     bars, intervals = figure.subplots(2, height_ratios=(4, 1 + height))
     width = 0.8 / len(results)
     for n, (name, sets) in enumerate(results.items()):
-        x = np.arange(len(mains)) + (n - (len(results) - 1) / 2) * width
+        offset = (n - (len(results) - 1) / 2) * width
+        x = np.arange(len(mains)) + offset
         values = [sets[task][metric] for task, metric in mains.items()]
-        errors = [sets[task][f"{metric}_stderr"] for task, metric in mains.items()]
+        errors = [spread(sets[task], metric) or 0 for task, metric in mains.items()]
         bars.bar(x, values, width, yerr=errors, label=name, capsize=2)
     labels = [f"{task}\n{metric}" for task, metric in mains.items()]
     bars.set_xticks(range(len(mains)), labels, fontsize=8)
     bars.legend()
     colours = {"rose": "tab:green", "fell": "tab:red", "noise": "tab:gray"}
     for n, c in enumerate(comparisons):
-        x = c["low"], c["delta"], c["high"]
-        intervals.plot(x, [n] * 3, "-o", markevery=[1], color=colours[c["verdict"]])
+        colour = colours.get(c["verdict"], "lightgray")
+        intervals.plot(c["delta"], n, "o", color=colour)
+        if c["low"] is not None:
+            intervals.plot([c["low"], c["high"]], [n, n], color=colour)
     labels = [f"{c['a']} → {c['b']}, {c['task']}" for c in comparisons]
     intervals.set_yticks(range(len(comparisons)), labels, fontsize=8)
     intervals.set_xlabel("paired difference, 95 % interval; gray: no more than noise")

@@ -883,7 +883,7 @@ def test_readers_agree(tmp_path):
     ("a.jsonl", b"\n\n", "a.jsonl: no rows in it"),
     ("a.jsonl", b"[" * 100000, "a.jsonl:1: not JSON"),
     ("a.json", b'[{"text": "x"},\n {"text" "y"}]', "a.json:2: not JSON: Expecting ':' delimiter"),
-    ("a.json", b'{"rows": []}', r"a.json: expected a list of rows"),
+    ("a.json", b'"x"', "a.json: expected rows, found 'x'"),
     ("a.json", b"[]", "a.json: no rows in it"),
     ("a.json", b"", "a.json:1: not JSON"),
     ("a.json", b'[{"text": "x"}, 5]', r"a.json\[1\]: a row is an object, found '5'"),

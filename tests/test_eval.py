@@ -102,9 +102,8 @@ def test_a_model_that_never_answers_is_asked(tmp_path):
         "reference"
     ].endswith("Answer: A")
     right = [row["answer"] == row["gold"] for row in answers[:6]]
-    share = sum(right) / 6
-    shares = {"eval_answers_before": share, "eval_answers": share}
-    assert report.show_answers(answers, answers, 0) == shares
+    shares = report.show_answers(answers, answers, 0)
+    assert shares == {"eval_answers_before": sum(right) / 6, "eval_answers": sum(right) / 6}
     assert report.show_answers(answers[6:], answers[6:], 0) == {}
 
 
@@ -515,7 +514,9 @@ def settings(**changes):
 def ask(source, folder, tmp_path, name="own", **changes):
     """An own set's samples and summary."""
     model, tokenizer, config = load_model(folder), Tokenizer(folder), settings(**changes)
-    questions = evaluation.ask_own(evaluation.read_own(source), model, tokenizer, config)
+    questions = evaluation.ask_own(
+        evaluation.read_own(source, config), model, tokenizer, config
+    )
     samples = evaluation.answer_all(
         model, tokenizer, questions, tmp_path / f"samples_m_{name}.jsonl", "", config
     )
@@ -738,16 +739,16 @@ def test_an_average_that_rises_while_two_sets_fall():
     assert all(
         p["delta"] < 0 for p in pairs if p["task"] in ("csqa", "winogrande")
     )  # at every stage
-    said = report.headlines(pairs)[1]
-    assert (
-        "+2." in said
-        and "fell beyond noise: csqa, winogrande" in said
-        and "The average hides what fell." in said
-    )
     results = {
         name: {task: evaluation.summarise(rows) for task, rows in found.items()}
         for name, found in samples.items()
     }
+    said = report.headlines(results, pairs)[1]
+    assert (
+        "+2." in said
+        and "fell beyond noise: csqa acc, winogrande acc" in said
+        and "The average hides what fell." in said
+    )
     text = report.comparison_report(results, pairs, samples)
     assert said in text and text.count("| fell |") == 2
 
@@ -761,7 +762,7 @@ def test_two_percent_of_a_hundred_is_noise():
         and found["low"] < found["delta"] < found["high"]
         and found["mcnemar_p"] > 0.05
     )
-    assert evaluation.compare("acc", a, a)["verdict"] == "noise"
+    assert evaluation.compare("acc", a, a)["verdict"] == "too few"  # rows that differ
 
 
 def test_paired_statistics_against_scipy():
@@ -1006,6 +1007,10 @@ def test_a_model_that_fails_leaves_the_others(base, data_dir, tmp_path):
         (["--data", "winogrande=x.jsonl"], "a benchmark's name"),
         (["--tsks", "x"], "unknown argument --tsks.*tasks"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (
+            ["--tasks", "winogrande", "--recipe", "ecqa"],
+            "--recipe: reads the rows of --data",
+        ),
     ],
 )
 def test_mistakes(base, data_dir, tmp_path, argv, message):
@@ -1037,7 +1042,7 @@ def test_mistakes(base, data_dir, tmp_path, argv, message):
                 "endings": ["a"],
                 "label": 2,
             },
-            "none of its choices",
+            "its answer is none of its choices",
         ),
         (
             "winogrande",
@@ -1300,3 +1305,239 @@ def test_the_best_and_the_patience_survive_a_resume(base, tmp_path):
 def test_mistakes_about_the_best(base, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         train(base, tmp_path, "x", **options)
+
+
+# --- what a handful of rows can't say -------------------------------------------------------------
+
+
+def pair_of(gained, lost, same, metric="acc"):
+    """Samples of two models: `gained` questions right for b alone, `lost` for a alone."""
+    values = [(0.0, 1.0)] * gained + [(1.0, 0.0)] * lost + [(1.0, 1.0)] * same
+    sets = {}
+    for n, name in enumerate("ab"):
+        sets[name] = {"s": [{"metrics": {metric: value[n]}} for value in values]}
+    return sets
+
+
+@pytest.mark.parametrize(
+    "gained, lost, same, verdict",
+    [
+        (3, 0, 0, "too few"),  # three of three: the bootstrap gives [1, 1]
+        (0, 0, 1000, "too few"),  # none differs
+        (19, 0, 0, "too few"),
+        (20, 0, 0, "rose"),
+        (5, 0, 1000, "too few"),  # p = 0.0625 at best
+        (6, 0, 1000, "rose"),
+        (0, 6, 1000, "fell"),
+        (8, 1, 12, "rose"),
+        (8, 2, 12, "noise"),  # the interval lacks 0, but p = 0.11
+    ],
+)
+def test_a_handful_of_rows_carries_no_verdict(gained, lost, same, verdict):
+    from scipy.stats import binomtest
+
+    (found,) = evaluation.compare_all(pair_of(gained, lost, same))
+    assert found["verdict"] == verdict and found["n"] == gained + lost + same
+    assert (found["low"] is None) == (verdict == "too few" or same == lost == 0)
+    assert found["low"] is None or found["low"] < found["high"]
+    if gained + lost:
+        assert found["mcnemar_p"] == pytest.approx(binomtest(gained, gained + lost).pvalue)
+        assert verdict not in ("rose", "fell") or found["mcnemar_p"] < 0.05
+
+
+@pytest.mark.parametrize("name, better", [("bits_per_byte", -1), ("rougeL", 1)])
+def test_values_that_are_no_counts(name, better):
+    """Fewer bits are better; a difference that is the same in every row is no chance."""
+    values = np.random.default_rng(0).random(40)
+    weights = np.ones(40)
+    found = evaluation.compare(
+        name, (values, weights), (values + 0.1 * better * values, weights)
+    )
+    assert found["verdict"] == "rose" and "mcnemar_p" not in found
+    few = evaluation.compare(
+        name, (values[:19], weights[:19]), (values[:19] + better, weights[:19])
+    )
+    assert few["verdict"] == "too few" and few["low"] is None
+
+
+def report_of(samples):
+    results = {}
+    for name, sets in samples.items():
+        results[name] = {task: evaluation.summarise(rows) for task, rows in sets.items()}
+    pairs = evaluation.compare_all(samples)
+    return report.comparison_report(results, pairs, samples), results, pairs
+
+
+def test_the_report_says_of_how_many_rows_each_metric_is():
+    """Rows with choices and rows with texts in one set: each metric has its own n."""
+    choice = {"metrics": {"accuracy": 1.0}, "gold": "Yes", "answer": "Yes"}
+    text = {"metrics": {"exact_match": 0.0, "rougeL": 0.25}}
+    samples = {name: {"s": [choice] * 30 + [text] * 3} for name in "ab"}
+    text, results, _ = report_of(samples)
+    assert results["a"]["s"]["accuracy_n"] == 30 and results["a"]["s"]["rougeL_n"] == 3
+    assert results["a"]["s"]["f1_n"] == 30 and results["a"]["s"]["n"] == 33
+    for line in (
+        "| s | accuracy | 30 | 1.0000 | 1.0000 |",  # no ± 0.0000: rows all alike
+        "| s | rougeL | 3 | 0.2500 | 0.2500 |",
+        "| s | f1 | 30 | 1.0000 | 1.0000 |",
+    ):
+        assert line in text
+
+
+def test_the_sentence_covers_every_metric_that_is_shown(tmp_path):
+    samples = pair_of(40, 2, 100)
+    for name, sets in samples.items():
+        sets["t"] = [{"metrics": {"acc": 1.0}, "gold": "Yes", "answer": "Yes"}] * 3
+        for n, row in enumerate(sets["s"]):
+            row["metrics"]["acc_norm"] = float(n % 2 == 0 and name == "a")
+    text, results, pairs = report_of(samples)
+    (line,) = report.headlines(results, pairs)
+    for task, summary in results["a"].items():
+        for name in report.metrics_of(summary):
+            assert f"{task} {name}" in line
+    assert "rose beyond noise: s acc;" in line and "fell beyond noise: s acc_norm;" in line
+    assert "too few rows differ for a verdict: t acc;" in line
+    assert "no value of each row to compare: t f1, t precision, t recall" in line
+    assert "on average of 1 sets' main metrics" in line  # three rows are no set
+    report.plot_comparison(results, {"s": "acc", "t": "acc"}, pairs, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+# --- own rows: references and recipes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row, reference",
+    [
+        ({"prompt": "Say ", "reference": "so it is"}, "so it is"),
+        ({"question": "Why?", "reference": "so it is"}, "so it is"),
+        ({"question": "Why?", "answer": "so it is"}, "so it is"),
+        ({"question": "Why?", "completion": "so it is"}, "so it is"),
+        ({"messages": [{"role": "user", "content": "Why?"}], "reference": "so"}, "so"),
+        ({"prompt": "Say ", "completion": "so", "answer": "x"}, "so"),
+        ({"prompt": "Say ", "reference": "so", "answer": None}, "so"),
+        ({"prompt": "Say ", "reference": None}, None),
+        ({"question": "Why?"}, None),
+    ],
+)
+def test_every_column_that_names_a_reference_is_read(base, tmp_path, row, reference):
+    samples, summary = ask(write_rows(tmp_path / "r.jsonl", [row]), base, tmp_path)
+    assert samples[0]["reference"] == reference
+    assert ("rougeL" in summary) == (reference is not None)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "a", "completion": "b", "reference": "c"}, "completion and reference"),
+        ({"prompt": "a", "question": "b"}, "prompt and question"),
+        ({"question": "a", "answer": 4}, "'answer' must be a string, found '4'"),
+        ({"prompt": "a", "reference": ["b", "c"]}, "'reference' must be a string"),
+        ({"instruction": "a", "output": "b", "reference": "c"}, "'reference' needs a"),
+        ({"question": ["a"]}, "'question' must be a string"),
+    ],
+)
+def test_references_that_are_none(base, tmp_path, row, message):
+    file = write_rows(tmp_path / "r.jsonl", [{"prompt": "fine"}, row])
+    with pytest.raises(UserError, match=f"r.jsonl:2: .*{message}"):
+        ask(file, base, tmp_path)
+
+
+ECQA = {"q_text": "Where?", "q_ans": "b", "taskB": "It is so."}
+ECQA |= {f"q_op{n}": letter for n, letter in enumerate("abcde", 1)}
+
+
+def test_own_rows_go_through_a_recipe(base, tmp_path):
+    """The same prompts and references as the recipe's rows written out."""
+    from data import RECIPES
+
+    source = write_rows(tmp_path / "ecqa.jsonl", [ECQA, ECQA | {"q_ans": "c"}])
+    made = [RECIPES["ecqa"](row) for row in (ECQA, ECQA | {"q_ans": "c"})]
+    expected, _ = ask(write_rows(tmp_path / "made.jsonl", made), base, tmp_path, "made")
+    samples, summary = ask(source, base, tmp_path, "recipe", recipe="ecqa")
+    for sample, other in zip(samples, expected):
+        assert sample["prompt"] == other["prompt"] and sample["gold"] == other["gold"]
+    assert [sample["gold"] for sample in samples] == ["B", "C"] and "accuracy" in summary
+    with pytest.raises(UserError, match="ecqa.jsonl:1: fits no schema"):
+        ask(source, base, tmp_path, "plain")
+
+
+def test_what_a_recipe_draws_and_drops(base, tmp_path, capsys):
+    rows = [
+        {"question": "Why?", "choices": ["a", "b"], "answer": "a", "rationale": "So."},
+        {"question": "Who?", "choices": ["a", "b"], "answer": "b", "rationale": "So."},
+    ]
+    source = write_rows(tmp_path / "q.jsonl", rows)
+    config = settings(recipe="mcqa", seed=3)
+    assert evaluation.read_own(source, config) == evaluation.read_own(source, config)
+    texts = {
+        str(evaluation.read_own(source, settings(recipe="mcqa", seed=n))) for n in range(9)
+    }
+    assert len(texts) > 1
+    plain = evaluation.read_own(source, settings(recipe="mcqa", recipe_args={"cot": 0}))
+    assert not any("<think>" in row["prompt"] for _, row in plain)
+    alike = {"response": "x", "overall_score": 3}
+    ties = {"instruction": "a", "completions": [alike, alike]}
+    wins = {"instruction": "a", "completions": [alike, alike | {"overall_score": 4}]}
+    source = write_rows(tmp_path / "u.jsonl", [ties, wins, ties])
+    assert len(evaluation.read_own(source, settings(recipe="ultrafeedback"))) == 1
+    assert (
+        "2 rows are not asked: all completions are rated alike" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="no rows to ask"):
+        evaluation.read_own(
+            write_rows(tmp_path / "t.jsonl", [ties]), settings(recipe="ultrafeedback")
+        )
+    with pytest.raises(UserError, match="recipe: 'eqca' is not one of .*nearest: ecqa"):
+        settings(recipe="eqca")
+    with pytest.raises(UserError, match="recipe_args: mcqa takes no 'cott'.*nearest: cot"):
+        evaluation.read_own(source, settings(recipe="mcqa", recipe_args={"cott": 1}))
+
+
+# --- which model answered -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["weight", "config", "adapter", "alpha"])
+def test_other_weights_of_the_same_size_and_time_are_asked_anew(
+    base, adapters, tmp_path, part
+):
+    import shutil
+
+    model, adapter = tmp_path / "m", tmp_path / "a"
+    shutil.copytree(base, model)
+    shutil.copytree(adapters[0], adapter)
+    raw = json.loads((adapter / "adapter_config.json").read_text())
+    raw["base_model_name_or_path"] = str(model)
+    (adapter / "adapter_config.json").write_text(json.dumps(raw))
+    source = write_rows(tmp_path / "t.jsonl", [{"text": "One day a dog ran."}])
+    argv = ["--model", f"m={adapter}", "--data", source, "--output_dir", tmp_path / "out"]
+
+    def scored():
+        command(*argv)
+        return json.loads((tmp_path / "out" / "samples_m_t.jsonl").read_text())
+
+    before = scored()
+    assert scored() == before
+    file, old, new = {
+        "weight": (model / "model.safetensors", None, None),
+        "adapter": (adapter / "adapter_model.safetensors", None, None),
+        "config": (model / "config.json", '"rope_theta": 1', '"rope_theta": 2'),
+        "alpha": (adapter / "adapter_config.json", '"lora_alpha": ', '"lora_alpha": 2'),
+    }[part]
+    times, content = file.stat(), bytearray(file.read_bytes())
+    if old is None:
+        content[-2] ^= 0x40  # a bit of the last number's fraction
+    else:
+        assert old.encode() in content
+        content = content.replace(old.encode(), new.encode())
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = scored()
+    assert after["key"] != before["key"] and after["logp"] != before["logp"]
+
+
+def test_the_same_weights_in_another_folder_are_not_asked_again(base, tmp_path):
+    import shutil
+
+    shutil.copytree(base, tmp_path / "copy")
+    assert evaluation.hash_weights(base) == evaluation.hash_weights(tmp_path / "copy")
