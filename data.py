@@ -48,7 +48,7 @@ from support.errors import (
     run_command,
     sanitize,
 )
-from support.files import locked_folder, read_json, regular_file, sync
+from support.files import locked_folder, read_json, regular_file, sync, write_text
 from support.hub import companions, resolve
 from support.readers import find_sources, stream_rows
 from support.sandbox import Overrun, bounded
@@ -1356,12 +1356,8 @@ def write_rows(config, make):
         fault = "exists already" if config.output else "is needed"
         raise UserError(f"--output {config.output}: {fault}; name a new one")
     rows, summary = make(config)
-    with open(
-        f"{config.output}.partial", "w", encoding="utf-8", errors="backslashreplace"
-    ) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.rename(file.name, config.output)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(config.output, lines)
     print(f"{config.output}: {summary}")
 
 

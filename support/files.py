@@ -127,18 +127,6 @@ def clear_folder(folder):
     """Deletes what is in a folder; of a link only the link. UserError: the folder is one."""
     folder = Path(folder)
     if folder.is_symlink():
-        raise UserError(f"{folder}: a link, nothing behind it is deleted; name {folder.resolve()}")
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def clear_folder(folder):
-    """Deletes what is in a folder; of a link only the link. UserError: the folder is one."""
-    folder = Path(folder)
-    if folder.is_symlink():
         raise UserError(
             f"{folder}: a link, nothing behind it is deleted; name {folder.resolve()}"
         )

@@ -1,12 +1,10 @@
 """Limits on time and memory for untrusted chat templates, regular expressions and tokenizers."""
 
-import os
 import resource
 import signal
 import sys
 import threading
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 
 from support.errors import UserError
@@ -49,21 +47,3 @@ def bounded(where, seconds=5, more=2**30):
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, handler)
         resource.setrlimit(resource.RLIMIT_DATA, limits)
-
-
-def try_apart(where, attempt):
-    """Calls attempt() once in a `bounded` process of its own; UserError: that fails or is killed.
-
-    For native libraries, which end the process where memory is short.
-    """
-
-    def run():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        with bounded(where):
-            attempt()
-
-    process = get_context("fork").Process(target=run)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise UserError(f"{where}: fails, or takes more time or memory than is its due")
