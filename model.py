@@ -142,6 +142,18 @@ class Batch:
             spans.append(before + merged)
         return spans
 
+    @cached_property
+    def lengths(self):
+        """Per segment the length of the longest sequence that shares its beginning, as if these
+        were a batch of transformers'."""
+        roots, longest = [], {}
+        for index, (start, stop, prefix) in enumerate(self.segments):
+            root = roots[prefix] if prefix >= 0 else index
+            roots.append(root)
+            length = max(self.positions[start:stop].tolist(), default=-1) + 1
+            longest[root] = max(length, longest.get(root, 0))
+        return [longest[root] for root in roots]
+
     def indices(self, spans):
         """The positions (n,) in these ranges."""
         positions = np.concatenate([np.arange(*span) for span in spans])
@@ -471,6 +483,12 @@ class Transformer(nn.Module):
                 f"{self.config.vocab_size}: the tokenizer belongs to another model"
             )
         inv_freq, scale = rope_frequencies(self.config)
+        if self.config.rope["rope_type"] in ROPE_BY_LENGTH:
+            rows = []  # (tokens of a segment, 1, D/2)
+            for (start, stop, _), length in zip(batch.segments, batch.lengths):
+                frequencies, _ = rope_frequencies(self.config, length)
+                rows.append(frequencies.expand(stop - start, 1, -1))
+            inv_freq = torch.cat(rows)
         inv_freq = inv_freq.to(batch.positions.device)
         angles = batch.positions[:, None, None].float() * inv_freq  # (T, 1, D/2)
         rope = angles.cos() * scale, angles.sin() * scale
@@ -629,7 +647,9 @@ class KVCache:
                 out = scores.masked_fill_(~mask, -torch.inf).softmax(-1) @ values
             return out.flatten(1, 2)
 
-        return self.model(replace(self.batch, tokens=tokens, positions=positions), attend)
+        segments = [(row, row + 1, -1) for row in range(len(tokens))]
+        batch = replace(self.batch, tokens=tokens, positions=positions, segments=segments)
+        return self.model(batch, attend)
 
     def keep(self, rows):
         """Drops all other rows."""
@@ -690,7 +710,9 @@ def generate_each(
     draws = [np.random.default_rng((seed, row)) for row in waiting]
     lengths = [len(prompt) for prompt in prompts]
     shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
-    if shared < 16 or len(prompts) == 1:  # a shorter header costs more than it saves
+    by_length = model.config.rope["rope_type"] in ROPE_BY_LENGTH
+    # a shorter header costs more than it saves; these ropes turn it as each prompt's length asks
+    if shared < 16 or len(prompts) == 1 or by_length:
         shared = 0
     slots = [None] * min(batch_size, len(prompts))  # the row in each row of the cache
     cache = KVCache(model, len(slots), max(lengths) + max_new_tokens, prompts[0][:shared])
@@ -727,7 +749,12 @@ def generate_each(
 # --- configuration --------------------------------------------------------------------------------
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-FLOATS = "BF16", "F16", "F32", "F64"  # in a safetensors header
+FLOATS = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}  # in headers
 
 # A model family: {model_type: the settings, in ModelConfig's names, that its config.json leaves
 # unsaid}. A family with another block also changes `Block`.
@@ -743,6 +770,7 @@ DEFAULTS = {
     "mlp_bias": False,
     "qk_norm": False,
     "hidden_act": "silu",
+    "max_window_layers": 28,
     "eos_token_id": [],
 }
 LIMIT = 2**20  # of every size: larger ones would overflow a tensor's byte count
@@ -776,8 +804,15 @@ class ModelConfig:
 
     @classmethod
     def read(cls, folder):
+        """The config of a checkpoint's folder. Where it names no dtype, the first weight does."""
         file = Path(folder) / "config.json"
-        return cls.from_dict(read_json(file), file)
+        raw = read_json(file)
+        if not (raw.get("dtype") or raw.get("torch_dtype")):
+            stored = [dtype for _, _, dtype in checkpoint_tensors(folder).values()]
+            raw["dtype"] = next(
+                (FLOATS[name] for name in stored if name in FLOATS), "float32"
+            )
+        return cls.from_dict(raw, file)
 
     @classmethod
     def from_dict(cls, raw, where="config.json"):
@@ -787,7 +822,8 @@ class ModelConfig:
             raise UserError(
                 f"{where}: model_type {brief(kind)} is not supported; {', '.join(FAMILIES)} are"
             )
-        raw = {key: value for key, value in raw.items() if value is not None}
+        window = {"sliding_window": raw.get("sliding_window", 4096)}  # null means none
+        raw = {key: value for key, value in raw.items() if value is not None} | window
         bias = raw.get("attention_bias", False)
         values = DEFAULTS | {
             "attention_bias": bias,
@@ -838,7 +874,8 @@ def unsupported(values):
         if kind is bool:
             expect(key, isinstance(value, bool), "true or false")
     expect("rms_norm_eps", positive(values["rms_norm_eps"]), "a positive number")
-    expect("hidden_act", values["hidden_act"] == "silu", "silu, the only one supported")
+    swish = values["hidden_act"] in ("silu", "swish")
+    expect("hidden_act", swish, "silu (swish), the only one supported")
     tokens = as_list(values["eos_token_id"])
     expect(
         "eos_token_id",
@@ -847,16 +884,15 @@ def unsupported(values):
     )
     if str(values["dtype"]).removeprefix("torch.") not in DTYPES:
         faults.append(f"dtype {brief(values['dtype'])} is not one of {', '.join(DTYPES)}")
-    sliding = values.get("sliding_window") and values.get("use_sliding_window")
-    layers = as_list(values.get("layer_types", []))
-    if sliding or any(layer != "full_attention" for layer in layers):
-        faults.append(
-            "sliding-window attention (use_sliding_window, layer_types) is not supported"
-        )
     quantization = values.get("quantization_config") or {"load_in_4bit": True}
     if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
         faults.append("quantization_config: only bitsandbytes' 4-bit weights can be read")
     if not faults:
+        if slides(values):
+            faults.append(
+                "sliding-window attention (use_sliding_window, max_window_layers, layer_types) is "
+                "not supported"
+            )
         heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
         if heads % kv_heads:
             faults.append(
@@ -869,6 +905,16 @@ def unsupported(values):
     return faults
 
 
+def slides(values):
+    """Whether a layer's attention slides, as Qwen2Config and Qwen3Config of transformers decide."""
+    if "layer_types" in values:
+        return any(layer != "full_attention" for layer in as_list(values["layer_types"]))
+    if not values.get("use_sliding_window") or values["sliding_window"] is None:
+        return False
+    first = values["max_window_layers"]
+    return type(first) is not int or first < values["num_hidden_layers"]
+
+
 def as_list(value):
     return value if isinstance(value, list) else [value]
 
@@ -878,22 +924,28 @@ def positive(value):
 
 
 # --- rotary frequencies ---------------------------------------------------------------------------
-# A rope type: a function (plain frequencies (D/2,), rope_theta, the type's own numbers in the names
-# of config.json) -> (frequencies (D/2,), factor on cos and sin).
+# A rope type: a function (plain frequencies (D/2,), length of the sequence, rope_theta, the type's
+# own numbers in the names of config.json) -> (frequencies (D/2,), factor on cos and sin).
 
 
-def default_rope(plain, rope_theta):
+def wavelengths(base, count):
+    """(count,) fp32, in tokens per radian."""
+    return base ** (torch.arange(0, 2 * count, 2, dtype=torch.float32) / (2 * count))
+
+
+def default_rope(plain, length, rope_theta):
     """Su et al. 2021, arXiv:2104.09864."""
     return plain, 1.0
 
 
-def linear_rope(plain, rope_theta, factor):
+def linear_rope(plain, length, rope_theta, factor):
     """Chen et al. 2023, arXiv:2306.15595."""
     return plain / factor, 1.0
 
 
 def llama3_rope(
     plain,
+    length,
     rope_theta,
     factor,
     low_freq_factor,
@@ -913,6 +965,7 @@ def llama3_rope(
 
 def yarn_rope(
     plain,
+    length,
     rope_theta,
     factor,
     original_max_position_embeddings,
@@ -936,7 +989,8 @@ def yarn_rope(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * len(plain) - 1)
-    ramp = (torch.arange(len(plain), dtype=torch.float32) - low) / max(high - low, 0.001)
+    # beta_fast < beta_slow makes it a ramp down, as in transformers
+    ramp = (torch.arange(len(plain), dtype=torch.float32) - low) / (high - low or 0.001)
     ramp = ramp.clamp(0, 1)
     if attention_factor is None:
         attention_factor = magnitude(1.0)
@@ -945,18 +999,48 @@ def yarn_rope(
     return plain / factor * ramp + plain * (1 - ramp), attention_factor
 
 
+def dynamic_rope(plain, length, rope_theta, factor, max_position_embeddings):
+    """transformers' dynamic NTK scaling: the base grows with a sequence beyond the maximum."""
+    dim = 2 * len(plain)
+    length = torch.tensor(max(length, max_position_embeddings))
+    growth = factor * length / max_position_embeddings - (factor - 1)
+    return 1.0 / wavelengths(rope_theta * growth ** (dim / (dim - 2)), len(plain)), 1.0
+
+
+def longrope(
+    plain,
+    length,
+    rope_theta,
+    factor,
+    short_factor,
+    long_factor,
+    original_max_position_embeddings,
+    attention_factor=None,
+):
+    """Ding et al. 2024, arXiv:2402.13753: a factor for each frequency, another list of them for a
+    sequence beyond the original context."""
+    original = original_max_position_embeddings
+    stretch = torch.tensor(long_factor if length > original else short_factor)
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    return 1.0 / (stretch * wavelengths(rope_theta, len(plain))), attention_factor
+
+
 ROPE_TYPES = {
     "default": default_rope,
     "linear": linear_rope,
+    "dynamic": dynamic_rope,
     "llama3": llama3_rope,
     "yarn": yarn_rope,
+    "longrope": longrope,
 }
+ROPE_BY_LENGTH = "dynamic", "longrope"
 
 
 def rope_settings(values):
     """(rope_type and the arguments of its function, faults) of config.json in both dialects:
     `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-    raw = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    raw = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(raw, dict):
         return {}, ["rope_parameters / rope_scaling is not an object"]
     raw = {"rope_theta": values.get("rope_theta", 10000.0)} | {
@@ -966,40 +1050,82 @@ def rope_settings(values):
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         types = ", ".join(ROPE_TYPES)
         return {}, [f"rope type {brief(kind)} is not supported ({types} are)"]
-    if kind == "yarn":
-        raw.setdefault(
-            "original_max_position_embeddings", values["max_position_embeddings"]
-        )
+    longest = raw["max_position_embeddings"] = values["max_position_embeddings"]
+    raw.setdefault("original_max_position_embeddings", longest)
+    if "original_max_position_embeddings" in values:
+        raw["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    if kind in ("yarn", "longrope") and "factor" not in raw:
+        with suppress(TypeError, ZeroDivisionError):  # reported below
+            raw["factor"] = longest / raw["original_max_position_embeddings"]
     rope, faults = {"rope_type": kind}, []
-    if raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
+    partial_factor = raw.get(
+        "partial_rotary_factor", values.get("partial_rotary_factor", 1.0)
+    )
+    if (
+        kind != "default" and partial_factor != 1.0
+    ):  # these families ignore it in transformers
         faults.append("partial_rotary_factor is not supported")
-    for key, parameter in list(signature(ROPE_TYPES[kind]).parameters.items())[1:]:
+    for key, parameter in list(signature(ROPE_TYPES[kind]).parameters.items())[2:]:
         if key not in raw and parameter.default is not parameter.empty:
             continue
         value = rope[key] = raw.get(key)
-        if not positive(value) and not isinstance(parameter.default, bool):
+        if key in ("short_factor", "long_factor"):
+            count = values.get("head_dim", 0) // 2
+            if (
+                not isinstance(value, list)
+                or len(value) != count
+                or not all(map(positive, value))
+            ):
+                faults.append(f"rope {key} is not a list of {count} positive numbers")
+        elif not positive(value) and not isinstance(parameter.default, bool):
             faults.append(f"rope {key} is {str(value)[:40]!r}, not a positive number")
     return rope, faults
 
 
-def rope_frequencies(config):
-    """(inv_freq (D/2,) fp32, the factor on cos and sin)."""
+def rope_frequencies(config, length=0):
+    """(inv_freq (D/2,) fp32, the factor on cos and sin) for a sequence of this length."""
     rope = dict(config.rope)
     function = ROPE_TYPES[rope.pop("rope_type")]
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return function(1.0 / rope["rope_theta"] ** exponents, **rope)
+    plain = 1.0 / wavelengths(rope["rope_theta"], config.head_dim // 2)
+    return function(plain, length, **rope)
 
 
 # --- checkpoints: read strictly, a tensor at a time -----------------------------------------------
 
 
 def pick_device(name):
-    """torch.device of a device's name; 'auto' is CUDA, then MPS, then the CPU."""
+    """torch.device of a device's name; 'auto' is the accelerator that PyTorch was built for (CUDA,
+    MPS, XPU, ...), the CPU if none is there. UserError if it can't be used."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with as_user_error(f"device: {name} can't be used here", RuntimeError, AssertionError):
         torch.zeros(1, device=name).item()
     return torch.device(name)
+
+
+SHORT = {"bfloat16": "bf16", "float16": "fp16"}  # in the names of a CPU's capabilities
+
+
+def pick_dtype(dtype, stored, device):
+    """The name of the dtype to compute in. 'auto' is the checkpoint's, `stored`, if the device has
+    products in it: on a CPU without (AVX2 alone) float32 is 6 to 80 times faster, on a GPU without
+    bfloat16 (a T4) it is float16. A line on stderr says so."""
+    if dtype != "auto" or stored == "float32":
+        return dtype if dtype != "auto" else stored
+    device, choice, name = torch.device(device), stored, "this CPU"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities().items()
+        if not any(has for name, has in capabilities if SHORT[stored] in name):
+            choice = "float32"
+    elif device.type == "cuda" and stored == "bfloat16":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            choice, name = "float16", torch.cuda.get_device_name(device)
+    if choice != stored:
+        print(
+            f"dtype: {name} has no {stored} products; computing in {choice}",
+            file=sys.stderr,
+        )
+    return choice
 
 
 def checkpoint_tensors(folder):
@@ -1121,12 +1247,12 @@ def load_model(
     revision=None,
     swap_layers=None,
 ):
-    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the
-    checkpoint's). Checked by `open_model`, then filled a tensor at a time: peak memory is the model
+    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype (see
+    `pick_dtype`). Checked by `open_model`, then filled a tensor at a time: peak memory is the model
     and one tensor."""
     check_choice("dtype", dtype, ("auto", *DTYPES))
     model, tensors = open_model(name, revision, swap_layers)
-    model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
+    model.dtype = DTYPES[pick_dtype(dtype, model.config.dtype, device)]
     model.attention, notice = choose_attention(
         attn_implementation, model.config, model.dtype, device
     )
