@@ -771,10 +771,10 @@ def open_adapter(model, folder):
 def check_vocabulary(shapes, size, file):
     """UserError if the adapter was trained on another vocabulary size than the base has."""
     ends = (
-        r"(embed_tokens|lm_head)\.((base_layer\.)?weight|lora_B\.weight|lora_embedding_A)"
+        r"(embed_tokens|lm_head)\.((base_layer\.)?weight|lora_B\.weight|lora_embedding_A)$"
     )
     for key, shape in shapes.items():
-        if re.search(f"{ends}$", key) and size not in shape:
+        if re.search(ends, key) and size not in shape:
             raise UserError(
                 f"{file}: {key} is {list(shape)}, of another vocabulary size than this base's "
                 f"{size}; name the resized base that the adapter was trained on"
@@ -786,37 +786,28 @@ def updated_end(model, config, raw, file, path, kind):
 
     W (V, C) fp32 has the update in it. Source: peft's lora.Embedding and TrainableTokensLayer.
     """
-    (V, C), key = model.get_parameter(f"{path}.weight").shape, f"{PREFIX}{path}.{kind}"
-
-    def base():
-        return read_base(checkpoint_tensors(model.folder), f"{path}.weight").float()
-
+    (V, C), prefix = model.get_parameter(f"{path}.weight").shape, f"{PREFIX}{path}."
+    tokens = raw.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        named = [tokens[name] for name in tokens if matches(path, [name])]
+        tokens = named[0] if named else None
+    r, alpha = rank_and_alpha(config, path)
+    shapes = {prefix + kind: (r, V), f"{prefix}lora_embedding_B": (C, r)}
     if kind == TOKENS:
-        tokens = raw.get("trainable_token_indices")
-        if isinstance(tokens, dict):
-            tokens = next(
-                (ids for name, ids in tokens.items() if matches(path, [name])), None
-            )
         if not isinstance(tokens, list) or not all(token in range(V) for token in tokens):
             raise UserError(
                 f"{file.parent}: trainable_token_indices are no tokens of {path}"
             )
+        shapes = {prefix + kind: (len(tokens), C)}
 
-        def trained():
-            W = base()
-            W[tokens] = read_tensor(file, key).float()
-            return W
+    def read():
+        W = read_base(checkpoint_tensors(model.folder), f"{path}.weight").float()
+        update, *B = (read_tensor(file, key).float() for key in shapes)
+        if kind == TOKENS:
+            return W.index_copy(0, torch.tensor(tokens), update)
+        return torch.addmm(W, update.t(), B[0].t(), alpha=scale(r, alpha, config))
 
-        return {key: (len(tokens), C)}, trained
-
-    r, alpha = rank_and_alpha(config, path)
-    key_B = f"{PREFIX}{path}.lora_embedding_B"
-
-    def adapted():
-        A, B = read_tensor(file, key).float(), read_tensor(file, key_B).float()
-        return torch.addmm(base(), A.t(), B.t(), alpha=scale(r, alpha, config))
-
-    return {key: (r, V), key_B: (C, r)}, adapted
+    return shapes, read
 
 
 def read_base(stored, name):
@@ -838,11 +829,7 @@ def saved_along(model, file, keys):
         weight, base = read_tensor(file, key), read_base(stored, key.removeprefix(PREFIX))
         if base is None:
             continue
-        same = (
-            torch.equal(weight.to(base.dtype), base),
-            torch.equal(weight, base.to(weight.dtype)),
-        )
-        if not any(same):
+        if not torch.equal(weight, base.to(weight.dtype)):
             raise UserError(
                 f"{file}: {key} differs from this base's weight: it belongs to another base, or "
                 "was trained; load it in PEFT and merge it there"

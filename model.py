@@ -146,13 +146,11 @@ class Batch:
     def lengths(self):
         """Per segment the length of the longest sequence that shares its beginning, as if these
         were a batch of transformers'."""
-        roots, longest = [], {}
-        for index, (start, stop, prefix) in enumerate(self.segments):
-            root = roots[prefix] if prefix >= 0 else index
-            roots.append(root)
+        longest = {}  # {where a tree begins: its length}
+        for ((root, _), *_), (start, stop, _) in zip(self.spans, self.segments):
             length = max(self.positions[start:stop].tolist(), default=-1) + 1
             longest[root] = max(length, longest.get(root, 0))
-        return [longest[root] for root in roots]
+        return [longest[root] for (root, _), *_ in self.spans]
 
     def indices(self, spans):
         """The positions (n,) in these ranges."""
@@ -698,21 +696,20 @@ def generate_each(
     that ends makes room for the next, and the header that all prompts share is computed once.
 
     eos_ids: end tokens (default: the config's), left out of the result; stop(ids) -> bool ends a
-    row otherwise. Row i draws from (seed, i), whatever else is in the batch.
-    """
+    row otherwise. Row i draws from (seed, i), whatever else is in the batch."""
     if not all(map(len, prompts)):
         raise UserError("generate: an empty prompt has nothing to continue")
     outputs, waiting = [[] for _ in prompts], list(range(len(prompts)))
     if not prompts or max_new_tokens < 1:
-        yield from enumerate(outputs)
-        return
+        return (yield from enumerate(outputs))
     ends = set(model.config.eos_token_id if eos_ids is None else eos_ids)
     draws = [np.random.default_rng((seed, row)) for row in waiting]
     lengths = [len(prompt) for prompt in prompts]
     shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
     by_length = model.config.rope["rope_type"] in ROPE_BY_LENGTH
-    # a shorter header costs more than it saves; these ropes turn it as each prompt's length asks
-    if shared < 16 or len(prompts) == 1 or by_length:
+    if (
+        shared < 16 or len(prompts) == 1 or by_length
+    ):  # costs more than it saves, or differs
         shared = 0
     slots = [None] * min(batch_size, len(prompts))  # the row in each row of the cache
     cache = KVCache(model, len(slots), max(lengths) + max_new_tokens, prompts[0][:shared])
@@ -749,12 +746,8 @@ def generate_each(
 # --- configuration --------------------------------------------------------------------------------
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-FLOATS = {
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F32": "float32",
-    "F64": "float64",
-}  # in headers
+# in a safetensors header
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 # A model family: {model_type: the settings, in ModelConfig's names, that its config.json leaves
 # unsaid}. A family with another block also changes `Block`.
@@ -848,10 +841,12 @@ class ModelConfig:
         }
         config = cls(**{key: values[key] for key in cls.__annotations__})
         fault = f"{where}: rope can't be computed from these numbers"
-        with torch.device("cpu"), as_user_error(fault, ArithmeticError, ValueError):
-            frequencies, scale = rope_frequencies(config)
-            if not math.isfinite(frequencies.sum() * scale):
-                raise ValueError(rope)
+        kinds = ArithmeticError, ValueError, TypeError, RuntimeError
+        with torch.device("cpu"), as_user_error(fault, *kinds):
+            for length in (0, 2**31):
+                frequencies, scale = rope_frequencies(config, length)
+                if not math.isfinite(frequencies.sum() * scale):
+                    raise ValueError(rope)
         return config
 
 
@@ -1050,34 +1045,22 @@ def rope_settings(values):
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         types = ", ".join(ROPE_TYPES)
         return {}, [f"rope type {brief(kind)} is not supported ({types} are)"]
+    original = "original_max_position_embeddings"
     longest = raw["max_position_embeddings"] = values["max_position_embeddings"]
-    raw.setdefault("original_max_position_embeddings", longest)
-    if "original_max_position_embeddings" in values:
-        raw["original_max_position_embeddings"] = values["original_max_position_embeddings"]
-    if kind in ("yarn", "longrope") and "factor" not in raw:
-        with suppress(TypeError, ZeroDivisionError):  # reported below
-            raw["factor"] = longest / raw["original_max_position_embeddings"]
+    raw[original] = values.get(original, raw.get(original, longest))
+    with suppress(TypeError, ZeroDivisionError):  # reported below
+        if kind in ("yarn", "longrope"):
+            raw.setdefault("factor", longest / raw[original])
     rope, faults = {"rope_type": kind}, []
-    partial_factor = raw.get(
-        "partial_rotary_factor", values.get("partial_rotary_factor", 1.0)
-    )
-    if (
-        kind != "default" and partial_factor != 1.0
-    ):  # these families ignore it in transformers
-        faults.append("partial_rotary_factor is not supported")
+    share = raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if share != 1.0 and kind != "default":  # where transformers does not look at it
+        faults.append(f"partial_rotary_factor is not supported with rope type {kind}")
     for key, parameter in list(signature(ROPE_TYPES[kind]).parameters.items())[2:]:
         if key not in raw and parameter.default is not parameter.empty:
             continue
         value = rope[key] = raw.get(key)
-        if key in ("short_factor", "long_factor"):
-            count = values.get("head_dim", 0) // 2
-            if (
-                not isinstance(value, list)
-                or len(value) != count
-                or not all(map(positive, value))
-            ):
-                faults.append(f"rope {key} is not a list of {count} positive numbers")
-        elif not positive(value) and not isinstance(parameter.default, bool):
+        valid = all(map(positive, as_list(value)))
+        if not valid and not isinstance(parameter.default, bool):
             faults.append(f"rope {key} is {str(value)[:40]!r}, not a positive number")
     return rope, faults
 
@@ -1110,20 +1093,19 @@ def pick_dtype(dtype, stored, device):
     """The name of the dtype to compute in. 'auto' is the checkpoint's, `stored`, if the device has
     products in it: on a CPU without (AVX2 alone) float32 is 6 to 80 times faster, on a GPU without
     bfloat16 (a T4) it is float16. A line on stderr says so."""
-    if dtype != "auto" or stored == "float32":
-        return dtype if dtype != "auto" else stored
-    device, choice, name = torch.device(device), stored, "this CPU"
-    if device.type == "cpu":
+    if dtype != "auto":
+        return dtype
+    device, choice = torch.device(device), stored
+    if device.type == "cpu" and stored in SHORT:
         capabilities = torch.cpu.get_capabilities().items()
         if not any(has for name, has in capabilities if SHORT[stored] in name):
             choice = "float32"
-    elif device.type == "cuda" and stored == "bfloat16":
+    if device.type == "cuda" and stored == "bfloat16":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            choice, name = "float16", torch.cuda.get_device_name(device)
+            choice = "float16"
     if choice != stored:
         print(
-            f"dtype: {name} has no {stored} products; computing in {choice}",
-            file=sys.stderr,
+            f"dtype: no {stored} products on this {device.type}; {choice}", file=sys.stderr
         )
     return choice
 

@@ -660,9 +660,8 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         call_hub("push_to_hub", partial(create_repositories, config, folder))
 
     # 2. data and plan
-    device = pick_device(config.device)
-    clock, source = Clock(device), resolve(config.model, config.revision)
-    tokenizer = Tokenizer(source, began)
+    device, source = pick_device(config.device), resolve(config.model, config.revision)
+    clock, tokenizer = Clock(device), Tokenizer(source, began)
     dtype = pick_dtype(config.dtype, ModelConfig.read(source).dtype, device)
     examples, eval_examples, choices, ledger, report = load_data(config, tokenizer, options)
     source_examples = examples.epoch(0)

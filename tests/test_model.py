@@ -1459,17 +1459,25 @@ BAD_CHECKPOINTS = {
     ),
     "rope longrope half": (
         config(rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 6}),
-        "rope long_factor is not a list of 6 positive numbers",
+        "rope long_factor is 'None'",
     ),
     "rope longrope short list": (
         config(rope_parameters=LONGROPE),
-        "rope short_factor is not a list of 6 positive numbers",
+        "rope can't be computed",
     ),
     "rope longrope text": (
         config(
             rope_parameters=LONGROPE | dict(short_factor=["1"] * 6, long_factor=[1] * 6)
         ),
         "rope short_factor",
+    ),
+    "rope longrope long list alone": (
+        config(rope_parameters=LONGROPE | dict(short_factor=[1] * 6, long_factor=[1] * 7)),
+        "rope can't be computed",
+    ),
+    "rope factor list": (
+        config(rope_scaling={"rope_type": "linear", "factor": [4.0]}),
+        "rope can't be computed",
     ),
     "rope longrope original one": (
         config(
