@@ -914,7 +914,7 @@ class EvalConfig:
     max_new_tokens: int = 256  # longest generated answer
     batch_size: int = 32  # answers generated at a time
     output_dir: str = "output/eval"  # results.json, samples, report.md and figures
-    dtype: str = "auto"  # of weights and matmuls; auto: the checkpoint's
+    dtype: str = "auto"  # of weights and matmuls; auto: see model.pick_dtype
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # auto: varlen where it runs, else sdpa
 

@@ -22,7 +22,8 @@ import re
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Protocol, get_origin, get_type_hints, runtime_checkable
 
@@ -36,6 +37,7 @@ from model import (
     Linear,
     RMSNorm,
     check_names,
+    checkpoint_tensors,
     open_model,
     save_model,
     set_tensor,
@@ -137,7 +139,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer, r, alpha, config=LoRAConfig(), generator=None):
         super().__init__()
         self.base_layer, self.dropout, self.enabled = base_layer, config.lora_dropout, True
-        self.scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling = scale(r, alpha, config)
         self.start = None  # (A, B) that an initialisation subtracted from the base (PiSSA)
         device = next(iter(base_layer.state_dict().values())).device
         # drawn on the CPU, so that a seed gives the same A on every device
@@ -369,8 +371,7 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     kind, niter = initialisation(config.init_lora_weights)
     for path in paths:
         base = model.get_submodule(path)
-        r = by_pattern(config.rank_pattern, path, config.lora_r)
-        alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
+        r, alpha = rank_and_alpha(config, path)
         most = min(base.in_features, base.out_features)
         if r > most and kind not in ZERO_STARTS:
             raise UserError(f"lora_r: {r} is above the {most} singular values of {path}")
@@ -386,6 +387,15 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     if config.bias != "none" and not any(key.endswith(".bias") for key in trained):
         notices.append(f"bias: {config.bias} trains none: these layers have no bias")
     return notices
+
+
+def scale(r, alpha, config):
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def rank_and_alpha(config, path):
+    r = by_pattern(config.rank_pattern, path, config.lora_r)
+    return r, by_pattern(config.alpha_pattern, path, config.lora_alpha)
 
 
 def train_in_fp32(parameters):
@@ -448,7 +458,7 @@ def resolve_targets(model, config, strict=True):
     if not strict:
         unmatched, ignored = [], unmatched[:8]
     faults = unmatched + layer_faults(config, hits, modules, adapted, linear + norms, saved)
-    if not (faults or adapted):
+    if not (faults or adapted or saved and not strict):
         faults = ["target_modules: no linear layer is left to adapt"]
     if faults:
         raise UserError("; ".join(faults))
@@ -509,6 +519,8 @@ def train_norms_whole(config, hits, modules, norms, selected):
 # --- PEFT's files ---------------------------------------------------------------------------------
 
 PREFIX = "base_model.model."  # PeftModel.LoraModel.(our module path)
+# what it stores of an embedding: a LoRA (A and B), or the rows of the tokens that train
+LORA_EMBEDDING, TOKENS = "lora_embedding_A", "token_adapter.trainable_tokens_delta"
 
 # {name in adapter_config.json: ours}. A field that is not here is not written: what it does to the
 # result must be in the tensors that `exportable_adapter` returns
@@ -520,7 +532,8 @@ PEFT_FIELDS = {"r": "lora_r"} | {
 # keys that don't change the result
 IGNORED = set(
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config inference_mode "
-    "megatron_core peft_version qalora_group_size revision runtime_config".split()
+    "megatron_core peft_version qalora_group_size revision runtime_config "
+    "trainable_token_indices".split()  # read by open_adapter
 )
 SUPPORTED = {  # the values of other keys that are computed here, the usual one first
     "peft_type": ["LORA"],
@@ -689,10 +702,10 @@ def load_adapter(model, folder, trainable=False) -> list[str]:
     Frozen and in eval mode, unless `trainable`. Every key and shape is checked before a value is
     read; UserError: all faults at once.
     """
-    names, file, notices = open_adapter(model, folder)
+    values, notices = open_adapter(model, folder)
     with torch.no_grad():
-        for key, name in names.items():
-            model.get_parameter(name).copy_(read_tensor(file, key))
+        for name, read in values.items():
+            model.get_parameter(name).copy_(read())
     model.train(trainable)
     if not trainable:
         model.requires_grad_(False)
@@ -702,29 +715,127 @@ def load_adapter(model, folder, trainable=False) -> list[str]:
 def open_adapter(model, folder):
     """Adds an adapter's layers to a plain model, which may be on `meta`, without their values.
 
-    Returns ({key in its file: parameter's name}, the file, notices). PEFT may have trained a tied
-    model's two ends apart (no ensure_weight_tying): then the model is untied.
+    Returns ({parameter's name: function that reads its value}, notices). A LoRA on the embedding
+    and single trained tokens become an embedding that is trained whole. Where the adapter changes
+    one end of a tied model, or both apart (no ensure_weight_tying), the model is untied.
     """
     folder = find_adapter(folder)
     config, raw = read_adapter_config(folder)
-    if trains_tied_ends(model, config.modules_to_save) and not raw.get(
-        "ensure_weight_tying"
-    ):
-        model.lm_head = plain_linear(model.model.embed_tokens.weight.detach().clone())
-        model.config = replace(model.config, tie_word_embeddings=False)
-    with as_user_error(f"{folder}: not an adapter of this model", UserError):
-        notices = add_lora(model, config, strict=False)
-    names, file = adapter_names(model), folder / "adapter_model.safetensors"
-    # not read: what PEFT stores twice with bias "all", and the frozen weight of an adapted head
-    extra = ".modules_to_save.bias", ".original_module.bias", f"{HEAD}.base_layer.weight"
+    file = folder / "adapter_model.safetensors"
+    # not read: what PEFT stores twice with bias "all"
+    extra = ".modules_to_save.bias", ".original_module.bias"
     shapes = {
         key: shape
         for key, (_, shape, dtype) in read_header(file).items()
         if dtype in FLOATS and not key.endswith(extra)
     }
-    expected = {key: model.get_parameter(name).shape for key, name in names.items()}
-    check_names(expected, shapes, file)
-    return names, file, notices
+    check_vocabulary(shapes, model.config.vocab_size, file)
+    updates = {  # {end of the model: how it is changed}
+        path: kind
+        for path, kind in product((EMBEDDING, HEAD), (LORA_EMBEDDING, TOKENS))
+        if f"{PREFIX}{path}.{kind}" in shapes
+    }
+    config.modules_to_save = [*config.modules_to_save, *updates]
+    adapted = f"{PREFIX}{HEAD}.lora_A.weight" in shapes
+    if adapted and not is_regex(config.target_modules):  # ensure_weight_tying implies it
+        config.target_modules = [*config.target_modules, HEAD]
+    low_rank = adapted or LORA_EMBEDDING in updates.values()
+    together = raw.get("ensure_weight_tying") or updates == {EMBEDDING: TOKENS}
+    apart = trains_tied_ends(model, config.modules_to_save) and not together
+    if model.lm_head is None and (apart or low_rank):
+        if TOKENS in updates.values() and low_rank:
+            raise UserError(
+                f"{file}: single tokens are trained, and an end of a tied model is adapted; "
+                "merge it in PEFT"
+            )
+        model.lm_head = plain_linear(model.model.embed_tokens.weight.detach().clone())
+        model.config = replace(model.config, tie_word_embeddings=False)
+    with as_user_error(f"{folder}: not an adapter of this model", UserError):
+        notices = add_lora(model, config, strict=False)
+
+    values, expected = {}, {}
+    for path, kind in updates.items():
+        parts, values[f"{path}.weight"] = updated_end(model, config, raw, file, path, kind)
+        expected |= parts
+    if raw.get("trainable_token_indices") and TOKENS not in updates.values():
+        expected[f"{PREFIX}{EMBEDDING}.{TOKENS}"] = ()
+    for key, name in adapter_names(model).items():
+        if not within(name, updates):
+            expected[key] = model.get_parameter(name).shape
+            values[name] = partial(read_tensor, file, key)
+    extra = saved_along(model, file, shapes.keys() - expected)
+    check_names(expected, {key: shapes[key] for key in shapes.keys() - extra}, file)
+    return values, notices
+
+
+def check_vocabulary(shapes, size, file):
+    """UserError if the adapter was trained on another vocabulary size than the base has."""
+    ends = (
+        r"(embed_tokens|lm_head)\.((base_layer\.)?weight|lora_B\.weight|lora_embedding_A)$"
+    )
+    for key, shape in shapes.items():
+        if re.search(ends, key) and size not in shape:
+            raise UserError(
+                f"{file}: {key} is {list(shape)}, of another vocabulary size than this base's "
+                f"{size}; name the resized base that the adapter was trained on"
+            )
+
+
+def updated_end(model, config, raw, file, path, kind):
+    """({key: shape} of a LoRA or of trained rows on the embedding or head, function that reads W).
+
+    W (V, C) fp32 has the update in it. Source: peft's lora.Embedding and TrainableTokensLayer.
+    """
+    (V, C), prefix = model.get_parameter(f"{path}.weight").shape, f"{PREFIX}{path}."
+    tokens = raw.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        named = [tokens[name] for name in tokens if matches(path, [name])]
+        tokens = named[0] if named else None
+    r, alpha = rank_and_alpha(config, path)
+    shapes = {prefix + kind: (r, V), f"{prefix}lora_embedding_B": (C, r)}
+    if kind == TOKENS:
+        if not isinstance(tokens, list) or not all(token in range(V) for token in tokens):
+            raise UserError(
+                f"{file.parent}: trainable_token_indices are no tokens of {path}"
+            )
+        shapes = {prefix + kind: (len(tokens), C)}
+
+    def read():
+        W = read_base(checkpoint_tensors(model.folder), f"{path}.weight").float()
+        update, *B = (read_tensor(file, key).float() for key in shapes)
+        if kind == TOKENS:
+            return W.index_copy(0, torch.tensor(tokens), update)
+        return torch.addmm(W, update.t(), B[0].t(), alpha=scale(r, alpha, config))
+
+    return shapes, read
+
+
+def read_base(stored, name):
+    """The base's value of a parameter, from `stored`; None if it has none.
+
+    A tied head's is the embedding's.
+    """
+    name = name.replace(".base_layer.", ".")
+    if name == f"{HEAD}.weight" and name not in stored:
+        name = f"{EMBEDDING}.weight"
+    return read_tensor(stored[name][0], name) if name in stored else None
+
+
+def saved_along(model, file, keys):
+    """Those of an adapter file's keys that hold the base's own weights; UserError if others."""
+    stored = checkpoint_tensors(model.folder) if keys else {}
+    along = []
+    for key in keys:
+        weight, base = read_tensor(file, key), read_base(stored, key.removeprefix(PREFIX))
+        if base is None:
+            continue
+        if not torch.equal(weight, base.to(weight.dtype)):
+            raise UserError(
+                f"{file}: {key} differs from this base's weight: it belongs to another base, or "
+                "was trained; load it in PEFT and merge it there"
+            )
+        along.append(key)
+    return along
 
 
 # --- the base alone, and the merge ----------------------------------------------------------------
@@ -784,17 +895,13 @@ def merge(adapter, output_dir, base=None, swap_layers=None):
         raise UserError(f"{adapter}: its config names no base model; give it with --model")
     model, stored = open_model(base, swap_layers=swap_layers)
     original = model.config
-    names, file, notices = open_adapter(model, adapter)
-    keys = {name: key for key, name in names.items()}
+    values, notices = open_adapter(model, adapter)
 
     def read(name):
         """(a parameter's value, its dtype) from the adapter, else from the base."""
-        if name in keys:
-            return read_tensor(file, keys[name]), torch.float32
-        name = name.replace(".base_layer.", ".")
-        if name not in stored:  # a head that was tied
-            name = f"{EMBEDDING}.weight"
-        return read_tensor(stored[name][0], name), DTYPES[original.dtype]
+        if name in values:
+            return values[name](), torch.float32
+        return read_base(stored, name), DTYPES[original.dtype]
 
     @torch.no_grad()
     def merged_tensors():

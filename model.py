@@ -142,6 +142,16 @@ class Batch:
             spans.append(before + merged)
         return spans
 
+    @cached_property
+    def lengths(self):
+        """Per segment the length of the longest sequence that shares its beginning, as if these
+        were a batch of transformers'."""
+        longest = {}  # {where a tree begins: its length}
+        for ((root, _), *_), (start, stop, _) in zip(self.spans, self.segments):
+            length = max(self.positions[start:stop].tolist(), default=-1) + 1
+            longest[root] = max(length, longest.get(root, 0))
+        return [longest[root] for (root, _), *_ in self.spans]
+
     def indices(self, spans):
         """The positions (n,) in these ranges."""
         positions = np.concatenate([np.arange(*span) for span in spans])
@@ -471,6 +481,12 @@ class Transformer(nn.Module):
                 f"{self.config.vocab_size}: the tokenizer belongs to another model"
             )
         inv_freq, scale = rope_frequencies(self.config)
+        if self.config.rope["rope_type"] in ROPE_BY_LENGTH:
+            rows = []  # (tokens of a segment, 1, D/2)
+            for (start, stop, _), length in zip(batch.segments, batch.lengths):
+                frequencies, _ = rope_frequencies(self.config, length)
+                rows.append(frequencies.expand(stop - start, 1, -1))
+            inv_freq = torch.cat(rows)
         inv_freq = inv_freq.to(batch.positions.device)
         angles = batch.positions[:, None, None].float() * inv_freq  # (T, 1, D/2)
         rope = angles.cos() * scale, angles.sin() * scale
@@ -629,7 +645,9 @@ class KVCache:
                 out = scores.masked_fill_(~mask, -torch.inf).softmax(-1) @ values
             return out.flatten(1, 2)
 
-        return self.model(replace(self.batch, tokens=tokens, positions=positions), attend)
+        segments = [(row, row + 1, -1) for row in range(len(tokens))]
+        batch = replace(self.batch, tokens=tokens, positions=positions, segments=segments)
+        return self.model(batch, attend)
 
     def keep(self, rows):
         """Drops all other rows."""
@@ -678,19 +696,20 @@ def generate_each(
     that ends makes room for the next, and the header that all prompts share is computed once.
 
     eos_ids: end tokens (default: the config's), left out of the result; stop(ids) -> bool ends a
-    row otherwise. Row i draws from (seed, i), whatever else is in the batch.
-    """
+    row otherwise. Row i draws from (seed, i), whatever else is in the batch."""
     if not all(map(len, prompts)):
         raise UserError("generate: an empty prompt has nothing to continue")
     outputs, waiting = [[] for _ in prompts], list(range(len(prompts)))
     if not prompts or max_new_tokens < 1:
-        yield from enumerate(outputs)
-        return
+        return (yield from enumerate(outputs))
     ends = set(model.config.eos_token_id if eos_ids is None else eos_ids)
     draws = [np.random.default_rng((seed, row)) for row in waiting]
     lengths = [len(prompt) for prompt in prompts]
     shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
-    if shared < 16 or len(prompts) == 1:  # a shorter header costs more than it saves
+    by_length = model.config.rope["rope_type"] in ROPE_BY_LENGTH
+    if (
+        shared < 16 or len(prompts) == 1 or by_length
+    ):  # costs more than it saves, or differs
         shared = 0
     slots = [None] * min(batch_size, len(prompts))  # the row in each row of the cache
     cache = KVCache(model, len(slots), max(lengths) + max_new_tokens, prompts[0][:shared])
@@ -727,7 +746,8 @@ def generate_each(
 # --- configuration --------------------------------------------------------------------------------
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-FLOATS = "BF16", "F16", "F32", "F64"  # in a safetensors header
+# in a safetensors header
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 # A model family: {model_type: the settings, in ModelConfig's names, that its config.json leaves
 # unsaid}. A family with another block also changes `Block`.
@@ -743,6 +763,7 @@ DEFAULTS = {
     "mlp_bias": False,
     "qk_norm": False,
     "hidden_act": "silu",
+    "max_window_layers": 28,
     "eos_token_id": [],
 }
 LIMIT = 2**20  # of every size: larger ones would overflow a tensor's byte count
@@ -776,8 +797,15 @@ class ModelConfig:
 
     @classmethod
     def read(cls, folder):
+        """The config of a checkpoint's folder. Where it names no dtype, the first weight does."""
         file = Path(folder) / "config.json"
-        return cls.from_dict(read_json(file), file)
+        raw = read_json(file)
+        if not (raw.get("dtype") or raw.get("torch_dtype")):
+            stored = [dtype for _, _, dtype in checkpoint_tensors(folder).values()]
+            raw["dtype"] = next(
+                (FLOATS[name] for name in stored if name in FLOATS), "float32"
+            )
+        return cls.from_dict(raw, file)
 
     @classmethod
     def from_dict(cls, raw, where="config.json"):
@@ -787,7 +815,8 @@ class ModelConfig:
             raise UserError(
                 f"{where}: model_type {brief(kind)} is not supported; {', '.join(FAMILIES)} are"
             )
-        raw = {key: value for key, value in raw.items() if value is not None}
+        window = {"sliding_window": raw.get("sliding_window", 4096)}  # null means none
+        raw = {key: value for key, value in raw.items() if value is not None} | window
         bias = raw.get("attention_bias", False)
         values = DEFAULTS | {
             "attention_bias": bias,
@@ -812,10 +841,12 @@ class ModelConfig:
         }
         config = cls(**{key: values[key] for key in cls.__annotations__})
         fault = f"{where}: rope can't be computed from these numbers"
-        with torch.device("cpu"), as_user_error(fault, ArithmeticError, ValueError):
-            frequencies, scale = rope_frequencies(config)
-            if not math.isfinite(frequencies.sum() * scale):
-                raise ValueError(rope)
+        kinds = ArithmeticError, ValueError, TypeError, RuntimeError
+        with torch.device("cpu"), as_user_error(fault, *kinds):
+            for length in (0, 2**31):
+                frequencies, scale = rope_frequencies(config, length)
+                if not math.isfinite(frequencies.sum() * scale):
+                    raise ValueError(rope)
         return config
 
 
@@ -838,7 +869,8 @@ def unsupported(values):
         if kind is bool:
             expect(key, isinstance(value, bool), "true or false")
     expect("rms_norm_eps", positive(values["rms_norm_eps"]), "a positive number")
-    expect("hidden_act", values["hidden_act"] == "silu", "silu, the only one supported")
+    swish = values["hidden_act"] in ("silu", "swish")
+    expect("hidden_act", swish, "silu (swish), the only one supported")
     tokens = as_list(values["eos_token_id"])
     expect(
         "eos_token_id",
@@ -847,16 +879,15 @@ def unsupported(values):
     )
     if str(values["dtype"]).removeprefix("torch.") not in DTYPES:
         faults.append(f"dtype {brief(values['dtype'])} is not one of {', '.join(DTYPES)}")
-    sliding = values.get("sliding_window") and values.get("use_sliding_window")
-    layers = as_list(values.get("layer_types", []))
-    if sliding or any(layer != "full_attention" for layer in layers):
-        faults.append(
-            "sliding-window attention (use_sliding_window, layer_types) is not supported"
-        )
     quantization = values.get("quantization_config") or {"load_in_4bit": True}
     if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
         faults.append("quantization_config: only bitsandbytes' 4-bit weights can be read")
     if not faults:
+        if slides(values):
+            faults.append(
+                "sliding-window attention (use_sliding_window, max_window_layers, layer_types) is "
+                "not supported"
+            )
         heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
         if heads % kv_heads:
             faults.append(
@@ -869,6 +900,16 @@ def unsupported(values):
     return faults
 
 
+def slides(values):
+    """Whether a layer's attention slides, as Qwen2Config and Qwen3Config of transformers decide."""
+    if "layer_types" in values:
+        return any(layer != "full_attention" for layer in as_list(values["layer_types"]))
+    if not values.get("use_sliding_window") or values["sliding_window"] is None:
+        return False
+    first = values["max_window_layers"]
+    return type(first) is not int or first < values["num_hidden_layers"]
+
+
 def as_list(value):
     return value if isinstance(value, list) else [value]
 
@@ -878,22 +919,28 @@ def positive(value):
 
 
 # --- rotary frequencies ---------------------------------------------------------------------------
-# A rope type: a function (plain frequencies (D/2,), rope_theta, the type's own numbers in the names
-# of config.json) -> (frequencies (D/2,), factor on cos and sin).
+# A rope type: a function (plain frequencies (D/2,), length of the sequence, rope_theta, the type's
+# own numbers in the names of config.json) -> (frequencies (D/2,), factor on cos and sin).
 
 
-def default_rope(plain, rope_theta):
+def wavelengths(base, count):
+    """(count,) fp32, in tokens per radian."""
+    return base ** (torch.arange(0, 2 * count, 2, dtype=torch.float32) / (2 * count))
+
+
+def default_rope(plain, length, rope_theta):
     """Su et al. 2021, arXiv:2104.09864."""
     return plain, 1.0
 
 
-def linear_rope(plain, rope_theta, factor):
+def linear_rope(plain, length, rope_theta, factor):
     """Chen et al. 2023, arXiv:2306.15595."""
     return plain / factor, 1.0
 
 
 def llama3_rope(
     plain,
+    length,
     rope_theta,
     factor,
     low_freq_factor,
@@ -913,6 +960,7 @@ def llama3_rope(
 
 def yarn_rope(
     plain,
+    length,
     rope_theta,
     factor,
     original_max_position_embeddings,
@@ -936,7 +984,8 @@ def yarn_rope(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * len(plain) - 1)
-    ramp = (torch.arange(len(plain), dtype=torch.float32) - low) / max(high - low, 0.001)
+    # beta_fast < beta_slow makes it a ramp down, as in transformers
+    ramp = (torch.arange(len(plain), dtype=torch.float32) - low) / (high - low or 0.001)
     ramp = ramp.clamp(0, 1)
     if attention_factor is None:
         attention_factor = magnitude(1.0)
@@ -945,18 +994,48 @@ def yarn_rope(
     return plain / factor * ramp + plain * (1 - ramp), attention_factor
 
 
+def dynamic_rope(plain, length, rope_theta, factor, max_position_embeddings):
+    """transformers' dynamic NTK scaling: the base grows with a sequence beyond the maximum."""
+    dim = 2 * len(plain)
+    length = torch.tensor(max(length, max_position_embeddings))
+    growth = factor * length / max_position_embeddings - (factor - 1)
+    return 1.0 / wavelengths(rope_theta * growth ** (dim / (dim - 2)), len(plain)), 1.0
+
+
+def longrope(
+    plain,
+    length,
+    rope_theta,
+    factor,
+    short_factor,
+    long_factor,
+    original_max_position_embeddings,
+    attention_factor=None,
+):
+    """Ding et al. 2024, arXiv:2402.13753: a factor for each frequency, another list of them for a
+    sequence beyond the original context."""
+    original = original_max_position_embeddings
+    stretch = torch.tensor(long_factor if length > original else short_factor)
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    return 1.0 / (stretch * wavelengths(rope_theta, len(plain))), attention_factor
+
+
 ROPE_TYPES = {
     "default": default_rope,
     "linear": linear_rope,
+    "dynamic": dynamic_rope,
     "llama3": llama3_rope,
     "yarn": yarn_rope,
+    "longrope": longrope,
 }
+ROPE_BY_LENGTH = "dynamic", "longrope"
 
 
 def rope_settings(values):
     """(rope_type and the arguments of its function, faults) of config.json in both dialects:
     `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-    raw = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    raw = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(raw, dict):
         return {}, ["rope_parameters / rope_scaling is not an object"]
     raw = {"rope_theta": values.get("rope_theta", 10000.0)} | {
@@ -966,40 +1045,69 @@ def rope_settings(values):
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         types = ", ".join(ROPE_TYPES)
         return {}, [f"rope type {brief(kind)} is not supported ({types} are)"]
-    if kind == "yarn":
-        raw.setdefault(
-            "original_max_position_embeddings", values["max_position_embeddings"]
-        )
+    original = "original_max_position_embeddings"
+    longest = raw["max_position_embeddings"] = values["max_position_embeddings"]
+    raw[original] = values.get(original, raw.get(original, longest))
+    with suppress(TypeError, ZeroDivisionError):  # reported below
+        if kind in ("yarn", "longrope"):
+            raw.setdefault("factor", longest / raw[original])
     rope, faults = {"rope_type": kind}, []
-    if raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        faults.append("partial_rotary_factor is not supported")
-    for key, parameter in list(signature(ROPE_TYPES[kind]).parameters.items())[1:]:
+    share = raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if share != 1.0 and kind != "default":  # where transformers does not look at it
+        faults.append(f"partial_rotary_factor is not supported with rope type {kind}")
+    for key, parameter in list(signature(ROPE_TYPES[kind]).parameters.items())[2:]:
         if key not in raw and parameter.default is not parameter.empty:
             continue
         value = rope[key] = raw.get(key)
-        if not positive(value) and not isinstance(parameter.default, bool):
+        valid = all(map(positive, as_list(value)))
+        if not valid and not isinstance(parameter.default, bool):
             faults.append(f"rope {key} is {str(value)[:40]!r}, not a positive number")
     return rope, faults
 
 
-def rope_frequencies(config):
-    """(inv_freq (D/2,) fp32, the factor on cos and sin)."""
+def rope_frequencies(config, length=0):
+    """(inv_freq (D/2,) fp32, the factor on cos and sin) for a sequence of this length."""
     rope = dict(config.rope)
     function = ROPE_TYPES[rope.pop("rope_type")]
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return function(1.0 / rope["rope_theta"] ** exponents, **rope)
+    plain = 1.0 / wavelengths(rope["rope_theta"], config.head_dim // 2)
+    return function(plain, length, **rope)
 
 
 # --- checkpoints: read strictly, a tensor at a time -----------------------------------------------
 
 
 def pick_device(name):
-    """torch.device of a device's name; 'auto' is CUDA, then MPS, then the CPU."""
+    """torch.device of a device's name; 'auto' is the accelerator that PyTorch was built for (CUDA,
+    MPS, XPU, ...), the CPU if none is there. UserError if it can't be used."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with as_user_error(f"device: {name} can't be used here", RuntimeError, AssertionError):
         torch.zeros(1, device=name).item()
     return torch.device(name)
+
+
+SHORT = {"bfloat16": "bf16", "float16": "fp16"}  # in the names of a CPU's capabilities
+
+
+def pick_dtype(dtype, stored, device):
+    """The name of the dtype to compute in. 'auto' is the checkpoint's, `stored`, if the device has
+    products in it: on a CPU without (AVX2 alone) float32 is 6 to 80 times faster, on a GPU without
+    bfloat16 (a T4) it is float16. A line on stderr says so."""
+    if dtype != "auto":
+        return dtype
+    device, choice = torch.device(device), stored
+    if device.type == "cpu" and stored in SHORT:
+        capabilities = torch.cpu.get_capabilities().items()
+        if not any(has for name, has in capabilities if SHORT[stored] in name):
+            choice = "float32"
+    if device.type == "cuda" and stored == "bfloat16":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            choice = "float16"
+    if choice != stored:
+        print(
+            f"dtype: no {stored} products on this {device.type}; {choice}", file=sys.stderr
+        )
+    return choice
 
 
 def checkpoint_tensors(folder):
@@ -1121,12 +1229,12 @@ def load_model(
     revision=None,
     swap_layers=None,
 ):
-    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype ('auto': the
-    checkpoint's). Checked by `open_model`, then filled a tensor at a time: peak memory is the model
+    """A Transformer with the weights of folder or hub id `name`, frozen, in dtype (see
+    `pick_dtype`). Checked by `open_model`, then filled a tensor at a time: peak memory is the model
     and one tensor."""
     check_choice("dtype", dtype, ("auto", *DTYPES))
     model, tensors = open_model(name, revision, swap_layers)
-    model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
+    model.dtype = DTYPES[pick_dtype(dtype, model.config.dtype, device)]
     model.attention, notice = choose_attention(
         attn_implementation, model.config, model.dtype, device
     )

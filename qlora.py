@@ -32,9 +32,10 @@ from lora import (
     merged_layer,
     new_folder,
 )
-from model import CHUNK, DTYPES, Linear, load_model, save_model
+from model import CHUNK, DTYPES, Linear, ModelConfig, load_model, save_model
 from support.errors import UserError, as_user_error, run_command
 from support.files import read_tensor, unique_keys
+from support.hub import resolve
 from support.settings import check_choices, parse_config
 
 BLOCK, NESTED_BLOCK = 64, 256  # values that share a scale, scales that share one
@@ -346,7 +347,8 @@ def main():
     if command == "quantize":
         config = parse_config(QuantizeConfig, argv, "Writes a model in 4 bit.")
         config.load_in_4bit, folder = True, new_folder(config.output_dir)
-        save_4bit(load_4bit(config.model, config), folder, config)
+        dtype = ModelConfig.read(resolve(config.model)).dtype
+        save_4bit(load_4bit(config.model, config, dtype=dtype), folder, config)
     elif command == "merge":
         config = parse_config(
             Merge4bitConfig, argv, "Merges an adapter into 4-bit weights."

@@ -51,6 +51,7 @@ from model import (
     choose_attention,
     open_model,
     pick_device,
+    pick_dtype,
     save_model,
 )
 from qlora import (
@@ -137,7 +138,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     num_samples: int = 3  # of those, how many are shown
     max_new_tokens: int = 128  # longest generated answer
 
-    dtype: str = "auto"  # of base weights and matmuls; auto: the checkpoint's
+    dtype: str = "auto"  # of base weights and matmuls; auto: see model.pick_dtype
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = (
         "auto"  # how attention is computed; varlen is flash attention
@@ -707,10 +708,10 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         call_hub("push_to_hub", partial(create_repositories, config, folder))
 
     # 2. data and plan
-    device = pick_device(config.device)
-    clock, source = Clock(device), resolve(config.model, config.revision)
+    device, source = pick_device(config.device), resolve(config.model, config.revision)
     adapter = config.adapter and find_adapter(config.adapter)
-    tokenizer, dtype = Tokenizer(source, began, adapter), pick_dtype(config, source, device)
+    clock, tokenizer = Clock(device), Tokenizer(source, began, adapter)
+    dtype = pick_dtype(config.dtype, ModelConfig.read(source).dtype, device)
     examples, eval_examples, choices, ledger, report = load_data(config, tokenizer, options)
     source_examples = examples.epoch(0)
     if before_training:  # it may change the examples in place
@@ -805,20 +806,6 @@ def load_data(config, tokenizer, options):
     return examples, eval_examples, choices, ledger, report
 
 
-def pick_dtype(config, source, device):
-    """The dtype to load in: float16 where a checkpoint's bfloat16 has no hardware (a T4)."""
-    if (
-        config.dtype == "auto"
-        and device.type == "cuda"
-        and ModelConfig.read(source).dtype == "bfloat16"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        name = torch.cuda.get_device_name(device)
-        print(f"dtype: {name} has no bfloat16; float16 with a gradient scaler")
-        return "float16"
-    return config.dtype
-
-
 def load_to_train(config, source, steps, device, dtype):
     """The model of a run, with what trains in place."""
     model = load_4bit(
@@ -845,7 +832,7 @@ def attach_adapter(model, config):
         return add_lora(model, config, config.seed)
     tied = model.config.tie_word_embeddings
     if model.device.type == "meta":
-        _, _, notices = open_adapter(model, config.adapter)
+        _, notices = open_adapter(model, config.adapter)
     else:
         notices = load_adapter(model, config.adapter, trainable=True)
     if tied != model.config.tie_word_embeddings:
@@ -907,7 +894,7 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
     """(parameters by module, {part: GB} at the steps' peak, FLOPs of the largest micro-batch, its
     examples) of a run, see `estimate_memory`; no weight is read."""
     model, _ = open_model(source, swap_layers=partial(swap_linear4bit, config))
-    model.dtype = DTYPES[model.config.dtype if dtype == "auto" else dtype]
+    model.dtype = DTYPES[dtype]
     model.attention, _ = choose_attention(
         config.attn_implementation, model.config, model.dtype, device
     )

@@ -42,7 +42,8 @@ def is_selected(path, config, saved):
     """Whether a target may be adapted: not left out by the other settings."""
     block = re.match(r".*?\.[^.]*\.(\d+)\.", path)
     index = int(block[1]) if block else None
-    if config.layers_to_transform and index not in config.layers_to_transform:
+    named = path in config.target_modules  # in full, which layers_to_transform leaves alone
+    if config.layers_to_transform and index not in config.layers_to_transform and not named:
         return False
     return not within(path, saved) and not matches(path, config.exclude_modules)
 

@@ -44,6 +44,13 @@ TINY = dict(
 )
 
 
+@pytest.fixture(autouse=True)
+def a_cpu_with_16_bit_products(monkeypatch):
+    """`auto` is the checkpoint's dtype in tests, whatever CPU they run on, see model.pick_dtype."""
+    has = dict.fromkeys(("avx512_bf16", "avx512_fp16"), True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+
+
 @pytest.fixture
 def shared():
     """The folder of real models and data beside the repository; the test is skipped where there is

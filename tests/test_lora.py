@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,255 @@ def test_a_tied_pair_that_peft_trained_apart_is_untied(whole, bases, tmp_path):
     assert "untied" in merge(tmp_path / "ours", tmp_path / "merged")[0]
     assert_close(logits(theirs(tmp_path / "merged")), logits(reference))
     assert_close(logits(ours(tmp_path / "merged")), logits(reference))
+
+
+TOKENS = "trainable_token_indices"
+ENDS = {  # name: families, PEFT's settings of embedding and head; all are r 3, alpha 7
+    "lora on the embedding": dict(target_modules=["q_proj", "embed_tokens"]),
+    "rslora on the embedding": dict(
+        target_modules=["q_proj", "embed_tokens"],
+        use_rslora=True,
+        rank_pattern={"embed_tokens": 2},
+    ),
+    "embedding alone": dict(target_modules=["embed_tokens"]),
+    "embedding by regex": dict(target_modules=r".*(q_proj|embed_tokens)"),
+    "both adapted": dict(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    "embedding, tied": dict(
+        target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True
+    ),
+    "head adapted": dict(target_modules=["q_proj", "lm_head"]),
+    "head, tied": dict(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True),
+    "head adapted, embedding whole": dict(
+        target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"]
+    ),
+    "tokens": dict(target_modules=["q_proj"], trainable_token_indices=[3, 66]),
+    "tokens by name": dict(
+        target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]}
+    ),
+    "tokens of both": dict(
+        target_modules=["q_proj"],
+        trainable_token_indices={"lm_head": [3], "embed_tokens": [3]},
+    ),
+    "tokens apart": dict(
+        target_modules=["q_proj"],
+        trainable_token_indices={"lm_head": [3, 9], "embed_tokens": [1, 2]},
+    ),
+    "tokens of the head": dict(
+        target_modules=["q_proj"], trainable_token_indices={"lm_head": [3]}
+    ),
+    "tokens and the head adapted": dict(
+        target_modules=["q_proj", "lm_head"],
+        trainable_token_indices={"embed_tokens": [4, 3]},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-tied"])
+@pytest.mark.parametrize("case", ENDS)
+def test_adapted_ends_are_pefts(case, family, bases, tmp_path):
+    """Embedding and head: adapted, or single tokens trained; tied and not. What opens computes what
+    PEFT computes, merges to that, can be saved again, and is dry-run on meta."""
+    reference = peft_model(bases[family], dict(r=3, lora_alpha=7) | ENDS[case])
+    reference.save_pretrained(tmp_path / "theirs")
+    if case == "tokens and the head adapted" and family == "qwen3-tied":
+        with pytest.raises(UserError, match="single tokens are trained, and an end"):
+            load_adapter(ours(bases[family]), tmp_path / "theirs")
+        return
+    expected = logits(
+        peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "theirs")
+    )
+    model = ours(bases[family])
+    plain = logits(model)
+    load_adapter(model, tmp_path / "theirs")
+    assert (expected - plain).abs().max() > 1e-2 * expected.abs().max()
+    assert_close(logits(model), expected)
+    merge(tmp_path / "theirs", tmp_path / "merged", bases[family])
+    assert_close(logits(ours(tmp_path / "merged")), expected)
+    assert_close(logits(theirs(tmp_path / "merged")), expected)
+    save_adapter(model, tmp_path / "again", bases[family])
+    again = ours(bases[family])
+    load_adapter(again, tmp_path / "again")
+    assert_close(logits(again), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_that_peft_saved_along(dtype, family, bases, tmp_path):
+    """Equal to the base's: opened as if they were not there. Others: refused; PEFT uses them."""
+    reference = peft_model(bases[family], dict(r=2, target_modules=["q_proj"])).to(dtype)
+    reference.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    tensors = stored(tmp_path / "theirs")
+    assert f"{lora.PREFIX}lm_head.weight" in tensors
+    model = ours(bases[family])
+    load_adapter(model, tmp_path / "theirs")
+    assert_close(
+        logits(model), logits(reference.float()), 1e-5 if dtype == torch.float32 else 0.05
+    )
+    assert (model.lm_head is None) == (family == "qwen3-tied")
+    tensors[f"{lora.PREFIX}model.embed_tokens.weight"][3] *= 1.1
+    save_file(tensors, tmp_path / "theirs" / "adapter_model.safetensors")
+    for open_it in (partial(load_adapter, ours(bases[family])), merge_into(tmp_path)):
+        with pytest.raises(
+            UserError, match="embed_tokens.weight differs from this base's weight"
+        ):
+            open_it(tmp_path / "theirs")
+
+
+def merge_into(folder):
+    return lambda adapter: merge(adapter, folder / "merged")
+
+
+@pytest.mark.parametrize("key", ["lm_head", "model.layers.0.self_attn.q_proj"])
+def test_a_frozen_weight_of_an_adapted_layer_is_compared(key, bases, tmp_path):
+    reference = peft_model(bases["qwen3"], dict(r=2, target_modules=["q_proj", "lm_head"]))
+    reference.save_pretrained(tmp_path / "theirs")
+    tensors, name = stored(tmp_path / "theirs"), f"{lora.PREFIX}{key}.base_layer.weight"
+    tensors[name] = reference.state_dict()[name].clone()
+    save_file(tensors, tmp_path / "theirs" / "adapter_model.safetensors")
+    model = ours(bases["qwen3"])
+    load_adapter(model, tmp_path / "theirs")
+    assert_close(logits(model), logits(reference))
+    tensors[name][1, 2] += 0.5
+    save_file(tensors, tmp_path / "theirs" / "adapter_model.safetensors")
+    with pytest.raises(
+        UserError, match=f"{key}.base_layer.weight differs from this base's"
+    ):
+        load_adapter(ours(bases["qwen3"]), tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        dict(target_modules=["q_proj", "embed_tokens"]),
+        dict(target_modules=["q_proj", "lm_head"]),
+        dict(target_modules=["q_proj"]),
+    ],
+    ids=["whole", "adapted", "head", "saved along"],
+)
+def test_another_vocabulary_size_is_named(settings, bases, tmp_path):
+    resized = theirs(bases["qwen3"])
+    resized.resize_token_embeddings(70)
+    model = peft.get_peft_model(resized, peft.LoraConfig(r=2, **settings))
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    with pytest.raises(
+        UserError, match="70.* another vocabulary size than this base's 67"
+    ) as error:
+        load_adapter(ours(bases["qwen3"]), tmp_path / "theirs")
+    assert "modules_to_save" not in str(error.value)
+
+
+BAD_ENDS = {  # name: settings, change of the config, change of the tensors, parts of the message
+    "token outside": (dict(trainable_token_indices=[3]), {TOKENS: [67]}, {}, TOKENS),
+    "negative token": (dict(trainable_token_indices=[3]), {TOKENS: [-1]}, {}, TOKENS),
+    "no number": (dict(trainable_token_indices=[3]), {TOKENS: ["a"]}, {}, TOKENS),
+    "text": (dict(trainable_token_indices=[3]), {TOKENS: "3"}, {}, TOKENS),
+    "another module": (
+        dict(trainable_token_indices=[3]),
+        {TOKENS: {"q_proj": [3]}},
+        {},
+        TOKENS,
+    ),
+    "one token more": (
+        dict(trainable_token_indices=[3]),
+        {TOKENS: [3, 4]},
+        {},
+        r"tokens_delta is \[1, 24\], expected \[2, 24\]",
+    ),
+    "tokens not named": (dict(trainable_token_indices=[3]), {TOKENS: None}, {}, TOKENS),
+    "tokens not in the file": (
+        {},
+        {TOKENS: [3]},
+        {},
+        "missing base_model.model.model.embed_tokens.token_adapter",
+    ),
+    "half of a LoRA": (
+        dict(target_modules=["q_proj", "embed_tokens"]),
+        {},
+        {"model.embed_tokens.lora_embedding_B": None},
+        "missing .*lora_embedding_B",
+    ),
+    "another rank": (
+        dict(target_modules=["q_proj", "embed_tokens"]),
+        {},
+        {"model.embed_tokens.lora_embedding_B": torch.zeros(24, 5)},
+        r"lora_embedding_B is \[24, 5\], expected \[24, 2\]",
+    ),
+    "dora": (
+        dict(target_modules=["q_proj", "embed_tokens"], use_dora=True),
+        {},
+        {},
+        "embed_tokens.lora_magnitude_vector",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENDS)
+def test_ends_that_do_not_fit_are_named(case, bases, tmp_path):
+    settings, changes, parts, message = BAD_ENDS[case]
+    settings = dict(r=2, target_modules=["q_proj"]) | settings
+    peft_model(bases["qwen3"], settings).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    tensors = stored(tmp_path) | {lora.PREFIX + key: value for key, value in parts.items()}
+    tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_adapter(ours(bases["qwen3"]), tmp_path)
+
+
+def test_an_adapted_embedding_trains_on_as_a_whole(bases, tmp_path):
+    reference = peft_model(
+        bases["qwen3"], dict(r=2, target_modules=["q_proj", "embed_tokens"])
+    )
+    reference.save_pretrained(tmp_path / "theirs")
+    model = ours(bases["qwen3"])
+    load_adapter(model, tmp_path / "theirs", trainable=True)
+    assert_close(logits(model), logits(reference))
+    assert model.model.embed_tokens.weight.requires_grad
+    with pytest.raises(UserError, match="embed_tokens.weight is trained in place"):
+        with disable_lora(model):
+            pass
+
+
+PATHS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "k_proj"]
+LAYERS = {  # targets, layers_to_transform
+    "a full path elsewhere": (PATHS, [1]),
+    "a full path and its name": ([*PATHS, "q_proj"], [1]),
+    "the head": (["lm_head", "v_proj"], [0]),
+    "most of a path": (["layers.0.self_attn.q_proj", "v_proj"], [1]),
+    "excluded all the same": (PATHS, [1], ["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_to_transform_leaves_full_paths_alone(case, bases, tmp_path):
+    targets, layers, *excluded = LAYERS[case]
+    excluded = excluded[0] if excluded else None
+    settings = dict(
+        r=2, target_modules=targets, layers_to_transform=layers, exclude_modules=excluded
+    )
+    reference = peft_model(bases["qwen3"], settings)
+    wanted = {
+        name.removeprefix(lora.PREFIX)
+        for name, module in reference.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    model = ours(bases["qwen3"])
+    add_lora(
+        model,
+        LoRAConfig(
+            lora_r=2,
+            target_modules=targets,
+            layers_to_transform=layers,
+            exclude_modules=excluded or [],
+        ),
+    )
+    assert set(lora_layers(model)) == wanted
+    reference.save_pretrained(tmp_path)
+    model = ours(bases["qwen3"])
+    load_adapter(model, tmp_path)
+    assert_close(logits(model), logits(reference))
 
 
 def test_a_list_of_targets_from_elsewhere_is_read_as_peft_reads_it(bases, tmp_path):
@@ -752,7 +1002,7 @@ def adapter(bases, tmp_path):
         ),
         (dict(megatron_config={"a": 1}), "megatron_config = .* is not supported"),
         (dict(layer_replication=[[0, 2]]), "layer_replication"),
-        (dict(trainable_token_indices=[3]), "trainable_token_indices"),
+        (dict(trainable_token_indices=[3]), "missing .*trainable_tokens_delta"),
         (dict(a_field_of_next_year=2), "a_field_of_next_year = 2 is not supported"),
         (
             dict(init_lora_weights="pissa"),

@@ -194,6 +194,13 @@ def test_gradients_equal_transformers(tiny_checkpoint, name):
 YARN = dict(
     rope_type="yarn", factor=16.0, original_max_position_embeddings=8192, rope_theta=1e6
 )
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=1e4,
+    original_max_position_embeddings=8192,
+    short_factor=[1 + n / 40 for n in range(32)],
+    long_factor=[1 + n for n in range(32)],
+)
 ROPES = {
     "default": dict(rope_type="default", rope_theta=5e5),
     "linear": dict(rope_type="linear", factor=4.0, rope_theta=1e4),
@@ -210,7 +217,63 @@ ROPES = {
     "yarn-attention-factor": YARN | dict(attention_factor=1.17),
     "yarn-no-truncate": YARN | dict(truncate=False, beta_fast=20.0, beta_slow=2.0),
     "yarn-default-original": {k: v for k, v in YARN.items() if "original" not in k},
+    "yarn-ramp-down": YARN | dict(beta_fast=2.0, beta_slow=30.0),
+    "yarn-equal-betas": YARN | dict(beta_fast=4.0, beta_slow=4.0, truncate=False),
+    "dynamic": dict(rope_type="dynamic", factor=3.0, rope_theta=1e4),
+    "longrope": LONGROPE,
+    "longrope-attention-factor": LONGROPE | dict(attention_factor=1.3, factor=8.0),
 }
+
+
+BY_LENGTH = {
+    "dynamic": dict(rope_type="dynamic", factor=3.0, rope_theta=1e4),
+    "longrope": LONGROPE
+    | dict(
+        original_max_position_embeddings=24,
+        short_factor=[1 + n / 40 for n in range(6)],
+        long_factor=[1 + n for n in range(6)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_ropes_of_a_sequences_length(tiny_checkpoint, name):
+    """Packed with a long one, a short sequence keeps the frequencies of its own length; branches
+    share those of the longest, as in a batch of transformers'. Generation is transformers'."""
+    folder = tiny_checkpoint(
+        rope_parameters=dict(BY_LENGTH[name]), max_position_embeddings=24
+    )
+    model = load_model(folder)
+    sizes = (20, 24, 25, 90)
+    documents = [tokens(n, seed=n) for n in sizes]
+    with torch.no_grad():
+        theirs = [
+            reference_of(folder)(torch.from_numpy(ids)[None].long()).logits[0]
+            for ids in documents
+        ]
+        packed = model.logits(model(Batch.pack([[seg(ids)] for ids in documents])))
+    for ours, expected in zip(packed.split(sizes), theirs):
+        assert_close(ours, expected, 1e-5)
+    assert (theirs[-1][:20] - logits_of(model, documents[-1][:20])).abs().max() > 1e-2
+
+    long = documents[-1]
+    tree = [seg(long[:30]), seg(long[30:]), seg(long[30:40], prefix=0, sequence=1)]
+    tree[1] = tree[1]._replace(prefix=0)
+    with torch.no_grad():
+        branched = model.logits(model(Batch.pack([tree])))
+    assert_close(branched[:90], theirs[-1], 1e-5)
+    assert_close(branched[90:], theirs[-1][30:40], 1e-5)
+    prompts = [[*range(1, 19), n] for n in (5, 6)]  # with a header that could be shared
+    for prompt, new in zip(prompts, M.generate(model, prompts, 12, eos_ids=())):
+        fresh = reference_of(folder)
+        expected = fresh.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert new == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("dialect", ["new", "old"])
@@ -237,7 +300,7 @@ def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
         )
         (folder / "config.json").write_text(json.dumps(raw))
     model, reference = load_model(folder), reference_of(folder)
-    inv_freq, scale = M.rope_frequencies(model.config)
+    inv_freq, scale = M.rope_frequencies(model.config)  # of a short sequence
     torch.testing.assert_close(
         inv_freq, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0
     )
@@ -894,6 +957,178 @@ def test_dtype_and_nothing_left_on_meta(tiny_checkpoint, stored, wanted):
     assert torch.isfinite(logits_of(model, tokens(9))).all()
 
 
+def patched(folder, remove=(), **change):
+    """The folder, with config.json changed."""
+    file = folder / "config.json"
+    raw = {
+        k: v for k, v in json.loads(file.read_text()).items() if k not in remove
+    } | change
+    file.write_text(json.dumps(raw))
+    return folder
+
+
+LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=1e4)
+DEFAULT = dict(rope_type="default", rope_theta=1e6)
+SPLIT_YARN = {
+    k: v for k, v in YARN.items() if k not in ("original_max_position_embeddings",)
+}
+ODD_CONFIGS = {  # name: removed keys, changes; transformers opens all of them
+    "both dialects": ((), dict(rope_parameters=DEFAULT, rope_scaling=LINEAR)),
+    "both dialects, theta above": (
+        (),
+        dict(
+            rope_parameters=DEFAULT,
+            rope_scaling=dict(type="linear", factor=2.0),
+            rope_theta=5e5,
+        ),
+    ),
+    "both dialects, theta nowhere": (
+        (),
+        dict(rope_parameters=DEFAULT, rope_scaling=dict(rope_type="linear", factor=2.0)),
+    ),
+    "empty rope_scaling": ((), dict(rope_parameters=LINEAR, rope_scaling={})),
+    "original above": (
+        (),
+        dict(rope_parameters=SPLIT_YARN, original_max_position_embeddings=64),
+    ),
+    "original above and within": (
+        (),
+        dict(rope_parameters=YARN, original_max_position_embeddings=64),
+    ),
+    "original above, llama3": (
+        (),
+        dict(rope_parameters=ROPES["llama3"], original_max_position_embeddings=128),
+    ),
+    "original nowhere, llama3": (
+        (),
+        dict(
+            rope_parameters={
+                k: v for k, v in ROPES["llama3"].items() if "original" not in k
+            }
+        ),
+    ),
+    "yarn without factor": (
+        (),
+        dict(
+            rope_parameters=SPLIT_YARN | dict(factor=None),
+            original_max_position_embeddings=128,
+        ),
+    ),
+    "partial rotary, default": ((), dict(partial_rotary_factor=0.5)),
+    "partial rotary within, default": (
+        (),
+        dict(rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
+    ),
+    "swish": ((), dict(hidden_act="swish")),
+    "window above all layers": (
+        ("layer_types",),
+        dict(use_sliding_window=True, sliding_window=8, max_window_layers=2),
+    ),
+    "window, default max_window_layers": (
+        ("layer_types", "max_window_layers"),
+        dict(use_sliding_window=True, sliding_window=8),
+    ),
+    "window of a full list": (
+        (),
+        dict(
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=0,
+            layer_types=["full_attention"] * 2,
+        ),
+    ),
+    "no window": (
+        ("layer_types",),
+        dict(use_sliding_window=True, sliding_window=None, max_window_layers=0),
+    ),
+    "window not used": (
+        ("layer_types",),
+        dict(use_sliding_window=False, sliding_window=8, max_window_layers=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+def test_odd_configs_mean_what_transformers_says(tiny_checkpoint, name, family):
+    remove, change = ODD_CONFIGS[name]
+    folder = patched(tiny_checkpoint(model_type=family, head_dim=12), remove, **change)
+    ids = tokens(400)
+    with torch.no_grad():
+        theirs = reference_of(folder)(torch.from_numpy(ids)[None].long()).logits[0]
+    assert_close(logits_of(load_model(folder), ids), theirs, 1e-5)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_dtype_that_the_config_does_not_name_is_the_weights(
+    tiny_checkpoint, tmp_path, stored
+):
+    folder = patched(
+        tiny_checkpoint(dtype=stored, max_shard_size="20KB"),
+        remove=("dtype", "torch_dtype"),
+    )
+    model = load_model(folder)
+    assert model.config.dtype == stored and M.ModelConfig.read(folder).dtype == stored
+    assert reference_of(folder, dtype="auto").dtype == getattr(torch, stored)
+    M.save_model(model.state_dict().items(), tmp_path / "saved", folder)
+    saved = load_file(tmp_path / "saved" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in saved} == {getattr(torch, stored)}
+
+
+CPUS = {  # name: what it has, the dtype of (bfloat16, float16, float32) checkpoints there
+    "avx2": (["avx2", "f16c"], ["float32", "float32", "float32"]),
+    "avx512 bf16": (["avx2", "avx512_bf16"], ["bfloat16", "float32", "float32"]),
+    "amx": (["amx_bf16", "amx_fp16"], ["bfloat16", "float16", "float32"]),
+    "arm": (["bf16", "fp16"], ["bfloat16", "float16", "float32"]),
+    "old arm": (["neon"], ["float32", "float32", "float32"]),
+}
+ASKED_OF_THE_CPU = torch.cpu.get_capabilities
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_auto_dtype_is_what_the_cpu_multiplies(monkeypatch, tiny_checkpoint, capsys, name):
+    has, expected = CPUS[name]
+    flags = dict.fromkeys(("avx512_bf16", "amx_bf16", "avx512_fp16"), False)
+    monkeypatch.setattr(
+        torch.cpu,
+        "get_capabilities",
+        lambda: flags | dict.fromkeys(has, True) | {"cpu_name": "X"},
+    )
+    for stored, dtype in zip(("bfloat16", "float16", "float32"), expected):
+        assert M.pick_dtype("auto", stored, "cpu") == dtype
+        lines = capsys.readouterr().err
+        assert (
+            lines == "" if dtype == stored else (lines.count("\n") == 1 and stored in lines)
+        )
+        for named in M.DTYPES:
+            assert M.pick_dtype(named, stored, torch.device("cpu")) == named
+    folder = tiny_checkpoint(dtype="bfloat16")
+    model = load_model(folder)
+    assert model.dtype == M.DTYPES[expected[0]]
+    assert load_model(folder, "bfloat16").dtype == torch.bfloat16
+    assert model.config.dtype == "bfloat16"
+
+
+def test_a_checkpoint_keeps_its_dtype_wherever_it_is_computed(
+    monkeypatch, tiny_checkpoint, tmp_path
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    folder = tiny_checkpoint(dtype="bfloat16")
+    model = load_model(folder)
+    assert model.dtype == torch.float32
+    M.save_model(model.state_dict().items(), tmp_path / "saved", folder)
+    ours, theirs = (
+        load_file(f / "model.safetensors") for f in (tmp_path / "saved", folder)
+    )
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_cpu_capabilities_are_asked_in_words_that_pytorch_knows():
+    assert isinstance(
+        ASKED_OF_THE_CPU()["avx2" if "avx2" in ASKED_OF_THE_CPU() else "bf16"], bool
+    )
+
+
 def test_all_tensor_faults_are_told_at_once(tiny_checkpoint):
     """Missing (with the nearest name), unexpected and misshapen, in one message."""
 
@@ -1182,6 +1417,12 @@ def integers(folder):
     )
 
 
+def float64(folder):
+    """Weights in a dtype that nothing computes in, and a config that does not name it."""
+    rewrite(folder, lambda t: t.update({k: v.double() for k, v in t.items()}))
+    patched(folder, remove=("torch_dtype", "dtype"))
+
+
 NORM, WEIGHTS, ORIGINAL = (
     "model.norm.weight",
     "model.safetensors",
@@ -1211,14 +1452,51 @@ BAD_CHECKPOINTS = {
     "unknown model": (config(model_type="gemma3"), "config.json", "gemma3", "qwen3"),
     "no model type": (config(model_type=None), "config.json", "model_type"),
     "model type no string": (config(model_type=["llama"]), "config.json", "model_type"),
-    "rope dynamic": (
-        config(rope_scaling={"type": "dynamic", "factor": 2.0}),
-        "dynamic",
-        "yarn",
-    ),
-    "rope longrope": (
-        config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
+    "rope of another name": (
+        config(rope_scaling={"type": "su", "factor": 2.0}),
+        "'su'",
         "longrope",
+    ),
+    "rope longrope half": (
+        config(rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 6}),
+        "rope long_factor is 'None'",
+    ),
+    "rope longrope short list": (
+        config(rope_parameters=LONGROPE),
+        "rope can't be computed",
+    ),
+    "rope longrope text": (
+        config(
+            rope_parameters=LONGROPE | dict(short_factor=["1"] * 6, long_factor=[1] * 6)
+        ),
+        "rope short_factor",
+    ),
+    "rope longrope long list alone": (
+        config(rope_parameters=LONGROPE | dict(short_factor=[1] * 6, long_factor=[1] * 7)),
+        "rope can't be computed",
+    ),
+    "rope factor list": (
+        config(rope_scaling={"rope_type": "linear", "factor": [4.0]}),
+        "rope can't be computed",
+    ),
+    "rope longrope original one": (
+        config(
+            rope_parameters=LONGROPE
+            | dict(
+                short_factor=[1] * 6,
+                long_factor=[1] * 6,
+                original_max_position_embeddings=1,
+            )
+        ),
+        "rope can't be computed",
+    ),
+    "rope dynamic without factor": (
+        config(rope_scaling={"type": "dynamic"}),
+        "rope factor",
+    ),
+    "rope original above text": (
+        config(rope_scaling=YARN, original_max_position_embeddings="4k"),
+        "rope original_max_position_embeddings is '4k'",
     ),
     "rope type no string": (
         config(rope_scaling={"rope_type": ["yarn"]}),
@@ -1246,12 +1524,38 @@ BAD_CHECKPOINTS = {
         f"rope {ORIGINAL}",
     ),
     "rope theta zero": (config(rope_theta=0), "rope_theta"),
-    "partial rotary": (config(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "partial rotary": (
+        config(partial_rotary_factor=0.5, rope_scaling={"type": "linear", "factor": 2.0}),
+        "partial_rotary_factor",
+    ),
     "gelu": (config(hidden_act="gelu"), "hidden_act", "gelu"),
     "sliding window": (
-        config(sliding_window=128, use_sliding_window=True),
+        config(
+            sliding_window=128,
+            use_sliding_window=True,
+            layer_types=None,
+            max_window_layers=1,
+        ),
         "sliding-window",
     ),
+    "sliding window of the default size": (
+        config(
+            sliding_window=None,
+            use_sliding_window=True,
+            layer_types=["sliding_attention"] * 2,
+        ),
+        "sliding-window",
+    ),
+    "max_window_layers no number": (
+        config(
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=None,
+            max_window_layers="1",
+        ),
+        "max_window_layers",
+    ),
+    "dtype of the weights": (float64, "float64"),
     "sliding layers": (
         config(layer_types=["full_attention", "sliding_attention"]),
         "sliding-window",

@@ -19,7 +19,7 @@ from torch import nn
 import qlora
 import sft
 from lora import LoRAConfig, add_lora, load_adapter, lora_layers, merge, save_adapter
-from model import Batch, Linear, Segment, load_model
+from model import Batch, Linear, Segment, load_model, pick_dtype
 from qlora import (
     Linear4bit,
     QuantConfig,
@@ -684,15 +684,38 @@ def test_fp16_scales_its_loss_and_skips_what_overflows(bases, tmp_path):
 
 def test_dtype_is_the_devices_matter(monkeypatch, bases, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    config, cuda = sft.SFTConfig(), torch.device("cuda")
-    assert sft.pick_dtype(config, bases["qwen3-untied"], cuda) == "float16"
-    assert (
-        capsys.readouterr().out
-        == "dtype: Tesla T4 has no bfloat16; float16 with a gradient scaler\n"
-    )
-    assert sft.pick_dtype(config, bases["qwen3"], cuda) == "auto"  # a checkpoint in fp32
-    assert sft.pick_dtype(config, bases["qwen3-untied"], torch.device("cpu")) == "auto"
+    cuda = torch.device("cuda")
+    assert pick_dtype("auto", "bfloat16", cuda) == "float16"
+    line = "dtype: no bfloat16 products on this cuda; float16\n"
+    assert capsys.readouterr().err == line
+    assert pick_dtype("auto", "float32", cuda) == "float32"
+    assert pick_dtype("bfloat16", "bfloat16", cuda) == "bfloat16"
+    assert capsys.readouterr().err == ""
+
+
+def test_4_bit_follows_the_cpu_and_files_the_checkpoint(monkeypatch, bases, tmp_path):
+    """Without bf16 products 4-bit layers compute in fp32; what is written says bf16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    folder, quant = bases["qwen3-untied"], QuantConfig(load_in_4bit=True)
+    model = load_4bit(folder, quant)
+    layer = model.model.layers[0].mlp.up_proj
+    assert model.dtype == torch.float32 and layer.dense_weight().dtype == torch.float32
+    named = load_4bit(folder, quant, dtype="bfloat16").model.layers[0].mlp.up_proj
+    assert torch.equal(layer.weight, named.weight), "the same 4 bits"
+    argv = [
+        "qlora.py",
+        "quantize",
+        "--model",
+        str(folder),
+        "--output_dir",
+        str(tmp_path / "q"),
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    qlora.main()
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
+    states = [bytes(t.tolist()) for name, t in stored.items() if "quant_state" in name]
+    assert states and all(json.loads(state)["dtype"] == "bfloat16" for state in states)
 
 
 # --- mistakes -------------------------------------------------------------------------------------
