@@ -49,6 +49,7 @@ from support.errors import (
 )
 from support.files import read_json, regular_file
 from support.hub import COMPANIONS, resolve
+from support.messages import messages_of
 from support.readers import find_sources, stream_rows
 from support.sandbox import Overrun, bounded
 from support.settings import check_choices, check_range, parse_config
@@ -276,33 +277,31 @@ class Tokenizer:
         """UserError: the template leaves out a content or a tool call, as it does where it doesn't
         know the role. Numbers stand for them, so one rendering checks every conversation of the
         same shape."""
-        owners = []
+        marked, owners = [], []
 
         def mark(value):
             if isinstance(value, dict):
                 return {k: v if k in ("type", "id") else mark(v) for k, v in value.items()}
             if isinstance(value, list):
-                return [mark(element) for element in value]
+                return [*map(mark, value)]
             if value is None or not str(value).strip():
                 return value
-            owners.append(i)
+            owners.append(m)
             number = MARK + len(owners)
             return str(number) if isinstance(value, str) else number
 
-        marked, keys = [], ("content", "tool_calls")
-        for i, m in enumerate(messages):
-            marked.append({"role": m["role"]} | {key: mark(m.get(key)) for key in keys})
-        shape = hash(repr((marked, list(map(sorted, messages)), kwargs)))
+        for m in messages:
+            marks = {key: mark(m[key]) for key in ("content", "tool_calls") if key in m}
+            marked.append({"role": m["role"], **marks})
+        shape = hash(repr((marked, kwargs)))
         if shape in self.checked:
             return
         text = self.render([m | marks for m, marks in zip(messages, marked)], **kwargs)
-        for number, i in enumerate(owners, MARK + 1):
+        for number, m in enumerate(owners, MARK + 1):
             if str(number) not in text:
-                m = messages[i]
                 raise UserError(
-                    f"{self.template_file}: leaves out message {i} ({m['role']}): "
-                    f"{brief(m.get('content') or m['tool_calls'])}; "
-                    "it doesn't know this role, or this form of content"
+                    f"{self.template_file}: leaves out what this message says, whose role or "
+                    f"form it doesn't know: {brief(m)}"
                 )
         self.checked.add(shape)
 
@@ -443,97 +442,17 @@ SCHEMAS = (
 )
 FOR_CHATS = {"system", "history", "tools", "chat_template_kwargs"}
 CONTEXT = {"functions", "instruction", "input", "question", "query", "context", "documents"}
-METADATA = (  # and what recipes and eval.py read
-    "weight choices answer id idx index uuid prompt_id conversation_id source dataset subset split "
+KEPT = ("weight", "choices", "answer", "tools", "chat_template_kwargs")
+METADATA = (
+    "id idx index uuid prompt_id conversation_id source dataset subset split "
     "category topic type tags language lang model score score_chosen score_rejected"
 )
-ROLES = {  # a template's role: the names that ShareGPT, OpenAI, Llama and others have for it
-    "system": "developer",
-    "user": "human prompter",
-    "assistant": "gpt chatgpt bot ai model function_call tool_call",
-    "tool": "ipython observation function tool_response function_response",
-}
-ROLE_OF = {name: role for role in ROLES for name in (role, *ROLES[role].split())}
-# keys by which OpenAI, Axolotl, ms-swift and others leave a message unscored: the value that does
-UNSCORED = {"weight": 0, "loss_weight": 0, "train": 0, "training": 0, "loss": 0}
-UNSCORED |= {"mask": 1, "masked": 1}
 
 
 def text_of(row, key):
     if not isinstance(row[key], str):
         raise UserError(f"'{key}' must be a string, found {brief(row[key])}")
     return row[key]
-
-
-def join_texts(content):
-    """A list of text parts as one string; anything else as it is."""
-    with suppress(AttributeError, TypeError, LookupError):
-        if all(part.get("type", "text").endswith("text") for part in content):
-            return "".join(part["text"] for part in content)
-    return content
-
-
-def read_calls(calls, where):
-    """Tool calls, perhaps in JSON, as templates want them: objects with their arguments as one."""
-
-    def read(value):
-        return json.loads(value or "{}") if isinstance(value, str) else value
-
-    expected = f"{where}: a tool call is an object (or its JSON) with name and arguments"
-    faults = ValueError, TypeError, LookupError, AttributeError, RecursionError
-    with as_user_error(expected, *faults, on=calls):
-        calls = read(calls)
-        result = []
-        for call in [calls] if isinstance(calls, dict) else calls:
-            function = call.get("function", call)
-            function = {"name": function["name"], "arguments": read(function["arguments"])}
-            if not isinstance(function["arguments"], dict):
-                raise TypeError("the arguments are not an object")
-            result.append({"type": "function"} | call | {"function": function})
-        return result
-
-
-def messages_of(row, key):
-    """A row's messages as templates want them: other tools' names mapped, lists of text parts
-    joined, `weight` 0 where a message is not scored, values of None left out.
-    UserError: no message, nor a list of them, or one without role or text."""
-    sources = [row[key]] if isinstance(row[key], dict) else row[key]
-    if not isinstance(sources, list) or not sources:
-        raise UserError(f"'{key}' must be a list of messages, found {brief(row[key])}")
-    messages = []
-    for i, source in enumerate(sources):
-        where = f"{key}[{i}]"
-        if not isinstance(source, dict):
-            raise UserError(
-                f"{where} must be a message with role and content: {brief(source)}"
-            )
-        m = {name: value for name, value in source.items() if value is not None}
-        for name, other in (("role", "from"), ("content", "value")):
-            if other in m:
-                m.setdefault(name, m.pop(other))
-        if not isinstance(m.get("role"), str):
-            raise UserError(f"{where} has no role: {brief(source)}")
-        name = m["role"].strip().lower()
-        role = m["role"] = ROLE_OF.get(name, m["role"])
-        if name in ("function_call", "tool_call"):
-            m |= {"function_call": m.get("content"), "content": ""}
-        calls = m.pop("function_call", None) or m.get("tool_calls")
-        if calls:
-            m["tool_calls"] = read_calls(calls, where)
-        content = m["content"] = join_texts(m.get("content"))
-        is_text = isinstance(content, str) or (content is not None and role == "tool")
-        if not is_text and (content is not None or not calls):
-            raise UserError(
-                f"{where} ({role}) must have text as its content: {brief(content)}"
-            )
-        flags = {name: m.pop(name) for name in UNSCORED if name in m}
-        for name, flag in flags.items():
-            if flag not in (0, 1):
-                raise UserError(f"{where}: '{name}' must be 0 or 1, found {brief(flag)}")
-            if flag == UNSCORED[name]:
-                m["weight"] = 0
-        messages.append(m)
-    return messages
 
 
 def turns_of(row, key):
@@ -547,16 +466,15 @@ def turns_of(row, key):
 def context_of(row):
     """The turns that `system` and `history` ([question, answer] pairs or messages) put before a
     row's own."""
-    turns, history = [], row.get("history") or []
+    turns, history = [], row.get("history")
     if row.get("system"):
         turns = as_turn("system", text_of(row, "system"))
+    if not history:
+        return turns
     if isinstance(history, list) and all(isinstance(pair, list) for pair in history):
-        with as_user_error("'history' must be of [question, answer] pairs", ValueError):
-            pairs = [(question, answer) for question, answer in history]
-        history = []
-        for question, answer in pairs:
-            history += as_turn("user", question) + as_turn("assistant", answer)
-    return turns + (messages_of({"history": history}, "history") if history else [])
+        roles = itertools.cycle(("user", "assistant"))
+        history = [{"role": next(roles), "content": t} for pair in history for t in pair]
+    return turns + messages_of({"history": history}, "history")
 
 
 def schema_of(row, preference=False):
@@ -575,9 +493,9 @@ def schema_of(row, preference=False):
 
 def split_sides(row, keys, chat):
     """(prompt, answers) of a row whose schema has several keys: strings, or lists of messages."""
-    first, wants_chat = keys[0], FOR_CHATS - {"chat_template_kwargs"}
+    first = keys[0]
     is_chat = any(isinstance(row[key], (list, dict)) for key in keys)
-    if first in CONTEXT or any(map(row.get, wants_chat)):
+    if first in CONTEXT or any(map(row.get, FOR_CHATS)):
         is_chat = is_chat or chat
     if first == "instruction" and is_chat and row.get("input"):
         text = text_of(row, "instruction") + "\n" + text_of(row, "input")
@@ -655,46 +573,24 @@ REASONING = {  # --reasoning: what it leaves unscored in an answer
 
 
 def thought_of(m):
-    """A message's thought, or ""; where a template finds it."""
-    thought = next((m[key] for key in THOUGHTS if m.get(key)), "")
-    if not thought and m["content"] and "</think>" in m["content"]:
-        thought = m["content"].partition("</think>")[0].rpartition("<think>")[2]
-    return thought.strip()
+    """A message's thought, or "": where templates look for it."""
+    texts = [m[key] for key in THOUGHTS if m.get(key)]
+    texts += re.findall(r"(?s)(?:<think>)?(.*?)</think>", m["content"] or "")
+    return str(texts[0]).strip() if texts else ""
 
 
-def split_turns(
-    row,
-    tokenizer,
-    completion_only_loss=None,
-    assistant_only_loss=True,
-    preference=False,
-    **options,
-):
-    """A row -> the rows, one for each turn of the assistant, that train it as it is asked for: where
-    a template renders a turn otherwise once others follow (Qwen3 drops its thought)."""
-    if completion_only_loss is False or not assistant_only_loss:
-        raise UserError("reasoning: every_turn scores answers alone, not the conversation")
-    if preference or completion_only_loss:
-        return [row]
-    prompt, (answer, *_) = split_row(row, tokenizer.has_template)
+def split_turns(row, chat):
+    """A row -> the rows, one for each of the assistant's turns, that train it as it is asked for:
+    as the last. Templates may render a turn otherwise once others follow."""
+    prompt, (answer, *_) = split_row(row, chat)
     if isinstance(prompt, str):
         return [row]
-    messages, kwargs = prompt + answer, template_kwargs(row)
-    speaks = [
-        i
-        for i, m in enumerate(messages)
-        if i >= len(prompt) and m["role"] == "assistant" and m.get("weight", 1)
-    ]
-    text = tokenizer.render(messages, **kwargs)
-    until = (tokenizer.render(messages[: i + 1], **kwargs) for i in speaks)
-    if all(map(text.startswith, until)):
-        return [row]
-    read = {*FOR_CHATS, *CONTEXT, *" ".join(SCHEMAS).split()} - {
-        "tools",
-        "chat_template_kwargs",
-    }
-    rest = {key: value for key, value in row.items() if key not in read}
-    return [rest | {"prompt": messages[:i], "completion": messages[i]} for i in speaks]
+    messages, rows = prompt + answer, []
+    rest = {key: row[key] for key in KEPT if key in row}
+    for i, m in enumerate(messages):
+        if i >= len(prompt) and m["role"] == "assistant" and m.get("weight", 1):
+            rows.append(rest | {"prompt": messages[:i], "completion": m})
+    return rows
 
 
 def to_pieces(
@@ -709,12 +605,14 @@ def to_pieces(
     or prompt, chosen and rejected if `preference`; or the reason why it is dropped (str).
 
     Scored are, in TRL's names, every assistant turn of a conversation (`assistant_only_loss`, here
-    the default; not those of weight 0) or its last alone (`completion_only_loss` true), a completion without its prompt
-    (with it if `completion_only_loss` is false), all of a text; always the token that ends a turn; `reasoning`: thoughts, see REASONING.
+    the default) or its last alone (`completion_only_loss` true), a completion without its prompt
+    (with it if `completion_only_loss` is false), all of a text; always the token that ends a turn;
+    never a turn of weight 0, nor what `reasoning` leaves out.
     """
     prompt, answers = split_row(row, tokenizer.has_template, preference)
-    known = {*schema_of(row, preference).split(), *FOR_CHATS, *CONTEXT, *METADATA.split()}
-    unread = [key for key, value in row.items() if value and key not in known]
+    schema = schema_of(row, preference)
+    known = {*schema.split(), *FOR_CHATS, *CONTEXT, *KEPT, *METADATA.split()}
+    unread = [key for key in row if row[key] and key not in known]
     notes = [f"rows whose {key!r} is not read" for key in unread]
     if preference and answers[0] == answers[1]:
         return "chosen and rejected are the same", notes
@@ -1029,8 +927,8 @@ def weight_of(row):
 
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     """Yields per (where, row, ...): (parts as of `truncate` or the reason why it is dropped,
-    weight, notes, tokens before truncation, scored tokens before it). `make` is a recipe's, `options` as
-    in `to_pieces`. UserError: `where` a row is malformed, and how."""
+    weight, notes, tokens before truncation, scored tokens before it). `make` is a recipe's,
+    `options` as in `to_pieces`. UserError: `where` a row is malformed, and how."""
     prepared = []
     surrogate = "half a surrogate pair in its text, which was cut inside a character"
     for where, row, *_ in rows:
@@ -1279,19 +1177,23 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
 
 
 def number_rows(rows, tokenizer, make, options):
-    """(where, row, source) -> yields these and the row's number; by turns if options say so."""
+    """(where, row, source) -> yields these and the row's number; with `reasoning` every_turn a row
+    for each turn of a conversation."""
+    by_turns = options.get("reasoning") == "every_turn" and not options.get("preference")
+    scores_more = not options.get("assistant_only_loss", True)
+    if by_turns and (scores_more or options.get("completion_only_loss") is not None):
+        raise UserError(
+            "reasoning: every_turn scores each answer; drop completion_only_loss and "
+            "assistant_only_loss"
+        )
     for number, (where, row, source) in enumerate(rows):
-        parts = [row]
-        if options.get("reasoning") == "every_turn":
-            with as_user_error(where, UserError):
-                made = make(row)
-                turns = (
-                    [made]
-                    if isinstance(made, str)
-                    else split_turns(made, tokenizer, **options)
-                )
-            parts = turns if len(turns) > 1 else parts
-        yield from ((where, part, source, number) for part in parts)
+        parts = []
+        with as_user_error(where, UserError):
+            made = make(row) if by_turns else ""
+            if not isinstance(made, str):
+                parts = split_turns(made, tokenizer.has_template)
+        for part in parts if len(parts) > 1 else [row]:
+            yield where, part, source, number
 
 
 def cache_folder(sources, tokenizer, settings):
@@ -1299,7 +1201,7 @@ def cache_folder(sources, tokenizer, settings):
     tokenizer's files, the settings, the data."""
     date = tokenizer.tells_date and f"{tokenizer.now:%F}"
     digest = hashlib.blake2b(repr((settings, date)).encode(), digest_size=16)
-    files = [Path(__file__), Path(getfile(stream_rows))]
+    files = [Path(__file__), Path(getfile(stream_rows)), Path(getfile(messages_of))]
     files += [
         tokenizer.folder / name
         for name in COMPANIONS
