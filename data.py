@@ -643,7 +643,9 @@ def to_pieces(
             for i in spans:
                 flags += [messages[i].get("weight", 1) == 1, score_all]
                 if thought_of(messages[i]) not in text:
-                    notes.append("turns whose thoughts the template leaves out")
+                    notes.append(
+                        "turns whose thoughts the template leaves out (see --reasoning)"
+                    )
             cuts = [0, *itertools.chain(*spans.values()), len(text)]
             side = []
             for (start, stop), scored in zip(itertools.pairwise(cuts), flags):
