@@ -50,6 +50,7 @@ from support.errors import (
 )
 from support.files import locked_folder, read_json, regular_file, sync, write_text
 from support.hub import companions, resolve
+from support.messages import messages_of
 from support.readers import find_sources, stream_rows
 from support.sandbox import Overrun, bounded
 from support.settings import check_choices, check_range, parse_config
@@ -64,6 +65,9 @@ def as_turn(role, content):
 # Stand for an answer, and for the ends of {% generation %}. Random: a row that contained one could
 # move its own mask.
 SENTINEL, OPEN, CLOSE = (f"\ue000{secrets.token_hex(8)}\ue001" for _ in range(3))
+MARK = 10**18 + secrets.randbits(59)  # this number and the next ones stand for contents
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a message
 
 
 class Generation(jinja2.ext.Extension):
@@ -130,6 +134,7 @@ class Tokenizer:
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
         self.read_special_tokens(config)
         self.read_templates(config)
+        self.checked = set()  # shapes of conversations, see check_messages
         self.head = self.encode("", special=True)[:1]  # BOS, where texts begin with one
         self.newline = self.encode("\n")
         # SentencePiece puts a space before every text
@@ -253,9 +258,7 @@ class Tokenizer:
         for (
             m
         ) in messages:  # templates know the reasoning by one of two names, rows by three
-            keys = [
-                key for key in ("reasoning_content", "thinking", "reasoning") if key in m
-            ]
+            keys = [key for key in THOUGHTS if key in m]
             if keys and m[keys[0]]:
                 m["reasoning_content"] = m[keys[0]]
                 m.setdefault("thinking", m[keys[0]])
@@ -287,16 +290,49 @@ class Tokenizer:
         tokens = "|".join(map(re.escape, tokens[::-1]))
         return rf"(?:\s*(?:{tokens}))+" if tokens else r"(?!)"
 
+    def check_messages(self, messages, /, **kwargs):
+        """UserError: the template leaves out a content or a tool call, as it does where it doesn't
+        know the role. Numbers stand for them, so one rendering checks every conversation of the
+        same shape."""
+        marked, owners = [], []
+
+        def mark(value):
+            if isinstance(value, dict):
+                return {k: v if k in ("type", "id") else mark(v) for k, v in value.items()}
+            if isinstance(value, list):
+                return [*map(mark, value)]
+            if value is None or not str(value).strip():
+                return value
+            owners.append(m)
+            number = MARK + len(owners)
+            return str(number) if isinstance(value, str) else number
+
+        for m in messages:
+            marks = {key: mark(m[key]) for key in ("content", "tool_calls") if key in m}
+            marked.append({"role": m["role"], **marks})
+        shape = hash(repr((marked, kwargs)))
+        if shape in self.checked:
+            return
+        text = self.render([m | marks for m, marks in zip(messages, marked)], **kwargs)
+        for number, m in enumerate(owners, MARK + 1):
+            if str(number) not in text:
+                raise UserError(
+                    f"{self.template_file}: leaves out what this message says, whose role or "
+                    f"form it doesn't know: {brief(m)}"
+                )
+        self.checked.add(shape)
+
     def turns(self, messages, first=0, /, **kwargs):
         """The full rendering, and where the assistant speaks in it: (text, spans, is_open).
 
-        spans: (start, end) of each assistant message from index `first` on that is rendered. It
-        begins after the generation prompt (so a <think> that this does not open is inside) and ends
+        spans: {i: (start, end)} of each assistant message i >= `first` that is rendered. It begins
+        after the generation prompt (so a <think> that this does not open is inside) and ends
         with the token that ends the turn; where the template marks every turn by
         `{% generation %}`, the marks decide. is_open: the last answer lacks the end token.
         """
         speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        spans, is_open, marked = [], False, {}
+        spans, is_open, marked, floor = {}, False, {}, 0
+        self.check_messages(messages, **kwargs)
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
             pieces = re.split(
                 f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs)
@@ -308,7 +344,6 @@ class Tokenizer:
             for i in speaks:
                 if i < first:
                     continue
-                floor = spans[-1][1] if spans else 0
                 span = marked.get(i) or self.find_turn(messages, i, text, floor, **kwargs)
                 if span is None:
                     continue
@@ -319,7 +354,7 @@ class Tokenizer:
                         end = after.end()
                     elif i == len(messages) - 1:
                         text, is_open = text[:end], True
-                spans.append((start, end))
+                spans[i], floor = (start, end), end
         return text, spans, is_open
 
     def find_turn(self, messages, i, text, floor, /, **kwargs):
@@ -412,19 +447,23 @@ def common_length(first, second):
 
 SCHEMAS = (
     "messages",
+    "conversations chosen rejected",
     "conversations",
     "prompt completion",
     "prompt chosen rejected",
-    "chosen rejected",
     "instruction output",
+    "instruction chosen rejected",
+    "question chosen rejected",
+    "chosen rejected",
     "text",
 )
-SHAREGPT = {
-    "human": "user",
-    "gpt": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
-}
+FOR_CHATS = {"system", "history", "tools", "chat_template_kwargs"}
+CONTEXT = {"functions", "instruction", "input", "question", "query", "context", "documents"}
+KEPT = ("weight", "choices", "answer", "tools", "chat_template_kwargs")
+METADATA = (
+    "id idx index uuid prompt_id conversation_id source dataset subset split "
+    "category topic type tags language lang model score score_chosen score_rejected"
+)
 
 
 def text_of(row, key):
@@ -433,47 +472,30 @@ def text_of(row, key):
     return row[key]
 
 
-def messages_of(row, key):
-    """A row's messages as templates want them: ShareGPT's names mapped, lists of text parts joined,
-    values of None left out. UserError: no list of messages, or one without role or text."""
-    if not isinstance(row[key], list) or not row[key]:
-        raise UserError(f"'{key}' must be a list of messages, found {brief(row[key])}")
-    messages = []
-    for i, source in enumerate(row[key]):
-        where = f"{key}[{i}]"
-        if not isinstance(source, dict):
-            raise UserError(
-                f"{where} must be a message with role and content: {brief(source)}"
-            )
-        m = {name: value for name, value in source.items() if value is not None}
-        if "from" in m:
-            m = {"role": SHAREGPT.get(str(m["from"]), m["from"]), "content": m.get("value")}
-        content, role = m.get("content"), m.get("role")
-        if isinstance(content, list):
-            with suppress(TypeError, LookupError):  # not text alone: left to the template
-                content = m["content"] = "".join(part["text"] for part in content)
-        if not isinstance(role, str):
-            raise UserError(f"{where} has no role: {brief(source)}")
-        is_text = isinstance(content, str) or (content is not None and role != "assistant")
-        if not is_text and not m.get("tool_calls"):
-            raise UserError(
-                f"{where} ({role}) must have text as its content: {brief(content)}"
-            )
-        messages.append(m)
-    return messages
-
-
 def turns_of(row, key):
     """A row's prompt or answer as messages: a string is one turn."""
-    if isinstance(row[key], str):
-        return as_turn("user" if key == "prompt" else "assistant", row[key])
-    return messages_of(row, key)
+    if isinstance(row[key], (list, dict)):
+        return messages_of(row, key)
+    is_answer = key in ("completion", "output", "chosen", "rejected")
+    return as_turn("assistant" if is_answer else "user", text_of(row, key))
 
 
-def split_row(row, chat, preference=False):
-    """A row -> (prompt, answers): strings, or lists of messages if the row has them (Alpaca's rows
-    if `chat`). The prompt of a text or conversation is empty; answers are one, or chosen and
-    rejected. UserError: it fits none of SCHEMAS, or a value is of a wrong type."""
+def context_of(row):
+    """The turns that `system` and `history` ([question, answer] pairs or messages) put before a
+    row's own."""
+    turns, history = [], row.get("history")
+    if row.get("system"):
+        turns = as_turn("system", text_of(row, "system"))
+    if not history:
+        return turns
+    if isinstance(history, list) and all(isinstance(pair, list) for pair in history):
+        roles = itertools.cycle(("user", "assistant"))
+        history = [{"role": next(roles), "content": t} for pair in history for t in pair]
+    return turns + messages_of({"history": history}, "history")
+
+
+def schema_of(row, preference=False):
+    """The first of SCHEMAS that a row fits. UserError: there is none."""
     filled = {key for key, value in row.items() if value is not None}
     schemas = [schema for schema in SCHEMAS if "chosen" in schema or not preference]
     schema = next((schema for schema in schemas if filled.issuperset(schema.split())), None)
@@ -483,33 +505,65 @@ def split_row(row, chat, preference=False):
         raise UserError(
             f"fits no schema: it has {names or 'no keys'}; expected one of {expected}"
         )
-    if schema == "text":
-        return "", [text_of(row, "text")]
-    if schema == "messages":
-        return [], [messages_of(row, "messages")]
-    system = as_turn("system", text_of(row, "system")) if row.get("system") else []
-    if schema == "conversations":
-        return [], [system + messages_of(row, "conversations")]
-    if schema == "instruction output":
-        instruction, output = text_of(row, "instruction"), text_of(row, "output")
-        extra = "\n" + text_of(row, "input") if row.get("input") else ""
-        if chat:
-            return system + as_turn("user", instruction + extra), [
-                as_turn("assistant", output)
-            ]
-        return alpaca(row)["prompt"], [output]
-    keys = schema.split()
-    is_chat = any(isinstance(row[key], list) for key in keys)
+    return schema
+
+
+def split_sides(row, keys, chat):
+    """(prompt, answers) of a row whose schema has several keys: strings, or lists of messages."""
+    first = keys[0]
+    is_chat = any(isinstance(row[key], (list, dict)) for key in keys)
+    if first in CONTEXT or any(map(row.get, FOR_CHATS)):
+        is_chat = is_chat or chat
+    if first == "instruction" and is_chat and row.get("input"):
+        text = text_of(row, "instruction") + "\n" + text_of(row, "input")
+        row = row | {"instruction": text}
+    elif first == "instruction" and not is_chat:
+        row = row | {"instruction": alpaca({"output": ""} | row)["prompt"]}
     sides = [turns_of(row, key) if is_chat else text_of(row, key) for key in keys]
-    if keys[0] == "prompt":
-        prompt, *answers = sides
-    else:  # the prompt is what both begin with; a space before the difference is the answer's
-        prompt = sides[0][: common_length(*sides)]
-        prompt = prompt if is_chat else prompt[: max(prompt.rfind(" "), 0)]
-        answers = sides
-    if is_chat or keys[0] != "prompt":  # some data sets repeat the prompt in the answers
+    answers, shared = sides[1:], []
+    if "chosen" in keys:  # as in TRL, the prompt is what both begin with
+        answers = sides[-2:]
+        ends = [side[:-1] if is_chat else side for side in answers]
+        shared = ends[0][: common_length(*ends)]
+    prompt = sides[0]
+    if first == "chosen":  # a space before the difference is the answer's
+        prompt = shared if is_chat else shared[: max(shared.rfind(" "), 0)]
+    elif is_chat and all(m in shared for m in prompt):
+        prompt = shared
+    if is_chat or first == "chosen":  # some data sets repeat the prompt in the answers
         n = len(prompt)
         answers = [side[n:] if side[:n] == prompt else side for side in answers]
+    return prompt, answers
+
+
+def split_row(row, chat, preference=False):
+    """A row -> (prompt, answers): strings, or lists of messages if the row has them (if `chat`,
+    also where it has a system turn, a history or tools, and Alpaca's rows). The prompt of a text or
+    conversation is empty; answers are one, or chosen and rejected.
+    UserError: it fits none of SCHEMAS, a value is of a wrong type, or a context would be lost."""
+    schema = schema_of(row, preference)
+    keys = schema.split()
+    if schema == "text":
+        prompt, answers = "", [text_of(row, "text")]
+    elif len(keys) == 1:
+        prompt, answers = [], [messages_of(row, schema)]
+    else:
+        prompt, answers = split_sides(row, keys, chat)
+    lost, texts = FOR_CHATS | CONTEXT, [prompt, *answers]
+    if isinstance(prompt, list):
+        context = context_of(row)
+        if context[:1] == (prompt or answers[0])[:1]:
+            del context[:1]
+        answers = answers if prompt else [context + answer for answer in answers]
+        prompt = prompt and context + prompt
+        texts = [str(m["content"]) for m in itertools.chain(prompt, *answers)]
+        lost = CONTEXT
+    for key in lost.difference(keys):
+        value = row.get(key)
+        read = key == "input" and keys[0] == "instruction"
+        if value and not read and str(value) not in "\n".join(texts):
+            advice = "put it into the prompt or the messages, or drop it"
+            raise UserError(f"'{key}' is not read beside {', '.join(keys)}: {advice}")
     return prompt, answers
 
 
@@ -527,21 +581,60 @@ def template_kwargs(row):
     return kwargs | {"tools": tools} if tools else kwargs
 
 
+REASONING = {  # --reasoning: what it leaves unscored in an answer
+    "last": None,
+    "every_turn": None,
+    "mask": r"(?s)((?:<think>|\A(?!.*<think>)).*?</think>\s*)",
+    "mask_empty": r"(<think>\s*</think>\s*)",
+}
+
+
+def thought_of(m):
+    """A message's thought, or "": where templates look for it."""
+    texts = [m[key] for key in THOUGHTS if m.get(key)]
+    texts += re.findall(r"(?s)(?:<think>)?(.*?)</think>", m["content"] or "")
+    return str(texts[0]).strip() if texts else ""
+
+
+def split_turns(row, chat):
+    """A row -> the rows, one for each of the assistant's turns, that train it as it is asked for:
+    as the last. Templates may render a turn otherwise once others follow."""
+    prompt, (answer, *_) = split_row(row, chat)
+    if isinstance(prompt, str):
+        return [row]
+    messages, rows = prompt + answer, []
+    rest = {key: row[key] for key in KEPT if key in row}
+    for i, m in enumerate(messages):
+        if i >= len(prompt) and m["role"] == "assistant" and m.get("weight", 1):
+            rows.append(rest | {"prompt": messages[:i], "completion": m})
+    return rows
+
+
 def to_pieces(
-    row, tokenizer, completion_only_loss=None, assistant_only_loss=True, preference=False
+    row,
+    tokenizer,
+    completion_only_loss=None,
+    assistant_only_loss=True,
+    preference=False,
+    reasoning="last",
 ):
-    """A row -> its sides, each [(text or ids, scored), ...]: one, or prompt, chosen and rejected
-    if `preference`; or the reason why it is dropped (str).
+    """A row -> (its sides, notes for the ledger). Each side is [(text or ids, scored), ...]: one,
+    or prompt, chosen and rejected if `preference`; or the reason why it is dropped (str).
 
     Scored are, in TRL's names, every assistant turn of a conversation (`assistant_only_loss`, here
     the default) or its last alone (`completion_only_loss` true), a completion without its prompt
-    (with it if `completion_only_loss` is false), all of a text; always the token that ends a turn.
+    (with it if `completion_only_loss` is false), all of a text; always the token that ends a turn;
+    never a turn of weight 0, nor what `reasoning` leaves out.
     """
     prompt, answers = split_row(row, tokenizer.has_template, preference)
+    schema = schema_of(row, preference)
+    known = {*schema.split(), *FOR_CHATS, *CONTEXT, *KEPT, *METADATA.split()}
+    unread = [key for key in row if row[key] and key not in known]
+    notes = [f"rows whose {key!r} is not read" for key in unread]
     if preference and answers[0] == answers[1]:
-        return "chosen and rejected are the same"
+        return "chosen and rejected are the same", notes
     if preference and not prompt:
-        return "chosen and rejected share no prompt"
+        return "chosen and rejected share no prompt", notes
     if not preference:
         del answers[1:]
     score_prompt = completion_only_loss is False and not preference
@@ -563,16 +656,22 @@ def to_pieces(
                 speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
                 first = max(speaks, default=0)
             text, spans, is_open = tokenizer.turns(messages, first, **kwargs)
-            cuts = [
-                0,
-                *itertools.chain(*spans),
-                len(text),
-            ]  # every second piece is an answer
+            flags = [score_all]  # every second piece is an answer
+            for i in spans:
+                flags += [messages[i].get("weight", 1) == 1, score_all]
+                if thought_of(messages[i]) not in text:
+                    notes.append(
+                        "turns whose thoughts the template leaves out (see --reasoning)"
+                    )
+            cuts = [0, *itertools.chain(*spans.values()), len(text)]
             side = []
-            for n, (start, stop) in enumerate(itertools.pairwise(cuts)):
-                side.append((text[start:stop], score_all or n % 2 == 1))
+            for (start, stop), scored in zip(itertools.pairwise(cuts), flags):
+                pieces = [text[start:stop]]
+                if scored and REASONING[reasoning]:  # every second one is a thought
+                    pieces = re.split(REASONING[reasoning], pieces[0])
+                side += [(piece, scored and n % 2 == 0) for n, piece in enumerate(pieces)]
             sides.append(side + [end] if is_open else side)
-    return [head, *sides] if preference else [head + sides[0]]
+    return ([head, *sides] if preference else [head + sides[0]]), notes
 
 
 # --- recipes: plain functions from a data set's own row to a row of a schema above ----------------
@@ -850,17 +949,17 @@ def weight_of(row):
 
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     """Yields per (where, row, ...): (parts as of `truncate` or the reason why it is dropped,
-    weight, tokens before truncation, scored tokens before it). `make` is a recipe's, `options` as
-    in `to_pieces`. UserError: `where` a row is malformed, and how."""
+    weight, notes, tokens before truncation, scored tokens before it). `make` is a recipe's,
+    `options` as in `to_pieces`. UserError: `where` a row is malformed, and how."""
     prepared = []
     surrogate = "half a surrogate pair in its text, which was cut inside a character"
     for where, row, *_ in rows:
         with as_user_error(where, UserError):
             row = make(row) if make else row
             if isinstance(row, str):
-                prepared.append((row, 1.0))
+                prepared.append((row, 1.0, []))
                 continue
-            weight, sides = weight_of(row), to_pieces(row, tokenizer, **options)
+            weight, (sides, notes) = weight_of(row), to_pieces(row, tokenizer, **options)
             if not weight:
                 sides = "weight 0"
             if not isinstance(sides, str):
@@ -868,19 +967,19 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
                 text = "".join(piece for piece, _ in pieces if isinstance(piece, str))
                 with as_user_error(surrogate, UnicodeEncodeError):
                     text.encode()
-        prepared.append((sides, weight))
+        prepared.append((sides, weight, notes))
     encoded = tokenizer.encode_sides(
-        [sides for sides, _ in prepared if not isinstance(sides, str)]
+        [sides for sides, *_ in prepared if not isinstance(sides, str)]
     )
-    for sides, weight in prepared:
+    for sides, weight, notes in prepared:
         if isinstance(sides, str):
-            yield sides, weight, 0, 0
+            yield sides, weight, notes, 0, 0
             continue
         sides = share_prompt(next(encoded))
         tokens = sum(len(ids) for ids, _ in sides)
         scored = sum(int(flags.sum()) for _, flags in sides)
         scored -= int(sides[0][1][:1].sum())  # nothing predicts a first token
-        yield truncate(sides, tokenizer, max_length), weight, tokens, scored
+        yield truncate(sides, tokenizer, max_length), weight, notes, tokens, scored
 
 
 def render_row(row, tokenizer, max_length=None, where="row", **options):
@@ -915,12 +1014,15 @@ class Ledger:
     reasons: dict = field(
         default_factory=dict
     )  # {why dropped: {"rows", "tokens", "where"}}
+    notes: dict = field(default_factory=dict)  # {what is left out of rows: how often}
     sources: list = field(default_factory=list)  # [{"name", "examples", "share"}]
 
-    def add(self, where, parts, tokens, scored, ends):
+    def add(self, where, parts, notes, tokens, scored, ends):
         """Counts a row as `render_rows` yields it; `ends`: the ids that end a turn."""
         self.rows += 1
         self.tokens += tokens
+        for note in notes:
+            self.notes[note] = self.notes.get(note, 0) + 1
         if isinstance(parts, str):
             self.rows_dropped += 1
             self.dropped += tokens
@@ -971,6 +1073,8 @@ class Ledger:
         if self.rationales is not None and self.rationales < seen:
             text += f"\nrationales in {self.rationales:,} of {seen:,} rows: no chain of thought"
             text += " in the others"
+        for note, count in self.notes.items():
+            text += f"\n{count:,} {note}"
         if len(self.sources) > 1:
             shares = [
                 f"{s['share']:.1%} from {s['name']} ({s['examples']:,})"
@@ -987,7 +1091,9 @@ class Ledger:
 
 # An example in data.bin: up to three parts as of `truncate`, then [where, row] in JSON. index.bin
 # has where each of the four begins, and where the last ends.
-LAYOUT = np.dtype([("offsets", np.int64, 5), ("weight", float), ("source", np.int64)])
+LAYOUT = np.dtype(
+    [("offsets", np.int64, 5), ("weight", float), ("source", np.int64), ("row", np.int64)]
+)
 
 
 @dataclass(eq=False)
@@ -1021,7 +1127,7 @@ class Examples(Sequence):
             example = row if self.as_rows or isinstance(row, str) else self.render(row)
             if not isinstance(example, str):
                 return example
-        (*offsets, _), weight, _ = self.entries[self.at[i]]
+        (*offsets, _), weight, *_ = self.entries[self.at[i]]
         pairs = itertools.pairwise(offsets)
         parts = [self.data[start:end].view(np.int32) for start, end in pairs if start < end]
         return to_segments(parts, float(weight))
@@ -1095,17 +1201,17 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
             while chunk := list(itertools.islice(rows, 256)):
                 blobs, entries = [], []
                 rendered = render_rows(chunk, tokenizer, **options)
-                for (where, row, source), (parts, weight, *counts) in zip(chunk, rendered):
+                for (where, row, *numbers), (parts, weight, *counts) in zip(chunk, rendered):
                     if ledger.rationales is not None:
                         ledger.rationales += bool(str(first_of(row, *RATIONALES)).strip())
                     ledger.add(where, parts, *counts, ends)
                     if isinstance(parts, str):
                         continue
-                    ledger.sources[source]["examples"] += 1
+                    ledger.sources[numbers[0]]["examples"] += 1
                     blobs += [part.tobytes() for part in parts] + [b""] * (3 - len(parts))
                     blobs.append(json.dumps([where, row], default=str).encode())
                     *offsets, end = itertools.accumulate(map(len, blobs[-4:]), initial=end)
-                    entries.append(([*offsets, end], weight, source))
+                    entries.append(([*offsets, end], weight, *numbers))
                 entries = np.array(entries, LAYOUT).tobytes()
                 for file, block in ((data, b"".join(blobs)), (index, entries)):
                     file.write(block)
@@ -1117,12 +1223,32 @@ def write_examples(folder, rows, ledger, tokenizer, **options):
             os.rename(partial, folder)
 
 
+def number_rows(rows, tokenizer, make, options):
+    """(where, row, source) -> yields these and the row's number; with `reasoning` every_turn a row
+    for each turn of a conversation."""
+    by_turns = options.get("reasoning") == "every_turn" and not options.get("preference")
+    scores_more = not options.get("assistant_only_loss", True)
+    if by_turns and (scores_more or options.get("completion_only_loss") is not None):
+        raise UserError(
+            "reasoning: every_turn scores each answer; drop completion_only_loss and "
+            "assistant_only_loss"
+        )
+    for number, (where, row, source) in enumerate(rows):
+        parts = []
+        with as_user_error(where, UserError):
+            made = make(row) if by_turns else ""
+            if not isinstance(made, str):
+                parts = split_turns(made, tokenizer.has_template)
+        for part in parts if len(parts) > 1 else [row]:
+            yield where, part, source, number
+
+
 def cache_folder(sources, tokenizer, settings):
     """The folder that is named by a hash of everything the examples depend on: this code, the
     tokenizer's files, the settings, the data."""
     date = tokenizer.tells_date and f"{tokenizer.now:%F}"
     digest = hashlib.blake2b(repr((settings, date)).encode(), digest_size=16)
-    files = [Path(__file__), Path(getfile(stream_rows))]
+    files = [Path(__file__), Path(getfile(stream_rows)), Path(getfile(messages_of))]
     files += tokenizer.files.values()
     for path in itertools.chain(files, *(paths for _, _, paths in sources)):
         digest.update(str(path).encode())
@@ -1162,6 +1288,7 @@ def load_examples(
             )
             rows = (row for n, row in enumerate(rows) if n in sample)
             ledger.rows = ledger.rows_not_sampled = total - len(sample)
+        rows = number_rows(rows, tokenizer, make, options)
         write_examples(folder, rows, ledger, tokenizer, make=make, **options)
         ledger = read_ledger(folder)
     if not ledger:
@@ -1188,13 +1315,14 @@ def load_examples(
 
 def split_holdout(examples, rows, size, seed=0):
     """-> (examples, rows), (held-out examples, their rows), drawn by `seed`; `size` is a share
-    below 1 or a count. UserError: nothing would be left."""
-    count = round(size * len(examples)) if 0 < size < 1 else int(size)
-    if not 0 <= count < len(examples):
+    below 1 or a count of the rows that they came from. UserError: nothing would be left."""
+    numbers, row = np.unique(examples.entries["row"][examples.at], return_inverse=True)
+    count = round(size * len(numbers)) if 0 < size < 1 else int(size)
+    if not 0 <= count < len(numbers):
         advice = "give a share below 1 or a smaller count"
-        raise UserError(f"cannot hold out {size} of {len(examples)} examples; {advice}")
-    order = np.random.default_rng(seed).permutation(len(examples))
-    splits = np.sort(order[count:]), np.sort(order[:count])
+        raise UserError(f"cannot hold out {size} of {len(numbers)} examples; {advice}")
+    order = np.random.default_rng(seed).permutation(len(numbers))
+    splits = [np.flatnonzero(np.isin(row, part)) for part in (order[count:], order[:count])]
     return [
         tuple(replace(whole, at=whole.at[split]) for whole in (examples, rows))
         for split in splits
@@ -1245,6 +1373,7 @@ class DataConfig:
     preference: bool = False  # rows are prompt, chosen and rejected
     max_length: int | None = None  # tokens; a longer example loses the start of its prompt
     max_samples: int | None = None  # use this many rows, drawn by seed
+    reasoning: str = "last"  # earlier turns' thoughts: the template's way, or see README
     seed: int = 42  # of everything that is drawn
     output: str = (
         ""  # file to write: the rows of mix and pairs, JSONL; audit's histogram, PNG
@@ -1255,7 +1384,11 @@ class DataConfig:
     max_new_tokens: int = 256  # pairs: the longest of those answers
     temperature: float = 0.8  # pairs: at which they are sampled
 
-    CHOICES = {"recipe": ("", *RECIPES), "by": ("tokens", "characters")}
+    CHOICES = {
+        "recipe": ("", *RECIPES),
+        "by": ("tokens", "characters"),
+        "reasoning": REASONING,
+    }
 
     def __post_init__(self):
         check_choices(self)
@@ -1270,7 +1403,7 @@ def load_rows(config, **options):
         Path(config.model) / "tokenizer.json"
     ).is_file()  # a model is not needed
     tokenizer = Tokenizer(config.model if has_tokenizer else resolve(config.model))
-    names = ("max_length", "max_samples", "seed", "recipe", "recipe_args", "preference")
+    names = "max_length max_samples seed recipe recipe_args preference reasoning".split()
     options = {name: getattr(config, name) for name in names} | options
     return tokenizer, *load_examples(config.data, tokenizer, **options)
 

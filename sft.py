@@ -27,7 +27,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import RECIPES, Tokenizer, load_examples, split_holdout
+from data import REASONING, RECIPES, Tokenizer, load_examples, split_holdout
 from eval import answer_questions, ask_choice, choice_metrics
 from lora import (
     LoRAConfig,
@@ -134,6 +134,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     assistant_only_loss: bool = (
         True  # score the assistant's turns; false: the whole conversation
     )
+    reasoning: str = "last"  # thoughts: as the template has them, every_turn's, or unscored
     eval_answers: int = 64  # evaluation rows answered and graded before and after training
     num_samples: int = 3  # of those, how many are shown
     max_new_tokens: int = 128  # longest generated answer
@@ -209,6 +210,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     STRATEGIES = ("no", "steps", "epoch")
     CHOICES = {
         "recipe": ("", *RECIPES),
+        "reasoning": REASONING,
         "dtype": ("auto", *DTYPES),
         "attn_implementation": ("auto", "flash", *ATTENTION),
         "report_to": (*TRACKERS, "all", "none"),
@@ -775,6 +777,7 @@ def load_data(config, tokenizer, options):
         "max_length",
         "completion_only_loss",
         "assistant_only_loss",
+        "reasoning",
         "seed",
         "recipe",
         "recipe_args",

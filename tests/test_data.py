@@ -483,7 +483,7 @@ def test_turns_are_found_in_templates_of_the_wild(tmp_path, name):
         and not is_open
         and len(spans) == 2
     )
-    for (start, end), answer in zip(spans, ("x", "yes")):
+    for (start, end), answer in zip(spans.values(), ("x", "yes")):
         assert re.fullmatch(
             r"(<think>)?\s*(</think>\s*)?" + answer + r"(\s*<[^<>]+>)+", text[start:end]
         ), text[start:end]
@@ -628,7 +628,7 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
     ({"question": "q", "answer": "a"}, "fits no schema: it has answer, question; expected one of messages"),  # noqa: E501
     ({"prompt": "p", "completion": None}, "fits no schema: it has prompt"),
     ({"prompt": 3, "completion": "c"}, "'prompt' must be a string, found '3'"),
-    ({"prompt": "p", "completion": {"a": 1}}, "'completion' must be a string"),
+    ({"prompt": "p", "completion": {"a": 1}}, r"completion\[0\] has no role"),
     ({"text": ["a"]}, "'text' must be a string"),
     ({"messages": "hi"}, "'messages' must be a list of messages, found 'hi'"),
     ({"messages": []}, "'messages' must be a list of messages"),
@@ -653,6 +653,381 @@ def test_rows_that_are_wrong_are_named(chatml, tmp_path, row, message):
         load_examples(str(path), chatml)
     print(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+# --- what a row says reaches the model, or the row is refused -------------------------------------
+
+BASE = as_turn("Capital of France?", "Paris.", "And of Spain?")
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def share(*messages, **row):
+    names = ("from", "value", "train")
+    return {"conversations": [dict(zip(names, m)) for m in messages], **row}
+
+
+def system(text, *turns):
+    return [{"role": "system", "content": text}, *turns]
+
+
+def tool(content):
+    return {"role": "tool", "content": content}
+
+
+def calls(**message):
+    return [
+        *as_turn("q"),
+        {"role": "assistant", **message},
+        tool("7"),
+        *as_turn("", "so")[1:],
+    ]
+
+
+def pair(**row):
+    return {"chosen": "A.", "rejected": "B."} | row
+
+
+TALK = as_turn("Q?", "A.")
+CALLED = calls(tool_calls=[CALL])
+OPENAI = {"name": "f", "arguments": '{"x": 1}'}
+SAME = {  # a row as other tools write it: the messages that the template must get
+    "human, gpt": (share(("human", "Q?"), ("gpt", "A.")), TALK),
+    "human in messages": ({"messages": [{"role": "human", "content": "Q?"}, TALK[1]]}, TALK),
+    "any case": (share(("Human", "Q?"), (" ASSISTANT", "A.")), TALK),
+    "chatgpt": (share(("prompter", "Q?"), ("ChatGPT", "A.")), TALK),
+    "developer": ({"messages": [{"role": "developer", "content": "S."}, *TALK]}, system("S.", *TALK)),
+    "ipython": ({"messages": [TALK[0], {"role": "ipython", "content": "7"}, TALK[1]]},
+                [TALK[0], tool("7"), TALK[1]]),
+    "role and value": ({"messages": [{"role": "user", "value": "Q?"}, {"from": "gpt", "content": "A."}]},
+                       TALK),
+    "parts with nulls": ({"messages": [{"role": "user", "content": [
+        {"type": "text", "text": "Q", "image": None}, {"type": "input_text", "text": "?"}]}, TALK[1]]}, TALK),
+    "system beside messages": ({"system": "S.", "messages": TALK}, system("S.", *TALK)),
+    "system twice": ({"system": "S.", "messages": system("S.", *TALK)}, system("S.", *TALK)),
+    "system beside strings": ({"system": "S.", "prompt": "Q?", "completion": "A."}, system("S.", *TALK)),
+    "system beside a prompt": ({"system": "S.", "prompt": TALK[:1], "completion": TALK[1]},
+                               system("S.", *TALK)),
+    "history": ({"instruction": "r", "input": "s", "output": "b", "history": [["q", "a"]], "system": "S."},
+                system("S.", *as_turn("q", "a", "r\ns", "b"))),
+    "history of messages": ({"prompt": "r", "completion": "b", "history": as_turn("q", "a")},
+                            as_turn("q", "a", "r", "b")),
+    "null history": ({"messages": TALK, "history": None, "system": ""}, TALK),
+    "a copy of the question": ({"question": "Q?", "messages": TALK, "id": 7}, TALK),
+    "function_call": (share(("human", "q"), ("function_call", json.dumps(CALL["function"])),
+                            ("observation", "7"), ("gpt", "so")), CALLED),
+    "function calls": (share(("human", "q"), ("function_call", json.dumps([CALL["function"]] * 2)),
+                             ("observation", "7"), ("gpt", "so")), calls(tool_calls=[CALL, CALL])),
+    "OpenAI's function_call": ({"messages": calls(content=None, function_call=OPENAI)}, CALLED),
+    "arguments in JSON": ({"messages": calls(tool_calls=[{"function": OPENAI, "index": 0}])}, CALLED),
+    "no arguments": ({"messages": calls(tool_calls=[{"name": "f", "arguments": ""}])},
+                     calls(tool_calls=[{"function": {"name": "f", "arguments": {}}}])),
+}  # fmt: skip
+PAIRS = {  # a preference row: the turns before the answers, and those
+    "spider": ({"system": "Be brief.", "question": "How many legs has a spider?",
+                "chosen": "A spider has eight legs.", "rejected": "A spider has six legs."},
+               system("Be brief.", *as_turn("How many legs has a spider?")),
+               "A spider has eight legs.", "A spider has six legs."),
+    "instruction": (pair(instruction="q", input="r"), as_turn("q\nr"), "A.", "B."),
+    "conversations": (share(("human", "q"), chosen={"from": "gpt", "value": "A."},
+                            rejected={"from": "gpt", "value": "B."}), as_turn("q"), "A.", "B."),
+    "a prompt repeated": ({"prompt": "And of Spain?",
+                           "chosen": [*BASE, *as_turn("", "Madrid.")[1:]],
+                           "rejected": [*BASE, *as_turn("", "Lisbon.")[1:]]}, BASE, "Madrid.", "Lisbon."),
+    "with a system turn": ({"prompt": "And of Spain?",
+                            "chosen": system("S.", *BASE, *as_turn("", "Madrid.")[1:]),
+                            "rejected": system("S.", *BASE, *as_turn("", "Lisbon.")[1:])},
+                           system("S.", *BASE), "Madrid.", "Lisbon."),
+    "the first question": ({"prompt": "Capital of France?",
+                            "chosen": [*BASE, *as_turn("", "Madrid.")[1:]],
+                            "rejected": [*BASE, *as_turn("", "Lisbon.")[1:]]}, BASE, "Madrid.", "Lisbon."),
+    "a list repeated": ({"prompt": BASE[2:], "chosen": [*BASE, *as_turn("", "Madrid.")[1:]],
+                         "rejected": [*BASE, *as_turn("", "Lisbon.")[1:]]}, BASE, "Madrid.", "Lisbon."),
+    "a system beside answers": (pair(system="S.", prompt="q", chosen=as_turn("", "A.")[1:],
+                                     rejected=as_turn("", "B.")[1:]),
+                                system("S.", *as_turn("q")), "A.", "B."),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama3"])
+def shipped(request):
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared folder beside the repository")
+    return Tokenizer(SHARED / "tokenizers" / request.param)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_rows_of_other_tools_reach_the_template(shipped, case):
+    row, messages = SAME[case]
+    if "llama3" in str(shipped.folder) and case == "function calls":
+        with pytest.raises(UserError, match="only supports single tool-calls"):
+            render_row(row, shipped)
+        return
+    theirs = reference(shipped.folder).apply_chat_template(messages, tokenize=False)
+    segment = render_row(row, shipped)[0]
+    assert shipped.decode(segment.ids, skip_special=False) == theirs
+    assert (
+        scored_text(shipped, segment)
+        .rstrip("<|eot_id|>m_n")
+        .endswith(messages[-1]["content"])
+    )
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs_of_other_tools_reach_the_template(shipped, case):
+    row, prompt, *answers = PAIRS[case]
+    theirs = reference(shipped.folder)
+    segments = render_row(row, shipped, preference=True)
+    for segment, answer in zip(segments[1:], answers):
+        messages = [*prompt, *as_turn("", answer)[1:]]
+        ids = np.append(segments[0].ids, segment.ids)
+        whole = theirs.apply_chat_template(messages, tokenize=False)
+        assert shipped.decode(ids, skip_special=False) == whole
+        end = shipped.decode(shipped.end_ids[:1], skip_special=False)
+        thought = "<think>\n\n</think>\n\n" if "qwen3" in str(shipped.folder) else ""
+        assert scored_text(shipped, segment) == thought + answer + end
+    assert (segments[0].labels == IGNORE).all()
+
+
+def test_common_prompts_are_trls():
+    """TRL takes what the answers share for the prompt where that is a string beside messages."""
+    trl = pytest.importorskip("trl.data_utils")
+    for case in ("a prompt repeated", "with a system turn", "the first question"):
+        row = PAIRS[case][0]
+        theirs = trl.maybe_extract_prompt(row)
+        prompt, answers = data.split_row(row, True, preference=True)
+        assert [prompt, *answers] == [
+            theirs[key] for key in ("prompt", "chosen", "rejected")
+        ]
+
+
+@real
+@pytest.mark.parametrize("row, message", [
+    ({"messages": [TALK[0], {"role": "critic", "content": "hm"}, TALK[1]]}, "leaves out .*critic.*hm"),
+    ({"messages": [{"role": "users", "content": "Paris."}, {"role": "assistant", "content": "Paris."}]}, "leaves out .*users"),
+    ({"messages": as_turn(5, "A.")}, r"messages\[0\] \(user\) must have text as its content: '5'"),
+    ({"messages": as_turn(True, "A.")}, r"messages\[0\] \(user\) must have text"),
+    ({"messages": as_turn(["a", "b"], "A.")}, r"messages\[0\] \(user\) must have text"),
+    ({"messages": as_turn("Q?", {"text": "A."})}, r"messages\[1\] \(assistant\) must have text"),
+    ({"messages": as_turn([{"type": "image", "text": ""}, {"type": "text", "text": "x"}], "A.")}, r"messages\[0\] \(user\) must have text"),
+    ({"messages": [TALK[0], tool({"temp": 20}), TALK[1]]}, "leaves out .*temp"),
+    ({"messages": [TALK[0], tool(["x", "y"]), TALK[1]]}, "leaves out .*tool"),
+    ({"messages": [TALK[0], tool(7), TALK[1]]}, "leaves out .*tool"),
+    ({"messages": TALK, "question": "Another?"}, "'question' is not read beside messages"),
+    ({"messages": TALK, "functions": [{"name": "f"}]}, "'functions' is not read beside messages"),
+    ({"text": "a cat", "system": "S."}, "'system' is not read beside text"),
+    ({"prompt": "p", "completion": "c", "context": "It rains."}, "'context' is not read beside prompt, completion"),
+    ({"text": "a cat", "history": [["q", "a"]]}, "'history' is not read beside text"),
+    ({"messages": TALK, "history": [["q", 3]]}, r"history\[1\] \(assistant\) must have text"),
+    ({"messages": TALK, "history": "before"}, "'history' must be a list of messages"),
+    ({"messages": TALK, "system": ["S."]}, "'system' must be a string"),
+    ({"messages": [TALK[0], TALK[1] | {"weight": 0.5}]}, r"messages\[1\]: 'weight' must be 0 or 1, found '0.5'"),
+    ({"messages": [TALK[0], TALK[1] | {"train": "no"}]}, r"messages\[1\]: 'train' must be 0 or 1"),
+    ({"messages": calls(tool_calls=[{"function": {"name": "f", "arguments": "x=1"}}])}, r"messages\[1\]: a tool call is"),
+    ({"messages": calls(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}])}, r"messages\[1\]: a tool call is"),
+    ({"messages": calls(tool_calls=[{"name": "f", "parameters": {"x": 1}}])}, r"messages\[1\]: a tool call is"),
+    ({"messages": calls(tool_calls="f(1)")}, r"messages\[1\]: a tool call is"),
+    (share(("human", "q"), ("function_call", "f(1)")), r"conversations\[1\]: a tool call is"),
+])  # fmt: skip
+def test_rows_that_would_lose_something_are_named(tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n' + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{message}") as caught:
+        load_examples(str(path), Tokenizer(SHARED / "tokenizers" / "qwen3"))
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@real
+def test_what_a_tool_returns_is_rendered_as_the_template_can():
+    llama = Tokenizer(SHARED / "tokenizers" / "llama3")
+    for content, text in (({"temp": 20, "ok": True}, '{"temp": 20, "ok": true}'), (7, "7")):
+        row = {"messages": [TALK[0], tool(content), TALK[1]]}
+        whole = llama.decode(render_row(row, llama)[0].ids, skip_special=False)
+        assert f"<|start_header_id|>ipython<|end_header_id|>\n\n{text}<|eot_id|>" in whole
+    talk = [*TALK[:1], *calls(content="Let me see.", tool_calls=[CALL])[1:]]
+    with pytest.raises(
+        UserError, match="leaves out .*Let me see"
+    ):  # Llama writes the call alone
+        render_row({"messages": talk}, llama)
+
+
+def test_templates_may_move_and_merge_turns_but_not_drop_them(tmp_path):
+    merged = ("{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n' %}{% set rest = messages[1:] %}"
+              "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
+              "{{ '[' + m.role + ']' + (first if loop.last or loop.nextitem is undefined or loop.index == loop.length - 1 else '')"
+              " + (m.content.split('</think>')[-1] | trim) + '<|eos|>' }}{% endfor %}")  # fmt: skip
+    tokenizer = Tokenizer(write_tokenizer(tmp_path / "merged", merged))
+    chat = system("S.", *as_turn("q", "<think>x</think>a", "r"))
+    tokenizer.check_messages(chat)
+    assert "[user]S.\nr" in tokenizer.render([*chat, *as_turn("", "b")[1:]])
+    few = CHATML.replace("for m in messages", "for m in messages[-2:]")
+    tokenizer = Tokenizer(write_tokenizer(tmp_path / "few", few))
+    assert render_row({"messages": as_turn("q", "a")}, tokenizer)
+    with pytest.raises(
+        UserError, match='leaves out .*\'{"role": "user", "content": "q"}\''
+    ):
+        render_row({"messages": as_turn("q", "a", "q", "b")}, tokenizer)
+    with pytest.raises(
+        UserError, match="leaves out .*tool_calls"
+    ):  # no word of calls in it
+        render_row({"messages": calls(content="x", tool_calls=[CALL])}, Tokenizer(
+            write_tokenizer(tmp_path / "calls", CHATML)))  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False},
+                                  {"loss": False}, {"loss_weight": 0}, {"mask": True}, {"masked": 1}])  # fmt: skip
+def test_turns_of_weight_0_are_context(chatml, flag):
+    chat = as_turn("q", "bad", "r", "good")
+    chat[1] |= flag
+    chat[3] |= {key: 1 - value for key, value in flag.items()}
+    segment = render_row({"messages": chat}, chatml)[0]
+    assert scored_text(chatml, segment) == "good<|im_end|>"
+    plain = render_row({"messages": as_turn("q", "bad", "r", "good")}, chatml)[0]
+    assert segment.ids.tolist() == plain.ids.tolist()
+    whole = scored_text(
+        chatml, render_row({"messages": chat}, chatml, assistant_only_loss=False)[0]
+    )
+    assert "bad" not in whole and "\nr<|im_end|>" in whole and "good" in whole
+    chat[3] |= flag
+    assert render_row({"messages": chat}, chatml) == "nothing scored"
+    shared = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "bad", **flag},
+              {"from": "human", "value": "r"}, {"from": "gpt", "value": "good"}]  # fmt: skip
+    segment = render_row({"conversations": shared}, chatml)[0]
+    assert scored_text(chatml, segment) == "good<|im_end|>"
+
+
+THOUGHT = as_turn("q", "<think>\nx\n</think>\n\na", "r", "<think>\ny\n</think>\n\nb")
+NONE = "<think>\n\n</think>\n\n"
+
+
+@real
+def test_reasoning_is_left_out_of_the_score_on_request():
+    qwen = Tokenizer(SHARED / "tokenizers" / "qwen3")
+
+    def scored(chat, reasoning):
+        return scored_text(
+            qwen, render_row({"messages": chat}, qwen, reasoning=reasoning)[0]
+        )
+
+    ends = "a<|im_end|>", "b<|im_end|>"
+    assert scored(THOUGHT, "last") == ends[0] + "<think>\ny\n</think>\n\n" + ends[1]
+    assert scored(THOUGHT, "mask_empty") == scored(THOUGHT, "last")
+    assert scored(THOUGHT, "mask") == "".join(ends)
+    empty = as_turn("q", "a", "r", "b")
+    assert scored(empty, "last") == ends[0] + NONE + ends[1]
+    assert scored(empty, "mask") == scored(empty, "mask_empty") == "".join(ends)
+    for chat in (THOUGHT, empty):
+        kept, masked = (
+            render_row({"messages": chat}, qwen, reasoning=name)[0].ids.tolist()
+            for name in ("last", "mask")
+        )
+        assert kept == masked
+    # the prompt opens and closes the thought itself: nothing to leave out
+    row = {"messages": empty, "chat_template_kwargs": {"enable_thinking": False}}
+    segment = render_row(row, qwen, reasoning="mask")[0]
+    assert scored_text(qwen, segment) == "".join(ends)
+
+
+def test_a_thought_that_the_prompt_opens_is_left_out(tmp_path):
+    opens = THINK.replace(
+        "{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"
+    )
+    opens = opens.replace("'<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ c",
+                          "'<think>\\nso\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ c")  # fmt: skip
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, opens))
+    for reasoning, text in (
+        ("last", "so\n</think>\n\na<|im_end|>"),
+        ("mask", "a<|im_end|>"),
+    ):
+        segment = render_row(
+            {"messages": as_turn("q", "a")}, tokenizer, reasoning=reasoning
+        )[0]
+        assert scored_text(tokenizer, segment) == text
+
+
+@real
+def test_every_turn_is_trained_as_it_is_asked_for(tmp_path):
+    """Each turn of each row: the prompt's ids and the scored ones are those of generation and of the
+    turn as the last; both come from transformers. The hold-out is drawn by conversation."""  # noqa: E501
+    folder = SHARED / "tokenizers" / "qwen3"
+    qwen, theirs, path = Tokenizer(folder), reference(folder), tmp_path / "rows.jsonl"
+    chats = [
+        THOUGHT,
+        system("S.", *as_turn("q", "a", "r", "b", "s", "c")),
+        as_turn("q", "a"),
+    ]
+    chats.append([*as_turn("q", "a", "r", "b")])
+    chats[3][1] = chats[3][1] | {"weight": 0}
+    chats.append(calls(reasoning_content="call it", tool_calls=[CALL]))
+    path.write_text(
+        "\n".join(json.dumps({"messages": chat, "tools": TOOLS}) for chat in chats)
+    )
+    examples, rows, ledger = load_examples(path, qwen, reasoning="every_turn")
+    want = []
+    for chat in chats:
+        turns = [
+            i for i, m in enumerate(chat) if m["role"] == "assistant" and "weight" not in m
+        ]
+        for i in turns if len(turns) > 1 else [len(chat) - 1]:
+            ask = theirs.apply_chat_template(
+                chat[:i], tools=TOOLS, add_generation_prompt=True, tokenize=False
+            )
+            whole = theirs.apply_chat_template(chat[: i + 1], tools=TOOLS, tokenize=False)
+            want.append((ask, whole.removeprefix(ask).removesuffix("\n")))
+    found = []
+    for (segment,) in examples:
+        scored = np.flatnonzero(segment.labels != IGNORE)
+        start, stop = scored[0], scored[-1] + 1
+        texts = segment.ids[:start], segment.ids[start:stop]
+        found.append(tuple(qwen.decode(ids, skip_special=False) for ids in texts))
+        assert segment.ids[:start].tolist() == qwen.encode(found[-1][0])
+    assert found == want and len(want) == 9
+    assert ledger.rows == ledger.examples == 9 and not ledger.notes
+    assert rows[0]["completion"]["content"] == THOUGHT[1]["content"]
+    (kept, kept_rows), (held, held_rows) = split_holdout(examples, rows, 2, seed=3)
+    prompts = [{row.get("prompt", row.get("messages"))[0]["content"] for row in side}
+               for side in (kept_rows, held_rows)]  # fmt: skip
+    numbers = [set(side.index["row"][side.at].tolist()) for side in (kept, held)]
+    assert not numbers[0] & numbers[1] and len(numbers[1]) == 2 and prompts
+    for options in ({"assistant_only_loss": False}, {"completion_only_loss": True}):
+        with pytest.raises(UserError, match="every_turn scores each answer"):
+            load_examples(path, qwen, reasoning="every_turn", **options)
+
+
+@real
+def test_the_ledger_tells_what_is_left_out(tmp_path):
+    qwen, path = Tokenizer(SHARED / "tokenizers" / "qwen3"), tmp_path / "rows.jsonl"
+    extra = {"id": 1, "source": "s", "category": "c", "rationale": "why", "note": ""}
+    rows = [
+        {"messages": THOUGHT, **extra},
+        {"messages": THOUGHT[:2]},
+        {"messages": TALK, **extra},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    ledger = load_examples(path, qwen)[2]
+    turns = "turns whose thoughts the template leaves out (see --reasoning)"
+    assert ledger.notes == {"rows whose 'rationale' is not read": 2, turns: 1}
+    assert f"\n1 {turns}\n" in str(ledger) and ledger.as_dict()["notes"] == ledger.notes
+    assert not load_examples(path, qwen, recipe="chatml", reasoning="every_turn")[
+        2
+    ].notes.get(turns)
+
+
+def test_recipes_are_split_by_turns_too(chatml, tmp_path):
+    """What the recipe makes is split where it has several turns, and made anew where it has one."""
+    text = "".join(
+        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in as_turn(*"abcd")
+    )
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "q", "answer": "so\n#### 7"}))
+    examples, rows, _ = load_examples(
+        tmp_path / "a.jsonl", chatml, recipe="chatml", reasoning="every_turn"
+    )
+    assert [scored_text(chatml, e[0]) for e in examples] == ["b<|im_end|>", "d<|im_end|>"]
+    assert [row["prompt"][-1]["content"] for row in rows] == ["a", "c"]
+    examples, rows, _ = load_examples(
+        tmp_path / "b.jsonl", chatml, recipe="gsm8k", reasoning="every_turn"
+    )
+    assert rows[0]["answer"] == "7" and scored_text(chatml, examples[0][0]).startswith("so")
 
 
 # --- truncation and the ledger --------------------------------------------------------------------
