@@ -78,9 +78,7 @@ class Generation(jinja2.ext.Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(
-            line
-        )
+        return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
     def mark(self, caller):
         return OPEN + caller() + CLOSE
@@ -92,9 +90,7 @@ def template_environment(now):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(
-        value, ensure_ascii=False, **kwargs
-    ):  # jinja's own escapes HTML and sorts keys
+    def tojson(value, ensure_ascii=False, **kwargs):  # jinja's own escapes HTML and sorts keys
         return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
 
     environment = ImmutableSandboxedEnvironment(
@@ -122,12 +118,8 @@ class Tokenizer:
         self.now = now or datetime.now()
         path = self.files.get("tokenizer.json")
         if not path:
-            raise UserError(
-                f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder"
-            )
-        with as_user_error(
-            f"{path}: not a tokenizer", Exception
-        ):  # the library has no subclass
+            raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder")
+        with as_user_error(f"{path}: not a tokenizer", Exception):  # the library has no subclass
             self.backend = tokenizers.Tokenizer.from_file(str(regular_file(path, 2**28)))
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
@@ -213,9 +205,7 @@ class Tokenizer:
         for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 22):
             batch = [text for text, _ in group]
             try:
-                encodings = self.backend.encode_batch_fast(
-                    batch, add_special_tokens=special
-                )
+                encodings = self.backend.encode_batch_fast(batch, add_special_tokens=special)
             except BaseException as error:  # the library's panics are no Exception
                 if isinstance(error, (KeyboardInterrupt, Overrun)):
                     raise
@@ -226,9 +216,7 @@ class Tokenizer:
 
     def decode(self, ids, skip_special=True):
         """Ids -> str, by default without special tokens."""
-        return self.backend.decode(
-            [int(id) for id in ids], skip_special_tokens=skip_special
-        )
+        return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
 
     def render(
         self,
@@ -249,15 +237,11 @@ class Tokenizer:
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         if name not in self.templates:
             names = ", ".join(self.templates)
-            raise UserError(
-                f"{self.template_file}: no template is named 'default': {names}"
-            )
+            raise UserError(f"{self.template_file}: no template is named 'default': {names}")
         messages = [
             {key: value for key, value in m.items() if value is not None} for m in messages
         ]
-        for (
-            m
-        ) in messages:  # templates know the reasoning by one of two names, rows by three
+        for m in messages:  # templates know the reasoning by one of two names, rows by three
             keys = [key for key in THOUGHTS if key in m]
             if keys and m[keys[0]]:
                 m["reasoning_content"] = m[keys[0]]
@@ -334,9 +318,7 @@ class Tokenizer:
         spans, is_open, marked, floor = {}, False, {}, 0
         self.check_messages(messages, **kwargs)
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
-            pieces = re.split(
-                f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs)
-            )
+            pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
             text = "".join(pieces)
             if len(pieces) == 2 * len(speaks) + 1:
                 cuts = list(itertools.accumulate(map(len, pieces)))
@@ -361,9 +343,7 @@ class Tokenizer:
         """(start, end) of assistant message `i` in `text`, at `floor` or later; None if the
         template leaves it out. UserError: it is rendered, but its place is not clear."""
         prompt, is_rendered = SENTINEL, False
-        with suppress(
-            UserError
-        ):  # the assistant speaks first, and the template wants a message
+        with suppress(UserError):  # the assistant speaks first, and the template wants a message
             prompt = self.render(messages[:i], True, **kwargs)
         # without its tool calls, which are the model's words too; else with them
         for stand_in in (
@@ -384,9 +364,7 @@ class Tokenizer:
                 start = self.find_start(text, before, floor, **kwargs)
             end = len(text) - len(after)
             if start <= end and text.endswith(after):
-                calls = "tool_calls" in stand_in and re.compile(self.turn_end).search(
-                    text, end
-                )
+                calls = "tool_calls" in stand_in and re.compile(self.turn_end).search(text, end)
                 return start, calls.end() if calls else end
         if is_rendered:
             raise UserError(
@@ -660,9 +638,7 @@ def to_pieces(
             for i in spans:
                 flags += [messages[i].get("weight", 1) == 1, score_all]
                 if thought_of(messages[i]) not in text:
-                    notes.append(
-                        "turns whose thoughts the template leaves out (see --reasoning)"
-                    )
+                    notes.append("turns whose thoughts the template leaves out (see --reasoning)")
             cuts = [0, *itertools.chain(*spans.values()), len(text)]
             side = []
             for (start, stop), scored in zip(itertools.pairwise(cuts), flags):
@@ -751,9 +727,7 @@ def ecqa(row):
     task = "Explain, then end with `Answer:` and the letter of your choice."
     return {
         "prompt": as_turn("user", "\n".join([question, *lines, task])),
-        "completion": as_turn(
-            "assistant", f"{rationale}\nAnswer: {letters[right]}".strip()
-        ),
+        "completion": as_turn("assistant", f"{rationale}\nAnswer: {letters[right]}".strip()),
         "choices": letters,
         "answer": letters[right],
     }
@@ -901,9 +875,7 @@ def share_prompt(sides):
     if not answers:
         return sides
     # a scored token becomes a number that the other answer does not have
-    keys = [
-        np.where(scored, -n, ids).tolist() for n, (ids, scored) in enumerate(answers, 1)
-    ]
+    keys = [np.where(scored, -n, ids).tolist() for n, (ids, scored) in enumerate(answers, 1)]
     same = common_length(*keys)
     prompt = [np.append(*arrays) for arrays in zip(prompt, [a[:same] for a in answers[0]])]
     return [prompt, *([array[same:] for array in answer] for answer in answers)]
@@ -1011,9 +983,7 @@ class Ledger:
     truncated_scored: int = 0  # truncated tokens that would have been scored
     dropped: int = 0
     crc: int = 0  # of the examples
-    reasons: dict = field(
-        default_factory=dict
-    )  # {why dropped: {"rows", "tokens", "where"}}
+    reasons: dict = field(default_factory=dict)  # {why dropped: {"rows", "tokens", "where"}}
     notes: dict = field(default_factory=dict)  # {what is left out of rows: how often}
     sources: list = field(default_factory=list)  # [{"name", "examples", "share"}]
 
@@ -1077,8 +1047,7 @@ class Ledger:
             text += f"\n{count:,} {note}"
         if len(self.sources) > 1:
             shares = [
-                f"{s['share']:.1%} from {s['name']} ({s['examples']:,})"
-                for s in self.sources
+                f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources
             ]
             text += f"\nof the rows seen {' · '.join(shares)}"
         counts = []
@@ -1144,9 +1113,7 @@ class Examples(Sequence):
         if self.shares:
             sources = self.entries["source"][at]
             groups = [at[sources == n] for n in range(len(self.shares))]
-            shares = [
-                share if len(group) else 0 for group, share in zip(groups, self.shares)
-            ]
+            shares = [share if len(group) else 0 for group, share in zip(groups, self.shares)]
             ends = np.cumsum(shares)
             counts = np.diff(np.round(ends / ends[-1] * len(at)).astype(int), prepend=0)
             chosen = []
@@ -1254,9 +1221,7 @@ def cache_folder(sources, tokenizer, settings):
         digest.update(str(path).encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
-    with as_user_error(
-        "PLAINTUNE_CACHE: no folder for rendered rows", OSError, RuntimeError
-    ):
+    with as_user_error("PLAINTUNE_CACHE: no folder for rendered rows", OSError, RuntimeError):
         cache = Path(os.environ.get("PLAINTUNE_CACHE") or "~/.cache/plaintune").expanduser()
         cache.mkdir(parents=True, exist_ok=True)
     return cache / digest.hexdigest()
@@ -1283,9 +1248,7 @@ def load_examples(
         rows = stream_rows(sources)
         if max_samples is not None:
             total = sum(1 for _ in stream_rows(sources))
-            sample = set(
-                np.random.default_rng(seed).permutation(total)[:max_samples].tolist()
-            )
+            sample = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
             rows = (row for n, row in enumerate(rows) if n in sample)
             ledger.rows = ledger.rows_not_sampled = total - len(sample)
         rows = number_rows(rows, tokenizer, make, options)
@@ -1307,9 +1270,7 @@ def load_examples(
     at = np.arange(ledger.examples)
     entries = np.memmap(folder / "index.bin", LAYOUT, "r")
     data = np.memmap(folder / "data.bin", np.uint8, "r")
-    examples = Examples(
-        folder, entries, data, at, shares, seed, make, render if draws else None
-    )
+    examples = Examples(folder, entries, data, at, shares, seed, make, render if draws else None)
     return examples, replace(examples, as_rows=True), ledger
 
 
@@ -1365,9 +1326,7 @@ def texts_of(choices):
 @dataclass
 class DataConfig:
     model: str  # folder or hub id whose tokenizer and chat template render the rows
-    data: list[
-        str
-    ]  # files, folders, globs or data sets of the hub, each perhaps with @weight
+    data: list[str]  # files, folders, globs or data sets of the hub, each perhaps with @weight
     recipe: str = ""  # reads a data set's own rows
     recipe_args: dict = field(default_factory=dict)  # its arguments
     preference: bool = False  # rows are prompt, chosen and rejected
@@ -1375,9 +1334,7 @@ class DataConfig:
     max_samples: int | None = None  # use this many rows, drawn by seed
     reasoning: str = "last"  # earlier turns' thoughts: the template's way, or see README
     seed: int = 42  # of everything that is drawn
-    output: str = (
-        ""  # file to write: the rows of mix and pairs, JSONL; audit's histogram, PNG
-    )
+    output: str = ""  # file to write: the rows of mix and pairs, JSONL; audit's histogram, PNG
     n: int = 3  # show: number of rows
     by: str = "tokens"  # audit: unit of length
     generate: bool = False  # pairs: reject the model's own wrong answers, not wrong choices
@@ -1399,9 +1356,7 @@ class DataConfig:
 
 def load_rows(config, **options):
     """(tokenizer, examples, rows, ledger) of a command's settings."""
-    has_tokenizer = (
-        Path(config.model) / "tokenizer.json"
-    ).is_file()  # a model is not needed
+    has_tokenizer = (Path(config.model) / "tokenizer.json").is_file()  # a model is not needed
     tokenizer = Tokenizer(config.model if has_tokenizer else resolve(config.model))
     names = "max_length max_samples seed recipe recipe_args preference reasoning".split()
     options = {name: getattr(config, name) for name in names} | options
@@ -1434,9 +1389,7 @@ def audit(config):
     tokenizer, examples, _, ledger = load_rows(config, max_length=None)
 
     def measure(ids):
-        return len(
-            ids if config.by == "tokens" else tokenizer.decode(ids, skip_special=False)
-        )
+        return len(ids if config.by == "tokens" else tokenizer.decode(ids, skip_special=False))
 
     def total(example, measure):
         prompt, *answers = [measure(segment.ids) for segment in example]
@@ -1444,9 +1397,7 @@ def audit(config):
 
     lengths = [total(example, measure) for example in examples]
     tokens = np.array([total(example, len) for example in examples])
-    scored = [
-        sum(measure(s.ids[s.labels != IGNORE]) for s in example) for example in examples
-    ]
+    scored = [sum(measure(s.ids[s.labels != IGNORE]) for s in example) for example in examples]
     distinct = {hash(b"".join(s.ids.tobytes() for s in example)) for example in examples}
     percents = [50, 90, 95, 99, 100]
     names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
@@ -1456,9 +1407,7 @@ def audit(config):
         print(name.ljust(12), *(f"{value:8.1f}".replace(".0", "  ") for value in row))
     fits = int(np.ceil(np.percentile(tokens, 99) / 64)) * 64
     whole = (tokens <= fits).mean()
-    print(
-        f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole"
-    )
+    print(f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole")
     limit = config.max_length or fits
     print(f"with max_length {limit}: {load_rows(config, max_length=limit)[3]}")
     duplicates = len(examples) - len(distinct)
@@ -1500,9 +1449,7 @@ def main():
         return runpy.run_path(str(Path(__file__).with_name("eval.py")), run_name="__main__")
     names = [*COMMANDS, "pairs"]
     if name not in COMMANDS:
-        usage = (
-            f"python data.py {'|'.join(names)} --model MODEL --data SOURCE ... (or --help)"
-        )
+        usage = f"python data.py {'|'.join(names)} --model MODEL --data SOURCE ... (or --help)"
         raise UserError(f"unknown command {name!r}{nearest(name, names)}; usage: {usage}")
     command = COMMANDS[name]
     config = parse_config(DataConfig, argv, command.__doc__)

@@ -249,20 +249,14 @@ class DPOConfig(SFTConfig):
         1e-6  # peak, as in TRL, for full fine-tuning; a LoRA needs 10 times that
     )
     beta: float = 0.1  # strength of the KL penalty; ipo's tau, orpo's lambda
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"]
-    )  # one loss, or several
-    loss_weights: list[float] = field(
-        default_factory=list
-    )  # of several losses; none: 1 each
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # one loss, or several
+    loss_weights: list[float] = field(default_factory=list)  # of several losses; none: 1 each
     label_smoothing: float = 0.0  # assumed label-noise rate, below 0.5
     rpo_alpha: float = 0.0  # weight of an added sft loss (RPO)
     simpo_gamma: float = 0.5  # simpo: target margin of the mean log-probs times beta
     cpo_alpha: float = 1.0  # cpo: weight of the chosen answer's mean token loss
     discopop_tau: float = 0.05  # discopop: temperature of the blend
-    ref_model: str = (
-        ""  # another reference than the model training starts from: folder or hub id
-    )
+    ref_model: str = ""  # another reference than the model training starts from: folder or hub id
     reference_free: bool = False  # a reference to which all answers are equally likely
     ref_cache: str = "output/reference"  # folder of cached reference log-probs
     disable_dropout: bool = True  # train without the adapter's dropout
@@ -272,9 +266,7 @@ class DPOConfig(SFTConfig):
     def __post_init__(self):
         if not self.data:
             self.data = [str(EXAMPLES / "mcqa" / "train_pairs.jsonl")]
-            self.eval_data = self.eval_data or [
-                str(EXAMPLES / "mcqa" / "validation_pairs.jsonl")
-            ]
+            self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation_pairs.jsonl")]
         super().__post_init__()
         losses = [LOSSES[name] for name in self.loss_type]
         self.loss_weights = self.loss_weights or [1.0] * len(losses)
@@ -297,9 +289,7 @@ class DPOConfig(SFTConfig):
             )
         self.reference_free |= all(loss.reference_free for loss in losses)
         if self.ref_model and self.reference_free:
-            raise UserError(
-                "ref_model: reference_free and these losses use none; leave it out"
-            )
+            raise UserError("ref_model: reference_free and these losses use none; leave it out")
         if any(loss.whole_step for loss in losses):
             self.micro_batch_tokens = sys.maxsize
 
@@ -359,12 +349,8 @@ def content_hash(model, groups, budget):
     trained = any(layer.lora_B.any() for layer in lora_layers(model).values())
     adapter = model.adapter if trained else None
     arithmetic = model.dtype, model.attention, model.device.type
-    sizes = [
-        [[len(segment.ids) for segment in example] for example in group] for group in groups
-    ]
-    digest = hashlib.sha256(
-        repr((model.config, adapter, arithmetic, budget, sizes)).encode()
-    )
+    sizes = [[[len(segment.ids) for segment in example] for example in group] for group in groups]
+    digest = hashlib.sha256(repr((model.config, adapter, arithmetic, budget, sizes)).encode())
     for name, tensor in model.state_dict().items():
         if trained or not name.endswith((".lora_A", ".lora_B")):
             digest.update(name.replace(".base_layer", "").encode())
@@ -422,9 +408,7 @@ def add_reference(model, steps, eval_examples, config):
         print(f"reference: {len(logps):,} tokens scored in {seconds:.2f} s")
         with warn_on_error("reference: not kept for the next run"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(
-                ".partial"
-            )  # a kill's is replaced by the next run's
+            unfinished = path.with_suffix(".partial")  # a kill's is replaced by the next run's
             write_tensors({"logps": logps, "sha256": checksum(logps)}, unfinished)
             sync(unfinished)
             unfinished.replace(path)

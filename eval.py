@@ -105,9 +105,7 @@ def pack_shared(sequences, device="cpu"):
                 segments.append(
                     Segment(np.array(first[depth:stop]), np.full(length, IGNORE), parent)
                 )
-                branch_path = np.append(
-                    path, np.arange(stream_length, stream_length + length)
-                )
+                branch_path = np.append(path, np.arange(stream_length, stream_length + length))
                 stream_length += length
             for n in branch:
                 positions[n] = branch_path
@@ -225,9 +223,7 @@ def arc(row):
         texts = choices
         namings = texts, LETTERS[: len(texts)], list(range(len(texts)))
         labels = next(names for names in namings if answer in names)
-    return Item(
-        [f"Question: {text_of(row, 'question')}\nAnswer:"], texts, labels.index(answer)
-    )
+    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], texts, labels.index(answer))
 
 
 def commonsense_qa(row):
@@ -238,9 +234,7 @@ def commonsense_qa(row):
 
 
 def gsm8k(row):
-    return Item(
-        [f"Question: {text_of(row, 'question')}\nAnswer:"], [text_of(row, "answer")]
-    )
+    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], [text_of(row, "answer")])
 
 
 def hellaswag(row):
@@ -285,9 +279,7 @@ TASKS = {
         stops=("Question:", "</s>", "<|im_end|>"),
     ),
     "hellaswag": Task(hellaswag, "Rowan/hellaswag", "validation"),
-    "winogrande": Task(
-        winogrande, "allenai/winogrande:winogrande_xl", "validation", ("acc",)
-    ),
+    "winogrande": Task(winogrande, "allenai/winogrande:winogrande_xl", "validation", ("acc",)),
 }
 ROW_FAULTS = KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration
 
@@ -334,9 +326,7 @@ def read_task(name, config):
         if task.spare:
             examples = [example for example in examples if example[1] != row][:shots]
             if len(examples) < shots:  # the question was sampled more than once
-                examples = rng.sample(
-                    [example for example in pool if example[1] != row], shots
-                )
+                examples = rng.sample([example for example in pool if example[1] != row], shots)
         few_shot = [parse_item(*example, task, name) for example in examples]
         items.append((parse_item(where, row, task, name), few_shot))
     return items
@@ -352,9 +342,7 @@ def add_context(item, few_shot, tokenizer, as_chat):
     turns = []
     for prompt, answer in examples:
         turns += as_turn("user", prompt) + as_turn("assistant", answer)
-    prompts = [
-        tokenizer.render(turns + as_turn("user", text), True) for text in item.prompts
-    ]
+    prompts = [tokenizer.render(turns + as_turn("user", text), True) for text in item.prompts]
     return item._replace(prompts=prompts).choices()
 
 
@@ -422,9 +410,7 @@ def ask_items(items, task, model, tokenizer, config):
     sequences = iter(encode_pairs(tokenizer, choices, max_length))
     for (item, _), choices in zip(items, contexts):
         grade = partial(grade_choices, item, task.metrics)
-        questions.append(
-            Question(item._asdict(), [next(sequences) for _ in choices], [], grade)
-        )
+        questions.append(Question(item._asdict(), [next(sequences) for _ in choices], [], grade))
     return questions
 
 
@@ -463,18 +449,14 @@ def ask_answers(model, tokenizer, examples, choices):
     return questions
 
 
-def answer_questions(
-    model, tokenizer, examples, choices, max_new_tokens=128, batch_size=64
-):
+def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, batch_size=64):
     """Greedy answers to SFT examples, graded by `grade_answer`; arguments as in `ask_answers`."""
     questions = ask_answers(model, tokenizer, examples, choices)
     prompts = [question.prompt for question in questions]
     outputs = generate(
         model, prompts, max_new_tokens, eos_ids=tokenizer.end_ids, batch_size=batch_size
     )
-    return [
-        question.shown | question.grade(ids) for question, ids in zip(questions, outputs)
-    ]
+    return [question.shown | question.grade(ids) for question, ids in zip(questions, outputs)]
 
 
 def ask_choice(tokenizer, example, choices):
@@ -492,9 +474,7 @@ def ask_choice(tokenizer, example, choices):
     context, lead = split_prompt(example)[0], re.match(r"\s*", reference)[0]
     if marked:
         context, lead = context + tokenizer.encode("Answer:"), " "
-    sequences = [
-        (context + tokenizer.encode(lead + text), len(context)) for text in options
-    ]
+    sequences = [(context + tokenizer.encode(lead + text), len(context)) for text in options]
 
     def grade(sums):
         answer = options[int(np.argmax(sums))]
@@ -633,12 +613,8 @@ def ask_prompts(rows, model, tokenizer):
         if find_answer(reference or ""):
             continue
         shown = question.shown | {"reference": reference}
-        written = Question(
-            shown, [], question.prompt, partial(grade_text, tokenizer, reference)
-        )
-        choice = (
-            ask_choice(tokenizer, examples[n], choices[n]) if has_reference[n] else None
-        )
+        written = Question(shown, [], question.prompt, partial(grade_text, tokenizer, reference))
+        choice = ask_choice(tokenizer, examples[n], choices[n]) if has_reference[n] else None
         questions[n] = choice or written
     return questions
 
@@ -701,9 +677,7 @@ def answer_all(model, tokenizer, questions, file, identity, config):
     to_write = [n for n in missing if questions[n].prompt]
     scores = score(model, [questions[n].sequences for n in to_score])
     texts = generate_answers(model, tokenizer, [questions[n] for n in to_write], config)
-    bar = tqdm(
-        total=len(keys), initial=len(samples), desc=file.stem, leave=False, disable=None
-    )
+    bar = tqdm(total=len(keys), initial=len(samples), desc=file.stem, leave=False, disable=None)
     with open(file, "a", encoding="utf-8") as out, bar, keep_freed_memory():
         for numbers, answers in ((to_score, scores), (to_write, texts)):
             for index, answer in answers:
@@ -797,9 +771,7 @@ def compare(name, a, b, resamples=2000):
         result |= {"gained": gained, "lost": lost, "mcnemar_p": p}
     if len(x) < report.FEWEST or gained + lost < FEWEST_DIFFERING:
         return result
-    pairs, counts = np.unique(
-        np.stack([weights * (y - x), weights]), axis=1, return_counts=True
-    )
+    pairs, counts = np.unique(np.stack([weights * (y - x), weights]), axis=1, return_counts=True)
     rng = np.random.default_rng(0)
     differences, totals = pairs @ rng.multinomial(len(x), counts / len(x), resamples).T
     low, high = map(float, np.quantile(differences / totals, (0.025, 0.975)))
@@ -899,9 +871,7 @@ def swap_answer(row, answer, gold, rng):
 class EvalConfig:
     """The settings of an evaluation; lm_eval's names where it has one."""
 
-    model: list[str] = field(
-        default_factory=list
-    )  # [NAME=]PATH ...: models, adapters, runs
+    model: list[str] = field(default_factory=list)  # [NAME=]PATH ...: models, adapters, runs
     tasks: list[str] = field(default_factory=list)  # benchmarks
     data: list[str] = field(default_factory=list)  # [NAME=]SOURCE ...: own rows, or a .txt
     data_dir: str | None = None  # has TASK/SPLIT.jsonl in the hub's columns; none: the hub
@@ -1030,9 +1000,7 @@ def read_questions(config, has_models):
     own = by_name(config.data, "data")
     if not config.tasks and not own:
         if has_models:
-            raise UserError(
-                f"nothing to ask: give --data FILE, or --tasks of {', '.join(TASKS)}"
-            )
+            raise UserError(f"nothing to ask: give --data FILE, or --tasks of {', '.join(TASKS)}")
         own = {"mcqa": str(EXAMPLES / "mcqa" / "validation.jsonl")}
     if config.recipe and not config.data:
         raise UserError("--recipe: reads the rows of --data, and there is none")

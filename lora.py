@@ -81,15 +81,9 @@ class LoRAConfig:
     modules_to_save: list[str] = field(
         default_factory=list
     )  # modules to train whole: norms, embed_tokens, lm_head
-    bias: str = (
-        "none"  # biases to train: none, all, or lora_only (those of the adapted layers)
-    )
-    use_rslora: bool = (
-        False  # scale by lora_alpha / sqrt(lora_r) instead: steadier at high ranks
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict
-    )  # ranks by layer: {name: rank}
+    bias: str = "none"  # biases to train: none, all, or lora_only (those of the adapted layers)
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) instead: steadier at high ranks
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # ranks by layer: {name: rank}
     alpha_pattern: dict[str, float] = field(
         default_factory=dict
     )  # alphas by layer: {name: alpha}
@@ -97,9 +91,7 @@ class LoRAConfig:
         default_factory=list
     )  # indices of the blocks to adapt; empty: all
     use_dora: bool = False  # train the length of each weight row apart from its direction
-    init_lora_weights: str = (
-        "true"  # true, gaussian, pissa, pissa_niter_N (faster SVD), loftq
-    )
+    init_lora_weights: str = "true"  # true, gaussian, pissa, pissa_niter_N (faster SVD), loftq
 
     CHOICES = {"bias": BIASES}
 
@@ -161,9 +153,7 @@ class LoRALinear(nn.Module):
 
     def merged_weight(self, W):
         """W (out, in), this base's or another's, with the update: summed in fp32, in W's dtype."""
-        return torch.addmm(W.float(), self.lora_B, self.lora_A, alpha=self.scaling).to(
-            W.dtype
-        )
+        return torch.addmm(W.float(), self.lora_B, self.lora_A, alpha=self.scaling).to(W.dtype)
 
     @property
     def weight(self):
@@ -257,11 +247,7 @@ def merged_layer(layer):
 
 def lora_layers(model) -> dict[str, LoRALinear]:
     """The adapted layers by module path."""
-    return {
-        path: layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, LoRALinear)
-    }
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
 def count_parameters(model) -> tuple[int, int]:
@@ -357,9 +343,7 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     these are reported and ignored, as in PEFT. Source: peft's BaseTuner.inject_adapter.
     """
     if lora_layers(model):
-        raise UserError(
-            "the model has a LoRA already: merge it first, or continue its training"
-        )
+        raise UserError("the model has a LoRA already: merge it first, or continue its training")
     if config.lora_r == 0:
         train_in_fp32(model.parameters())
         return []
@@ -429,17 +413,13 @@ def resolve_targets(model, config, strict=True):
     check_choices(config)
     config.init_lora_weights = config.init_lora_weights.lower()
     modules = checkpoint_modules(model)
-    linear = [
-        path for path, module in modules.items() if isinstance(module, AdaptableLinear)
-    ]
+    linear = [path for path, module in modules.items() if isinstance(module, AdaptableLinear)]
     norms = [path for path, module in modules.items() if isinstance(module, RMSNorm)]
     if [target.lower() for target in config.target_modules] == ["all-linear"]:
         config.target_modules = sorted({path.split(".")[-1] for path in linear} - {HEAD})
     faults, init = setting_faults(config), config.init_lora_weights
     if initialisation(init)[0] not in INITIALISATIONS:
-        faults.append(
-            f"init_lora_weights: {init!r} is not one of {', '.join(INITIALISATIONS)}"
-        )
+        faults.append(f"init_lora_weights: {init!r} is not one of {', '.join(INITIALISATIONS)}")
     elif config.use_dora and init not in ZERO_STARTS:
         faults.append(f"use_dora does not go with init_lora_weights {init}")
     if faults:
@@ -452,9 +432,7 @@ def resolve_targets(model, config, strict=True):
         hits[target] = [path for path in modules if matches(path, [target])]
     adapted = [p for p in linear if p in selected and matches(p, config.target_modules)]
     ends = [*linear, *norms, EMBEDDING, HEAD]
-    unmatched = unmatched_names(
-        config, hits, modules, adapted, ends, len(model.model.layers)
-    )
+    unmatched = unmatched_names(config, hits, modules, adapted, ends, len(model.model.layers))
     if not strict:
         unmatched, ignored = [], unmatched[:8]
     faults = unmatched + layer_faults(config, hits, modules, adapted, linear + norms, saved)
@@ -488,9 +466,7 @@ def layer_faults(config, hits, modules, adapted, layers, saved):
             "give it as a target"
         )
     if config.init_lora_weights == "loftq" and not set(adapted) <= set(quantized):
-        faults.append(
-            "init_lora_weights: loftq corrects 4-bit weights; give --load_in_4bit too"
-        )
+        faults.append("init_lora_weights: loftq corrects 4-bit weights; give --load_in_4bit too")
     return faults
 
 
@@ -504,15 +480,11 @@ def train_norms_whole(config, hits, modules, norms, selected):
         targeted = [path for path in paths if path in norms and path in selected]
         if targeted:
             same = whole_modules(modules, [target]) == targeted
-            config.modules_to_save = config.modules_to_save + (
-                [target] if same else targeted
-            )
+            config.modules_to_save = config.modules_to_save + ([target] if same else targeted)
             notices.append(
                 f"target_modules: {target} has no low-rank form, so it is trained whole"
             )
-    config.target_modules = [
-        target for target, paths in hits.items() if set(paths) - set(norms)
-    ]
+    config.target_modules = [target for target, paths in hits.items() if set(paths) - set(norms)]
     return notices
 
 
@@ -579,18 +551,12 @@ def exportable_adapter(model):
         A, B = layer.start
         # what trained stays first and as it is: a checkpoint is resumed from there
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([layer.lora_A.detach(), A])
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat(
-            [layer.lora_B.detach(), -B], dim=1
-        )
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([layer.lora_B.detach(), -B], dim=1)
     if layers:
-        factor = (
-            math.sqrt(2) if config.use_rslora else 2
-        )  # keeps the scale at twice the rank
+        factor = math.sqrt(2) if config.use_rslora else 2  # keeps the scale at twice the rank
         config.lora_r, config.lora_alpha = 2 * config.lora_r, factor * config.lora_alpha
         config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
-        config.alpha_pattern = {
-            name: factor * a for name, a in config.alpha_pattern.items()
-        }
+        config.alpha_pattern = {name: factor * a for name, a in config.alpha_pattern.items()}
     return config, tensors
 
 
@@ -613,15 +579,11 @@ def write_adapter(model, folder, base_model=None):
         value = getattr(config, name)
         if key in ("target_modules", "exclude_modules") and is_regex(value):
             raw[key] = value[0]
-        elif (
-            value != []
-        ):  # the default: PEFT's older releases don't know some of these keys
+        elif value != []:  # the default: PEFT's older releases don't know some of these keys
             raw[key] = value
     if trains_tied_ends(model, config.modules_to_save):
         raw["ensure_weight_tying"] = True
-    (Path(folder) / "adapter_config.json").write_text(
-        json.dumps(raw, indent=2), encoding="utf-8"
-    )
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
     tensors = {key: t.to("cpu", torch.float32, copy=True) for key, t in tensors.items()}
     write_tensors(tensors, Path(folder) / "adapter_model.safetensors")
     return tensors
@@ -770,9 +732,7 @@ def open_adapter(model, folder):
 
 def check_vocabulary(shapes, size, file):
     """UserError if the adapter was trained on another vocabulary size than the base has."""
-    ends = (
-        r"(embed_tokens|lm_head)\.((base_layer\.)?weight|lora_B\.weight|lora_embedding_A)$"
-    )
+    ends = r"(embed_tokens|lm_head)\.((base_layer\.)?weight|lora_B\.weight|lora_embedding_A)$"
     for key, shape in shapes.items():
         if re.search(ends, key) and size not in shape:
             raise UserError(
@@ -795,9 +755,7 @@ def updated_end(model, config, raw, file, path, kind):
     shapes = {prefix + kind: (r, V), f"{prefix}lora_embedding_B": (C, r)}
     if kind == TOKENS:
         if not isinstance(tokens, list) or not all(token in range(V) for token in tokens):
-            raise UserError(
-                f"{file.parent}: trainable_token_indices are no tokens of {path}"
-            )
+            raise UserError(f"{file.parent}: trainable_token_indices are no tokens of {path}")
         shapes = {prefix + kind: (len(tokens), C)}
 
     def read():
@@ -847,9 +805,7 @@ def disable_lora(model):
     layers = lora_layers(model).values()
     for name in adapter_names(model).values() if layers else ():
         if ".lora_" not in name:
-            raise UserError(
-                f"disable_lora: {name} is trained in place; load the base instead"
-            )
+            raise UserError(f"disable_lora: {name} is trained in place; load the base instead")
     for layer in layers:
         layer.enabled = False
     try:
@@ -916,9 +872,7 @@ def merge(adapter, output_dir, base=None, swap_layers=None):
     changes = {"quantization_config": None} if original.quantized else {}
     if original.tie_word_embeddings and not model.config.tie_word_embeddings:
         changes["tie_word_embeddings"] = False
-        notices.append(
-            "the adapter trained embedding and head apart: the merged model is untied"
-        )
+        notices.append("the adapter trained embedding and head apart: the merged model is untied")
     save_model(merged_tensors(), output_dir, model.folder, adapter=adapter, **changes)
     return notices
 
@@ -953,9 +907,7 @@ def main():
     if command == "push":
         if argv and not argv[0].startswith("-"):
             argv = ["--run", *argv]
-        config = parse_config(
-            PushConfig, argv, "Uploads what the hub lacks of a finished run."
-        )
+        config = parse_config(PushConfig, argv, "Uploads what the hub lacks of a finished run.")
         push(config.run, config)
     elif command == "merge":
         config = parse_config(MergeConfig, argv, "Merges an adapter into its base model.")

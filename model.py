@@ -59,9 +59,7 @@ class Segment(NamedTuple):
     prefix: int = -1  # index in the example of the earlier segment it continues; -1: none
     sequence: int = 0  # which of the example's sequences its scored tokens belong to
     weight: float = 1.0  # weight of each of its scored tokens in the loss
-    reference: np.ndarray | float = (
-        0.0  # log-probs of its scored tokens under DPO's reference
-    )
+    reference: np.ndarray | float = 0.0  # log-probs of its scored tokens under DPO's reference
 
 
 @dataclass
@@ -69,13 +67,9 @@ class Batch:
     """Examples packed into one stream. Built by `pack`."""
 
     tokens: Tensor  # (T,)
-    positions: (
-        Tensor  # (T,) position in the sequence: a continuation counts on from its prefix
-    )
+    positions: Tensor  # (T,) position in the sequence: a continuation counts on from its prefix
     segments: list  # [(start, stop, prefix)], prefix: index of a segment, or -1
-    scored: (
-        Tensor  # (S,) for each scored token, the position whose hidden state predicts it
-    )
+    scored: Tensor  # (S,) for each scored token, the position whose hidden state predicts it
     targets: Tensor  # (S,) its id
     sequence: Tensor  # (S,) the sequence it belongs to, numbered over the batch
     weights: Tensor  # (S,) fp32
@@ -128,9 +122,7 @@ class Batch:
             torch.from_numpy(column).to(dtype).to(device)
             for column, dtype in zip(columns, dtypes)
         )
-        return cls(
-            tokens, positions, segments, *per_score, num_sequences, int(columns[0].max())
-        )
+        return cls(tokens, positions, segments, *per_score, num_sequences, int(columns[0].max()))
 
     @cached_property
     def spans(self):
@@ -161,16 +153,13 @@ class Batch:
     def keys(self):
         """Per segment the positions it sees: a slice if they are adjacent, else an index (n,)."""
         return [
-            slice(*spans[0]) if len(spans) == 1 else self.indices(spans)
-            for spans in self.spans
+            slice(*spans[0]) if len(spans) == 1 else self.indices(spans) for spans in self.spans
         ]
 
     @cached_property
     def mask(self):
         """(T, T) bool: whether a query (row) sees a key (column)."""
-        sees = torch.zeros(
-            2 * [len(self.tokens)], dtype=torch.bool, device=self.tokens.device
-        )
+        sees = torch.zeros(2 * [len(self.tokens)], dtype=torch.bool, device=self.tokens.device)
         for (start, stop, _), keys in zip(self.segments, self.keys):
             sees[start:stop, keys] = True
         return sees & (self.positions <= self.positions[:, None])
@@ -179,9 +168,7 @@ class Batch:
         """(own, seen): -inf where one of the last `own` of `seen` tokens would see a later one."""
         key = own, seen, dtype
         if key not in self.biases:
-            future = torch.full(
-                (own, seen), -torch.inf, dtype=dtype, device=self.tokens.device
-            )
+            future = torch.full((own, seen), -torch.inf, dtype=dtype, device=self.tokens.device)
             self.biases[key] = future.triu(seen - own + 1)
         return self.biases[key]
 
@@ -195,9 +182,7 @@ class Batch:
         if keys != queries:
             gather = self.indices([span for spans in self.spans for span in spans])
         cu_q, cu_k = (
-            torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(
-                self.tokens.device
-            )
+            torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(self.tokens.device)
             for lengths in (queries, keys)
         )
         return gather, cu_q, cu_k, max(queries), max(keys)
@@ -224,9 +209,7 @@ def sdpa_attention(q, k, v, batch):
         queries, keys, values = q[start:stop], k[seen], v[seen]
         past = len(keys) - len(queries)
         if q.is_cpu and (len(keys) <= 512 or not torch.is_grad_enabled()):
-            for block in queries.split(
-                512
-            ):  # a block is not multiplied with what comes after it
+            for block in queries.split(512):  # a block is not multiplied with what comes after it
                 past += len(block)
                 bias = batch.bias(len(block), past, q.dtype)
                 outputs.append(product_attention(block, keys[:past], values[:past], bias))
@@ -410,9 +393,7 @@ class Attention(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in projections)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(
-            attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v).flatten(-2)
-        )
+        return self.o_proj(attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -468,9 +449,7 @@ class Transformer(nn.Module):
 
     def head_weight(self):
         """(V, C): the matrix that turns hidden states into logits, whoever owns it."""
-        return (
-            self.lm_head if self.lm_head is not None else self.model.embed_tokens
-        ).weight
+        return (self.lm_head if self.lm_head is not None else self.model.embed_tokens).weight
 
     def forward(self, batch, attend=None):
         """Final, normalised hidden states (T, C). attend(layer, q, k, v) replaces the attention
@@ -513,7 +492,9 @@ class Transformer(nn.Module):
 
 # --- the one primitive that scores tokens ---------------------------------------------------------
 
-CHUNK = 256  # scored positions whose logits exist at a time: (256, V) in the dtype of the products
+CHUNK = (
+    256  # scored positions whose logits exist at a time: (256, V) in the dtype of the products
+)
 
 
 def log_softmax_(logits, targets, keep_grad):
@@ -707,9 +688,7 @@ def generate_each(
     lengths = [len(prompt) for prompt in prompts]
     shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
     by_length = model.config.rope["rope_type"] in ROPE_BY_LENGTH
-    if (
-        shared < 16 or len(prompts) == 1 or by_length
-    ):  # costs more than it saves, or differs
+    if shared < 16 or len(prompts) == 1 or by_length:  # costs more than it saves, or differs
         shared = 0
     slots = [None] * min(batch_size, len(prompts))  # the row in each row of the cache
     cache = KVCache(model, len(slots), max(lengths) + max_new_tokens, prompts[0][:shared])
@@ -791,9 +770,7 @@ class ModelConfig:
     qk_norm: bool  # each head's queries and keys are normalised before they are rotated
     dtype: str  # of the checkpoint's tensors
     eos_token_id: tuple
-    quantized: (
-        bool  # the checkpoint holds bitsandbytes' 4-bit weights, which qlora.py reads
-    )
+    quantized: bool  # the checkpoint holds bitsandbytes' 4-bit weights, which qlora.py reads
 
     @classmethod
     def read(cls, folder):
@@ -802,9 +779,7 @@ class ModelConfig:
         raw = read_json(file)
         if not (raw.get("dtype") or raw.get("torch_dtype")):
             stored = [dtype for _, _, dtype in checkpoint_tensors(folder).values()]
-            raw["dtype"] = next(
-                (FLOATS[name] for name in stored if name in FLOATS), "float32"
-            )
+            raw["dtype"] = next((FLOATS[name] for name in stored if name in FLOATS), "float32")
         return cls.from_dict(raw, file)
 
     @classmethod
@@ -1104,9 +1079,7 @@ def pick_dtype(dtype, stored, device):
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             choice = "float16"
     if choice != stored:
-        print(
-            f"dtype: no {stored} products on this {device.type}; {choice}", file=sys.stderr
-        )
+        print(f"dtype: no {stored} products on this {device.type}; {choice}", file=sys.stderr)
     return choice
 
 
@@ -1168,9 +1141,7 @@ def open_model(name, revision=None, swap_layers=None):
     folder = resolve(name, revision)
     config = ModelConfig.read(folder)
     if config.quantized and swap_layers is None:
-        raise UserError(
-            f"{folder}: holds 4-bit weights, not usable here; name the 16-bit model"
-        )
+        raise UserError(f"{folder}: holds 4-bit weights, not usable here; name the 16-bit model")
     tensors = checkpoint_tensors(folder)
     if config.num_hidden_layers > len(tensors):
         layers = config.num_hidden_layers
@@ -1248,9 +1219,7 @@ def load_model(
 # --- checkpoints: written a shard at a time, then renamed into place ------------------------------
 
 
-def save_model(
-    tensors, folder, source, max_shard_bytes=2 * 10**9, adapter=None, **changes
-):
+def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, adapter=None, **changes):
     """Writes a checkpoint in the Hugging Face layout; it opens in transformers.
 
     tensors: (name, tensor) pairs, taken one at a time; memory holds one shard, twice while it is
@@ -1264,9 +1233,7 @@ def save_model(
         for name, tensor in tensors:
             # other names and dtypes belong to 4-bit weights
             plain = tensor.is_floating_point() and name.endswith((".weight", ".bias"))
-            tensor = tensor.detach().to(
-                device="cpu", dtype=dtype if plain else tensor.dtype
-            )
+            tensor = tensor.detach().to(device="cpu", dtype=dtype if plain else tensor.dtype)
             if not finite(tensor):
                 raise UserError(
                     f"{folder}: not written, {name} would hold NaN or infinity (in {tensor.dtype})"

@@ -48,9 +48,7 @@ class QuantConfig:
 
     load_in_4bit: bool = False  # hold linear layers in 4 bit; embeddings, norms, head stay
     bnb_4bit_quant_type: str = "nf4"  # format of the 4-bit values
-    bnb_4bit_use_double_quant: bool = (
-        True  # quantise the scales too: 0.37 bit less a weight
-    )
+    bnb_4bit_use_double_quant: bool = True  # quantise the scales too: 0.37 bit less a weight
     bnb_4bit_compute_dtype: str | None = None  # of the products; none: the model's dtype
 
     CHOICES = {
@@ -109,9 +107,7 @@ class Linear4bit(nn.Module):
         empty = partial(torch.empty, device="meta")
         self._buffers["weight"] = empty((values + 1) // 2, 1, dtype=torch.uint8)
         self._buffers["weight.quant_map"] = empty(16)
-        self._buffers["weight.absmax"] = empty(
-            blocks, dtype=torch.uint8 if double else None
-        )
+        self._buffers["weight.absmax"] = empty(blocks, dtype=torch.uint8 if double else None)
         if double:
             self._buffers["weight.nested_absmax"] = empty(-(-blocks // NESTED_BLOCK))
             self._buffers["weight.nested_quant_map"] = empty(256)
@@ -163,9 +159,7 @@ class Linear4bit(nn.Module):
                 blocksize=NESTED_BLOCK,
                 dtype=torch.float32,
             )
-            absmax = (
-                functional.dequantize_blockwise(absmax, scales) + state["nested_offset"]
-            )
+            absmax = functional.dequantize_blockwise(absmax, scales) + state["nested_offset"]
         blocks = functional.QuantState(
             absmax,
             shape=(self.out_features, self.in_features),
@@ -199,9 +193,7 @@ def swap_linear4bit(quant, model, stored):
     stored: {tensor name: (file, shape, dtype name)}. UserError for what bitsandbytes can't hold.
     """
     check_choices(quant)
-    states = {
-        name.partition(QUANT_STATE)[0]: name for name in stored if QUANT_STATE in name
-    }
+    states = {name.partition(QUANT_STATE)[0]: name for name in stored if QUANT_STATE in name}
     for path, plain in list(model.named_modules()):
         weight = f"{path}.weight"
         if type(plain) is not Linear:
@@ -223,9 +215,7 @@ def read_state(stored, name, shape):
     file = stored[name][0]
     weight, _, kind = name.partition(QUANT_STATE)
     try:
-        state = json.loads(
-            bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique_keys
-        )
+        state = json.loads(bytes(read_tensor(file, name).tolist()), object_pairs_hook=unique_keys)
         valid = (
             state["quant_type"] == kind
             and state["blocksize"] in [2**n for n in range(5, 13)]
@@ -350,9 +340,7 @@ def main():
         dtype = ModelConfig.read(resolve(config.model)).dtype
         save_4bit(load_4bit(config.model, config, dtype=dtype), folder, config)
     elif command == "merge":
-        config = parse_config(
-            Merge4bitConfig, argv, "Merges an adapter into 4-bit weights."
-        )
+        config = parse_config(Merge4bitConfig, argv, "Merges an adapter into 4-bit weights.")
         config.load_in_4bit, folder = True, new_folder(config.output_dir)
         swap_layers = partial(swap_linear4bit, config)
         print(*merge(config.adapter, folder, config.model, swap_layers), sep="\n")

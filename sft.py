@@ -110,30 +110,18 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     adapter: str = (
         ""  # a LoRA (PEFT's layout, or a run folder) to train further, with its own rank
     )
-    data: list[str] = field(
-        default_factory=list
-    )  # training rows: files, hub ids; none: embedded
+    data: list[str] = field(default_factory=list)  # training rows: files, hub ids; none: embedded
     eval_data: list[str] = field(default_factory=list)  # evaluation rows: files or hub ids
-    val_size: float = (
-        0.0  # without eval_data: rows held out of data, a share below 1 or a number
-    )
+    val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number
     output_dir: str = "output/sft"  # the run folder
-    dry_run: bool = (
-        False  # print parameters, steps, expected memory and time; train nothing
-    )
+    dry_run: bool = False  # print parameters, steps, expected memory and time; train nothing
     max_samples: int | None = None  # use this many rows of data, drawn by seed
     max_eval_samples: int | None = None  # use this many evaluation rows
     recipe: str = ""  # how to read a data set's own rows
-    recipe_args: dict = field(
-        default_factory=dict
-    )  # the recipe's arguments, as {"cot": 0.5}
+    recipe_args: dict = field(default_factory=dict)  # the recipe's arguments, as {"cot": 0.5}
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
-    completion_only_loss: bool | None = (
-        None  # true: score the last turn only; false: prompts too
-    )
-    assistant_only_loss: bool = (
-        True  # score the assistant's turns; false: the whole conversation
-    )
+    completion_only_loss: bool | None = None  # true: score the last turn only; false: prompts too
+    assistant_only_loss: bool = True  # score the assistant's turns; false: the whole conversation
     reasoning: str = "last"  # thoughts: as the template has them, every_turn's, or unscored
     eval_answers: int = 64  # evaluation rows answered and graded before and after training
     num_samples: int = 3  # of those, how many are shown
@@ -141,34 +129,22 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
 
     dtype: str = "auto"  # of base weights and matmuls; auto: see model.pick_dtype
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    attn_implementation: str = (
-        "auto"  # how attention is computed; varlen is flash attention
-    )
-    gradient_checkpointing: bool = (
-        False  # recompute blocks in backward: slower, far less memory
-    )
+    attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
+    gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
     micro_batch_tokens: int = (
         0  # tokens per forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
     )
 
     num_train_epochs: float = 3.0  # passes over the data
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
-    per_device_train_batch_size: int = (
-        8  # examples per step, times gradient_accumulation_steps
-    )
-    gradient_accumulation_steps: int = (
-        1  # times this many; memory depends on micro_batch_tokens
-    )
+    per_device_train_batch_size: int = 8  # examples per step, times gradient_accumulation_steps
+    gradient_accumulation_steps: int = 1  # times this many; memory depends on micro_batch_tokens
     learning_rate: float = 2e-4  # peak learning rate
     lr_scheduler_type: str = "cosine"  # the learning rate after warmup
-    warmup_ratio: float = (
-        0.03  # share of the steps over which the learning rate rises from 0
-    )
+    warmup_ratio: float = 0.03  # share of the steps over which the learning rate rises from 0
     warmup_steps: int = 0  # number of those steps; overrides warmup_ratio when positive
     optim: str = "adamw"  # 8bit: states in 8 bit; paged: which may move to CPU memory
-    loraplus_lr_ratio: float | None = (
-        None  # LoRA+: B's learning rate is this many times A's
-    )
+    loraplus_lr_ratio: float | None = None  # LoRA+: B's learning rate is this many times A's
     adam_beta1: float = 0.9  # decay of the gradient's mean
     adam_beta2: float = 0.999  # decay of the gradient's square
     adam_epsilon: float = 1e-8  # added to the root of the square
@@ -178,28 +154,18 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     seed: int = 42  # of order, dropout, adapter start and row choice
 
     logging_steps: int = 10  # steps between lines of log.jsonl
-    report_to: list[str] = field(
-        default_factory=lambda: ["tensorboard"]
-    )  # experiment trackers
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])  # experiment trackers
     eval_strategy: str = "epoch"  # when to evaluate
     eval_steps: int = 100  # steps between evaluations with eval_strategy steps
     save_strategy: str = "steps"  # when to write a checkpoint
     save_steps: int = 500  # steps between checkpoints with save_strategy steps
-    save_total_limit: int | None = (
-        None  # keep this many newest checkpoints, and the best one
-    )
+    save_total_limit: int | None = None  # keep this many newest checkpoints, and the best one
     metric_for_best_model: str | None = None  # loss, accuracy, f1, ...; none: loss
     greater_is_better: bool | None = None  # none: yes, unless the metric is a loss
-    load_best_model_at_end: bool = (
-        False  # export the best checkpoint instead of the last step
-    )
-    early_stopping_patience: int | None = (
-        None  # evaluations without a new best; none: never stop
-    )
+    load_best_model_at_end: bool = False  # export the best checkpoint instead of the last step
+    early_stopping_patience: int | None = None  # evaluations without a new best; none: never stop
     early_stopping_threshold: float = 0.0  # improvement that counts as a new best
-    resume: str = (
-        "auto"  # auto: from output_dir's last checkpoint; never; or a checkpoint's path
-    )
+    resume: str = "auto"  # auto: from output_dir's last checkpoint; never; or a checkpoint's path
     overwrite_output_dir: bool = False  # delete the run in output_dir and start anew
     merge: bool = True  # write merged/, the model with the adapter merged in
     merge_base: str = (
@@ -239,9 +205,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
             "max_skipped_steps",
         )
         check_range(self, 1, "max_new_tokens", most=2**20)
-        numbers = [
-            name for name, value in vars(self).items() if isinstance(value, (int, float))
-        ]
+        numbers = [name for name, value in vars(self).items() if isinstance(value, (int, float))]
         numbers.remove("max_steps")
         check_range(self, 0, *numbers)
         check_range(self, 0, "warmup_ratio", most=1)
@@ -293,9 +257,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     with stop_signals() as signals, keep_freed_memory(), bar:
         while True:
             with save_on_error(save):  # up to the next update the state is a whole step's
-                if state.unreported and report_step(
-                    state, steps, log, evaluate, config, clock
-                ):
+                if state.unreported and report_step(state, steps, log, evaluate, config, clock):
                     save()
                 if state.step >= len(steps) or signals or state.best.get("stop"):
                     break
@@ -506,8 +468,7 @@ def count_tokens(example):
 def count_scored(example):
     """What SFT's loss of an example is divided by: its scored tokens, each times its weight."""
     return sum(
-        segment.weight * int((np.asarray(segment.labels) != IGNORE).sum())
-        for segment in example
+        segment.weight * int((np.asarray(segment.labels) != IGNORE).sum()) for segment in example
     )
 
 
@@ -524,9 +485,7 @@ class Plan:
         self.examples, self.source = examples, source or examples
         self.seed, self.count = config.seed, count
         self.fingerprint = getattr(self.source, "fingerprint", str(len(examples)))
-        self.batch_size = (
-            config.per_device_train_batch_size * config.gradient_accumulation_steps
-        )
+        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = max(1, math.ceil(len(examples) / self.batch_size))
         self.steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         if config.max_steps > 0:
@@ -541,9 +500,7 @@ class Plan:
         examples = self.examples
         if hasattr(examples, "epoch"):
             examples = examples.epoch(number)
-        return examples, np.random.default_rng([self.seed, number]).permutation(
-            len(examples)
-        )
+        return examples, np.random.default_rng([self.seed, number]).permutation(len(examples))
 
     def select(self, step):
         """(the examples of the epoch of a step, counted from 0; those of them in the step)."""
@@ -761,9 +718,7 @@ def write_results(config, log, ledger, results, figures):
     """Writes the figure, the model card and the log's last line, which makes the run finished."""
     folder = Path(config.output_dir)
     log.plot()
-    write_card(
-        config, ledger, results, figures, vars(LoRAConfig()) if config.adapter else ()
-    )
+    write_card(config, ledger, results, figures, vars(LoRAConfig()) if config.adapter else ())
     log.write(results)
     log.close()
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -798,9 +753,7 @@ def load_data(config, tokenizer, options):
         (examples, _), (eval_examples, eval_rows) = parts
         report["held_out"] = len(eval_examples)
         print(f"evaluation rows: {len(eval_examples)} of these")
-    if not eval_examples and (
-        config.load_best_model_at_end or config.early_stopping_patience
-    ):
+    if not eval_examples and (config.load_best_model_at_end or config.early_stopping_patience):
         raise UserError(
             "load_best_model_at_end, early_stopping_patience: no held-out rows; "
             "give eval_data or val_size"
@@ -925,9 +878,7 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
 def dry_run(config, source, steps, loss_fn, device, dtype):
     """Prints the plan, the estimated memory, and the time that one micro-batch predicts; where it
     does not fit, what needs less."""
-    modules, memory, flops, largest = plan_memory(
-        config, source, steps, loss_fn, device, dtype
-    )
+    modules, memory, flops, largest = plan_memory(config, source, steps, loss_fn, device, dtype)
     lengths, scored = [], 0
     sample = range(0, len(steps), len(steps) // 1024 + 1)  # all steps of most runs
     for step in sample:

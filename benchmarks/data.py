@@ -108,12 +108,8 @@ def speed(shared, repeats):
             ours, theirs = [], []
             for n in range(repeats):
                 cache = f"{folder}/theirs{n}"
-                ours.append(
-                    run_code(PLAINTUNE, tokenizer, path, PLAINTUNE_CACHE=f"{folder}/{n}")
-                )
-                theirs.append(
-                    run_code(DATASETS, tokenizer, path, cache, HF_HUB_OFFLINE="1")
-                )
+                ours.append(run_code(PLAINTUNE, tokenizer, path, PLAINTUNE_CACHE=f"{folder}/{n}"))
+                theirs.append(run_code(DATASETS, tokenizer, path, cache, HF_HUB_OFFLINE="1"))
             a = median(rows_per_second for rows_per_second, *_ in ours)
             b = median(rows_per_second for rows_per_second, *_ in theirs)
             print(
@@ -131,9 +127,7 @@ def memory(shared, sizes):
             path = Path(folder, "rows.jsonl")
             with open(path, "w") as file:
                 for n in range(size):
-                    text = (
-                        f"Row {n}: {n} plus {n % 97} is {n + n % 97}, as anybody can see."
-                    )
+                    text = f"Row {n}: {n} plus {n % 97} is {n + n % 97}, as anybody can see."
                     file.write(json.dumps({"text": text}) + "\n")
             results = []
             for start in ("first", "second"):

@@ -118,9 +118,7 @@ def trl_side(side, model, data, out, steps, pairs, **overrides):
     )
     if side == "trl-tuned":
         settings |= TUNED | overrides
-    settings["gradient_accumulation_steps"] = (
-        pairs // settings["per_device_train_batch_size"]
-    )
+    settings["gradient_accumulation_steps"] = pairs // settings["per_device_train_batch_size"]
 
     class Trainer(DPOTrainer):
         def _prepare_dataset(self, dataset, processing_class, *args):
@@ -129,9 +127,7 @@ def trl_side(side, model, data, out, steps, pairs, **overrides):
             def until_end(row):
                 return {key: row[key][: row[key].index(end) + 1] for key in keys}
 
-            dataset = (
-                super()._prepare_dataset(dataset, processing_class, *args).map(until_end)
-            )
+            dataset = super()._prepare_dataset(dataset, processing_class, *args).map(until_end)
             scored = sum(len(ids) for key in keys for ids in dataset[key])
             (out / "data_report.json").write_text(json.dumps({"train": {"scored": scored}}))
             return dataset
@@ -178,9 +174,7 @@ def measure(side, name, n, rows, folder, args, env):
     console = out.with_suffix(".txt").read_text()
     passes = re.findall(r"reference: .*scored in ([\d.]+) s", console)
     if side != "trl" and not passes:
-        sys.exit(
-            f"{side}: its output names no time of the reference pass:\n{console[-3000:]}"
-        )
+        sys.exit(f"{side}: its output names no time of the reference pass:\n{console[-3000:]}")
     step, reference = (seen[args.steps] - seen[0]) / args.steps, sum(map(float, passes))
     gpu = {"peak_gpu_gb": lines[-1]["peak_memory_gb"]} if args.cuda else {}
     return {

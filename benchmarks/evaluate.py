@@ -67,9 +67,7 @@ def ours(model, dtype, task, shots, limit, data, **_):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "samples.jsonl"
         items = plaintune.read_task(task, config)
-        questions = plaintune.ask_items(
-            items, plaintune.TASKS[task], model, tokenizer, config
-        )
+        questions = plaintune.ask_items(items, plaintune.TASKS[task], model, tokenizer, config)
         samples = plaintune.run(model, tokenizer, questions, file, "", config)
         summary = plaintune.summarise(samples)
     seconds = time.perf_counter() - start
@@ -213,9 +211,7 @@ def measure(side, env, **task):
     ]
     process = subprocess.run(command, env=env, capture_output=True, text=True)
     if process.returncode:
-        sys.exit(
-            f"{side} {task}\nexit status {process.returncode}:\n{process.stderr[-3000:]}"
-        )
+        sys.exit(f"{side} {task}\nexit status {process.returncode}:\n{process.stderr[-3000:]}")
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -224,9 +220,7 @@ def best_size(side, sizes, env, **task):
     if len(sizes) == 1:
         return sizes[0]
     task["limit"] = max(2, task["limit"] // 4)
-    seconds = {
-        size: measure(side, env, batch_size=size, **task)["seconds"] for size in sizes
-    }
+    seconds = {size: measure(side, env, batch_size=size, **task)["seconds"] for size in sizes}
     return min(sizes, key=seconds.get)
 
 
@@ -288,9 +282,7 @@ def parse_args():
     add("--limit", type=int, default=32, help=f"questions of each task {shown}")
     add("--repeats", type=int, default=2, help=f"rounds {shown}")
     add("--batch_sizes", default="1,8,32", help=f"tried for lm_eval and generation {shown}")
-    add(
-        "--prompts", type=int, default=8, help=f"GSM8K prompts to continue; 0: none {shown}"
-    )
+    add("--prompts", type=int, default=8, help=f"GSM8K prompts to continue; 0: none {shown}")
     add("--new", type=int, default=64, help=f"new tokens per prompt {shown}")
     add("--child", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -317,9 +309,7 @@ def main():
             for name in args.tasks.split(","):
                 seconds = compare_scoring(name, sizes, args.repeats, env, **task)
                 a, b = a + seconds[0], b + seconds[1]
-            print(
-                f"{shots}-shot, all: plaintune {a:.1f} s, lm_eval {b:.1f} s: {b / a:.2f} x"
-            )
+            print(f"{shots}-shot, all: plaintune {a:.1f} s, lm_eval {b:.1f} s: {b / a:.2f} x")
         if args.prompts:
             task = common | {"shots": 5, "limit": args.prompts, "new": args.new}
             compare_generation(sizes, args.repeats, env, **task)

@@ -195,7 +195,9 @@ def main():
             differing = [name for name in a | b if a.get(name) != b.get(name)]
             unequal, total = unequal + bool(differing), total + len(moments)
             size = sum(len(value) for value in a.values() if isinstance(value, bytes))
-            result = f"equal: {len(a) - 2} files of {size:,} bytes, state, {len(a['log'])} log lines"
+            result = (
+                f"equal: {len(a) - 2} files of {size:,} bytes, state, {len(a['log'])} log lines"
+            )
             if differing:
                 result = f"DIFFER: {', '.join(differing)}"
             print(

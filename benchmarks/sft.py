@@ -154,9 +154,7 @@ def trl_data(model, data):
 
     with open(data, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    lora = LoraConfig(
-        r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return {
         "model": str(model),
         "train_dataset": Dataset.from_list(rows),
@@ -205,9 +203,7 @@ def trl_side(side, model, data, out, steps, rows, **overrides):
     class OwnLoss(SFTTrainer):
         def compute_loss(self, model, inputs, **kwargs):
             # with a cache, the mask would not see where examples end
-            return Trainer.compute_loss(
-                self, model, inputs | {"use_cache": False}, **kwargs
-            )
+            return Trainer.compute_loss(self, model, inputs | {"use_cache": False}, **kwargs)
 
     trainer = (OwnLoss if side == "trl-tuned" else SFTTrainer)(
         args=SFTConfig(**settings),
@@ -245,9 +241,7 @@ def roof_side():
             y = torch.nn.functional.linear(x, w)
         y[0, 0].item()  # waits for a GPU
         seconds.append((time.perf_counter() - start) / products)
-    device = (
-        torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    )
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     flops = 2 * 2048 * 1024 * 3072 / median(seconds[2:])
     machine = f"{device}, torch {torch.__version__}"
     print(json.dumps({"flops": flops, "cuda": cuda, "machine": machine}))
@@ -264,9 +258,7 @@ def child_command(**task):
 def memory_of(pid):
     """[(VmHWM, kB), (RssAnon, kB)] of a process; [] once it has ended, or without /proc."""
     try:
-        return re.findall(
-            r"(VmHWM|RssAnon):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()
-        )
+        return re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
         return []
 
@@ -277,9 +269,7 @@ def watch(command, out, env):
     log, console = out / "log.jsonl", out.with_suffix(".txt")
     seconds, peak, start = [], {"VmHWM": 0, "RssAnon": 0}, time.perf_counter()
     with open(console, "w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=env
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
         try:
             while process.poll() is None:
                 lines = log.read_bytes().count(b"\n") if log.exists() else 0
@@ -291,9 +281,7 @@ def watch(command, out, env):
             process.kill()
     if process.returncode:
         text = " ".join(map(str, command))
-        sys.exit(
-            f"{text}\nexit status {process.returncode}:\n{console.read_text()[-3000:]}"
-        )
+        sys.exit(f"{text}\nexit status {process.returncode}:\n{console.read_text()[-3000:]}")
     return seconds, peak
 
 
@@ -459,9 +447,7 @@ def set_up(args, folder):
 
 
 def main():
-    parser = make_parser(
-        __doc__, sets="ecqa,alpaca", sides="plaintune,trl,trl-packed,trl-tuned"
-    )
+    parser = make_parser(__doc__, sets="ecqa,alpaca", sides="plaintune,trl,trl-packed,trl-tuned")
     parser.add_argument(
         "--rows",
         type=int,
@@ -487,9 +473,7 @@ def main():
         for n in range(args.repeats):
             for name in args.sets.split(","):
                 pairs = [
-                    pair
-                    for pair in SETS[name](args.shared)
-                    if sum(map(len, pair)) <= LONGEST
+                    pair for pair in SETS[name](args.shared) if sum(map(len, pair)) <= LONGEST
                 ]
                 random.Random(0).shuffle(pairs)
                 rows = pairs[n * args.rows : (n + 1) * args.rows]

@@ -600,9 +600,7 @@ RELATIONS = [
 ]
 # fmt: on
 
-Fact = namedtuple(
-    "Fact", "relation name article value"
-)  # relation by its place in RELATIONS
+Fact = namedtuple("Fact", "relation name article value")  # relation by its place in RELATIONS
 
 
 def facts():
@@ -618,11 +616,7 @@ def facts():
 
 
 def a(word):
-    return (
-        "an"
-        if word[0] in "aeiou" and not word.startswith("un") or word == "umbrella"
-        else "a"
-    )
+    return "an" if word[0] in "aeiou" and not word.startswith("un") or word == "umbrella" else "a"
 
 
 def capital(text):
@@ -669,7 +663,9 @@ def text_rows(world, rng, n_rows):
         return fill(rng.choice(RELATIONS[fact.relation].says), fact) + "."
 
     def why(fact):
-        return f"{fill('{e}', fact)} {REASONS[fact.value]}, so it is {a(fact.value)} {fact.value}."
+        return (
+            f"{fill('{e}', fact)} {REASONS[fact.value]}, so it is {a(fact.value)} {fact.value}."
+        )
 
     def statements():
         return " ".join(say(rng.choice(world)) for _ in range(rng.randint(3, 6)))
@@ -725,9 +721,7 @@ def text_rows(world, rng, n_rows):
     for _ in range(n_rows):
         if rng.random() < 0.15:
             turns = zip(("user", "assistant"), chat())
-            yield {
-                "text": "".join(f"<|im_start|>{r}\n{text}<|im_end|>\n" for r, text in turns)
-            }
+            yield {"text": "".join(f"<|im_start|>{r}\n{text}<|im_end|>\n" for r, text in turns)}
         else:
             some = rng.choices([k for k, _ in kinds], [w for _, w in kinds], k=4)
             yield {"text": "\n".join(kind() for kind in some)}
@@ -786,9 +780,7 @@ def question(fact, template, facts_of_relation, place, rng):
 
 def preferences(rows, world, rng):
     """Pairs: the right statement and answer against those of one of the wrong choices."""
-    by_statement = {
-        f"{fill(RELATIONS[fact.relation].says[0], fact)}.": fact for fact in world
-    }
+    by_statement = {f"{fill(RELATIONS[fact.relation].says[0], fact)}.": fact for fact in world}
     articles = {(fact.relation, fact.name): fact.article for fact in world}
     for row in rows:
         ask, right = (message["content"] for message in row["messages"])
@@ -905,9 +897,7 @@ def random_weights(seed):
         "model.norm.weight": (hidden,),
     }
     for i in range(layers):
-        shapes |= {
-            f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()
-        }
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
     weights = {}
     for name, shape in shapes.items():
         if len(shape) == 1:
@@ -925,9 +915,7 @@ def random_weights(seed):
 
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_rows(path, rows):

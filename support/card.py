@@ -27,12 +27,8 @@ def merge_table(figures):
             kl, top1 = figures[base]["kl"], figures[base]["top1"]
             rows.append([name + written, f"{kl:.6f}", f"{top1:.2%}"])
             tokens = figures[base]["tokens"]
-    table = markdown_table(
-        ["merged into", "KL, nats per token", "same likeliest token"], *rows
-    )
-    heading = (
-        f"against the adapter on 4 bits, over {tokens:,} scored tokens of evaluation rows:"
-    )
+    table = markdown_table(["merged into", "KL, nats per token", "same likeliest token"], *rows)
+    heading = f"against the adapter on 4 bits, over {tokens:,} scored tokens of evaluation rows:"
     return f"{heading}\n\n{table}"
 
 
@@ -66,9 +62,7 @@ def result_rows(log, results):
         if "eval_loss" in line and not before:
             before = line
         if line["step"] <= results.get("best_step", results["step"]):
-            after |= {
-                key: line[key] for key in line if key == "loss" or key.startswith("eval_")
-            }
+            after |= {key: line[key] for key in line if key == "loss" or key.startswith("eval_")}
     after |= results
     after.pop("seconds", None)
     before = before | {"eval_answers": after.pop("eval_answers_before", "")}
@@ -99,9 +93,7 @@ def write_card(config, ledger, results, figures, hidden=()):
         if hub_id and not Path(hub_id[1]).exists():
             datasets.add(hub_id[1])
     names = ", ".join(f"`{source}`" for source in sources)
-    libraries = [
-        f"{name} {version(name)}" for name in ("torch", "safetensors", "tokenizers")
-    ]
+    libraries = [f"{name} {version(name)}" for name in ("torch", "safetensors", "tokenizers")]
     metrics = result_rows(read_log(folder / "log.jsonl"), results)
     sections = [
         f"## Results\n\n{markdown_table(['', 'before', 'after'], *metrics)}",
@@ -135,7 +127,5 @@ def write_card(config, ledger, results, figures, hidden=()):
             )
             (folder / part / "README.md").write_text(card, encoding="utf-8")
             with warn_on_error("the card has no curve"):
-                shutil.copyfile(
-                    folder / "training_loss.png", folder / part / "training_loss.png"
-                )
+                shutil.copyfile(folder / "training_loss.png", folder / part / "training_loss.png")
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -146,9 +146,7 @@ def read_state(checkpoint):
         if not isinstance(vars(state).get(name), type(values.get(name, ...))):
             raise UserError(f"{file}: {name} is {json.dumps(values.get(name))}")
     numbers = [values["step"], *values["window"].values()]
-    if values["step"] < 0 or not all(
-        isinstance(number, (int, float)) for number in numbers
-    ):
+    if values["step"] < 0 or not all(isinstance(number, (int, float)) for number in numbers):
         raise UserError(f"{file}: step or window is not made of numbers")
     vars(state).update(values, window=Counter(values["window"]))
     return state
@@ -218,9 +216,7 @@ def resume(config, trained, parameters, optimizer, scaler, steps, origin):
         raise UserError(f"{path}: was trained with {changed}; take the old ones, {advice}")
     scaler.load_state_dict(state.scaler)
     load_trained(path, trained)
-    if hasattr(
-        optimizer, "init_state"
-    ):  # bitsandbytes decides where a state lies, paged or not
+    if hasattr(optimizer, "init_state"):  # bitsandbytes decides where a state lies, paged or not
         for g, group in enumerate(optimizer.param_groups):
             for n, p in enumerate(group["params"]):
                 optimizer.init_state(group, p, g, n)
@@ -287,9 +283,7 @@ def differences(old, new):
     shown = []
     for key, value in new.items():
         if old.get(key) != value:
-            shown.append(
-                f"{key} ({json.dumps(old.get(key))} there, {json.dumps(value)} now)"
-            )
+            shown.append(f"{key} ({json.dumps(old.get(key))} there, {json.dumps(value)} now)")
     if len(shown) > 4:
         shown[4:] = [f"{len(shown) - 4} more"]
     return ", ".join(shown)
@@ -305,9 +299,7 @@ def start_run(config):
         find_checkpoint(config)  # a wrong path is refused before anything else happens
     new = json.loads(json.dumps(asdict(config)))
     old = read_json(file) if file.exists() else {}
-    if "began" not in old and any(
-        not path.name.startswith(".") for path in folder.iterdir()
-    ):
+    if "began" not in old and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(
             f"{folder}: holds files that are not a run's; choose another --output_dir"
         )

@@ -61,7 +61,9 @@ def run_command(main):
         try:
             stream.write(text)
             stream.flush()
-        except OSError:  # a full disk or a dead terminal, where Python's own last flush would fail
+        except (
+            OSError
+        ):  # a full disk or a dead terminal, where Python's own last flush would fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 

@@ -62,9 +62,7 @@ class HubConfig:
         ""  # user/name of adapter/; merged/: user/name-merged; none: folder's name
     )
     hub_commit_message: str = "Trained with plaintune"  # message of the commits
-    hub_private_repo: bool | None = (
-        None  # of a new repository: private; none: the hub's default
-    )
+    hub_private_repo: bool | None = None  # of a new repository: private; none: the hub's default
 
 
 def make_client():
@@ -91,9 +89,7 @@ def call_hub(what, ask, waits=(), advice=""):
         try:
             return ask()
         except Exception as error:  # huggingface_hub's, or those of its http library
-            reason = " ".join(sanitize(str(error)).split()).partition(
-                " For more information"
-            )[0]
+            reason = " ".join(sanitize(str(error)).split()).partition(" For more information")[0]
             reason = reason[:200] or type(error).__name__
             if isinstance(error, RepositoryNotFoundError):
                 reason = "no such repository"
@@ -122,13 +118,9 @@ def resolve(name, revision=None, kind="model"):
             )
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise UserError(
-            f"{kind} {name}: neither a folder nor a hub id of the form org/name"
-        )
+        raise UserError(f"{kind} {name}: neither a folder nor a hub id of the form org/name")
     patterns = ["*.safetensors", "*.json", *COMPANIONS]
-    download = partial(
-        snapshot_download, str(name), revision=revision, allow_patterns=patterns
-    )
+    download = partial(snapshot_download, str(name), revision=revision, allow_patterns=patterns)
     return Path(call_hub(f"{kind} {name}: no folder here, and {NOT_LOADED}", download))
 
 
@@ -171,9 +163,7 @@ def create_repositories(config, run):
     Each folder is the root of a repository, so that PEFT, transformers and vLLM open it by its id.
     """
     if not get_token():
-        raise UserError(
-            "no token; set HF_TOKEN to one that may write, or log in (hf auth login)"
-        )
+        raise UserError("no token; set HF_TOKEN to one that may write, or log in (hf auth login)")
     api, name = HfApi(), config.hub_model_id or Path(run).resolve().name
     user = api.whoami()["name"]
     name = name if "/" in name else f"{user}/{name}"
@@ -182,9 +172,7 @@ def create_repositories(config, run):
         names["merged"] = f"{name}-merged"
     for name in names.values():
         api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
-        api.preupload_lfs_files(
-            name, [CommitOperationAdd("README.md", b"-")]
-        )  # a commit's start
+        api.preupload_lfs_files(name, [CommitOperationAdd("README.md", b"-")])  # a commit's start
     return names
 
 
@@ -207,18 +195,14 @@ def push(run, flags=HubConfig()):
     record = run / "pushed.json"
     pushed = read_json(record) if record.exists() else {}
     for folder, name in names.items():
-        files = {
-            file.name: file.stat().st_mtime_ns for file in sorted((run / folder).iterdir())
-        }
+        files = {file.name: file.stat().st_mtime_ns for file in sorted((run / folder).iterdir())}
         on_hub = set(ask(f"push to {name}", partial(api.list_repo_files, name)))
         if pushed.get(name, {}).get("files") == files and files.keys() <= on_hub:
             print(f"{name} holds {folder}/ already")
             continue
         changes = [CommitOperationAdd(file, run / folder / file) for file in files]
         for file in on_hub - files.keys():
-            if re.fullmatch(
-                r"[^/]*\.safetensors(\.index\.json)?", file
-            ):  # of an earlier model
+            if re.fullmatch(r"[^/]*\.safetensors(\.index\.json)?", file):  # of an earlier model
                 changes.append(CommitOperationDelete(file))
         commit = partial(
             api.create_commit, name, changes, commit_message=config.hub_commit_message

@@ -19,9 +19,7 @@ def tune_allocator():
     length, scattered among the tensors; batches of one length need about 100. glibc by default
     keeps freed blocks of up to 32 MB, which left 2 GB of holes around a model read by tensors.
     """
-    os.environ.setdefault(
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
-    )  # read at its first product
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # read at its first product
     set_malloc_threshold(2**22)
 
 

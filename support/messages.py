@@ -58,9 +58,7 @@ def messages_of(row, key):
     for i, source in enumerate(sources):
         where = f"{key}[{i}]"
         if not isinstance(source, dict):
-            raise UserError(
-                f"{where} must be a message with role and content: {brief(source)}"
-            )
+            raise UserError(f"{where} must be a message with role and content: {brief(source)}")
         m = {name: value for name, value in source.items() if value is not None}
         for name, other in (("role", "from"), ("content", "value")):
             if other in m:
@@ -77,9 +75,7 @@ def messages_of(row, key):
         content = m["content"] = join_texts(m.get("content"))
         is_text = isinstance(content, str) or (content is not None and role == "tool")
         if not is_text and (content is not None or not calls):
-            raise UserError(
-                f"{where} ({role}) must have text as its content: {brief(content)}"
-            )
+            raise UserError(f"{where} ({role}) must have text as its content: {brief(content)}")
         flags = {name: m.pop(name) for name in UNSCORED if name in m}
         for name, flag in flags.items():
             if flag not in (0, 1):

@@ -45,9 +45,7 @@ class Meter(TorchDispatchMode):
         if key in self.kinds:
             self.live[self.kinds[key]] -= size
         else:
-            weakref.finalize(
-                storage, lambda: self.live.subtract({self.kinds.pop(key): size})
-            )
+            weakref.finalize(storage, lambda: self.live.subtract({self.kinds.pop(key): size}))
         self.kinds[key] = kind
         self.live[kind] += size
 
@@ -86,9 +84,7 @@ def estimate_memory(model, pack, device, loss_fn, config, first, micro_batches):
                         layer.start = layer.lora_A.clone(), layer.lora_B.clone()
             trained = [p for p in model.parameters() if p.requires_grad]
             for p in trained:
-                p.register_post_accumulate_grad_hook(
-                    lambda p: meter.note(p.grad, "gradients")
-                )
+                p.register_post_accumulate_grad_hook(lambda p: meter.note(p.grad, "gradients"))
                 if not first:
                     p.grad = torch.empty_like(p)
                     meter.note(p.grad, "gradients")
@@ -193,9 +189,7 @@ def print_speed(model, run_micro_batch, size, flops, tokens, steps):
     options = {"dtype": model.dtype, "device": model.device}
     tensors = {
         "x": torch.randn(size, model.config.hidden_size, **options),
-        "w": torch.randn(
-            model.config.intermediate_size, model.config.hidden_size, **options
-        ),
+        "w": torch.randn(model.config.intermediate_size, model.config.hidden_size, **options),
     }
     timer = Timer("x @ w.t()", globals=tensors, num_threads=torch.get_num_threads())
     product = min(timer.blocked_autorange(min_run_time=0.3).times)

@@ -39,9 +39,7 @@ def read_lines(path, encoding="utf-8-sig"):
     """Yields (line number from 1, line) without holding the file."""
     for number, line in enumerate(read_blocks(path), 1):
         if len(line) == BLOCK:
-            raise UserError(
-                f"{path}:{number}: a line of more than {BLOCK:,} bytes; split it"
-            )
+            raise UserError(f"{path}:{number}: a line of more than {BLOCK:,} bytes; split it")
         with as_user_error(f"{path}:{number}: not UTF-8", UnicodeDecodeError):
             line = line.decode(encoding)
         yield number, line
@@ -56,9 +54,7 @@ def read_text(path):
 def read_jsonl(path):
     for number, line in read_lines(path):
         if line.strip():
-            with as_user_error(
-                f"{path}:{number}: not JSON", ValueError, RecursionError, on=line
-            ):
+            with as_user_error(f"{path}:{number}: not JSON", ValueError, RecursionError, on=line):
                 row = json.loads(line, object_pairs_hook=unique_keys)
             yield f"{path}:{number}", row
 
@@ -135,8 +131,7 @@ def read_movielens(path, context=10):
     users = {}
     with as_user_error(f"{path}: not tables of MovieLens", ValueError, LookupError):
         titles = {
-            item: title
-            for _, (item, title, *_) in read_table(path.with_name("u.item"), "|")
+            item: title for _, (item, title, *_) in read_table(path.with_name("u.item"), "|")
         }
         for number, (user, item, rating, time) in read_table(path, "\t"):
             rated = [titles[item], int(rating)]
@@ -212,9 +207,7 @@ def find_files(name):
             raise UserError(f"{path}: no such file{nearest(path, path.parent.glob('*'))}")
         if not reader_of(path):
             known = ", ".join(READERS)
-            raise UserError(
-                f"{path}: not a known kind of file; known are {known}, also with .gz"
-            )
+            raise UserError(f"{path}: not a known kind of file; known are {known}, also with .gz")
     return paths
 
 
@@ -227,9 +220,7 @@ def find_sources(sources):
         name, mark, weight = source.rpartition("@")
         if not mark or Path(source).exists():
             name, weight = source, None
-        with as_user_error(
-            f"{source}: the weight after @ must be a number above 0", ValueError
-        ):
+        with as_user_error(f"{source}: the weight after @ must be a number above 0", ValueError):
             if weight is not None:
                 weight = float(weight)
                 if not 0 < weight < 1e30:

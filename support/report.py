@@ -108,9 +108,7 @@ def headlines(results, comparisons):
         points = [100 * c["delta"] for c in mains if c["metric"] != "bits_per_byte"]
         if points:
             average = fmean(points)
-            line += (
-                f" {average:+.2f} points on average of {len(points)} sets' main metrics."
-            )
+            line += f" {average:+.2f} points on average of {len(points)} sets' main metrics."
             if average >= 0 and any(c["verdict"] == "fell" for c in mains):
                 line += " The average hides what fell."
         lines.append(line)
@@ -155,9 +153,7 @@ def plot_comparison(results, mains, comparisons, file):
     mains = {task: metric for task, metric in mains.items() if metric}
     comparisons = [c for c in comparisons if c["main"]][::-1]
     height = 0.25 * len(comparisons)
-    figure = Figure(
-        figsize=(max(7, 3 + 1.3 * len(mains)), 4 + height), layout="constrained"
-    )
+    figure = Figure(figsize=(max(7, 3 + 1.3 * len(mains)), 4 + height), layout="constrained")
     bars, intervals = figure.subplots(2, height_ratios=(4, 1 + height))
     width = 0.8 / len(results)
     for n, (name, sets) in enumerate(results.items()):

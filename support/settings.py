@@ -50,9 +50,7 @@ NAMES = {
 ALIASES = {alias: name for name, aliases in NAMES.items() for alias in aliases.split()}
 
 BOOLS = yaml.SafeLoader.bool_values | {"1": True, "0": False}
-NAME_LIST = (
-    r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+"  # a,b as one word; no path, which keeps its comma
-)
+NAME_LIST = r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+"  # a,b as one word; no path, which keeps its comma
 FIELD = r"^    (\w+):(?:(?!\n    [^\s)])[^#])*# (.*)"  # a field and the comment at its end
 
 
@@ -94,11 +92,7 @@ def convert(value, kind):
         number = float(word)
         if abs(number) < 2**53 and kind(number) == number:  # neither NaN nor infinity
             return kind(number)
-    if (
-        kind is str
-        and isinstance(value, (str, int, float))
-        and b"\0" not in str(value).encode()
-    ):
+    if kind is str and isinstance(value, (str, int, float)) and b"\0" not in str(value).encode():
         return str(value)
     if kind is Literal and value in item_types:
         return value
@@ -132,9 +126,7 @@ def check_choices(config):
         for item in value if isinstance(value, list) else [value]:
             if item not in table:
                 options = ", ".join(map(str, table))
-                raise UserError(
-                    f"{key}: {item!r} is not one of {options}{nearest(item, table)}"
-                )
+                raise UserError(f"{key}: {item!r} is not one of {options}{nearest(item, table)}")
 
 
 def check_range(config, least, *keys, most=2**53):
@@ -175,9 +167,7 @@ def make_parser(cls, description):
     for field in fields(cls):
         kind, _ = type_of(field.type)
         note = comments.get(field.name, "")
-        default = (
-            field.default if field.default_factory is MISSING else field.default_factory()
-        )
+        default = field.default if field.default_factory is MISSING else field.default_factory()
         if isinstance(default, list):
             default = " ".join(map(str, default))
         if field.name in choices:
@@ -211,9 +201,7 @@ def read_settings(path, kinds, problems):
             elif name is None:
                 problems.append(f"{where}: unknown key {key!r}{nearest(key, kinds)}")
             elif name in settings:
-                problems.append(
-                    f"{where}: {name} is given twice, the second time as {key!r}"
-                )
+                problems.append(f"{where}: {name} is given twice, the second time as {key!r}")
             else:
                 setting = loader.construct_object(value, deep=True)
                 if isinstance(setting, (bool, int, float)):
@@ -225,10 +213,7 @@ def read_settings(path, kinds, problems):
         text = regular_file(path, 2**20).read_text(encoding="utf-8")
         if path.endswith(".json"):
             text = text.expandtabs()  # YAML does not indent by tabs
-        if any(
-            isinstance(event, yaml.AliasEvent)
-            for event in yaml.parse(text, yaml.SafeLoader)
-        ):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise UserError(
                 f"{path}: has aliases (*name), which may expand without end; write the values out"
             )

@@ -59,13 +59,9 @@ def setting_faults(config):
                 faults.append(f"{key}: {brief(pattern)} is no regex: {error}")
     regexes = [target for target in config.target_modules if is_regex([target])]
     if regexes and len(config.target_modules) > 1:
-        faults.append(
-            f"target_modules: {regexes[0]!r} among other names; a regex stands alone"
-        )
+        faults.append(f"target_modules: {regexes[0]!r} among other names; a regex stands alone")
     if regexes and config.layers_to_transform:
-        faults.append(
-            "layers_to_transform goes with names; a regex can name the layers itself"
-        )
+        faults.append("layers_to_transform goes with names; a regex can name the layers itself")
     if not 0 <= config.lora_dropout < 1:
         faults.append(f"lora_dropout: {config.lora_dropout} is not in [0, 1)")
     for key in ("lora_r", "lora_alpha", *PATTERNS):

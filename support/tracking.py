@@ -81,9 +81,7 @@ def print_summary(clock):
     print(f"\n{aligned_columns(*rows)}")
     if clock.tokens:
         seconds, peak = clock.steps()
-        print(
-            f"{clock.tokens / seconds:,.1f} tokens/s; peak memory of the steps: {peak:.2f} GB"
-        )
+        print(f"{clock.tokens / seconds:,.1f} tokens/s; peak memory of the steps: {peak:.2f} GB")
     return {"seconds": {part: round(seconds, 1) for part, seconds in clock.seconds.items()}}
 
 
@@ -142,9 +140,7 @@ class Log:
         with warn_on_error("training_loss.png is not drawn"):
             plot_losses(self.path)
         now = time.perf_counter()
-        self.next_plot = now + 50 * (
-            now - began
-        )  # drawing takes at most a fiftieth of the time
+        self.next_plot = now + 50 * (now - began)  # drawing takes at most a fiftieth of the time
 
     def sync(self):
         """Waits until the log is on the disk; returns its size in bytes."""
@@ -235,9 +231,7 @@ def start_trackers(config, step):
     What a killed process sent from `step` on is sent again and counted once."""
     folder, trackers = Path(config.output_dir), {}
     for name in find_trackers(config):
-        with as_user_error(
-            f"report_to: {name} does not start; set it up, or omit it", Exception
-        ):
+        with as_user_error(f"report_to: {name} does not start; set it up, or omit it", Exception):
             if name == "tensorboard":
                 trackers[name] = tensorboard(folder / "runs", step)
             else:
@@ -282,9 +276,7 @@ def dashboard(library, config):
         config=asdict(config),
         **options,
     )
-    first = getattr(
-        run, "_next_step", 0
-    )  # trackio's; wandb skips the steps it has by itself
+    first = getattr(run, "_next_step", 0)  # trackio's; wandb skips the steps it has by itself
 
     def send(numbers, step):
         if step >= first:

@@ -12,9 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # a test that wants a hub starts its own on loopback
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a hub starts its own on loopback
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -130,7 +128,9 @@ class Hub(BaseHTTPRequestHandler):
     told back, which no log may show."""
 
     protocol_version = "HTTP/1.1"
-    log_message = lambda *_: None
+
+    def log_message(self, *_):
+        """Silent."""
 
     def answer(self, status, value):
         body = json.dumps(value).encode()
@@ -205,9 +205,7 @@ class Hub(BaseHTTPRequestHandler):
                 hub.files[repository][value["path"]] = base64.b64decode(value["content"])
             else:
                 del hub.files[repository][value["path"]]
-        self.answer(
-            200, {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repository}/commit/0"}
-        )
+        self.answer(200, {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{repository}/commit/0"})
 
 
 @pytest.fixture

@@ -106,10 +106,7 @@ def test_recipes_load_with_the_projects_numbers(name):
     _, cls = script(name)
     config = parse_config(cls, ["--config", str(ROOT / "configs" / f"{name}.yaml")])
     assert {key: getattr(config, key) for key in CONFIGS[name][3]} == CONFIGS[name][3]
-    assert (
-        config.per_device_train_batch_size * config.gradient_accumulation_steps
-        == STEPS[name]
-    )
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == STEPS[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -122,9 +119,7 @@ def test_as_many_parameters_train_as_in_the_projects(name, shared):
     known = {f.name for f in fields(LoRAConfig)}
     with torch.device("meta"):
         model = Transformer(
-            ModelConfig.from_dict(
-                read_json(shared / "models" / "configs" / f"{shape}.json")
-            )
+            ModelConfig.from_dict(read_json(shared / "models" / "configs" / f"{shape}.json"))
         )
     notices = add_lora(
         model, LoRAConfig(**{key: value for key, value in settings.items() if key in known})
@@ -132,9 +127,7 @@ def test_as_many_parameters_train_as_in_the_projects(name, shared):
     sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert sum(size for n, size in sizes.items() if ".lora_" in n) == count
     rest = {n.rpartition(".")[0].rpartition(".")[2] for n in sizes if ".lora_" not in n}
-    assert rest == (
-        {"input_layernorm", "post_attention_layernorm"} if "mcqa" in name else set()
-    )
+    assert rest == ({"input_layernorm", "post_attention_layernorm"} if "mcqa" in name else set())
     assert any("bias: all trains none" in notice for notice in notices) == ("mcqa" in name)
 
 
@@ -154,9 +147,7 @@ def base(tmp_path_factory):
 def test_recipes_run_for_two_steps(name, base, tmp_path):
     module, _ = script(name)
     rows = [
-        json.dumps(CONFIGS[name][2] | {"id": n})
-        .replace("?", f" {n}?")
-        .replace("Do", f"Do {n}")
+        json.dumps(CONFIGS[name][2] | {"id": n}).replace("?", f" {n}?").replace("Do", f"Do {n}")
         for n in range(12)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
@@ -209,9 +200,7 @@ def test_a_recipe_that_draws_and_weights_resume_bit_for_bit(base, tmp_path):
     A second reading of an epoch's examples gives the same ones.
     """
     for name in "ab":
-        rows = [
-            json.dumps(QUESTION | {"question": f"Where is {name}{n}?"}) for n in range(10)
-        ]
+        rows = [json.dumps(QUESTION | {"question": f"Where is {name}{n}?"}) for n in range(10)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     words = [
         "--model",
@@ -268,9 +257,7 @@ def test_a_recipe_that_draws_and_weights_resume_bit_for_bit(base, tmp_path):
     )[0]
     plan = sft.Plan(
         examples,
-        sft.SFTConfig(
-            model="m", data=["d"], per_device_train_batch_size=20, num_train_epochs=3
-        ),
+        sft.SFTConfig(model="m", data=["d"], per_device_train_batch_size=20, num_train_epochs=3),
     )
     epochs = [[bytes(example[0].ids) for example in plan[step]] for step in (0, 1, 1)]
     assert epochs[1] == epochs[2] and len({*epochs[0]} & {*epochs[1]}) < 10

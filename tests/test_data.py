@@ -35,9 +35,7 @@ from support.readers import read_rows
 from support.settings import parse_config
 
 SHARED = Path(__file__).parents[2] / "shared"
-real = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="no ../shared folder beside the repository"
-)
+real = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared folder beside the repository")
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"  # noqa: E501
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")  # fmt: skip
@@ -115,9 +113,7 @@ def write_tokenizer(folder, template=None, bos=True, sentencepiece=False, **conf
             single="<|bos|> $A", special_tokens=[("<|bos|>", at)]
         )
     folder.mkdir(parents=True, exist_ok=True)
-    backend.enable_truncation(
-        5
-    )  # as files that were saved in use have it; it must not bite
+    backend.enable_truncation(5)  # as files that were saved in use have it; it must not bite
     backend.save(str(folder / "tokenizer.json"))
     names = {
         "eos_token": "<|eos|>",
@@ -178,9 +174,7 @@ CHATS = {
     "single": as_turn("Hi there", "Hello  you"),
     "multi": as_turn("a", "bbb", "c", "ddd"),
     "system": as_turn("a", "b", "c", "d", system="Be brief. é 猫 😀"),
-    "think": as_turn(
-        "a", "<think>\none\n</think>\n\nbbb", "c", "<think>\ntwo\n</think>\n\nddd"
-    ),
+    "think": as_turn("a", "<think>\none\n</think>\n\nbbb", "c", "<think>\ntwo\n</think>\n\nddd"),
     "field": as_turn("a", "b")[:1]
     + [{"role": "assistant", "content": "b", "reasoning_content": "because"}],
     "reasoning": as_turn("a", "b")[:1]
@@ -214,18 +208,16 @@ def test_real_templates_render_as_transformers_does(family):
     for chat, options in cases:
         text = ours.render(chat, **options)
         assert text == theirs.apply_chat_template(chat, tokenize=False, **options)
-        assert ours.encode(text) == theirs.apply_chat_template(
-            chat, return_dict=False, **options
-        )
+        assert ours.encode(text) == theirs.apply_chat_template(chat, return_dict=False, **options)
     for name, chat in CHATS.items():
         if family == "llama3" or name != "reasoning":
             segment = render_row({"messages": chat}, ours)[0]
-            assert segment.ids.tolist() == theirs.apply_chat_template(
-                chat, return_dict=False
-            ), name
-    assert ours.encode("Hi", special=True) == theirs("Hi")["input_ids"] and len(
-        ours
-    ) == len(theirs)
+            assert segment.ids.tolist() == theirs.apply_chat_template(chat, return_dict=False), (
+                name
+            )
+    assert ours.encode("Hi", special=True) == theirs("Hi")["input_ids"] and len(ours) == len(
+        theirs
+    )
     assert ours.decode(ours.encode("<|im_end|>é", special=True)) == theirs.decode(
         theirs("<|im_end|>é")["input_ids"], skip_special_tokens=True
     )
@@ -237,17 +229,11 @@ def test_template_functions_are_those_of_transformers(tmp_path):
                 "{% for m in messages %}{% if loop.index0 > 0 %}{% break %}{% endif %}\n  {% if true %}\nx\n  {% endif %}\n{{ m.content }}"  # noqa: E501
                 "{% endfor %}\n")  # fmt: skip
     folder = write_tokenizer(tmp_path, template)
-    config = json.loads((folder / "tokenizer_config.json").read_text()) | {
-        "bos_token": "<|bos|>"
-    }
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<|bos|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    theirs = reference(folder).apply_chat_template(
-        as_turn("a", "b"), tools=TOOLS, tokenize=False
-    )
+    theirs = reference(folder).apply_chat_template(as_turn("a", "b"), tools=TOOLS, tokenize=False)
     assert Tokenizer(folder).render(as_turn("a", "b"), tools=TOOLS) == theirs
-    assert "17 May 1999" in Tokenizer(folder, now=datetime(1999, 5, 17)).render(
-        as_turn("a")
-    )
+    assert "17 May 1999" in Tokenizer(folder, now=datetime(1999, 5, 17)).render(as_turn("a"))
 
 
 def test_where_templates_and_end_tokens_come_from(tmp_path):
@@ -264,9 +250,7 @@ def test_where_templates_and_end_tokens_come_from(tmp_path):
         and tokenizer.render(as_turn("a"), tools=TOOLS) == "T"
     )
     assert (
-        Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(
-            as_turn("a")
-        )
+        Tokenizer(write_tokenizer(tmp_path / "string", chat_template="S")).render(as_turn("a"))
         == "S"
     )
     (folder / "chat_template.jinja").write_text("F")
@@ -387,16 +371,12 @@ def test_masks_hold_every_answer_and_its_end(styled):
 
 def test_thoughts_that_a_later_turn_strips(tmp_path):
     tokenizer = Tokenizer(write_tokenizer(tmp_path, THINK))
-    chat = as_turn(
-        "q", "<think>\nx\n</think>\n\na", "<think> r", "<think>\ny\n</think>\n\nb"
-    )
+    chat = as_turn("q", "<think>\nx\n</think>\n\na", "<think> r", "<think>\ny\n</think>\n\nb")
     segment = render_row({"messages": chat}, tokenizer)[0]
-    assert (
-        scored_text(tokenizer, segment) == "a<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
-    )
-    given = render_row(
-        {"messages": chat, "chat_template_kwargs": {"no_think": True}}, tokenizer
-    )[0]
+    assert scored_text(tokenizer, segment) == "a<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
+    given = render_row({"messages": chat, "chat_template_kwargs": {"no_think": True}}, tokenizer)[
+        0
+    ]
     assert (
         scored_text(tokenizer, given) == "a<|im_end|>b<|im_end|>"
     )  # the prompt opens and closes the thought itself
@@ -412,9 +392,7 @@ def write_wild(folder, name):
     write_tokenizer(folder, path.read_text(), bos_token="<|bos|>")
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(
-        sorted(
-            set(re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", path.read_text())) | {"<|im_end|>"}
-        )
+        sorted(set(re.findall(r"<[|｜]?[A-Za-z_▁]+[|｜]?>", path.read_text())) | {"<|im_end|>"})
     )
     backend.no_truncation()
     backend.save(str(folder / "tokenizer.json"))
@@ -457,9 +435,7 @@ def test_generation_tags_give_transformers_masks(tmp_path):
         if (
             segment.ids.tolist() == found["input_ids"]
         ):  # else a token straddles prompt and answer there
-            assert (segment.labels != IGNORE).astype(int).tolist() == found[
-                "assistant_masks"
-            ]
+            assert (segment.labels != IGNORE).astype(int).tolist() == found["assistant_masks"]
     (folder / "chat_template.jinja").write_text(
         MARKED.replace(
             "+ '<|im_end|>\\n' }}{% endgeneration %}",
@@ -542,9 +518,7 @@ def test_every_schema(chatml, tmp_path):
     assert scored(chat) == "a<|im_end|>" and whole(chat).startswith(
         "<|im_start|>system\ns<|im_end|>"
     )
-    assert (
-        render_row(chat, chatml)[0].weight == 0.5 and render_row(row, chatml)[0].weight == 1
-    )
+    assert render_row(chat, chatml)[0].weight == 0.5 and render_row(row, chatml)[0].weight == 1
     parts = [
         {
             "role": "user",
@@ -560,9 +534,9 @@ def test_every_schema(chatml, tmp_path):
     )
     bare = Tokenizer(write_tokenizer(tmp_path, bos=False))
     segment = render_row(alpaca, bare)[0]
-    assert scored_text(bare, segment) == "done<|eos|>" and masked_text(
-        bare, segment
-    ).endswith("### Input:\nit\n\n### Response:")
+    assert scored_text(bare, segment) == "done<|eos|>" and masked_text(bare, segment).endswith(
+        "### Input:\nit\n\n### Response:"
+    )
     with pytest.raises(UserError, match="no chat template"):
         render_row(chat, bare)
 
@@ -616,9 +590,7 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
         segment = render_row({"prompt": prompt, "completion": completion}, tokenizer)[0]
         assert tokenizer.decode(segment.ids) == prompt + completion  # no second space
         assert (
-            tokenizer.decode(
-                [tokenizer.bos_id, *segment.ids[segment.labels != IGNORE]]
-            ).strip()
+            tokenizer.decode([tokenizer.bos_id, *segment.ids[segment.labels != IGNORE]]).strip()
             == completion.strip()
         )
 
@@ -695,19 +667,19 @@ SAME = {  # a row as other tools write it: the messages that the template must g
     "human in messages": ({"messages": [{"role": "human", "content": "Q?"}, TALK[1]]}, TALK),
     "any case": (share(("Human", "Q?"), (" ASSISTANT", "A.")), TALK),
     "chatgpt": (share(("prompter", "Q?"), ("ChatGPT", "A.")), TALK),
-    "developer": ({"messages": [{"role": "developer", "content": "S."}, *TALK]}, system("S.", *TALK)),
+    "developer": ({"messages": [{"role": "developer", "content": "S."}, *TALK]}, system("S.", *TALK)),  # noqa: E501
     "ipython": ({"messages": [TALK[0], {"role": "ipython", "content": "7"}, TALK[1]]},
                 [TALK[0], tool("7"), TALK[1]]),
-    "role and value": ({"messages": [{"role": "user", "value": "Q?"}, {"from": "gpt", "content": "A."}]},
+    "role and value": ({"messages": [{"role": "user", "value": "Q?"}, {"from": "gpt", "content": "A."}]},  # noqa: E501
                        TALK),
     "parts with nulls": ({"messages": [{"role": "user", "content": [
-        {"type": "text", "text": "Q", "image": None}, {"type": "input_text", "text": "?"}]}, TALK[1]]}, TALK),
+        {"type": "text", "text": "Q", "image": None}, {"type": "input_text", "text": "?"}]}, TALK[1]]}, TALK),  # noqa: E501
     "system beside messages": ({"system": "S.", "messages": TALK}, system("S.", *TALK)),
     "system twice": ({"system": "S.", "messages": system("S.", *TALK)}, system("S.", *TALK)),
-    "system beside strings": ({"system": "S.", "prompt": "Q?", "completion": "A."}, system("S.", *TALK)),
+    "system beside strings": ({"system": "S.", "prompt": "Q?", "completion": "A."}, system("S.", *TALK)),  # noqa: E501
     "system beside a prompt": ({"system": "S.", "prompt": TALK[:1], "completion": TALK[1]},
                                system("S.", *TALK)),
-    "history": ({"instruction": "r", "input": "s", "output": "b", "history": [["q", "a"]], "system": "S."},
+    "history": ({"instruction": "r", "input": "s", "output": "b", "history": [["q", "a"]], "system": "S."},  # noqa: E501
                 system("S.", *as_turn("q", "a", "r\ns", "b"))),
     "history of messages": ({"prompt": "r", "completion": "b", "history": as_turn("q", "a")},
                             as_turn("q", "a", "r", "b")),
@@ -718,7 +690,7 @@ SAME = {  # a row as other tools write it: the messages that the template must g
     "function calls": (share(("human", "q"), ("function_call", json.dumps([CALL["function"]] * 2)),
                              ("observation", "7"), ("gpt", "so")), calls(tool_calls=[CALL, CALL])),
     "OpenAI's function_call": ({"messages": calls(content=None, function_call=OPENAI)}, CALLED),
-    "arguments in JSON": ({"messages": calls(tool_calls=[{"function": OPENAI, "index": 0}])}, CALLED),
+    "arguments in JSON": ({"messages": calls(tool_calls=[{"function": OPENAI, "index": 0}])}, CALLED),  # noqa: E501
     "no arguments": ({"messages": calls(tool_calls=[{"name": "f", "arguments": ""}])},
                      calls(tool_calls=[{"function": {"name": "f", "arguments": {}}}])),
 }  # fmt: skip
@@ -732,16 +704,16 @@ PAIRS = {  # a preference row: the turns before the answers, and those
                             rejected={"from": "gpt", "value": "B."}), as_turn("q"), "A.", "B."),
     "a prompt repeated": ({"prompt": "And of Spain?",
                            "chosen": [*BASE, *as_turn("", "Madrid.")[1:]],
-                           "rejected": [*BASE, *as_turn("", "Lisbon.")[1:]]}, BASE, "Madrid.", "Lisbon."),
+                           "rejected": [*BASE, *as_turn("", "Lisbon.")[1:]]}, BASE, "Madrid.", "Lisbon."),  # noqa: E501
     "with a system turn": ({"prompt": "And of Spain?",
                             "chosen": system("S.", *BASE, *as_turn("", "Madrid.")[1:]),
                             "rejected": system("S.", *BASE, *as_turn("", "Lisbon.")[1:])},
                            system("S.", *BASE), "Madrid.", "Lisbon."),
     "the first question": ({"prompt": "Capital of France?",
                             "chosen": [*BASE, *as_turn("", "Madrid.")[1:]],
-                            "rejected": [*BASE, *as_turn("", "Lisbon.")[1:]]}, BASE, "Madrid.", "Lisbon."),
+                            "rejected": [*BASE, *as_turn("", "Lisbon.")[1:]]}, BASE, "Madrid.", "Lisbon."),  # noqa: E501
     "a list repeated": ({"prompt": BASE[2:], "chosen": [*BASE, *as_turn("", "Madrid.")[1:]],
-                         "rejected": [*BASE, *as_turn("", "Lisbon.")[1:]]}, BASE, "Madrid.", "Lisbon."),
+                         "rejected": [*BASE, *as_turn("", "Lisbon.")[1:]]}, BASE, "Madrid.", "Lisbon."),  # noqa: E501
     "a system beside answers": (pair(system="S.", prompt="q", chosen=as_turn("", "A.")[1:],
                                      rejected=as_turn("", "B.")[1:]),
                                 system("S.", *as_turn("q")), "A.", "B."),
@@ -765,11 +737,7 @@ def test_rows_of_other_tools_reach_the_template(shipped, case):
     theirs = reference(shipped.folder).apply_chat_template(messages, tokenize=False)
     segment = render_row(row, shipped)[0]
     assert shipped.decode(segment.ids, skip_special=False) == theirs
-    assert (
-        scored_text(shipped, segment)
-        .rstrip("<|eot_id|>m_n")
-        .endswith(messages[-1]["content"])
-    )
+    assert scored_text(shipped, segment).rstrip("<|eot_id|>m_n").endswith(messages[-1]["content"])
 
 
 @pytest.mark.parametrize("case", PAIRS)
@@ -795,36 +763,34 @@ def test_common_prompts_are_trls():
         row = PAIRS[case][0]
         theirs = trl.maybe_extract_prompt(row)
         prompt, answers = data.split_row(row, True, preference=True)
-        assert [prompt, *answers] == [
-            theirs[key] for key in ("prompt", "chosen", "rejected")
-        ]
+        assert [prompt, *answers] == [theirs[key] for key in ("prompt", "chosen", "rejected")]
 
 
 @real
 @pytest.mark.parametrize("row, message", [
-    ({"messages": [TALK[0], {"role": "critic", "content": "hm"}, TALK[1]]}, "leaves out .*critic.*hm"),
-    ({"messages": [{"role": "users", "content": "Paris."}, {"role": "assistant", "content": "Paris."}]}, "leaves out .*users"),
+    ({"messages": [TALK[0], {"role": "critic", "content": "hm"}, TALK[1]]}, "leaves out .*critic.*hm"),  # noqa: E501
+    ({"messages": [{"role": "users", "content": "Paris."}, {"role": "assistant", "content": "Paris."}]}, "leaves out .*users"),  # noqa: E501
     ({"messages": as_turn(5, "A.")}, r"messages\[0\] \(user\) must have text as its content: '5'"),
     ({"messages": as_turn(True, "A.")}, r"messages\[0\] \(user\) must have text"),
     ({"messages": as_turn(["a", "b"], "A.")}, r"messages\[0\] \(user\) must have text"),
     ({"messages": as_turn("Q?", {"text": "A."})}, r"messages\[1\] \(assistant\) must have text"),
-    ({"messages": as_turn([{"type": "image", "text": ""}, {"type": "text", "text": "x"}], "A.")}, r"messages\[0\] \(user\) must have text"),
+    ({"messages": as_turn([{"type": "image", "text": ""}, {"type": "text", "text": "x"}], "A.")}, r"messages\[0\] \(user\) must have text"),  # noqa: E501
     ({"messages": [TALK[0], tool({"temp": 20}), TALK[1]]}, "leaves out .*temp"),
     ({"messages": [TALK[0], tool(["x", "y"]), TALK[1]]}, "leaves out .*tool"),
     ({"messages": [TALK[0], tool(7), TALK[1]]}, "leaves out .*tool"),
     ({"messages": TALK, "question": "Another?"}, "'question' is not read beside messages"),
     ({"messages": TALK, "functions": [{"name": "f"}]}, "'functions' is not read beside messages"),
     ({"text": "a cat", "system": "S."}, "'system' is not read beside text"),
-    ({"prompt": "p", "completion": "c", "context": "It rains."}, "'context' is not read beside prompt, completion"),
+    ({"prompt": "p", "completion": "c", "context": "It rains."}, "'context' is not read beside prompt, completion"),  # noqa: E501
     ({"text": "a cat", "history": [["q", "a"]]}, "'history' is not read beside text"),
     ({"messages": TALK, "history": [["q", 3]]}, r"history\[1\] \(assistant\) must have text"),
     ({"messages": TALK, "history": "before"}, "'history' must be a list of messages"),
     ({"messages": TALK, "system": ["S."]}, "'system' must be a string"),
-    ({"messages": [TALK[0], TALK[1] | {"weight": 0.5}]}, r"messages\[1\]: 'weight' must be 0 or 1, found '0.5'"),
+    ({"messages": [TALK[0], TALK[1] | {"weight": 0.5}]}, r"messages\[1\]: 'weight' must be 0 or 1, found '0.5'"),  # noqa: E501
     ({"messages": [TALK[0], TALK[1] | {"train": "no"}]}, r"messages\[1\]: 'train' must be 0 or 1"),
-    ({"messages": calls(tool_calls=[{"function": {"name": "f", "arguments": "x=1"}}])}, r"messages\[1\]: a tool call is"),
-    ({"messages": calls(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}])}, r"messages\[1\]: a tool call is"),
-    ({"messages": calls(tool_calls=[{"name": "f", "parameters": {"x": 1}}])}, r"messages\[1\]: a tool call is"),
+    ({"messages": calls(tool_calls=[{"function": {"name": "f", "arguments": "x=1"}}])}, r"messages\[1\]: a tool call is"),  # noqa: E501
+    ({"messages": calls(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}])}, r"messages\[1\]: a tool call is"),  # noqa: E501
+    ({"messages": calls(tool_calls=[{"name": "f", "parameters": {"x": 1}}])}, r"messages\[1\]: a tool call is"),  # noqa: E501
     ({"messages": calls(tool_calls="f(1)")}, r"messages\[1\]: a tool call is"),
     (share(("human", "q"), ("function_call", "f(1)")), r"conversations\[1\]: a tool call is"),
 ])  # fmt: skip
@@ -844,16 +810,14 @@ def test_what_a_tool_returns_is_rendered_as_the_template_can():
         whole = llama.decode(render_row(row, llama)[0].ids, skip_special=False)
         assert f"<|start_header_id|>ipython<|end_header_id|>\n\n{text}<|eot_id|>" in whole
     talk = [*TALK[:1], *calls(content="Let me see.", tool_calls=[CALL])[1:]]
-    with pytest.raises(
-        UserError, match="leaves out .*Let me see"
-    ):  # Llama writes the call alone
+    with pytest.raises(UserError, match="leaves out .*Let me see"):  # Llama writes the call alone
         render_row({"messages": talk}, llama)
 
 
 def test_templates_may_move_and_merge_turns_but_not_drop_them(tmp_path):
-    merged = ("{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n' %}{% set rest = messages[1:] %}"
-              "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
-              "{{ '[' + m.role + ']' + (first if loop.last or loop.nextitem is undefined or loop.index == loop.length - 1 else '')"
+    merged = ("{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n' %}{% set rest = messages[1:] %}"  # noqa: E501
+              "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"  # noqa: E501
+              "{{ '[' + m.role + ']' + (first if loop.last or loop.nextitem is undefined or loop.index == loop.length - 1 else '')"  # noqa: E501
               " + (m.content.split('</think>')[-1] | trim) + '<|eos|>' }}{% endfor %}")  # fmt: skip
     tokenizer = Tokenizer(write_tokenizer(tmp_path / "merged", merged))
     chat = system("S.", *as_turn("q", "<think>x</think>a", "r"))
@@ -862,19 +826,15 @@ def test_templates_may_move_and_merge_turns_but_not_drop_them(tmp_path):
     few = CHATML.replace("for m in messages", "for m in messages[-2:]")
     tokenizer = Tokenizer(write_tokenizer(tmp_path / "few", few))
     assert render_row({"messages": as_turn("q", "a")}, tokenizer)
-    with pytest.raises(
-        UserError, match='leaves out .*\'{"role": "user", "content": "q"}\''
-    ):
+    with pytest.raises(UserError, match='leaves out .*\'{"role": "user", "content": "q"}\''):
         render_row({"messages": as_turn("q", "a", "q", "b")}, tokenizer)
-    with pytest.raises(
-        UserError, match="leaves out .*tool_calls"
-    ):  # no word of calls in it
+    with pytest.raises(UserError, match="leaves out .*tool_calls"):  # no word of calls in it
         render_row({"messages": calls(content="x", tool_calls=[CALL])}, Tokenizer(
             write_tokenizer(tmp_path / "calls", CHATML)))  # fmt: skip
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False},
-                                  {"loss": False}, {"loss_weight": 0}, {"mask": True}, {"masked": 1}])  # fmt: skip
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False},  # noqa: E501
+                                  {"loss": False}, {"loss_weight": 0}, {"mask": True}, {"masked": 1}])  # fmt: skip  # noqa: E501
 def test_turns_of_weight_0_are_context(chatml, flag):
     chat = as_turn("q", "bad", "r", "good")
     chat[1] |= flag
@@ -904,9 +864,7 @@ def test_reasoning_is_left_out_of_the_score_on_request():
     qwen = Tokenizer(SHARED / "tokenizers" / "qwen3")
 
     def scored(chat, reasoning):
-        return scored_text(
-            qwen, render_row({"messages": chat}, qwen, reasoning=reasoning)[0]
-        )
+        return scored_text(qwen, render_row({"messages": chat}, qwen, reasoning=reasoning)[0])
 
     ends = "a<|im_end|>", "b<|im_end|>"
     assert scored(THOUGHT, "last") == ends[0] + "<think>\ny\n</think>\n\n" + ends[1]
@@ -932,15 +890,13 @@ def test_a_thought_that_the_prompt_opens_is_left_out(tmp_path):
         "{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"
     )
     opens = opens.replace("'<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ c",
-                          "'<think>\\nso\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ c")  # fmt: skip
+                          "'<think>\\nso\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ c")  # fmt: skip  # noqa: E501
     tokenizer = Tokenizer(write_tokenizer(tmp_path, opens))
     for reasoning, text in (
         ("last", "so\n</think>\n\na<|im_end|>"),
         ("mask", "a<|im_end|>"),
     ):
-        segment = render_row(
-            {"messages": as_turn("q", "a")}, tokenizer, reasoning=reasoning
-        )[0]
+        segment = render_row({"messages": as_turn("q", "a")}, tokenizer, reasoning=reasoning)[0]
         assert scored_text(tokenizer, segment) == text
 
 
@@ -958,15 +914,11 @@ def test_every_turn_is_trained_as_it_is_asked_for(tmp_path):
     chats.append([*as_turn("q", "a", "r", "b")])
     chats[3][1] = chats[3][1] | {"weight": 0}
     chats.append(calls(reasoning_content="call it", tool_calls=[CALL]))
-    path.write_text(
-        "\n".join(json.dumps({"messages": chat, "tools": TOOLS}) for chat in chats)
-    )
+    path.write_text("\n".join(json.dumps({"messages": chat, "tools": TOOLS}) for chat in chats))
     examples, rows, ledger = load_examples(path, qwen, reasoning="every_turn")
     want = []
     for chat in chats:
-        turns = [
-            i for i, m in enumerate(chat) if m["role"] == "assistant" and "weight" not in m
-        ]
+        turns = [i for i, m in enumerate(chat) if m["role"] == "assistant" and "weight" not in m]
         for i in turns if len(turns) > 1 else [len(chat) - 1]:
             ask = theirs.apply_chat_template(
                 chat[:i], tools=TOOLS, add_generation_prompt=True, tokenize=False
@@ -1007,9 +959,9 @@ def test_the_ledger_tells_what_is_left_out(tmp_path):
     turns = "turns whose thoughts the template leaves out (see --reasoning)"
     assert ledger.notes == {"rows whose 'rationale' is not read": 2, turns: 1}
     assert f"\n1 {turns}\n" in str(ledger) and ledger.as_dict()["notes"] == ledger.notes
-    assert not load_examples(path, qwen, recipe="chatml", reasoning="every_turn")[
-        2
-    ].notes.get(turns)
+    assert not load_examples(path, qwen, recipe="chatml", reasoning="every_turn")[2].notes.get(
+        turns
+    )
 
 
 def test_recipes_are_split_by_turns_too(chatml, tmp_path):
@@ -1081,9 +1033,7 @@ def test_truncation_takes_the_prompt_and_never_the_answer(styled):
             assert all(
                 run in runs(whole.labels) for run in runs(kept.labels)
             )  # an answer is scored whole or not at all
-            assert (
-                len(kept.ids) == min(room, len(whole.ids)) or len(kept.ids) == last <= room
-            )
+            assert len(kept.ids) == min(room, len(whole.ids)) or len(kept.ids) == last <= room
     assert {"text", "cut", "whole", "answer longer than max_length"} <= seen
 
 
@@ -1094,9 +1044,7 @@ def test_fit_by_hand():
         return np.array([flag for run in runs for flag in run])
 
     got = fit(ids, flags(no * 3, yes * 2, no * 3, yes * 2), 5, {0})
-    assert (
-        got[0].tolist() == [0, 6, 7, 8, 9] and got[1].tolist() == [False] * 3 + [True] * 2
-    )
+    assert got[0].tolist() == [0, 6, 7, 8, 9] and got[1].tolist() == [False] * 3 + [True] * 2
     got = fit(
         ids, flags(no * 3, yes * 2, no * 3, yes * 2), 7, {0}
     )  # through the first answer: its rest is context
@@ -1136,9 +1084,7 @@ def test_ledger_accounts_for_every_token(chatml, tmp_path, preference):
         and ledger.rows_not_sampled == 20
     )
     assert ledger.rows == ledger.examples + ledger.rows_dropped + ledger.rows_not_sampled
-    assert (
-        ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
-    )
+    assert ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
     assert ledger.scored == sum((s.labels != IGNORE).sum() for e in examples for s in e)
     assert ledger.scored + ledger.masked == sum(len(s.ids) for e in examples for s in e)
     assert sum(r["rows"] for r in ledger.reasons.values()) == ledger.rows_dropped
@@ -1224,9 +1170,7 @@ def test_readers_agree(tmp_path):
     import pyarrow.parquet
 
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
-    (tmp_path / "a.jsonl").write_text(
-        "\ufeff" + lines.replace("\n", "\n\n", 1), encoding="utf-8"
-    )
+    (tmp_path / "a.jsonl").write_text("\ufeff" + lines.replace("\n", "\n\n", 1), encoding="utf-8")
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     (tmp_path / "b.json").write_text(json.dumps({"data": ROWS}))
     (tmp_path / "c.json").write_text(lines)
@@ -1280,9 +1224,7 @@ def test_files_that_are_wrong_are_named(tmp_path, name, content, message):
 
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"trian.jsonl: no such file \(nearest: .*train.jsonl"
-    ):
+    with pytest.raises(UserError, match=r"trian.jsonl: no such file \(nearest: .*train.jsonl"):
         read_rows(str(tmp_path / "trian.jsonl"))
 
 
@@ -1338,19 +1280,15 @@ def test_a_data_set_of_the_hub(tmp_path):
             "org/json#v1.0:test",
         ]
         command = [sys.executable, "-c", code, Path(data.__file__).parent]
-        output = subprocess.run(
-            [*command, *sources], env=env, capture_output=True, text=True
-        )
+        output = subprocess.run([*command, *sources], env=env, capture_output=True, text=True)
         env |= {"HF_TOKEN": "wrong", "HF_HOME": str(tmp_path / "other")}
-        refused = subprocess.run(
-            [*command, "org/one"], env=env, capture_output=True, text=True
-        )
+        refused = subprocess.run([*command, "org/one"], env=env, capture_output=True, text=True)
     finally:
         hub.terminate()
     lines = output.stdout.splitlines()
-    assert (
-        lines[0] == "['one/data/train-00000-of-00002', 'one/data/train-00001-of-00002']"
-    ), output.stderr
+    assert lines[0] == "['one/data/train-00000-of-00002', 'one/data/train-00001-of-00002']", (
+        output.stderr
+    )
     assert lines[1:4] == [
         "['one/data/test-00000-of-00001']",
         "['two/main/train-00000-of-00001']",
@@ -1359,13 +1297,13 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert lines[4].startswith(
         "error: org/two has several parts; name one of: org/two:main:train, org/two:other:train"
     )
-    assert lines[5].startswith("error: org/two:mian has no such part") and lines[
-        6
-    ].startswith("error: org/none: no file here")
+    assert lines[5].startswith("error: org/two:mian has no such part") and lines[6].startswith(
+        "error: org/none: no file here"
+    )
     assert "local" not in lines[6] and lines[7:] == ["['lines']"]
-    assert re.match(
-        "error: org/one: no file here.*repository needs HF_TOKEN", refused.stdout
-    ), refused.stderr
+    assert re.match("error: org/one: no file here.*repository needs HF_TOKEN", refused.stdout), (
+        refused.stderr
+    )
 
 
 def test_folders_globs_and_weights(chatml, tmp_path):
@@ -1469,14 +1407,10 @@ def test_a_date_in_the_template_is_part_of_the_key(tmp_path):
     plain = write_tokenizer(tmp_path / "plain", CHATML)
     for folder, same in ((dated, False), (plain, True)):
         one, two = (
-            load_examples(
-                tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day))
-            )[0]
+            load_examples(tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day)))[0]
             for day in (1, 2)
         )
-        assert (
-            (one.folder == two.folder) == same == ((one[0][0].ids == two[0][0].ids).all())
-        )
+        assert (one.folder == two.folder) == same == ((one[0][0].ids == two[0][0].ids).all())
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -1503,8 +1437,7 @@ def test_recipes_by_hand():
     )
     made = ecqa(ECQA)
     assert (
-        made["completion"][0]["content"] == "It is not here.\nAnswer: B"
-        and made["answer"] == "B"
+        made["completion"][0]["content"] == "It is not here.\nAnswer: B" and made["answer"] == "B"
     )
     assert made["prompt"][0]["content"].startswith(
         "Where?\nA. here\nB. there\nC. now\nD. then\nE. up\n"
@@ -1522,9 +1455,7 @@ def test_recipes_by_hand():
         made["prompt"].endswith("### Instruction:\ndo\n\n### Response:")
         and "Input" not in made["prompt"]
     )
-    assert (
-        "paired" in alpaca({"instruction": "do", "input": "it", "output": "done"})["prompt"]
-    )
+    assert "paired" in alpaca({"instruction": "do", "input": "it", "output": "done"})["prompt"]
     text = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq\nr<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"  # noqa: E501
     assert (
         chatml({"text": text})["messages"]
@@ -1553,9 +1484,7 @@ def test_recipes_by_hand():
         ],
     }
     seen = {
-        json.dumps(
-            [pick(rated, epoch)[side][0]["content"] for side in ("chosen", "rejected")]
-        )
+        json.dumps([pick(rated, epoch)[side][0]["content"] for side in ("chosen", "rejected")])
         for epoch in range(20)
     }
     assert seen == {'["y", "x"]', '["y", "z"]'}
@@ -1596,8 +1525,7 @@ def test_mcqa_draws_its_wording_but_never_its_answer():
             and row["answer"] == row["choices"][1]
         )
         assert (
-            lines[2].replace("here", "there").translate(str.maketrans("Aa1", "Bb2"))
-            == lines[3]
+            lines[2].replace("here", "there").translate(str.maketrans("Aa1", "Bb2")) == lines[3]
         )
         assert lines[4:] == ["Solve step-by-step.", "<think> why </think>", " Answer:"]
     half, never = (data.use_recipe("mcqa", {"cot": cot}, 3)[0] for cot in (0.5, 0))
@@ -1628,9 +1556,7 @@ def test_movielens_from_its_original_tables(tmp_path):
     where, row = rows[0]
     user, item, rating, when = lines[int(where.rpartition(":")[2]) - 1].split("\t")
     assert (
-        row["title"].startswith(f"Film {item} ")
-        and row["rating"] == int(rating)
-        and when == "10"
+        row["title"].startswith(f"Film {item} ") and row["rating"] == int(rating) and when == "10"
     )
     before = sorted(
         (line.split("\t") for line in lines if line.startswith(user + "\t")),
@@ -1677,16 +1603,13 @@ def test_epochs_differ_and_come_back(chatml, tmp_path):
         texts(load()[0].epoch(n)) for n in range(3)
     ]
     assert (
-        sum(a == b for a, b in zip(*epochs[:2]))
-        < 15
-        > sum(a == b for a, b in zip(*epochs[1:]))
+        sum(a == b for a, b in zip(*epochs[:2])) < 15 > sum(a == b for a, b in zip(*epochs[1:]))
     )
     assert {*texts(load(max_samples=9)[0].epoch(2))} <= {*epochs[2]}
     (kept, _), (held, held_rows) = split_holdout(examples, made, 10)
     assert sorted(texts(kept.epoch(1)) + texts(held.epoch(1))) == sorted(epochs[1])
     assert all(
-        row["answer"] in text and row["choices"]
-        for row, text in zip(held_rows, texts(held))
+        row["answer"] in text and row["choices"] for row, text in zip(held_rows, texts(held))
     )
     fixed = load_examples(path, chatml, recipe="ecqa")[0]
     assert texts(fixed.epoch(1)) == texts(fixed)
@@ -1745,8 +1668,7 @@ def test_recipes_on_the_real_sets(recipe, file):
         (s.labels != IGNORE).sum() for example in examples for s in example
     )
     assert (
-        ledger.tokens == ledger.scored + ledger.masked + ledger.dropped
-        and ledger.examples >= 58
+        ledger.tokens == ledger.scored + ledger.masked + ledger.dropped and ledger.examples >= 58
     )
     for example, row in zip(examples, rows):
         assert "answer" not in row or row["answer"] in scored_text(tokenizer, example[0])
@@ -1769,9 +1691,7 @@ class Settings(Base):
     data: list[str] = field(default_factory=lambda: ["a.jsonl", "b.jsonl"])  # files
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decays
     merge: bool = True  # write merged/
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"]
-    )  # which layers
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # which layers
     rank_pattern: dict = field(default_factory=dict)  # ranks by name
     kind: Literal["linear", "cosine"] = "cosine"  # of schedule
     val_size: float = 0.0  # share or count
@@ -1810,15 +1730,11 @@ def test_flags_and_files_make_a_config(tmp_path):
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         (["q_proj,v_proj"], ["q_proj", "v_proj"]),
     ):
-        assert (
-            parse_config(Settings, ["--target_modules", *words]).target_modules == modules
-        )
+        assert parse_config(Settings, ["--target_modules", *words]).target_modules == modules
     assert parse_config(Settings, ["--rank_pattern", '{"q_proj": 4}']).rank_pattern == {
         "q_proj": 4
     }
-    assert parse_config(
-        Settings, ["--data", "x", "--seed", "1", "--data", "y", "z"]
-    ).data == [
+    assert parse_config(Settings, ["--data", "x", "--seed", "1", "--data", "y", "z"]).data == [
         "x",
         "y",
         "z",
@@ -1840,9 +1756,7 @@ def test_flags_and_files_make_a_config(tmp_path):
         rank_pattern={"a": 1},
         val_size=5,
     )
-    (tmp_path / "c.json").write_text(
-        '{"lora": {"r": 4}, "merge": false,\n\t"learning_rate": 1}'
-    )
+    (tmp_path / "c.json").write_text('{"lora": {"r": 4}, "merge": false,\n\t"learning_rate": 1}')
     got = parse_config(Settings, ["--config", str(tmp_path / "c.json")])
     assert got == Settings(lora_r=4, merge=False, learning_rate=1.0) and isinstance(
         got.learning_rate, float
@@ -1907,7 +1821,7 @@ def test_a_partial_file_and_dotted_flags_override(tmp_path):
     (["--seed"], None, "--seed: expected one argument"),
     (["--data"], None, "--data: expected at least one argument"),
     (["--lora_rr", "3", "--sed=1", "--seed", "x"], None,
-     r"unknown argument --lora_rr \(nearest: .*unknown argument --sed=1 \(nearest: seed\); --seed: expected int"),
+     r"unknown argument --lora_rr \(nearest: .*unknown argument --sed=1 \(nearest: seed\); --seed: expected int"),  # noqa: E501
     (["--config", "nowhere.yaml"], None, "--config nowhere.yaml: cannot be read: No such file"),
     ([], "lora: {rr: 3}", r"c.yaml:1: unknown key 'lora.rr' \(nearest: lora_r"),
     ([], "seed: true", "c.yaml:1: seed: expected int, found 'true'"),
@@ -1916,7 +1830,7 @@ def test_a_partial_file_and_dotted_flags_override(tmp_path):
     ([], "data: {a: 1}", "c.yaml:1: unknown key 'data.a'"),
     ([], "seed: 1\nseed: 2", "c.yaml:2: seed is given twice"),
     ([], "lora: {r: 1}\nlora_r: 2", "c.yaml:2: lora_r is given twice, the second time as 'lora_r'"),
-    ([], "lora: {rr: 3}\nsed: 1\nseed: x", r"c.yaml:1: unknown key 'lora.rr'.*c.yaml:2: unknown key 'sed' \(nearest: seed.*"
+    ([], "lora: {rr: 3}\nsed: 1\nseed: x", r"c.yaml:1: unknown key 'lora.rr'.*c.yaml:2: unknown key 'sed' \(nearest: seed.*"  # noqa: E501
      "c.yaml:3: seed: expected int"),
     ([], "- 1", "c.yaml: holds no settings"),
     ([], "a: [1\nb: 2", "c.yaml: cannot be read: line 2"),
@@ -1972,10 +1886,7 @@ def run(chatml, tmp_path, monkeypatch, capsys):
 def test_show_prints_rows_and_ledger(tmp_path, chatml, run, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": as_turn("a cat", "sat")}))
     output = run("show")
-    assert (
-        "<|im_start|>assistant\n⟦sat<|im_end|>⟧\n" in output
-        and "1 rows: 1 examples" in output
-    )
+    assert "<|im_start|>assistant\n⟦sat<|im_end|>⟧\n" in output and "1 rows: 1 examples" in output
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert "\033[32msat<|im_end|>\033[0m" in run("show")
     mix = ["mix", "--model", "x", "--data", "y"]
@@ -2026,18 +1937,14 @@ def test_audit_measures_lengths(tmp_path, chatml, run):
     assert "with max_length 20: 100 rows: 100 examples, " in run(
         "audit", "--max_length", "20", "--output", str(tmp_path / "l.png")
     )
-    line = run(
-        "audit", "--by", "characters", "--output", str(tmp_path / "l.png")
-    ).splitlines()[1]
+    line = run("audit", "--by", "characters", "--output", str(tmp_path / "l.png")).splitlines()[1]
     assert float(line.split()[3]) == max(
         len(chatml.decode(example[0].ids, skip_special=False)) for example in examples
     )
     pair = {"prompt": "a " * 20, "chosen": "cat", "rejected": "the mat and said"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
     prompt, *ends = [len(s.ids) for s in render_row(pair, chatml, preference=True)]
-    output = run(
-        "audit", "--preference", "--output", str(tmp_path / "l.png"), file="pairs.jsonl"
-    )
+    output = run("audit", "--preference", "--output", str(tmp_path / "l.png"), file="pairs.jsonl")
     assert float(output.splitlines()[1].split()[1]) == prompt + max(ends)
 
 
@@ -2123,18 +2030,12 @@ def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):
         "12",
     ]
     for name in "pq":
-        monkeypatch.setattr(
-            sys, "argv", [*words, "--output", str(tmp_path / f"{name}.jsonl")]
-        )
+        monkeypatch.setattr(sys, "argv", [*words, "--output", str(tmp_path / f"{name}.jsonl")])
         data.main()
     pairs = [row for _, row in read_rows(tmp_path / "p.jsonl")]
-    assert (
-        pairs == [row for _, row in read_rows(tmp_path / "q.jsonl")]
-        and 8 <= len(pairs) <= 12
-    )
+    assert pairs == [row for _, row in read_rows(tmp_path / "q.jsonl")] and 8 <= len(pairs) <= 12
     assert all(
-        pair["chosen"] == " nothing" and pair["rejected"].strip() != "nothing"
-        for pair in pairs
+        pair["chosen"] == " nothing" and pair["rejected"].strip() != "nothing" for pair in pairs
     )
     assert [pair["prompt"] for pair in pairs] == [
         row["prompt"] for row in rows if row["prompt"] in {p["prompt"] for p in pairs}

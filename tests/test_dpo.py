@@ -180,10 +180,7 @@ def trl_gradient(trainer, parts):
     }
     return (
         loss,
-        {
-            name: sum(values) / len(values)
-            for name, values in trainer._metrics["train"].items()
-        },
+        {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()},
         found,
     )
 
@@ -318,9 +315,7 @@ def test_twenty_steps_are_trls(base, rows, tmp_path):
     )
     trainer.train()
     dpo.main(flags(base, rows, tmp_path / "run", **settings))
-    lines = [
-        line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line
-    ]
+    lines = [line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
     theirs = [line for line in trainer.state.log_history if "loss" in line]
     assert len(lines) == len(theirs) == 20 and lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     for ours, their in zip(lines, theirs):
@@ -386,9 +381,7 @@ STARTS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("start", STARTS)
-def test_step_0_has_margin_0_and_loss_ln_2(
-    start, dtype, base, biased, adapter, many, tmp_path
-):
+def test_step_0_has_margin_0_and_loss_ln_2(start, dtype, base, biased, adapter, many, tmp_path):
     """Whatever trains and in bf16 too, to the last bit, in micro-batches of a few pairs; held-out
     pairs as well."""
     settings = STARTS[start] | ({"adapter": adapter} if "adapter" in STARTS[start] else {})
@@ -396,9 +389,7 @@ def test_step_0_has_margin_0_and_loss_ln_2(
     if start == "bias and norms":
         model = biased
     if start == "adapted head":
-        model = write_checkpoint(
-            tmp_path / "untied", vocab_size=259, tie_word_embeddings=False
-        )
+        model = write_checkpoint(tmp_path / "untied", vocab_size=259, tie_word_embeddings=False)
         write_tokenizer(model)
     argv = flags(model, many, tmp_path / "run", max_steps=1, micro_batch_tokens=150, dtype=dtype, eval_data=many,  # noqa: E501
                  save_strategy="no", warmup_ratio=0, **settings)  # fmt: skip
@@ -435,17 +426,14 @@ def scored_under(base, examples, **options):
     """What the model of `base` gives the scored tokens, an example at a time."""
     model = load_model(base, **options)
     return [
-        model.logps(next(sft.micro_batches([example], 1, "cpu"))).detach()
-        for example in examples
+        model.logps(next(sft.micro_batches([example], 1, "cpu"))).detach() for example in examples
     ]
 
 
 def test_another_reference(base, biased, rows, tmp_path):
     """--ref_model: margins are those to that model; its size may be another, its vocabulary may not
     be smaller."""
-    other = write_checkpoint(
-        tmp_path / "other", seed=5, vocab_size=259, num_hidden_layers=1
-    )
+    other = write_checkpoint(tmp_path / "other", seed=5, vocab_size=259, num_hidden_layers=1)
     dpo.main(flags(base, rows, tmp_path / "run", max_steps=1, ref_model=other))
     line = tracking.read_log(tmp_path / "run" / "log.jsonl")[0]
     examples = load_pairs(base, rows)
@@ -454,9 +442,9 @@ def test_another_reference(base, biased, rows, tmp_path):
         (p - r).split([len(e[1].ids), len(e[2].ids)])
         for p, r, e in zip(policy, reference, examples)
     ]
-    margin = sum(
-        float(chosen.sum() - rejected.sum()) for chosen, rejected in margins
-    ) / len(examples)
+    margin = sum(float(chosen.sum() - rejected.sum()) for chosen, rejected in margins) / len(
+        examples
+    )
     assert line["rewards/margins"] == pytest.approx(0.1 * margin, rel=1e-4)
     small = write_checkpoint(tmp_path / "small", vocab_size=60)
     with pytest.raises(UserError, match="ref_model: .*tokenizer"):
@@ -500,9 +488,7 @@ def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path
     "damage",
     ["bit", "nan", "cut", "old layout", "empty", "folder", "no place", "left over"],
 )
-def test_a_damaged_reference_is_made_anew(
-    damage, base, many, tmp_path, monkeypatch, capsys
-):
+def test_a_damaged_reference_is_made_anew(damage, base, many, tmp_path, monkeypatch, capsys):
     """A bit that changes one log-prob a little, NaN, a file without its checksum: the same values
     again. Where it can't be kept, the run goes on with them."""
     from safetensors.torch import save_file
@@ -523,9 +509,7 @@ def test_a_damaged_reference_is_made_anew(
     logps = load_file(file)["logps"]
     if damage == "bit":
         place = written.index(logps.numpy().tobytes())
-        file.write_bytes(
-            written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :]
-        )
+        file.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
     elif damage == "nan":
         save_file({**load_file(file), "logps": logps * float("nan")}, file)
     elif damage == "cut":
@@ -557,9 +541,7 @@ def test_no_reference_where_none_is_needed(base, rows, tmp_path):
     dpo.main(flags(base, rows, tmp_path / "run", loss_type="simpo", max_steps=1))
     dpo.main(flags(base, rows, tmp_path / "flag", reference_free="true", max_steps=1))
     assert not (tmp_path / "reference").exists()
-    free, flag = (
-        tracking.read_log(tmp_path / name / "log.jsonl")[0] for name in ("run", "flag")
-    )
+    free, flag = (tracking.read_log(tmp_path / name / "log.jsonl")[0] for name in ("run", "flag"))
     assert "kl" not in free and flag["rewards/chosen"] == pytest.approx(
         0.1 * flag["logps/chosen"]
     )
@@ -580,9 +562,7 @@ def test_a_shared_prompt_has_the_gradient_of_two(kind, trained):
     model, examples, _ = trained
     settings = config(loss_type=[kind])
     loss, metrics, shared = gradient(model, examples, settings)
-    again, same, apart = gradient(
-        model, [unshared(example) for example in examples], settings
-    )
+    again, same, apart = gradient(model, [unshared(example) for example in examples], settings)
     assert loss == pytest.approx(again, rel=1e-6)
     for name, value in metrics.items():
         assert value == pytest.approx(same[name], rel=1e-5, abs=1e-5)
@@ -652,9 +632,7 @@ def test_training_prefers_what_is_chosen(kind, base, many, tmp_path):
         )
     )
     lines = [
-        line
-        for line in tracking.read_log(tmp_path / "run" / "log.jsonl")
-        if "eval_loss" in line
+        line for line in tracking.read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in line
     ]
     assert (
         lines[-1]["eval_rewards/accuracies"] > 0.7
@@ -688,9 +666,7 @@ def test_two_halves_are_the_whole_bit_for_bit(settings, base, adapter, many, tmp
     log.write_text("\n".join(log.read_text().splitlines()[:4]) + "\n")
     shutil.rmtree(tmp_path / "reference")
     dpo.main(flags(base, many, tmp_path / "halves", **settings))
-    kept = (
-        "model.safetensors" if settings.get("lora_r") == 0 else "adapter_model.safetensors"
-    )
+    kept = "model.safetensors" if settings.get("lora_r") == 0 else "adapter_model.safetensors"
     for name in ("optimizer.safetensors", kept):
         assert same_tensors(
             *(tmp_path / run / "checkpoint-000006" / name for run in ("whole", "halves"))
@@ -737,9 +713,7 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
     lines = tracking.read_log(run / "log.jsonl")
     wanted = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",  # noqa: E501
               "logps/rejected", "loss", "kl"}  # fmt: skip
-    assert (
-        wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
-    )
+    assert wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
     assert (
         "answers right on 4 evaluation questions" in output
         and "evaluation pairs at step 1" in output
@@ -823,9 +797,7 @@ def test_a_row_of_no_use_is_counted_and_all_of_them_stop_the_run(
     )
     (found,) = ledger.reasons
     assert reason in found and ledger.reasons[found]["rows"] == 1 and len(examples) == 21
-    assert (
-        ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
-    )
+    assert ledger.tokens == ledger.scored + ledger.masked + ledger.truncated + ledger.dropped
     file.write_text(json.dumps(row))
     error = refuse(flags(base, file, tmp_path / "run", max_length=100), capsys)
     assert (
@@ -838,9 +810,7 @@ def test_a_row_of_no_use_is_counted_and_all_of_them_stop_the_run(
 def test_a_prompt_longer_than_max_length_gives_way(base, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(
-        json.dumps(
-            {"prompt": "long " * 50 + "end", "chosen": " yes", "rejected": " no, never"}
-        )
+        json.dumps({"prompt": "long " * 50 + "end", "chosen": " yes", "rejected": " no, never"})
     )
     ((prompt, chosen, rejected),), _, ledger = sft.load_examples(
         [file], sft.Tokenizer(base), max_length=30, preference=True
@@ -898,9 +868,7 @@ def refuse(argv, capsys):
         run_command(lambda: dpo.main(argv))
     error = capsys.readouterr().err.strip()
     assert (
-        stopped.value.code == 2
-        and error.startswith("error: ")
-        and len(error.splitlines()) <= 2
+        stopped.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) <= 2
     )
     return error
 

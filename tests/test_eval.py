@@ -39,12 +39,14 @@ from support.errors import UserError
     ],
 )
 def test_find_answer(text, letter):
-    """What follows the last 'Answer:' on its line: a letter by itself, else the words, no letter of a longer word."""
+    """What follows the last 'Answer:' on its line: a letter by itself, else the words, no letter
+    of a longer word."""
     assert find_answer(text) == letter
 
 
 def test_the_prompt_ends_where_the_last_answer_begins():
-    """Of two answers the last is the reference; what follows it (a newline of the template) belongs to neither."""
+    """Of two answers the last is the reference; what follows it (a newline of the template)
+    belongs to neither."""
     ids = np.arange(10, 22)
     labels = np.where(np.isin(np.arange(12), [3, 4, 8, 9, 10]), ids, IGNORE)
     prompt, reference = split_prompt([Segment(ids, labels)])
@@ -54,7 +56,8 @@ def test_the_prompt_ends_where_the_last_answer_begins():
 
 
 def test_likeliest_is_the_choice_a_plain_forward_pass_likes_best(tiny_checkpoint):
-    """Shared contexts change nothing: the same pick as scoring every context with every choice alone."""
+    """Shared contexts change nothing: the same pick as scoring every context with every choice
+    alone."""
     model, rng = load_model(tiny_checkpoint()), np.random.default_rng(0)
     contexts = [rng.integers(3, 190, n).tolist() for n in (5, 9, 2, 14)]
     choices = [rng.integers(3, 190, n).tolist() for n in (1, 2, 3)]
@@ -67,23 +70,19 @@ def test_likeliest_is_the_choice_a_plain_forward_pass_likes_best(tiny_checkpoint
             with torch.no_grad():
                 sums.append(float(model.logps(Batch.pack([[Segment(ids, labels)]])).sum()))
         expected.append(int(np.argmax(sums)))
-    assert [
-        evaluation.likeliest(model, context, choices) for context in contexts
-    ] == expected
+    assert [evaluation.likeliest(model, context, choices) for context in contexts] == expected
 
 
 def test_a_model_that_never_answers_is_asked(tmp_path):
-    """Random weights write no 'Answer:'; every row still gets one of the letters, marked as forced; a row without an
-    answer gets none."""
+    """Random weights write no 'Answer:'; every row still gets one of the letters, marked as
+    forced; a row without an answer gets none."""
     folder = write_checkpoint(tmp_path / "model", vocab_size=259)
     write_tokenizer(folder)
     tokenizer, model = Tokenizer(folder), load_model(folder)
 
     def example(question, answer):
         prompt, answer = tokenizer.encode(question), tokenizer.encode(answer)
-        return [
-            Segment(np.array(prompt + answer), np.array([IGNORE] * len(prompt) + answer))
-        ]
+        return [Segment(np.array(prompt + answer), np.array([IGNORE] * len(prompt) + answer))]
 
     rows = [example(f"{i}? ", f"Because.\nAnswer: {'AB'[i % 2]}") for i in range(6)] + [
         example("hello ", "hi")
@@ -107,7 +106,7 @@ def test_a_model_that_never_answers_is_asked(tmp_path):
     assert report.show_answers(answers[6:], answers[6:], 0) == {}
 
 
-# --- benchmarks beside lm-evaluation-harness --------------------------------------------------------------------------
+# --- benchmarks beside lm-evaluation-harness ------------------------------------------------------
 
 FILES = {
     "arc_challenge": "arc/arc_challenge",
@@ -124,7 +123,8 @@ WORDS = [
 
 
 def make_rows(task, count, seed):
-    """Rows in the hub's columns; one in five is there twice, which few-shot sampling has to bear with."""
+    """Rows in the hub's columns; one in five is there twice, which few-shot sampling has to bear
+    with."""
     rng, rows = random.Random(f"{task}{seed}"), []
 
     def words(low, high):
@@ -139,8 +139,7 @@ def make_rows(task, count, seed):
             }
         elif task == "hellaswag":
             ends = [
-                words(1, 5) + rng.choice(["", " [title] x", "  ", " [a b] y"])
-                for _ in range(4)
+                words(1, 5) + rng.choice(["", " [title] x", "  ", " [a b] y"]) for _ in range(4)
             ]
             row = {
                 "activity_label": words(1, 2),
@@ -227,13 +226,9 @@ def lm_eval_results(folder, data_dir, tasks, shots, chat, limit, monkeypatch, ca
         )
     special = json.loads((folder / "tokenizer_config.json").read_text())
     special = {
-        key: special[key]
-        for key in ("bos_token", "eos_token", "pad_token")
-        if special.get(key)
+        key: special[key] for key in ("bos_token", "eos_token", "pad_token") if special.get(key)
     }
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), **special
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if (folder / "chat_template.jinja").exists():
         tokenizer.chat_template = (folder / "chat_template.jinja").read_text()
@@ -280,9 +275,7 @@ def check_parity(folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_p
     theirs = lm_eval_results(
         folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_path / "cache"
     )
-    ours, samples = our_results(
-        folder, data_dir, tasks, shots, chat, limit, tmp_path / "out"
-    )
+    ours, samples = our_results(folder, data_dir, tasks, shots, chat, limit, tmp_path / "out")
     names = {
         "acc": "acc,none",
         "acc_norm": "acc_norm,none",
@@ -302,9 +295,7 @@ def check_parity(folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_p
                 np.testing.assert_allclose(
                     mine["logps"], [r[0][0] for r in other["resps"]], atol=1e-4, rtol=0
                 )
-        for name, value in (
-            (name, value) for name, value in ours[task].items() if name in names
-        ):
+        for name, value in ((name, value) for name, value in ours[task].items() if name in names):
             assert value == pytest.approx(theirs["results"][task][names[name]], abs=1e-12)
             other = theirs["results"][task][names[name].replace(",", "_stderr,")]
             assert ours[task][f"{name}_stderr"] == pytest.approx(other, abs=1e-12)
@@ -312,8 +303,8 @@ def check_parity(folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("shots, chat", [(0, False), (3, False), (2, True)])
 def test_all_six_tasks_equal_lm_eval(base, data_dir, shots, chat, monkeypatch, tmp_path):
-    """Log-likelihoods to 1e-4 nat (they are sums over hundreds of bytes, up to 500 nat), texts and metrics exactly;
-    some contexts are longer than the model's 400 positions."""
+    """Log-likelihoods to 1e-4 nat (they are sums over hundreds of bytes, up to 500 nat), texts and
+    metrics exactly; some contexts are longer than the model's 400 positions."""
     check_parity(base, data_dir, list(FILES), shots, chat, None, monkeypatch, tmp_path)
 
 
@@ -334,9 +325,7 @@ def test_gsm8k_is_graded_as_lm_eval_grades():
         and task.num_fewshot == config["num_fewshot"]
     )
     options = {
-        key: value
-        for key, value in options.items()
-        if key.startswith(("ignore", "regexes"))
+        key: value for key, value in options.items() if key.startswith(("ignore", "regexes"))
     }
     texts = [
         "so 3.\n#### 72",
@@ -367,9 +356,7 @@ def test_gsm8k_is_graded_as_lm_eval_grades():
             ours = evaluation.grade_gsm8k(
                 evaluation.Item(["q"], [answer]), task, SimpleNamespace(decode=str), text
             )
-            cut = postprocess_generated_text(
-                text, config["generation_kwargs"]["until"], None
-            )
+            cut = postprocess_generated_text(text, config["generation_kwargs"]["until"], None)
             for spec, name in zip(config["filter_list"], task.metrics):
                 pattern = {k: v for k, v in spec["filter"][0].items() if k != "function"}
                 found = RegexFilter(**pattern).apply([[cut]], [{}])[0][0]
@@ -414,12 +401,13 @@ def test_real_data_equals_lm_eval(shared, shots, monkeypatch, tmp_path):
     )
 
 
-# --- sharing changes no number ----------------------------------------------------------------------------------------
+# --- sharing changes no number --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_prefix_tree_scores_what_single_sequences_score(tiny_checkpoint, attention):
-    """Sequences that share much, little, all, or end inside another; a tree of any shape gives each its own sum."""
+    """Sequences that share much, little, all, or end inside another; a tree of any shape gives
+    each its own sum."""
     model, rng = (
         load_model(tiny_checkpoint(), attn_implementation=attention),
         random.Random(0),
@@ -467,8 +455,7 @@ def test_a_batch_that_refills_itself_writes_the_same(tiny_checkpoint, attention)
     )
     for header in ([], [rng.randrange(3, 190) for _ in range(20)]):
         prompts = [
-            header + [rng.randrange(3, 190) for _ in range(rng.randint(1, 9))]
-            for _ in range(11)
+            header + [rng.randrange(3, 190) for _ in range(rng.randint(1, 9))] for _ in range(11)
         ]
         ends = {
             n for p in prompts for n in generate(model, [p], 9)[0][4:5]
@@ -477,16 +464,15 @@ def test_a_batch_that_refills_itself_writes_the_same(tiny_checkpoint, attention)
         assert len({len(ids) for ids in alone}) > 1
         for size in (1, 3, 64):
             assert generate(model, prompts, 9, eos_ids=ends, batch_size=size) == alone
-        order = [
-            row for row, _ in generate_each(model, prompts, 9, eos_ids=ends, batch_size=3)
-        ]
+        order = [row for row, _ in generate_each(model, prompts, 9, eos_ids=ends, batch_size=3)]
         assert sorted(order) == list(range(11)) and order != list(range(11))  # as they end
         cut = generate(model, prompts, 9, eos_ids=[], stop=lambda ids: len(ids) == 2)
         assert [len(ids) for ids in cut] == [2] * 11
 
 
 def test_long_prompts_and_decoding_equal_eager(tiny_checkpoint):
-    """Above 512 keys a CPU cuts queries into blocks; without gradients that is what every long segment goes through."""
+    """Above 512 keys a CPU cuts queries into blocks; without gradients that is what every long
+    segment goes through."""
     folder, rng = tiny_checkpoint(max_position_embeddings=2048), np.random.default_rng(2)
     ids = rng.integers(3, 190, 1300).tolist()
     sums = [
@@ -499,7 +485,7 @@ def test_long_prompts_and_decoding_equal_eager(tiny_checkpoint):
     np.testing.assert_allclose(*sums, rtol=1e-5)
 
 
-# --- own sets ---------------------------------------------------------------------------------------------------------
+# --- own sets -------------------------------------------------------------------------------------
 
 
 def write_rows(file, rows):
@@ -514,9 +500,7 @@ def settings(**changes):
 def ask(source, folder, tmp_path, name="own", **changes):
     """An own set's samples and summary."""
     model, tokenizer, config = load_model(folder), Tokenizer(folder), settings(**changes)
-    questions = evaluation.ask_own(
-        evaluation.read_own(source, config), model, tokenizer, config
-    )
+    questions = evaluation.ask_own(evaluation.read_own(source, config), model, tokenizer, config)
     samples = evaluation.answer_all(
         model, tokenizer, questions, tmp_path / f"samples_m_{name}.jsonl", "", config
     )
@@ -524,7 +508,8 @@ def ask(source, folder, tmp_path, name="own", **changes):
 
 
 def test_perplexity_equals_lm_eval(base, tmp_path):
-    """Texts longer than the model's 400 positions go through windows, each scored behind what lm_eval puts before."""
+    """Texts longer than the model's 400 positions go through windows, each scored behind what
+    lm_eval puts before."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -607,8 +592,7 @@ def test_references_reasoning_and_questions_alone(base, tmp_path):
     from rouge_score.rouge_scorer import RougeScorer
 
     rows = [
-        {"prompt": f"say {n} ", "completion": f"the answer number {n} is here"}
-        for n in range(3)
+        {"prompt": f"say {n} ", "completion": f"the answer number {n} is here"} for n in range(3)
     ]
     samples, summary = ask(write_rows(tmp_path / "r.jsonl", rows), base, tmp_path)
     for row, sample in zip(rows, samples):
@@ -617,10 +601,7 @@ def test_references_reasoning_and_questions_alone(base, tmp_path):
             .score(row["completion"], sample["output"])["rougeL"]
             .fmeasure
         )
-        assert (
-            sample["metrics"]["rougeL"] == wanted
-            and sample["reference"] == row["completion"]
-        )
+        assert sample["metrics"]["rougeL"] == wanted and sample["reference"] == row["completion"]
     assert {"exact_match", "rouge1", "rouge2", "rougeL", "n"} <= set(summary)
     rows = [
         {
@@ -651,7 +632,8 @@ def test_references_reasoning_and_questions_alone(base, tmp_path):
 
 
 def test_forced_choices_in_training(base):
-    """Letters, the choices' own words, and Yes or No are choices; a free text is none; reasoning is not given away."""
+    """Letters, the choices' own words, and Yes or No are choices; a free text is none; reasoning
+    is not given away."""
     from data import render_row
 
     tokenizer, model = Tokenizer(base), load_model(base)
@@ -694,11 +676,12 @@ def test_forced_choices_in_training(base):
     assert evaluation.choice_metrics(model, []) == {}
 
 
-# --- what differs -----------------------------------------------------------------------------------------------------
+# --- what differs ---------------------------------------------------------------------------------
 
 
 def results_of(rates, n=1000, seed=0, common=0.8):
-    """Synthetic samples: {set: n rows right at a rate}; most questions are right or wrong for every model alike."""
+    """Synthetic samples: {set: n rows right at a rate}; most questions are right or wrong for
+    every model alike."""
     rng, samples = np.random.default_rng(seed), {}
     for task, rate in rates.items():
         same = np.random.default_rng(len(task)).random(
@@ -710,8 +693,8 @@ def results_of(rates, n=1000, seed=0, common=0.8):
 
 
 def test_an_average_that_rises_while_two_sets_fall():
-    """Question by question results with the figures of a published SFT and DPO run: the average rises at every stage,
-    and every stage loses on two sets of five."""
+    """Question by question results with the figures of a published SFT and DPO run: the average
+    rises at every stage, and every stage loses on two sets of five."""
     sets = {
         "arc": 1172,
         "csqa": 1221,
@@ -732,9 +715,7 @@ def test_an_average_that_rises_while_two_sets_fall():
         for n, (name, rates) in enumerate(stages.items())
     }
     pairs = evaluation.compare_all(samples)
-    verdicts = {
-        p["task"]: p["verdict"] for p in pairs if (p["a"], p["b"]) == ("base", "dpo")
-    }
+    verdicts = {p["task"]: p["verdict"] for p in pairs if (p["a"], p["b"]) == ("base", "dpo")}
     assert verdicts == dict(zip(sets, ("rose", "fell", "rose", "rose", "fell")))
     assert all(
         p["delta"] < 0 for p in pairs if p["task"] in ("csqa", "winogrande")
@@ -782,7 +763,7 @@ def test_paired_statistics_against_scipy():
     np.testing.assert_allclose([found["low"], found["high"]], expected, atol=0.004)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -800,9 +781,7 @@ def adapters(base, tmp_path_factory):
         )
         with torch.no_grad():
             for p in (p for p in model.parameters() if p.requires_grad):
-                p.add_(
-                    0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(n))
-                )
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(n)))
         folders.append(tmp_path_factory.mktemp("adapters") / f"a{n}" / "adapter")
         save_adapter(model, folders[-1], base)
     return folders
@@ -813,7 +792,8 @@ def command(*argv):
 
 
 def test_models_side_by_side(base, adapters, data_dir, tmp_path, monkeypatch, capsys):
-    """Base, adapters and run folders in one run score what each scores alone; a base is loaded once for plain LoRA."""
+    """Base, adapters and run folders in one run score what each scores alone; a base is loaded
+    once for plain LoRA."""
     loads = []
     monkeypatch.setattr(
         evaluation,
@@ -843,16 +823,11 @@ def test_models_side_by_side(base, adapters, data_dir, tmp_path, monkeypatch, ca
     )
     assert len(loads) == 2  # the trained norms took the base along
     found = json.loads((tmp_path / "all" / "results.json").read_text())
-    assert (
-        found["models"]["one"] == found["models"]["again"] and len(found["pairs"]) == 10 * 3
-    )
+    assert found["models"]["one"] == found["models"]["again"] and len(found["pairs"]) == 10 * 3
     lines = {
-        name: (tmp_path / "all" / f"samples_{name}_arc_easy.jsonl").read_text()
-        for name in models
+        name: (tmp_path / "all" / f"samples_{name}_arc_easy.jsonl").read_text() for name in models
     }
-    assert (
-        len({json.loads(text.split("\n")[0])["logps"][0] for text in lines.values()}) == 4
-    )
+    assert len({json.loads(text.split("\n")[0])["logps"][0] for text in lines.values()}) == 4
     for name, path in models.items():
         command("--model", f"{name}={path}", *options, tmp_path / name)
         assert (
@@ -880,7 +855,8 @@ def test_names():
 
 
 def test_an_interrupted_evaluation_goes_on(base, data_dir, tmp_path, monkeypatch):
-    """Half a line is dropped, whole ones count, and what has other weights or settings is asked anew."""
+    """Half a line is dropped, whole ones count, and what has other weights or settings is asked
+    anew."""
     argv = [
         "--model",
         f"m={base}",
@@ -896,9 +872,7 @@ def test_an_interrupted_evaluation_goes_on(base, data_dir, tmp_path, monkeypatch
         str(tmp_path / "out"),
     ]
     command(*argv)
-    files = [
-        tmp_path / "out" / f"samples_m_{task}.jsonl" for task in ("winogrande", "gsm8k")
-    ]
+    files = [tmp_path / "out" / f"samples_m_{task}.jsonl" for task in ("winogrande", "gsm8k")]
     whole = [file.read_text() for file in files]
     scored, written = [], []
     score, generate_each = evaluation.score, evaluation.generate_each
@@ -933,16 +907,15 @@ def test_an_interrupted_evaluation_goes_on(base, data_dir, tmp_path, monkeypatch
 
 
 def test_a_reference_that_changes_is_asked_anew(base, tmp_path):
-    """What a stored line says of the gold answer holds for the file as it is now: choices, texts, and reasoning."""
+    """What a stored line says of the gold answer holds for the file as it is now: choices, texts,
+    and reasoning."""
     for name, old, new in (
         ("yes", "Yes", "No"),
         ("text", "so", "no, not so"),
         ("why", "a\nAnswer: x", "a\nAnswer: y"),
     ):
         files = [
-            write_rows(
-                tmp_path / f"{n}.jsonl", [{"prompt": "Is it? ", "completion": answer}]
-            )
+            write_rows(tmp_path / f"{n}.jsonl", [{"prompt": "Is it? ", "completion": answer}])
             for n, answer in enumerate((old, new, new))
         ]
         found = [ask(file, base, tmp_path, name)[0][0] for file in files]
@@ -1071,7 +1044,8 @@ def test_rows_that_are_none(tmp_path, task, row, message):
 
 
 def test_without_arguments_in_a_process(tmp_path):
-    """`python eval.py` in a folder without runs: the embedded base alone, and one line for each that is missing."""
+    """`python eval.py` in a folder without runs: the embedded base alone, and one line for each
+    that is missing."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, ROOT / "eval.py", "--limit", "8", "--max_new_tokens", "20"],
@@ -1102,7 +1076,7 @@ def test_without_arguments_in_a_process(tmp_path):
     )
 
 
-# --- inside training --------------------------------------------------------------------------------------------------
+# --- inside training ------------------------------------------------------------------------------
 
 
 def training_rows(tmp_path, first="A", second="B"):
@@ -1120,8 +1094,9 @@ def training_rows(tmp_path, first="A", second="B"):
 
 
 def train(base, tmp_path, name, **changes):
-    """A run of sft.py; (its folder, its evaluations). The held-out answers are the wrong ones: what is learnt of the
-    form makes their loss fall, what is learnt of the answers makes it rise."""
+    """A run of sft.py; (its folder, its evaluations). The held-out answers are the wrong ones:
+    what is learnt of the form makes their loss fall, what is learnt of the answers makes it
+    rise."""
     import sft
 
     options = (
@@ -1154,9 +1129,7 @@ def train(base, tmp_path, name, **changes):
         ]
     )
     log = [
-        line
-        for line in tracking.read_log(tmp_path / name / "log.jsonl")
-        if "eval_loss" in line
+        line for line in tracking.read_log(tmp_path / name / "log.jsonl") if "eval_loss" in line
     ]
     return tmp_path / name, log
 
@@ -1166,7 +1139,8 @@ def weights(folder):
 
 
 def test_training_measures_choices_and_keeps_the_best(base, tmp_path):
-    """The lowest held-out loss of the log is the step whose weights adapter/ holds, and rotation spared it."""
+    """The lowest held-out loss of the log is the step whose weights adapter/ holds, and rotation
+    spared it."""
     folder, log = train(
         base,
         tmp_path,
@@ -1182,11 +1156,7 @@ def test_training_measures_choices_and_keeps_the_best(base, tmp_path):
     assert best != 24, "this run was meant to get worse"
     kept = sorted(path.name for path in folder.glob("checkpoint-*"))
     assert kept == [f"checkpoint-{best:06d}", "checkpoint-000024"]
-    assert (
-        weights(folder / "adapter")
-        == weights(folder / kept[0])
-        != weights(folder / kept[1])
-    )
+    assert weights(folder / "adapter") == weights(folder / kept[0]) != weights(folder / kept[1])
 
 
 def test_a_best_step_between_checkpoints_is_saved(base, tmp_path):
@@ -1213,7 +1183,8 @@ def test_a_best_step_between_checkpoints_is_saved(base, tmp_path):
     ],
 )
 def test_stopping_early_as_transformers_does(base, tmp_path, metric, options):
-    """The step at which transformers' own EarlyStoppingCallback and best-metric rule would stop on the same figures."""
+    """The step at which transformers' own EarlyStoppingCallback and best-metric rule would stop on
+    the same figures."""
     from transformers import (
         EarlyStoppingCallback,
         TrainerControl,
@@ -1257,7 +1228,8 @@ def test_stopping_early_as_transformers_does(base, tmp_path, metric, options):
 
 
 def test_the_best_and_the_patience_survive_a_resume(base, tmp_path):
-    """Stopped at any step and gone on, a run ends as one that never stopped: same step, same best, same bytes."""
+    """Stopped at any step and gone on, a run ends as one that never stopped: same step, same best,
+    same bytes."""
     import shutil
 
     options = dict(
@@ -1350,9 +1322,7 @@ def test_values_that_are_no_counts(name, better):
     """Fewer bits are better; a difference that is the same in every row is no chance."""
     values = np.random.default_rng(0).random(40)
     weights = np.ones(40)
-    found = evaluation.compare(
-        name, (values, weights), (values + 0.1 * better * values, weights)
-    )
+    found = evaluation.compare(name, (values, weights), (values + 0.1 * better * values, weights))
     assert found["verdict"] == "rose" and "mcnemar_p" not in found
     few = evaluation.compare(
         name, (values[:19], weights[:19]), (values[:19] + better, weights[:19])
@@ -1470,9 +1440,7 @@ def test_what_a_recipe_draws_and_drops(base, tmp_path, capsys):
     source = write_rows(tmp_path / "q.jsonl", rows)
     config = settings(recipe="mcqa", seed=3)
     assert evaluation.read_own(source, config) == evaluation.read_own(source, config)
-    texts = {
-        str(evaluation.read_own(source, settings(recipe="mcqa", seed=n))) for n in range(9)
-    }
+    texts = {str(evaluation.read_own(source, settings(recipe="mcqa", seed=n))) for n in range(9)}
     assert len(texts) > 1
     plain = evaluation.read_own(source, settings(recipe="mcqa", recipe_args={"cot": 0}))
     assert not any("<think>" in row["prompt"] for _, row in plain)
@@ -1481,9 +1449,7 @@ def test_what_a_recipe_draws_and_drops(base, tmp_path, capsys):
     wins = {"instruction": "a", "completions": [alike, alike | {"overall_score": 4}]}
     source = write_rows(tmp_path / "u.jsonl", [ties, wins, ties])
     assert len(evaluation.read_own(source, settings(recipe="ultrafeedback"))) == 1
-    assert (
-        "2 rows are not asked: all completions are rated alike" in capsys.readouterr().out
-    )
+    assert "2 rows are not asked: all completions are rated alike" in capsys.readouterr().out
     with pytest.raises(UserError, match="no rows to ask"):
         evaluation.read_own(
             write_rows(tmp_path / "t.jsonl", [ties]), settings(recipe="ultrafeedback")
@@ -1498,9 +1464,7 @@ def test_what_a_recipe_draws_and_drops(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part", ["weight", "config", "adapter", "alpha"])
-def test_other_weights_of_the_same_size_and_time_are_asked_anew(
-    base, adapters, tmp_path, part
-):
+def test_other_weights_of_the_same_size_and_time_are_asked_anew(base, adapters, tmp_path, part):
     import shutil
 
     model, adapter = tmp_path / "m", tmp_path / "a"

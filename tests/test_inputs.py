@@ -185,7 +185,7 @@ def not_utf8(path):
     path.write_bytes(path.read_bytes().replace(b"hello", b"\xff\xfe\xfd\xfc\xfb"))
 
 
-TRAIN = "sft --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "
+TRAIN = "sft --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "  # noqa: E501
 PAIRS = (
     "dpo --model m --data rows.jsonl --output_dir out --max_steps 1 --eval_answers 0 --merge false "
     "--ref_cache cache "
@@ -255,11 +255,7 @@ CASES = {
     "weights of a small vocabulary": (
         TRAIN,
         config(vocab_size=300)
-        | {
-            "m/model.safetensors": tensors(
-                lambda t: t.update({FIRST: t[FIRST][:300].clone()})
-            )
-        },
+        | {"m/model.safetensors": tensors(lambda t: t.update({FIRST: t[FIRST][:300].clone()}))},
         "outside the model's vocabulary of 300",
     ),
     "weights named in colour": (
@@ -649,11 +645,7 @@ CASES = {
     ),
     "adapter that overflows": (
         MERGE,
-        {
-            "a/adapter_model.safetensors": tensors(
-                lambda t: [x.fill_(1e30) for x in t.values()]
-            )
-        },
+        {"a/adapter_model.safetensors": tensors(lambda t: [x.fill_(1e30) for x in t.values()])},
         "out: not written",
         "would hold NaN or infinity",
     ),
@@ -785,9 +777,7 @@ def test_it_ends_in_one_line_and_nothing_is_lost(case, home, monkeypatch, capsys
     assert sanitize(told[0]) == told[0] and seconds < 8
     after = contents(home)
     assert {path: after.get(path) for path in before} == before
-    assert {path.relative_to(home).parts[0] for path in after.keys() - before.keys()} <= {
-        "out"
-    }
+    assert {path.relative_to(home).parts[0] for path in after.keys() - before.keys()} <= {"out"}
 
 
 def test_a_name_may_hold_control_characters_only_as_escapes(home, monkeypatch, capsys):
@@ -1162,7 +1152,9 @@ def test_a_hub_that_accepts_and_never_answers_ends_in_one_line(path, monkeypatch
 
     with socket.create_server(("127.0.0.1", 0)) as server:  # the system accepts, nobody answers
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:%d" % server.getsockname()[1])
+        monkeypatch.setattr(
+            constants, "ENDPOINT", "http://127.0.0.1:%d" % server.getsockname()[1]
+        )
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(hub, "TIMEOUT", 0.2)
         monkeypatch.setattr(hub, "list_repo_files", hub.HfApi().list_repo_files)
@@ -1249,13 +1241,9 @@ def test_the_token_is_in_no_message_and_no_file(given, tmp_path):
     server.shutdown()
     told = ran.stdout + ran.stderr
     print(told)
-    assert (
-        ran.returncode == 0 and told.count("error: ") == 18 and "Traceback" not in told
-    ), told
+    assert ran.returncode == 0 and told.count("error: ") == 18 and "Traceback" not in told, told
     assert f"Bearer {TOKEN}" in server.seen and TOKEN[:12] not in told
-    written = [
-        path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()
-    ]
+    written = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
     assert sum(TOKEN in text for text in written) == 1  # the token's own file
 
 
@@ -1275,12 +1263,8 @@ def test_no_module_reads_pickles():
 steady = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
-WORDS = st.text(
-    st.characters(exclude_categories=()), max_size=9
-)  # halves of characters too
-NUMBERS = (
-    st.integers() | st.floats() | st.sampled_from([10**30, -1, 2**63, math.nan, math.inf])
-)
+WORDS = st.text(st.characters(exclude_categories=()), max_size=9)  # halves of characters too
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**30, -1, 2**63, math.nan, math.inf])
 SIMPLE = st.none() | st.booleans() | NUMBERS | WORDS
 VALUES = st.recursive(
     SIMPLE,
@@ -1334,13 +1318,9 @@ def attempt(what, *arguments, **options):
 @given(ROWS, st.booleans(), st.sampled_from(["", *data.RECIPES]))
 def test_any_row_is_rendered_or_refused(row, preference, recipe):
     make, _ = data.use_recipe(recipe, {}, 0)
-    found = attempt(
-        data.render_row, row, fuzzed_tokenizer, 64, make=make, preference=preference
-    )
+    found = attempt(data.render_row, row, fuzzed_tokenizer, 64, make=make, preference=preference)
     assert (
-        found is None
-        or isinstance(found, str)
-        or all(len(segment.ids) for segment in found[:1])
+        found is None or isinstance(found, str) or all(len(segment.ids) for segment in found[:1])
     )
 
 
@@ -1372,9 +1352,7 @@ def test_any_row_is_rendered_or_refused(row, preference, recipe):
     ),
 )
 def test_any_config_is_understood_or_refused(changes, rope):
-    found = attempt(
-        ModelConfig.from_dict, CONFIG | {"rope_scaling": rope or None} | changes
-    )
+    found = attempt(ModelConfig.from_dict, CONFIG | {"rope_scaling": rope or None} | changes)
     assert found is None or M.rope_frequencies(found)[0].isfinite().all()
 
 
@@ -1382,14 +1360,10 @@ def test_any_config_is_understood_or_refused(changes, rope):
 @given(st.data())
 def test_any_setting_is_taken_or_refused(tmp_path_factory, data_of):
     kind = data_of.draw(
-        st.sampled_from(
-            [sft.SFTConfig, dpo.DPOConfig, data.DataConfig, evaluation.EvalConfig]
-        )
+        st.sampled_from([sft.SFTConfig, dpo.DPOConfig, data.DataConfig, evaluation.EvalConfig])
     )
     names = sorted(kind.__dataclass_fields__)
-    flags = data_of.draw(
-        st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3)
-    )
+    flags = data_of.draw(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3))
     file = tmp_path_factory.getbasetemp() / "settings.json"
     file.write_text(json.dumps(flags))
     must = ["--model", "m", "--data", "d"]
@@ -1451,9 +1425,7 @@ def small(tmp_path_factory):
     }
     (folder / "config.json").write_text(json.dumps(raw))
     network = M.Transformer(ModelConfig.read(folder))
-    return folder, save(
-        {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    )
+    return folder, save({name: tensor.detach() for name, tensor in network.state_dict().items()})
 
 
 @settings(steady, max_examples=300)

@@ -177,9 +177,7 @@ CASES = {  # name: family, PEFT's settings
     ),
     "tied head": (
         "qwen2-tied",
-        dict(
-            target_modules=["k_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True
-        ),
+        dict(target_modules=["k_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True),
     ),
     "rslora": ("qwen3", dict(target_modules="all-linear", use_rslora=True)),
     "dora": ("qwen3", dict(target_modules="all-linear", use_dora=True)),
@@ -290,21 +288,15 @@ def test_an_adapter_made_here_opens_in_peft(case, bases, tmp_path):
     trainable, total = count_parameters(model)
     tied = family.endswith("tied") and settings.get("modules_to_save")
     assert trainable == sum(
-        t.numel()
-        for k, t in stored(tmp_path / "ours").items()
-        if not (tied and "lm_head" in k)
+        t.numel() for k, t in stored(tmp_path / "ours").items() if not (tied and "lm_head" in k)
     )
     assert total == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
-)
+@pytest.mark.parametrize("whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
 def test_a_tied_pair_that_peft_trained_apart_is_untied(whole, bases, tmp_path):
     base = bases["qwen3-tied"]
-    reference = peft_model(
-        base, dict(r=2, target_modules=["q_proj"], modules_to_save=whole)
-    )
+    reference = peft_model(base, dict(r=2, target_modules=["q_proj"], modules_to_save=whole))
     reference.save_pretrained(tmp_path / "theirs")
     model = ours(base)
     load_adapter(model, tmp_path / "theirs")
@@ -327,9 +319,7 @@ ENDS = {  # name: families, PEFT's settings of embedding and head; all are r 3, 
     "embedding alone": dict(target_modules=["embed_tokens"]),
     "embedding by regex": dict(target_modules=r".*(q_proj|embed_tokens)"),
     "both adapted": dict(target_modules=["q_proj", "embed_tokens", "lm_head"]),
-    "embedding, tied": dict(
-        target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True
-    ),
+    "embedding, tied": dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
     "head adapted": dict(target_modules=["q_proj", "lm_head"]),
     "head, tied": dict(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True),
     "head adapted, embedding whole": dict(
@@ -368,9 +358,7 @@ def test_adapted_ends_are_pefts(case, family, bases, tmp_path):
         with pytest.raises(UserError, match="single tokens are trained, and an end"):
             load_adapter(ours(bases[family]), tmp_path / "theirs")
         return
-    expected = logits(
-        peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "theirs")
-    )
+    expected = logits(peft.PeftModel.from_pretrained(theirs(bases[family]), tmp_path / "theirs"))
     model = ours(bases[family])
     plain = logits(model)
     load_adapter(model, tmp_path / "theirs")
@@ -424,9 +412,7 @@ def test_a_frozen_weight_of_an_adapted_layer_is_compared(key, bases, tmp_path):
     assert_close(logits(model), logits(reference))
     tensors[name][1, 2] += 0.5
     save_file(tensors, tmp_path / "theirs" / "adapter_model.safetensors")
-    with pytest.raises(
-        UserError, match=f"{key}.base_layer.weight differs from this base's"
-    ):
+    with pytest.raises(UserError, match=f"{key}.base_layer.weight differs from this base's"):
         load_adapter(ours(bases["qwen3"]), tmp_path / "theirs")
 
 
@@ -512,9 +498,7 @@ def test_ends_that_do_not_fit_are_named(case, bases, tmp_path):
 
 
 def test_an_adapted_embedding_trains_on_as_a_whole(bases, tmp_path):
-    reference = peft_model(
-        bases["qwen3"], dict(r=2, target_modules=["q_proj", "embed_tokens"])
-    )
+    reference = peft_model(bases["qwen3"], dict(r=2, target_modules=["q_proj", "embed_tokens"]))
     reference.save_pretrained(tmp_path / "theirs")
     model = ours(bases["qwen3"])
     load_adapter(model, tmp_path / "theirs", trainable=True)
@@ -596,9 +580,7 @@ def test_training_is_pefts(case, bases, tmp_path):
     load_adapter(model, tmp_path / "start", trainable=True)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     rng = np.random.default_rng(0)
-    batches = [
-        [rng.integers(0, 67, n) for n in rng.integers(4, 12, 2)] for _ in range(4)
-    ] * 5
+    batches = [[rng.integers(0, 67, n) for n in rng.integers(4, 12, 2)] for _ in range(4)] * 5
 
     expected = adamw_steps(reference, their_loss, batches)
     losses = adamw_steps(
@@ -650,13 +632,7 @@ def test_a_fresh_lora_changes_nothing_and_comes_from_its_seed_alone(dtype, bases
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(model.get_parameter(n).dtype == torch.float32 for n in trained)
     assert all(
-        (
-            "lora_" in n
-            or "norm" in n
-            or n.endswith("bias")
-            or "embed" in n
-            or "lm_head" in n
-        )
+        ("lora_" in n or "norm" in n or n.endswith("bias") or "embed" in n or "lm_head" in n)
         for n in trained
     )
     assert torch.equal(logits(merge_lora(model)), before)
@@ -709,9 +685,7 @@ def test_merge_sums_in_fp32_and_rounds_once(bases):
             + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
         )
         expected[path + ".weight"] = W.float().bfloat16()
-    expected |= {
-        n: p.detach().bfloat16() for n, p in model.named_parameters() if "norm" in n
-    }
+    expected |= {n: p.detach().bfloat16() for n, p in model.named_parameters() if "norm" in n}
     before = logits(model)
     merge_lora(model)
     for name, tensor in expected.items():
@@ -763,9 +737,7 @@ def test_disable_lora_is_the_base_for_as_long_as_it_lasts(bases):
 
 
 def test_any_linear_can_be_the_base():
-    class Halves(
-        nn.Module
-    ):  # a stand-in for a quantised layer: no weight, but `dequantize`
+    class Halves(nn.Module):  # a stand-in for a quantised layer: no weight, but `dequantize`
         in_features, out_features, bias = 6, 4, None
 
         def __init__(self):
@@ -796,11 +768,7 @@ def test_rank_0_is_full_fine_tuning(bases):
     model = ours(bases["qwen2-tied"], "bfloat16")
     assert add_lora(model, LoRAConfig(lora_r=0)) == [] and not lora_layers(model)
     trainable, total = count_parameters(model)
-    assert (
-        trainable
-        == total
-        == sum(p.numel() for p in theirs(bases["qwen2-tied"]).parameters())
-    )
+    assert trainable == total == sum(p.numel() for p in theirs(bases["qwen2-tied"]).parameters())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in merge_lora(model).parameters()} == {torch.bfloat16}
 
@@ -836,26 +804,22 @@ def test_targeted_norms_are_trained_whole_and_said_so(bases, tmp_path):
 def test_one_of_a_tied_pair_trains_both(bases):
     for name in ("embed_tokens", "lm_head"):
         model = ours(bases["qwen3-tied"])
-        (notice,) = add_lora(
-            model, LoRAConfig(target_modules=["q_proj"], modules_to_save=[name])
-        )
+        (notice,) = add_lora(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=[name]))
         assert (
             "tied" in notice
             and model.model.embed_tokens.weight.requires_grad
             and model.lm_head is None
         )
-        assert (
-            sum("embed" in n for n, p in model.named_parameters() if p.requires_grad) == 1
-        )
+        assert sum("embed" in n for n, p in model.named_parameters() if p.requires_grad) == 1
 
 
 def count_lora(raw, config):
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
     add_lora(model, config)
-    return sum(
-        p.numel() for n, p in model.named_parameters() if "lora_" in n
-    ), count_parameters(model)
+    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n), count_parameters(
+        model
+    )
 
 
 def test_parameter_counts_of_a_real_shape():
@@ -1096,9 +1060,7 @@ def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["lora.py", "merge", *map(str, arguments)])
         run_command(lora.main)
 
-    command(
-        "--adapter", adapter, "--output-dir", tmp_path / "merged", "--model", bases["qwen3"]
-    )
+    command("--adapter", adapter, "--output-dir", tmp_path / "merged", "--model", bases["qwen3"])
     assert "merged" in capsys.readouterr().out
     assert (tmp_path / "merged" / "config.json").read_text() == (
         bases["qwen3"] / "config.json"
@@ -1123,14 +1085,10 @@ def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
             command("--adapter", adapter, *arguments)
         error = capsys.readouterr().err
         assert not (tmp_path / "new").exists()
-        assert (
-            left.value.code == 2 and error.startswith("error: ") and error.count("\n") <= 2
-        )
+        assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") <= 2
         assert re.search(message, error), error
     file = adapter / "adapter_config.json"
-    file.write_text(
-        json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None})
-    )
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
     with pytest.raises(UserError, match="names no base model; give it with --model"):
         merge(adapter, tmp_path / "new")
 
@@ -1291,9 +1249,7 @@ def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_AnotherSecret")
     assert "oken" in refused() and hub.asked == ["/api/whoami-v2"]
     monkeypatch.setenv("HF_TOKEN", "")
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HF_TOKEN_PATH", str(finished / "no-token")
-    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(finished / "no-token"))
     assert "no token; set HF_TOKEN" in refused() and not hub.asked
 
 
@@ -1305,9 +1261,7 @@ def test_what_is_refused_is_not_asked_again(finished, hub, capsys, monkeypatch):
         ("merged", "", "merged: not a finished run"),
     ],
 )  # it has a config.json and a card too
-def test_what_is_no_finished_run_is_not_pushed(
-    part, missing, message, finished, hub, capsys
-):
+def test_what_is_no_finished_run_is_not_pushed(part, missing, message, finished, hub, capsys):
     if missing:
         (finished / missing).unlink()
     with pytest.raises(SystemExit) as left:

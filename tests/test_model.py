@@ -91,9 +91,7 @@ def unrolled(example):
         before = [example[i].ids for i in ancestors(example, index)[:-1]]
         hidden = np.full(sum(map(len, before)), IGNORE, np.int32)
         labels = np.concatenate([hidden, segment.labels])
-        yield [
-            Segment(np.concatenate([*before, segment.ids]), labels, weight=segment.weight)
-        ]
+        yield [Segment(np.concatenate([*before, segment.ids]), labels, weight=segment.weight)]
 
 
 def reference_of(folder, dtype=torch.float32, attention="sdpa"):
@@ -191,9 +189,7 @@ def test_gradients_equal_transformers(tiny_checkpoint, name):
     assert_same_gradients(ours, {n: p.grad for n, p in reference.named_parameters()}, 1e-5)
 
 
-YARN = dict(
-    rope_type="yarn", factor=16.0, original_max_position_embeddings=8192, rope_theta=1e6
-)
+YARN = dict(rope_type="yarn", factor=16.0, original_max_position_embeddings=8192, rope_theta=1e6)
 LONGROPE = dict(
     rope_type="longrope",
     rope_theta=1e4,
@@ -240,9 +236,7 @@ BY_LENGTH = {
 def test_ropes_of_a_sequences_length(tiny_checkpoint, name):
     """Packed with a long one, a short sequence keeps the frequencies of its own length; branches
     share those of the longest, as in a batch of transformers'. Generation is transformers'."""
-    folder = tiny_checkpoint(
-        rope_parameters=dict(BY_LENGTH[name]), max_position_embeddings=24
-    )
+    folder = tiny_checkpoint(rope_parameters=dict(BY_LENGTH[name]), max_position_embeddings=24)
     model = load_model(folder)
     sizes = (20, 24, 25, 90)
     documents = [tokens(n, seed=n) for n in sizes]
@@ -301,9 +295,7 @@ def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
         (folder / "config.json").write_text(json.dumps(raw))
     model, reference = load_model(folder), reference_of(folder)
     inv_freq, scale = M.rope_frequencies(model.config)  # of a short sequence
-    torch.testing.assert_close(
-        inv_freq, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(inv_freq, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
     assert scale == pytest.approx(reference.model.rotary_emb.attention_scaling, rel=1e-9)
 
     ids, rng = tokens(40), np.random.default_rng(0)
@@ -326,9 +318,7 @@ def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen3-tied", "qwen2-untied-head-dim", "llama-biases-untied"]
-)
+@pytest.mark.parametrize("name", ["qwen3-tied", "qwen2-untied-head-dim", "llama-biases-untied"])
 def test_bf16_is_as_near_the_truth_as_transformers(tiny_checkpoint, name):
     """bf16 rounds; our logits and gradients are no farther from fp32's than the reference's own
     (root mean square)."""
@@ -377,9 +367,7 @@ def test_both_attentions_equal_transformers_of_that_name(tiny_checkpoint, attent
         theirs = reference_of(folder, attention=attention)(
             torch.from_numpy(ids)[None].long()
         ).logits[0]
-    assert_close(
-        logits_of(load_model(folder, attn_implementation=attention), ids), theirs, 1e-5
-    )
+    assert_close(logits_of(load_model(folder, attn_implementation=attention), ids), theirs, 1e-5)
 
 
 # --- the packed batch -----------------------------------------------------------------------------
@@ -437,9 +425,7 @@ def test_batch_invariants_hold_on_trees():
         (s.labels != IGNORE)[s.prefix < 0 :].sum() for e in examples for s in e
     )
     owner = {
-        t: i
-        for i, (start, stop, _) in enumerate(batch.segments)
-        for t in range(start, stop)
+        t: i for i, (start, stop, _) in enumerate(batch.segments) for t in range(start, stop)
     }
     for at, target in zip(
         batch.scored.tolist(), batch.targets.tolist()
@@ -450,9 +436,7 @@ def test_batch_invariants_hold_on_trees():
         ]
     for (example, index), (start, stop, _) in zip(flat, batch.segments):
         before = sum(len(example[i].ids) for i in ancestors(example, index)[:-1])
-        assert batch.positions[start:stop].tolist() == list(
-            range(before, before + stop - start)
-        )
+        assert batch.positions[start:stop].tolist() == list(range(before, before + stop - start))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -464,9 +448,7 @@ def test_packed_equals_one_by_one_equals_repeated_prefix(tiny_checkpoint, name, 
     packed, packed_logps = gradients(
         load_model(folder, attn_implementation=attention), [Batch.pack(trees())]
     )
-    alone = [
-        Batch.pack([document]) for example in trees() for document in unrolled(example)
-    ]
+    alone = [Batch.pack([document]) for example in trees() for document in unrolled(example)]
     single, single_logps = gradients(load_model(folder, attn_implementation="eager"), alone)
     assert_close(packed_logps, single_logps, 2e-6)
     assert_same_gradients(packed, single, 5e-6)
@@ -498,8 +480,7 @@ def test_a_token_sees_its_lineage_and_nothing_else(tiny_checkpoint, attention):
     embedded = model.model.embed_tokens(batch.tokens).requires_grad_()
     model.model.embed_tokens.register_forward_hook(lambda *_: embedded)
     gradients = [
-        torch.autograd.grad(row.sum(), embedded, retain_graph=True)[0]
-        for row in model(batch)
+        torch.autograd.grad(row.sum(), embedded, retain_graph=True)[0] for row in model(batch)
     ]
     influence = torch.stack([gradient.abs().sum(-1) for gradient in gradients])
     assert torch.equal(influence != 0, visible)
@@ -513,16 +494,12 @@ def test_other_documents_are_bit_equal_when_one_changes(tiny_checkpoint, attenti
     documents[1] = [seg((tokens(9, 9) + 1) % 199)]
     after = model(Batch.pack(documents))
     same = torch.tensor([True] * 5 + [False] * 9 + [True] * 6)
-    assert torch.equal(before[same], after[same]) and not torch.equal(
-        before[~same], after[~same]
-    )
+    assert torch.equal(before[same], after[same]) and not torch.equal(before[~same], after[~same])
 
 
 def test_order_of_examples_changes_nothing(tiny_checkpoint):
     model, examples = load_model(tiny_checkpoint()), trees()
-    forward, backward = [
-        model.logps(Batch.pack(order)) for order in (examples, examples[::-1])
-    ]
+    forward, backward = [model.logps(Batch.pack(order)) for order in (examples, examples[::-1])]
     sizes = [len(Batch.pack([example]).scored) for example in examples]
     assert_close(torch.cat(backward.split(sizes[::-1])[::-1]), forward, 2e-6)
 
@@ -544,12 +521,11 @@ def test_varlen_describes_the_same_attention(monkeypatch, examples):
         a = a.arguments
         assert a["window_size"] == (-1, 0) and a["enable_gqa"] and a["scale"] is None
         assert a["cu_seq_q"].dtype == a["cu_seq_k"].dtype == torch.int32
-        assert a["cu_seq_q"][-1] == len(a["query"]) and a["cu_seq_k"][-1] == len(
-            a["key"]
-        ) == len(a["value"])
+        assert a["cu_seq_q"][-1] == len(a["query"]) and a["cu_seq_k"][-1] == len(a["key"]) == len(
+            a["value"]
+        )
         assert (
-            a["max_q"] == a["cu_seq_q"].diff().max()
-            and a["max_k"] == a["cu_seq_k"].diff().max()
+            a["max_q"] == a["cu_seq_q"].diff().max() and a["max_k"] == a["cu_seq_k"].diff().max()
         )
         out = []
         for q0, q1, k0, k1 in zip(
@@ -573,8 +549,7 @@ def test_varlen_describes_the_same_attention(monkeypatch, examples):
     monkeypatch.setattr(varlen, "varlen_attn", played)
     batch, generator = Batch.pack(examples), torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(len(batch.tokens), heads, 12, generator=generator)
-        for heads in (6, 2, 2)
+        torch.randn(len(batch.tokens), heads, 12, generator=generator) for heads in (6, 2, 2)
     )
     want = M.eager_attention(q, k, v, batch)
     assert_close(M.varlen_attention(q, k, v, batch), want, 2e-6)
@@ -592,8 +567,7 @@ def test_sdpa_equals_eager_forward_and_backward(examples):
     batch, found, generator = Batch.pack(examples), {}, torch.Generator().manual_seed(0)
     T = len(batch.tokens)
     q, k, v = (
-        torch.randn(T, heads, 12, generator=generator, requires_grad=True)
-        for heads in (6, 2, 2)
+        torch.randn(T, heads, 12, generator=generator, requires_grad=True) for heads in (6, 2, 2)
     )
     upstream = torch.randn(q.shape, generator=generator)
     for attend in (M.eager_attention, M.sdpa_attention):
@@ -640,9 +614,7 @@ def test_gradient_checkpointing_changes_memory_not_gradients(tiny_checkpoint):
         found[on] = *gradients(model, [Batch.pack(trees())], logps), len(calls), sum(saved)
     assert torch.equal(found[True][1], found[False][1])
     assert all(torch.equal(found[True][0][n], g) for n, g in found[False][0].items())
-    assert (found[False][2], found[True][2]) == (1, 2) and found[True][3] < 0.4 * found[
-        False
-    ][3]
+    assert (found[False][2], found[True][2]) == (1, 2) and found[True][3] < 0.4 * found[False][3]
 
 
 def test_gradient_checkpointing_reaches_what_trains_above_frozen_layers(tiny_checkpoint):
@@ -689,9 +661,7 @@ def cross_entropy(hidden, weight, targets):
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
-@pytest.mark.parametrize(
-    "S, V", [(1, 997), (256, 997), (300, 997), (515, 997), (300, 20011)]
-)
+@pytest.mark.parametrize("S, V", [(1, 997), (256, 997), (300, 997), (515, 997), (300, 20011)])
 def test_token_logps_equal_cross_entropy(S, V, trains):
     """Value and both gradients in fp32 against float64 cross entropy; S on, off and below the
     chunk, an upstream gradient that differs by row, a vocabulary large enough that the CPU splits a
@@ -714,9 +684,7 @@ def test_token_logps_in_bf16_within_the_references_error(trains, confident):
     drown."""
     hidden, weight, targets, upstream = case = list(head_case(300, dtype=torch.bfloat16))
     if confident:  # hidden along its target's row: p of about 0.97 to 0.9999
-        case[0] = hidden = (
-            weight[targets] * torch.linspace(1.7, 3.0, 300)[:, None]
-        ).bfloat16()
+        case[0] = hidden = (weight[targets] * torch.linspace(1.7, 3.0, 300)[:, None]).bfloat16()
         p = F.linear(hidden.float(), weight.float()).softmax(-1).gather(1, targets[:, None])
         assert 0.9 < p.median() < 0.9999
     ours, theirs = [
@@ -727,9 +695,7 @@ def test_token_logps_in_bf16_within_the_references_error(trains, confident):
     )
     assert ours[0].dtype == torch.float32 and ours[1].dtype == torch.bfloat16
     for mine, reference, true in zip(ours, theirs, truth):
-        error, allowed = (
-            (x.double() - true).pow(2).mean().sqrt() for x in (mine, reference)
-        )
+        error, allowed = ((x.double() - true).pow(2).mean().sqrt() for x in (mine, reference))
         assert error <= 1.1 * allowed + 1e-12
 
 
@@ -757,15 +723,12 @@ def test_token_logps_keeps_one_row_per_position():
     hidden, weight, targets, _ = head_case(515)
     asks = hidden.clone().requires_grad_()
     assert saved_for_backward(lambda: token_logps(asks, weight, targets)) == [(515, 24)]
-    kept = saved_for_backward(
-        lambda: token_logps(asks, weight.clone().requires_grad_(), targets)
-    )
+    kept = saved_for_backward(lambda: token_logps(asks, weight.clone().requires_grad_(), targets))
     assert not [shape for shape in kept if len(shape) == 2 and shape[1] == 997]
     assert saved_for_backward(lambda: token_logps(hidden, weight, targets)) == []
     with torch.no_grad():
         assert (
-            saved_for_backward(lambda: token_logps(asks, weight.requires_grad_(), targets))
-            == []
+            saved_for_backward(lambda: token_logps(asks, weight.requires_grad_(), targets)) == []
         )
     weight.requires_grad_(False)
     assert not token_logps(hidden, weight, targets).requires_grad
@@ -885,9 +848,7 @@ def test_sampling_distribution_is_that_of_transformers(temperature, top_k, top_p
         picks = sample(logits[row].expand(N, -1), grid, temperature, top_k, top_p)
         found = torch.bincount(picks, minlength=37) / N
         assert (found - want[row]).abs().max() < 2 / N + 1e-5
-        assert (
-            not (found > 0)[want[row] == 0].any() and (found > 0)[want[row] > 2 / N].all()
-        )
+        assert not (found > 0)[want[row] == 0].any() and (found > 0)[want[row] > 2 / N].all()
 
 
 def test_sampling_never_leaves_a_rows_own_set():
@@ -942,9 +903,7 @@ def test_dtype_and_nothing_left_on_meta(tiny_checkpoint, stored, wanted):
     }
     assert model.dtype == dtype
     on_disk = {
-        n: t.clone()
-        for file in folder.glob("*.safetensors")
-        for n, t in load_file(file).items()
+        n: t.clone() for file in folder.glob("*.safetensors") for n, t in load_file(file).items()
     }
     assert tensors.keys() == on_disk.keys() and all(
         torch.equal(tensors[n], t.to(dtype)) for n, t in on_disk.items()
@@ -960,18 +919,14 @@ def test_dtype_and_nothing_left_on_meta(tiny_checkpoint, stored, wanted):
 def patched(folder, remove=(), **change):
     """The folder, with config.json changed."""
     file = folder / "config.json"
-    raw = {
-        k: v for k, v in json.loads(file.read_text()).items() if k not in remove
-    } | change
+    raw = {k: v for k, v in json.loads(file.read_text()).items() if k not in remove} | change
     file.write_text(json.dumps(raw))
     return folder
 
 
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=1e4)
 DEFAULT = dict(rope_type="default", rope_theta=1e6)
-SPLIT_YARN = {
-    k: v for k, v in YARN.items() if k not in ("original_max_position_embeddings",)
-}
+SPLIT_YARN = {k: v for k, v in YARN.items() if k not in ("original_max_position_embeddings",)}
 ODD_CONFIGS = {  # name: removed keys, changes; transformers opens all of them
     "both dialects": ((), dict(rope_parameters=DEFAULT, rope_scaling=LINEAR)),
     "both dialects, theta above": (
@@ -1001,11 +956,7 @@ ODD_CONFIGS = {  # name: removed keys, changes; transformers opens all of them
     ),
     "original nowhere, llama3": (
         (),
-        dict(
-            rope_parameters={
-                k: v for k, v in ROPES["llama3"].items() if "original" not in k
-            }
-        ),
+        dict(rope_parameters={k: v for k, v in ROPES["llama3"].items() if "original" not in k}),
     ),
     "yarn without factor": (
         (),
@@ -1060,9 +1011,7 @@ def test_odd_configs_mean_what_transformers_says(tiny_checkpoint, name, family):
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-def test_dtype_that_the_config_does_not_name_is_the_weights(
-    tiny_checkpoint, tmp_path, stored
-):
+def test_dtype_that_the_config_does_not_name_is_the_weights(tiny_checkpoint, tmp_path, stored):
     folder = patched(
         tiny_checkpoint(dtype=stored, max_shard_size="20KB"),
         remove=("dtype", "torch_dtype"),
@@ -1097,9 +1046,7 @@ def test_auto_dtype_is_what_the_cpu_multiplies(monkeypatch, tiny_checkpoint, cap
     for stored, dtype in zip(("bfloat16", "float16", "float32"), expected):
         assert M.pick_dtype("auto", stored, "cpu") == dtype
         lines = capsys.readouterr().err
-        assert (
-            lines == "" if dtype == stored else (lines.count("\n") == 1 and stored in lines)
-        )
+        assert lines == "" if dtype == stored else (lines.count("\n") == 1 and stored in lines)
         for named in M.DTYPES:
             assert M.pick_dtype(named, stored, torch.device("cpu")) == named
     folder = tiny_checkpoint(dtype="bfloat16")
@@ -1117,9 +1064,7 @@ def test_a_checkpoint_keeps_its_dtype_wherever_it_is_computed(
     model = load_model(folder)
     assert model.dtype == torch.float32
     M.save_model(model.state_dict().items(), tmp_path / "saved", folder)
-    ours, theirs = (
-        load_file(f / "model.safetensors") for f in (tmp_path / "saved", folder)
-    )
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "saved", folder))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
@@ -1166,18 +1111,14 @@ def test_tied_head_stored_twice(tiny_checkpoint):
     model = load_model(folder)
     assert model.lm_head is None and model.head_weight() is model.model.embed_tokens.weight
     rewrite(folder, lambda t: t["lm_head.weight"].add_(1))
-    with pytest.raises(
-        UserError, match="lm_head.weight differs from model.embed_tokens.weight"
-    ):
+    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
         load_model(folder)
 
 
 def test_rotary_tables_in_old_files_are_ignored(tiny_checkpoint):
     folder = tiny_checkpoint(model_type="llama")
     before = logits_of(load_model(folder), tokens(9))
-    table = {
-        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(6) for i in (0, 1)
-    }
+    table = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(6) for i in (0, 1)}
     rewrite(folder, lambda t: t.update(table))
     assert torch.equal(logits_of(load_model(folder), tokens(9)), before)
 
@@ -1205,9 +1146,7 @@ for dtype in ("bfloat16", "float32"):
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="reads its memory from /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
 def test_peak_memory_is_the_model_and_one_tensor(tiny_checkpoint):
     """fp32 on disk, loaded as bf16 and as fp32: the process never grows past model + largest tensor
     (+ 16 MB)."""
@@ -1336,9 +1275,7 @@ def test_interrupted_save_leaves_the_old_folder_whole(
 def test_disk_that_fills_up_ends_in_one_line(tiny_checkpoint, tmp_path, capsys):
     """The system refuses writes beyond 50 kB a file: exit status 2, no traceback, the old folder as
     it was."""
-    resource = pytest.importorskip(
-        "resource", reason="file size limits are a thing of Unix"
-    )
+    resource = pytest.importorskip("resource", reason="file size limits are a thing of Unix")
     source, out = tiny_checkpoint(), tmp_path / "out"
     shutil.copytree(source, out)
     model, before, limits = (
@@ -1412,9 +1349,7 @@ def only_pickle(folder):
 
 
 def integers(folder):
-    rewrite(
-        folder, lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int64)})
-    )
+    rewrite(folder, lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int64)}))
 
 
 def float64(folder):
@@ -1466,9 +1401,7 @@ BAD_CHECKPOINTS = {
         "rope can't be computed",
     ),
     "rope longrope text": (
-        config(
-            rope_parameters=LONGROPE | dict(short_factor=["1"] * 6, long_factor=[1] * 6)
-        ),
+        config(rope_parameters=LONGROPE | dict(short_factor=["1"] * 6, long_factor=[1] * 6)),
         "rope short_factor",
     ),
     "rope longrope long list alone": (
@@ -1795,9 +1728,7 @@ def test_hub_names(shared, tiny_checkpoint, tmp_path):
     """A hub id is downloaded, weights and text files alone; a name that isn't there, a transfer
     that breaks and a hub that doesn't answer each end in one line."""
     root, home = tmp_path / "root", tmp_path / "home"
-    folder = companions(
-        tiny_checkpoint("root/models/Qwen/Qwen3-0.6B", max_shard_size="20KB")
-    )
+    folder = companions(tiny_checkpoint("root/models/Qwen/Qwen3-0.6B", max_shard_size="20KB"))
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     for name, file in (
         ("org/no-config", "generation_config.json"),

@@ -35,9 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # head_dim != C/H, K < H, an odd vocabulary (conftest), and rows that are no multiple of a block
 SHAPES = {
     "qwen3": dict(),
-    "qwen3-untied": dict(
-        tie_word_embeddings=False, dtype="bfloat16", max_shard_size="60KB"
-    ),
+    "qwen3-untied": dict(tie_word_embeddings=False, dtype="bfloat16", max_shard_size="60KB"),
     "llama": dict(
         model_type="llama",
         tie_word_embeddings=False,
@@ -90,9 +88,7 @@ def theirs(folder, quant=None, dtype=torch.float32):
 def logits(model):
     if hasattr(model, "head_weight"):
         return model.logits(model(pack()))
-    return torch.cat(
-        [model(torch.tensor(ids)[None]).logits[0] for ids in DOCUMENTS]
-    ).float()
+    return torch.cat([model(torch.tensor(ids)[None]).logits[0] for ids in DOCUMENTS]).float()
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -145,9 +141,7 @@ def test_bits_and_values_are_those_of_bitsandbytes_modules(shape, kind, double, 
     stored = module.state_dict()
     assert set(stored) == set(layer.state_dict())
     for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, stored[name]) and tensor.dtype == stored[name].dtype, (
-            name
-        )
+        assert torch.equal(tensor, stored[name]) and tensor.dtype == stored[name].dtype, name
     wanted = bitsandbytes.functional.dequantize_4bit(
         module.weight.data, module.weight.quant_state
     )
@@ -232,9 +226,7 @@ def test_4bit_checkpoints_go_both_ways(base, kind, double, bases, tmp_path):
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     again = load_4bit(tmp_path / "ours", dtype="float32")
-    exact = (
-        ours.config.dtype == "float32"
-    )  # what is not quantised is stored in the base's dtype
+    exact = ours.config.dtype == "float32"  # what is not quantised is stored in the base's dtype
     assert_close(logits(again), logits(ours), 0 if exact else 1e-5)
     # what is not quantised in a bfloat16 checkpoint, transformers always computes in bfloat16
     assert_close(logits(theirs(tmp_path / "ours")), logits(ours), 1e-5 if exact else 0.03)
@@ -294,9 +286,7 @@ def test_qlora_training_is_pefts(base, settings, bases, tmp_path):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     rng = np.random.default_rng(0)
-    batches = [
-        [rng.integers(0, 199, n) for n in rng.integers(6, 20, 2)] for _ in range(4)
-    ] * 5
+    batches = [[rng.integers(0, 199, n) for n in rng.integers(6, 20, 2)] for _ in range(4)] * 5
     expected, losses = (
         adamw_steps(reference, their_loss, batches),
         adamw_steps(model, our_loss, batches),
@@ -320,13 +310,8 @@ def test_checkpointing_changes_no_gradient(bases):
         shake(model)
         model.gradient_checkpointing = checkpointing
         our_loss(model, DOCUMENTS).backward()
-        grads.append(
-            {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        )
-    assert (
-        all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
-        and grads[0]
-    )
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items()) and grads[0]
 
 
 # --- the measured merge ---------------------------------------------------------------------------
@@ -367,10 +352,7 @@ def test_a_merge_is_measured_as_it_comes_out(base, settings, bases, tmp_path):
         )
     assert figures["original"]["kl"] > 1e-3
     if "dequantized" in figures:
-        assert (
-            abs(figures["dequantized"]["kl"]) < 1e-6
-            and figures["dequantized"]["top1"] == 1.0
-        )
+        assert abs(figures["dequantized"]["kl"]) < 1e-6 and figures["dequantized"]["top1"] == 1.0
 
 
 def test_while_it_is_measured_nothing_changes(bases):
@@ -392,9 +374,7 @@ def test_a_start_is_pefts(kind, bases):
     The randomised SVD draws numbers, which PEFT takes from the global state: there torch's function
     is the reference.
     """
-    settings = dict(
-        target_modules=["k_proj", "down_proj"], lora_alpha=6, init_lora_weights=kind
-    )
+    settings = dict(target_modules=["k_proj", "down_proj"], lora_alpha=6, init_lora_weights=kind)
     reference = peft.get_peft_model(
         theirs(bases["qwen3"]), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **settings)
     )
@@ -441,9 +421,7 @@ def test_pissa_is_exported_as_plain_lora(settings, bases, tmp_path):
     add_lora(model, LoRAConfig(lora_r=4, init_lora_weights="pissa", **settings), seed=1)
     shake(model)
     save_adapter(model, tmp_path / "ours", bases["llama"])
-    reference = peft.PeftModel.from_pretrained(
-        theirs(bases["llama"]), tmp_path / "ours"
-    ).eval()
+    reference = peft.PeftModel.from_pretrained(theirs(bases["llama"]), tmp_path / "ours").eval()
     assert reference.peft_config["default"].r == 8
     assert_close(logits(reference), logits(model))
     again = load_model(bases["llama"], dtype="float32")
@@ -610,9 +588,7 @@ def test_stopped_and_gone_on_with_is_the_same_run(settings, bases, tmp_path):
         json.loads((tmp_path / run / "checkpoint-000006" / "state.json").read_text())
         for run in ("whole", "halves")
     ]
-    assert [
-        state.pop("log_bytes") > 0 for state in states
-    ]  # lines of the log tell the speed too
+    assert [state.pop("log_bytes") > 0 for state in states]  # lines of the log tell the speed too
     assert states[0] == states[1] and bool(states[0]["scaler"]) == (
         settings.get("dtype") == "float16"
     )
@@ -661,17 +637,11 @@ def test_fp16_scales_its_loss_and_skips_what_overflows(bases, tmp_path):
         model = load_model(bases["qwen3"], dtype="float16")
         add_lora(model, config, 1)
         start = {
-            name: p.detach().clone()
-            for name, p in model.named_parameters()
-            if p.requires_grad
+            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
         }
-        examples = [
-            [Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in DOCUMENTS
-        ]
+        examples = [[Segment(ids.astype(np.int32), ids.astype(np.int32))] for ids in DOCUMENTS]
         sft.train(model, sft.Plan(examples, config), loss, config)
-        state = json.loads(
-            (tmp_path / output / "checkpoint-000004" / "state.json").read_text()
-        )
+        state = json.loads((tmp_path / output / "checkpoint-000004" / "state.json").read_text())
         return state["scaler"], {
             name: not torch.equal(model.get_parameter(name), p) for name, p in start.items()
         }
@@ -850,9 +820,7 @@ def test_what_does_not_go_together_is_said(bases, tmp_path, monkeypatch, capsys)
     ):
         quantized()
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        sft.make_optimizer(
-            {"a": nn.Parameter(torch.zeros(2))}, sft.SFTConfig(optim="adamw_8bit")
-        )
+        sft.make_optimizer({"a": nn.Parameter(torch.zeros(2))}, sft.SFTConfig(optim="adamw_8bit"))
 
 
 def test_the_commands(bases, tmp_path, monkeypatch, capsys):

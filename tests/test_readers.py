@@ -229,9 +229,7 @@ def test_tokens_that_are_malformed(tmp_path, changes):
     (tmp_path / "s").mkdir()
     write_tokenizer(tmp_path / "s")
     folder = with_config(tmp_path / "s", tmp_path / "t", **changes)
-    with pytest.raises(
-        UserError, match="tokenizer_config.json: its tokens are malformed: "
-    ):
+    with pytest.raises(UserError, match="tokenizer_config.json: its tokens are malformed: "):
         Tokenizer(folder)
 
 
@@ -294,9 +292,7 @@ def test_a_merge_takes_them_along(base, adapter, tmp_path):
 
     merge(adapter, tmp_path / "merged")
     ours, theirs = Tokenizer(tmp_path / "merged"), Tokenizer(base, adapter=adapter)
-    assert (
-        ours.render(MESSAGES) == theirs.render(MESSAGES) != Tokenizer(base).render(MESSAGES)
-    )
+    assert ours.render(MESSAGES) == theirs.render(MESSAGES) != Tokenizer(base).render(MESSAGES)
     assert ours.encode("<call>x") == theirs.encode("<call>x") and ours.eos_ids == [2, 0]
     auto = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert auto.apply_chat_template(MESSAGES, tokenize=False) == ours.render(MESSAGES)
@@ -314,12 +310,8 @@ def test_training_further_keeps_them(base, adapter, tmp_path, command):
     if command == "sft":
         row = {"messages": row["prompt"] + row["chosen"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    argv = (
-        f"--model {base} --adapter {adapter} --data {tmp_path / 'rows.jsonl'} --max_steps 1"
-    )
-    argv += (
-        f" --eval_answers 0 --output_dir {tmp_path / 'out'} --report_to none --device cpu"
-    )
+    argv = f"--model {base} --adapter {adapter} --data {tmp_path / 'rows.jsonl'} --max_steps 1"
+    argv += f" --eval_answers 0 --output_dir {tmp_path / 'out'} --report_to none --device cpu"
     argv += f" --ref_cache {tmp_path / 'cache'}" if command == "dpo" else ""
     {"sft": sft, "dpo": dpo}[command].main(argv.split())
     for part in (Tokenizer(base, adapter=tmp_path / "out" / "adapter"),

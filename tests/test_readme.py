@@ -37,9 +37,7 @@ TABLES = [
 ]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Where to change what")[2].partition("\n## ")[0]
-BLOCKS = dict(
-    re.findall(r"\*\*An? ([\w ]+)\*\*(?:(?!```).)*```python\n(.*?)```", SECTION, re.S)
-)
+BLOCKS = dict(re.findall(r"\*\*An? ([\w ]+)\*\*(?:(?!```).)*```python\n(.*?)```", SECTION, re.S))
 
 
 @pytest.fixture
@@ -163,9 +161,7 @@ def test_an_evaluation_task(change, base, tmp_path):
 @pytest.mark.parametrize("change", ["model family"], indirect=True)
 def test_a_model_family(change, tmp_path):
     """Mistral's logits are transformers'; a sliding window, which is not computed, is refused."""
-    folder = write_checkpoint(
-        tmp_path / "mistral", model_type="mistral", sliding_window=None
-    )
+    folder = write_checkpoint(tmp_path / "mistral", model_type="mistral", sliding_window=None)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
     expected = reference(torch.arange(3, 23)[None]).logits[0]
     torch.testing.assert_close(logits(load_model(folder)), expected, atol=1e-5, rtol=1e-5)

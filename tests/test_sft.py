@@ -38,8 +38,7 @@ def write_tokenizer(folder):
     """A byte-level tokenizer of 259 ids with a ChatML template."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {
-        token: i
-        for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))
+        token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))
     }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = (
@@ -167,9 +166,7 @@ def test_schedules_are_those_of_transformers(name, warmup):
     settings = config(lr_scheduler_type=name, learning_rate=3e-4, **warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     steps = warmup.get("warmup_steps", math.ceil(50 * warmup.get("warmup_ratio", 0)))
-    reference = get_scheduler(
-        name, optimizer, num_warmup_steps=steps, num_training_steps=50
-    )
+    reference = get_scheduler(name, optimizer, num_warmup_steps=steps, num_training_steps=50)
     for step in range(50):
         assert sft.learning_rate(step, 50, settings) == pytest.approx(
             optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-15
@@ -200,8 +197,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(base, rows):
             )
         )
     sizes = [
-        len(list(sft.micro_batches(examples, budget, "cpu")))
-        for budget in (1, 250, 400, 10**6)
+        len(list(sft.micro_batches(examples, budget, "cpu"))) for budget in (1, 250, 400, 10**6)
     ]
     assert sizes[0] == 8 > sizes[1] > sizes[2] > sizes[3] == 1
     for loss, gradient in found[1:]:
@@ -266,9 +262,7 @@ def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
     for path in (tmp_path / "halves").iterdir():
         if path.name in ("checkpoint-000006", "checkpoint-000008", "adapter", "merged"):
             subprocess.run(["rm", "-r", path], check=True)
-    assert [p.name for p in checkpoints.checkpoints(tmp_path / "halves")] == [
-        "checkpoint-000003"
-    ]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "halves")] == ["checkpoint-000003"]
     log = (tmp_path / "halves" / "log.jsonl").read_text().splitlines()
     (tmp_path / "halves" / "log.jsonl").write_text(
         "\n".join(log[:3]) + '\n{"step": 6, "half a li'
@@ -380,9 +374,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(base, rows, tmp_path, capsys
     assert same_tensors(
         *(tmp_path / r / last.name / "adapter_model.safetensors" for r in ("whole", "run"))
     )
-    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(
-        run / "log.jsonl"
-    )
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(run / "log.jsonl")
 
 
 def test_only_a_number_makes_a_checkpoint_a_runs_own(base, rows, tmp_path):
@@ -630,9 +622,7 @@ def test_a_checkpoint_of_another_start_is_refused(
     if "model" in settings:
         layers = 3 if case == "a longer base" else 2
         settings = {"model": tmp_path / "model"}
-        write_checkpoint(
-            settings["model"], seed=1, vocab_size=259, num_hidden_layers=layers
-        )
+        write_checkpoint(settings["model"], seed=1, vocab_size=259, num_hidden_layers=layers)
         write_tokenizer(settings["model"])
     settings = {
         **undisturbed[0],
@@ -661,9 +651,7 @@ def test_other_weights_in_the_base_are_refused(base, rows, tmp_path, capsys):
         (first / "adapter" / "adapter_model.safetensors", "weights of --adapter"),
     ):
         old = file.read_bytes()
-        save_file(
-            {name: t * 1.01 for name, t in load_file(file).items()}, file, {"format": "pt"}
-        )
+        save_file({name: t * 1.01 for name, t in load_file(file).items()}, file, {"format": "pt"})
         error = refuse(argv, capsys)
         assert name in error and "there" in error
         file.write_bytes(old)
@@ -697,16 +685,12 @@ def test_an_odd_state_is_damage(values, undisturbed, tmp_path):
     state = {name: value for name, value in state.items() if value is not ...}
     (checkpoint / "state.json").write_text(json.dumps(state))
     (checkpoint / "manifest.json").unlink()
-    (checkpoint / "manifest.json").write_text(
-        json.dumps(checkpoints.hash_files(checkpoint))
-    )
+    (checkpoint / "manifest.json").write_text(json.dumps(checkpoints.hash_files(checkpoint)))
     (checkpoint / "notes").mkdir()
     assert "state.json" in checkpoints.damage(checkpoint)
     shutil.copy(undisturbed[1] / "checkpoint-000008" / "state.json", checkpoint)
     (checkpoint / "manifest.json").unlink()
-    (checkpoint / "manifest.json").write_text(
-        json.dumps(checkpoints.hash_files(checkpoint))
-    )
+    (checkpoint / "manifest.json").write_text(json.dumps(checkpoints.hash_files(checkpoint)))
     assert not checkpoints.damage(checkpoint)
 
 
@@ -784,9 +768,7 @@ def gradient(model, examples, loss_fn, micro_batch_tokens, dropout_seed=3):
     found = sft.compute_gradient(
         model, examples, 100, loss_fn, settings, dropout_seed, lambda loss: loss
     )
-    grads = {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return *found, grads, settings.micro_batch_tokens
 
 
@@ -815,9 +797,7 @@ def test_out_of_memory_splits_the_micro_batch_and_the_gradient_stays(
             raise RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
             )
-        hook = model.model.layers[0].register_forward_hook(
-            lambda m, i, out: GivesOut.apply(out)
-        )
+        hook = model.model.layers[0].register_forward_hook(lambda m, i, out: GivesOut.apply(out))
         try:
             return -model.logps(batch).sum(), {}
         finally:
@@ -826,9 +806,7 @@ def test_out_of_memory_splits_the_micro_batch_and_the_gradient_stays(
     model.train()
     loss, _, found, budget = gradient(model, examples, poor, total)
     told = capsys.readouterr().out
-    assert (
-        budget == total // 4 and max(seen) == total and told.count("out of memory at") == 2
-    ), (
+    assert budget == total // 4 and max(seen) == total and told.count("out of memory at") == 2, (
         budget,
         told,
     )
@@ -862,9 +840,7 @@ def test_memory_that_suffices_for_no_example_ends_the_run_and_keeps_it(
     monkeypatch.setattr(sft, "sft_loss", poor)
     error = refuse(argv, capsys)
     assert "out of memory" in error and "--gradient_checkpointing" in error
-    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == [
-        "checkpoint-000005"
-    ]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-000005"]
     monkeypatch.setattr(sft, "sft_loss", loaded)
     sft.main([*argv, "--gradient_checkpointing"])
     assert same_tensors(
@@ -896,9 +872,7 @@ def test_a_lowered_budget_outlives_a_resume(base, rows, tmp_path, monkeypatch):
             patch.setattr(sft, "sft_loss", poor)
             sft.main(flags(base, rows, tmp_path / run, micro_batch_tokens=4096))
         if run == "halves":
-            state = json.loads(
-                (tmp_path / run / "checkpoint-000006" / "state.json").read_text()
-            )
+            state = json.loads((tmp_path / run / "checkpoint-000006" / "state.json").read_text())
             assert 0 < state["lowered"] <= 260
             subprocess.run(
                 [
@@ -928,18 +902,14 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(
     goes on."""
     bad = sft.Plan(
         sft.load_examples([str(rows)], sft.Tokenizer(base))[0],
-        config(
-            per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1
-        ),
+        config(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1),
     )
     target = bad[1][3][0].ids
     loaded = sft.sft_loss
 
     def spoil(model, batch):
         loss, metrics = loaded(model, batch)
-        if any(
-            np.array_equal(batch.tokens[a:b].numpy(), target) for a, b, _ in batch.segments
-        ):
+        if any(np.array_equal(batch.tokens[a:b].numpy(), target) for a, b, _ in batch.segments):
             factor = torch.tensor(float("nan")) if spoilt == "loss" else torch.tensor(0.0)
             loss = (
                 loss * factor
@@ -949,9 +919,7 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_rows_in_the_log(
         return loss, metrics
 
     monkeypatch.setattr(sft, "sft_loss", spoil)
-    argv = flags(
-        base, rows, tmp_path / "run", num_train_epochs=1, save_steps=1, logging_steps=1
-    )
+    argv = flags(base, rows, tmp_path / "run", num_train_epochs=1, save_steps=1, logging_steps=1)
     sft.main(argv)
     lines = tracking.read_log(tmp_path / "run" / "log.jsonl")
     (line,) = [line for line in lines if "skipped" in line]
@@ -1003,9 +971,7 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_one_kept(
     )
     error = refuse(argv, capsys)
     assert "2 steps in a row, up to 6, had no finite loss" in error and "log.jsonl" in error
-    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == [
-        "checkpoint-000004"
-    ]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-000004"]
     monkeypatch.setattr(sft, "sft_loss", loaded)
     sft.main(argv)
     sft.main(
@@ -1115,9 +1081,7 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(
         sft.main([*argv, "--learning_rate", "0.5"])
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     sft.main([*argv, "--learning_rate", "0.5", "--overwrite_output_dir"])
-    assert (
-        json.loads((tmp_path / "run" / "config.json").read_text())["learning_rate"] == 0.5
-    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["learning_rate"] == 0.5
 
 
 def test_a_run_goes_on_from_the_adapter_of_another(base, rows, tmp_path, capsys):
@@ -1148,8 +1112,7 @@ def test_a_run_goes_on_from_the_adapter_of_another(base, rows, tmp_path, capsys)
         and "r 4, alpha 32" in capsys.readouterr().out
     )
     files = [
-        tmp_path / run / "adapter" / "adapter_model.safetensors"
-        for run in ("first", "second")
+        tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("first", "second")
     ]
     assert {k: v.shape for k, v in load_file(files[0]).items()} == {
         k: v.shape for k, v in load_file(files[1]).items()
@@ -1212,9 +1175,7 @@ def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
     """The same micro-batch on the loaded model, what lives counted by the same meter and what stays
     by hand: equal to the byte (but for the description of 4-bit weights, which is no tensor before
     they are quantised)."""
-    settings, _, steps, (modules, memory, flops, largest) = plan_of(
-        base, rows, **KINDS[case]
-    )
+    settings, _, steps, (modules, memory, flops, largest) = plan_of(base, rows, **KINDS[case])
     model = sft.load_4bit(base, settings)
     sft.attach_adapter(model, settings)
     model.train()
@@ -1293,18 +1254,14 @@ def test_checkpointing_and_smaller_micro_batches_are_foreseen_to_need_less(base,
     assert need[3]["optimizer"] == 2 * need[3]["weights"] > 5 * need[0]["optimizer"]
 
 
-def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(
-    base, rows, tmp_path, capsys
-):
+def test_a_dry_run_tells_what_the_run_then_does_and_leaves_nothing(base, rows, tmp_path, capsys):
     """Steps and scored tokens are those of the log; no folder is made; the run ends with its
     measured peak, and its parts' seconds add up."""
     argv = flags(base, rows, tmp_path / "run", logging_steps=1)
     sft.main([*argv, "--dry_run"])
     told = capsys.readouterr().out
     assert (
-        not list(tmp_path.iterdir())
-        and "tokens/s" in told
-        and "of what plain products" in told
+        not list(tmp_path.iterdir()) and "tokens/s" in told and "of what plain products" in told
     )
     sft.main(argv)
     lines = tracking.read_log(tmp_path / "run" / "log.jsonl")
@@ -1332,16 +1289,12 @@ def test_a_dry_run_of_many_steps_looks_at_some(base, rows, tmp_path, capsys, mon
     sft.main([*argv, "--max_steps", "300000", "--dry_run"])
     examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
     tokens = sum(map(sft.count_tokens, examples)) * 300_000 / 8
-    shown = re.search(
-        r"300000 steps of 4 examples: ([\d,]+) tokens", capsys.readouterr().out
-    )
+    shown = re.search(r"300000 steps of 4 examples: ([\d,]+) tokens", capsys.readouterr().out)
     assert int(shown[1].replace(",", "")) == pytest.approx(tokens, rel=0.01)
     assert len(steps) < 3000
 
 
-def test_what_does_not_fit_is_told_with_what_helps(
-    base, rows, tmp_path, capsys, monkeypatch
-):
+def test_what_does_not_fit_is_told_with_what_helps(base, rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(planner, "free_memory_gb", lambda device: -1.0)
     sft.main([*flags(base, rows, tmp_path / "run", micro_batch_tokens=400), "--dry_run"])
     told = capsys.readouterr().out
@@ -1453,9 +1406,7 @@ def test_a_bad_row_is_named_by_file_and_line(case, base, tmp_path, capsys):
     assert all(name in error for name in names), error
 
 
-def test_overwriting_deletes_links_and_not_what_is_behind_them(
-    base, rows, tmp_path, capsys
-):
+def test_overwriting_deletes_links_and_not_what_is_behind_them(base, rows, tmp_path, capsys):
     """A link in the run folder to a folder, one to a file, one to nothing; the run folder as a
     link is refused and named."""
     run, disk = tmp_path / "run", tmp_path / "disk"
@@ -1482,20 +1433,14 @@ def test_a_folder_of_other_files_is_left_alone(base, rows, tmp_path, capsys):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     for extra in ([], ["--overwrite_output_dir"]):
-        assert "thesis.txt" not in refuse(
-            [*flags(base, rows, tmp_path / "home"), *extra], capsys
-        )
+        assert "thesis.txt" not in refuse([*flags(base, rows, tmp_path / "home"), *extra], capsys)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
     subprocess.run(
         ["cp", "-r", base, tmp_path / "model"], check=True
     )  # its config.json is no run's
     for extra in ([], ["--overwrite_output_dir"]):
-        assert "not a run's" in refuse(
-            [*flags(base, rows, tmp_path / "model"), *extra], capsys
-        )
-    assert same_tensors(
-        base / "model.safetensors", tmp_path / "model" / "model.safetensors"
-    )
+        assert "not a run's" in refuse([*flags(base, rows, tmp_path / "model"), *extra], capsys)
+    assert same_tensors(base / "model.safetensors", tmp_path / "model" / "model.safetensors")
 
 
 def test_what_a_kill_leaves_is_no_obstacle(base, rows, tmp_path):
@@ -1516,9 +1461,7 @@ def test_what_a_kill_leaves_is_no_obstacle(base, rows, tmp_path):
 
 def test_output_that_cannot_be_written(base, rows, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in refuse(
-        flags(base, rows, tmp_path / "file" / "run"), capsys
-    )
+    assert str(tmp_path / "file") in refuse(flags(base, rows, tmp_path / "file" / "run"), capsys)
     assert str(tmp_path / "file") in refuse(flags(base, rows, tmp_path / "file"), capsys)
 
 
@@ -1568,8 +1511,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp
         assert "space" in error[-1]
         kept = checkpoints.checkpoints(tmp_path / "run")
         assert kept and all(
-            load_file(p / "adapter_model.safetensors")
-            and load_file(p / "optimizer.safetensors")
+            load_file(p / "adapter_model.safetensors") and load_file(p / "optimizer.safetensors")
             for p in kept
         )
         assert not list((tmp_path / "run").glob(".checkpoint*"))
@@ -1577,9 +1519,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_trained(base, rows, tmp
         subprocess.run(["umount", tmp_path])
 
 
-def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(
-    base, rows, tmp_path
-):
+def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(base, rows, tmp_path):
     """The run folder becomes read-only under a running run: one line, what was kept is whole, and
     once it can be written again the same command ends where an undisturbed run ends."""
     run = tmp_path / "run"
@@ -1616,14 +1556,9 @@ def test_a_folder_gone_read_only_ends_in_one_line_and_the_run_goes_on_later(
     sft.main(argv)
     sft.main(flags(base, rows, tmp_path / "whole", num_train_epochs=20, save_steps=1000))
     assert same_tensors(
-        *(
-            tmp_path / r / "checkpoint-000080" / "optimizer.safetensors"
-            for r in ("run", "whole")
-        )
+        *(tmp_path / r / "checkpoint-000080" / "optimizer.safetensors" for r in ("run", "whole"))
     )
-    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(
-        run / "log.jsonl"
-    )
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(run / "log.jsonl")
 
 
 def test_help_explains_every_flag(capsys):
@@ -1637,12 +1572,12 @@ def test_help_explains_every_flag(capsys):
     assert "peak learning rate (default: 0.0002)" in text
 
 
-# --- trackers and the log file ----------------------------------------------------------------------------------------
+# --- trackers and the log file --------------------------------------------------------------------
 
 
 def halved(argv, run):
-    """Runs a command to its end, then puts the folder back to what a kill after step 7 leaves: a checkpoint at step 3,
-    and lines of the log and of the trackers behind it."""
+    """Runs a command to its end, then puts the folder back to what a kill after step 7 leaves: a
+    checkpoint at step 3, and lines of the log and of the trackers behind it."""
     sft.main(argv)
     for path in run.iterdir():
         if path.name in ("checkpoint-000006", "checkpoint-000008", "adapter", "README.md"):
@@ -1657,8 +1592,7 @@ def scalars(folder):
 
     found = EventAccumulator(str(folder)).Reload()
     return {
-        tag: [(e.step, e.value) for e in found.Scalars(tag)]
-        for tag in found.Tags()["scalars"]
+        tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]
     }
 
 
@@ -1687,9 +1621,7 @@ def test_tensorboard_has_each_step_of_the_log_once(base, rows, tmp_path):
         ("eval/loss", "eval_loss"),
     ):
         assert told[tag] == [
-            (line["step"], pytest.approx(line[key], rel=1e-6))
-            for line in log
-            if key in line
+            (line["step"], pytest.approx(line[key], rel=1e-6)) for line in log if key in line
         ], tag
     assert len(told["train/loss"]) == 8 and [step for step, _ in told["eval/loss"]] == [
         0,
@@ -1703,7 +1635,8 @@ def test_tensorboard_has_each_step_of_the_log_once(base, rows, tmp_path):
 
 
 class Dashboard:
-    """What wandb and trackio have in common, kept in a dict; trackio's runs count on from what they hold."""
+    """What wandb and trackio have in common, kept in a dict; trackio's runs count on from what
+    they hold."""
 
     def __init__(self, monkeypatch, name):
         self.runs, self.began, self.broken, self.finished = {}, [], None, 0
@@ -1734,7 +1667,8 @@ class Dashboard:
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_dashboard_has_one_run_through_a_resume(name, base, rows, tmp_path, monkeypatch):
-    """The second process names the same run, "allow"s it to go on, and trackio is not told again what it holds."""
+    """The second process names the same run, "allow"s it to go on, and trackio is not told again
+    what it holds."""
     there, run = Dashboard(monkeypatch, name), tmp_path / "run"
     argv = flags(base, rows, run, logging_steps=1, report_to=name)
     halved(argv, run)
@@ -1761,13 +1695,9 @@ def test_a_dashboard_has_one_run_through_a_resume(name, base, rows, tmp_path, mo
 def test_a_tracker_that_breaks_costs_a_line(base, rows, tmp_path, monkeypatch, capsys):
     there = Dashboard(monkeypatch, "wandb")
     there.broken = 4
-    sft.main(
-        flags(base, rows, tmp_path / "run", report_to="wandb,tensorboard", logging_steps=1)
-    )
+    sft.main(flags(base, rows, tmp_path / "run", report_to="wandb,tensorboard", logging_steps=1))
     assert (
-        capsys.readouterr().err.count(
-            "the run goes on without wandb (ConnectionError: 'gone')"
-        )
+        capsys.readouterr().err.count("the run goes on without wandb (ConnectionError: 'gone')")
         == 1
     )
     assert len(scalars(tmp_path / "run" / "runs")["train/loss"]) == 8
@@ -1788,18 +1718,12 @@ def test_what_report_to_means(wanted, there, found, monkeypatch):
     assert tracking.find_trackers(config(report_to=wanted)) == found
 
 
-def test_trackers_that_can_not_be_had_are_told_first(
-    base, rows, tmp_path, monkeypatch, capsys
-):
-    """A name that is none, one that is not installed, one that does not start; before the model is loaded but for the
-    last."""
-    assert "wandbb" in refuse(
-        flags(base, rows, tmp_path / "run", report_to="wandbb"), capsys
-    )
+def test_trackers_that_can_not_be_had_are_told_first(base, rows, tmp_path, monkeypatch, capsys):
+    """A name that is none, one that is not installed, one that does not start; before the model is
+    loaded but for the last."""
+    assert "wandbb" in refuse(flags(base, rows, tmp_path / "run", report_to="wandbb"), capsys)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    error = refuse(
-        flags("not/loaded", "nor.jsonl", tmp_path / "run", report_to="wandb"), capsys
-    )
+    error = refuse(flags("not/loaded", "nor.jsonl", tmp_path / "run", report_to="wandb"), capsys)
     assert "report_to: wandb is not installed; pip install wandb" in error and not list(
         (tmp_path / "run").glob("*")
     )
@@ -1814,8 +1738,9 @@ def test_trackers_that_can_not_be_had_are_told_first(
 
 
 def test_the_log_file_has_what_the_terminal_had(base, rows, tmp_path, monkeypatch, capsys):
-    """Line by line behind its time, warnings on stderr too and the error that ended a start; a resume appends, a
-    refused command and one that finds the run finished leave it alone; streams are themselves again afterwards."""
+    """Line by line behind its time, warnings on stderr too and the error that ended a start; a
+    resume appends, a refused command and one that finds the run finished leave it alone; streams
+    are themselves again afterwards."""
 
     def breaking(*_):
         print("half a line, ", end="")
@@ -1839,15 +1764,13 @@ def test_the_log_file_has_what_the_terminal_had(base, rows, tmp_path, monkeypatc
     )
     at = told.index("Traceback (most recent call last):")
     assert [line for line in told[:at] if line != "a warning"] == shown.out.splitlines()
-    assert {"a warning", "half a line, the rest"} <= {
-        *told
-    } and "ZeroDivisionError" in "".join(first[at:])
+    assert {"a warning", "half a line, the rest"} <= {*told} and "ZeroDivisionError" in "".join(
+        first[at:]
+    )
     sft.main(argv)
     again = (run / "run.log").read_text().splitlines()
     assert again[: len(first)] == first
-    assert [
-        line[20:] for line in again[len(first) :]
-    ] == capsys.readouterr().out.splitlines()
+    assert [line[20:] for line in again[len(first) :]] == capsys.readouterr().out.splitlines()
     for more in ([], ["--learning_rate", "0.5"]):
         with pytest.raises(UserError) if more else nullcontext():
             sft.main([*argv, *more])
@@ -1855,9 +1778,7 @@ def test_the_log_file_has_what_the_terminal_had(base, rows, tmp_path, monkeypatc
     assert (sys.stdout, sys.stderr) == streams and "write" not in vars(sys.stdout)
 
 
-def test_a_figure_that_can_not_be_drawn_costs_a_line(
-    base, rows, tmp_path, monkeypatch, capsys
-):
+def test_a_figure_that_can_not_be_drawn_costs_a_line(base, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     sft.main(flags(base, rows, tmp_path / "run"))
     assert (
@@ -1882,9 +1803,7 @@ def test_a_notebook_has_one_figure_redrawn_in_place(base, rows, tmp_path, monkey
     monkeypatch.setitem(
         sys.modules,
         "IPython.display",
-        SimpleNamespace(
-            display=display, Image=lambda filename: Path(filename).read_bytes()[:4]
-        ),
+        SimpleNamespace(display=display, Image=lambda filename: Path(filename).read_bytes()[:4]),
     )
     sft.main(flags(base, rows, tmp_path / "run"))
     assert [how for how, _ in shown] == ["display"] + [
@@ -1918,12 +1837,12 @@ def test_the_notebook_in_examples_is_clean_and_its_flags_are_real(monkeypatch):
     )
 
 
-# --- the card and the hub ---------------------------------------------------------------------------------------------
+# --- the card and the hub -------------------------------------------------------------------------
 
 
 def test_cards_say_what_a_model_is_and_name_no_place(base, rows, tmp_path):
-    """Front matter of each kind, results before and after, the ledger's numbers, settings, the curve beside it; of the
-    base's folder and the rows' file the name alone."""
+    """Front matter of each kind, results before and after, the ledger's numbers, settings, the
+    curve beside it; of the base's folder and the rows' file the name alone."""
     run = tmp_path / "run"
     sft.main(
         flags(
@@ -1951,22 +1870,17 @@ def test_cards_say_what_a_model_is_and_name_no_place(base, rows, tmp_path):
             "tags": ["plaintune", "sft"],
         }
         assert (
-            f'from_pretrained("{name}")' in card
-            and (run / part / "training_loss.png").exists()
+            f'from_pretrained("{name}")' in card and (run / part / "training_loss.png").exists()
         )
         assert (
-            str(tmp_path) not in card
-            and str(base.parent) not in card
-            and "`rows.jsonl`" in card
+            str(tmp_path) not in card and str(base.parent) not in card and "`rows.jsonl`" in card
         )
         log = tracking.read_log(run / "log.jsonl")
         best = min(
             (line for line in log[1:] if "eval_loss" in line),
             key=lambda line: line["eval_loss"],
         )
-        assert (
-            f"| eval_loss | {log[0]['eval_loss']:.4g} | {best['eval_loss']:.4g} |" in card
-        )
+        assert f"| eval_loss | {log[0]['eval_loss']:.4g} | {best['eval_loss']:.4g} |" in card
         assert (
             "31 rows: 31 examples" in card
             and "| lora_r | 4 |" in card
@@ -1977,13 +1891,12 @@ def test_cards_say_what_a_model_is_and_name_no_place(base, rows, tmp_path):
 
 
 def test_cards_of_hub_names(base, rows, tmp_path, monkeypatch):
-    """A hub id stays one, its data sets go into the front matter; after full fine-tuning there is the model alone; an
-    adapter that was gone on with has its own rank, so the config's is not told; results are the best step's."""
+    """A hub id stays one, its data sets go into the front matter; after full fine-tuning there is
+    the model alone; an adapter that was gone on with has its own rank, so the config's is not
+    told; results are the best step's."""
     folder = tmp_path / "run"
     (folder / "merged").mkdir(parents=True)
-    (folder / "log.jsonl").write_text(
-        '{"step": 3, "loss": 0.5}\n{"step": 4, "loss": 0.25}\n'
-    )
+    (folder / "log.jsonl").write_text('{"step": 3, "loss": 0.5}\n{"step": 4, "loss": 0.25}\n')
     monkeypatch.chdir(rows.parent.parent)
     data = ["org/rows#v1:train@2", str(rows), f"{rows.parent.name}/rows.jsonl@2"]
     full = sft.SFTConfig(model="org/base", data=data, output_dir=str(folder), lora_r=0)
@@ -1995,9 +1908,7 @@ def test_cards_of_hub_names(base, rows, tmp_path, monkeypatch):
         and front["datasets"] == ["org/rows"]
         and "# run\n" in card
     )
-    assert (
-        front["base_model_relation"] == "finetune" and "3 rows, as rows.jsonl:1; /a" in card
-    )
+    assert front["base_model_relation"] == "finetune" and "3 rows, as rows.jsonl:1; /a" in card
     assert card == (folder / "README.md").read_text() and "| loss |  | 0.5 |" in card
     write_card(
         sft.SFTConfig(
@@ -2019,8 +1930,8 @@ def files_of(folder):
 def test_a_run_is_pushed_and_its_push_taken_up_again(
     base, rows, tmp_path, hub, monkeypatch, capsys
 ):
-    """A hub that fails after training costs nothing of the run: exit 2 and what to do; the same command then pushes.
-    The token is in no file and was not printed."""
+    """A hub that fails after training costs nothing of the run: exit 2 and what to do; the same
+    command then pushes. The token is in no file and was not printed."""
     monkeypatch.setattr("support.hub.WAITS", (0,))
     run, argv = (
         tmp_path / "run",
@@ -2048,16 +1959,12 @@ def test_a_run_is_pushed_and_its_push_taken_up_again(
         "me/mine-merged": files_of(run / "merged"),
     }
     assert "pushed merged/ to me/mine-merged" in capsys.readouterr().out
-    assert not [
-        p for p in run.rglob("*") if p.is_file() and hub.token.encode() in p.read_bytes()
-    ]
+    assert not [p for p in run.rglob("*") if p.is_file() and hub.token.encode() in p.read_bytes()]
 
 
-def test_a_hub_that_refuses_is_told_before_anything_is_loaded(
-    tmp_path, hub, monkeypatch, capsys
-):
-    """Neither the model nor the rows exist, yet the token is what is told; and it is not shown, though the hub says
-    it."""
+def test_a_hub_that_refuses_is_told_before_anything_is_loaded(tmp_path, hub, monkeypatch, capsys):
+    """Neither the model nor the rows exist, yet the token is what is told; and it is not shown,
+    though the hub says it."""
     argv = flags(
         "not/loaded",
         "nor.jsonl",
