@@ -737,7 +737,9 @@ def test_rows_of_other_tools_reach_the_template(shipped, case):
     theirs = reference(shipped.folder).apply_chat_template(messages, tokenize=False)
     segment = render_row(row, shipped)[0]
     assert shipped.decode(segment.ids, skip_special=False) == theirs
-    assert scored_text(shipped, segment).rstrip("<|eot_id|>m_n").endswith(messages[-1]["content"])
+    answer = messages[-1]["content"]
+    ends = f"{answer}<|im_end|>", f"{answer}<|eot_id|>"
+    assert scored_text(shipped, segment).endswith(ends)
 
 
 @pytest.mark.parametrize("case", PAIRS)
@@ -938,7 +940,7 @@ def test_every_turn_is_trained_as_it_is_asked_for(tmp_path):
     (kept, kept_rows), (held, held_rows) = split_holdout(examples, rows, 2, seed=3)
     prompts = [{row.get("prompt", row.get("messages"))[0]["content"] for row in side}
                for side in (kept_rows, held_rows)]  # fmt: skip
-    numbers = [set(side.index["row"][side.at].tolist()) for side in (kept, held)]
+    numbers = [set(side.entries["row"][side.at].tolist()) for side in (kept, held)]
     assert not numbers[0] & numbers[1] and len(numbers[1]) == 2 and prompts
     for options in ({"assistant_only_loss": False}, {"completion_only_loss": True}):
         with pytest.raises(UserError, match="every_turn scores each answer"):
