@@ -378,6 +378,7 @@ def finish_training(model, state, signals, config, clock, began):
         )
         sys.exit(128 + signals[0])
     results = {
+        "step": state.step,
         "train_runtime": round(time.perf_counter() - began, 2),
         "peak_memory_gb": round(clock.steps()[1], 3),
     }
@@ -707,8 +708,8 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
 
     # 5. export and report
     clock.enter("saving and merging")
-    figures = export(model, config, eval_examples or examples)
-    results = {"step": len(steps), **results, **answers, **print_summary(clock)}
+    figures = export(model, config, eval_examples or examples, bool(eval_examples))
+    results = {**results, **answers, **print_summary(clock)}
     write_results(config, log, ledger, results, figures)
     if config.push_to_hub:
         push(folder, config)
@@ -800,12 +801,12 @@ def attach_adapter(model, config):
     return [f"training {config.adapter} further: r {r}, alpha {alpha:g}", *notices]
 
 
-def export(model, config, examples):
+def export(model, config, examples, held_out=True):
     """Writes adapter/ and merged/; after full fine-tuning merged/ alone.
 
     An adapter trained on 4 bits is merged into what changes it least on `examples`, the 16-bit
-    weights or the dequantised ones; returns what each changes, as `measure_merge` does, and under
-    'merged' which was taken.
+    weights or the dequantised ones; returns what each changes, as `measure_merge` does, under
+    'merged' which was taken, and under 'rows' their kind.
     """
     folder, figures, swap = Path(config.output_dir), {}, None
     if not config.lora_r:
@@ -820,6 +821,7 @@ def export(model, config, examples):
         figures = measure_merge(model, list(batches))
         best = min(figures, key=lambda base: figures[base]["kl"])
         figures["merged"] = config.merge_base if config.merge_base in figures else best
+        figures["rows"] = "evaluation" if held_out else "training"
         print(f"\n{merge_table(figures)}")
     if figures.get("merged") == "dequantized":
         swap = partial(swap_linear4bit, config)

@@ -28,7 +28,8 @@ def merge_table(figures):
             rows.append([name + written, f"{kl:.6f}", f"{top1:.2%}"])
             tokens = figures[base]["tokens"]
     table = markdown_table(["merged into", "KL, nats per token", "same likeliest token"], *rows)
-    heading = f"against the adapter on 4 bits, over {tokens:,} scored tokens of evaluation rows:"
+    kind = figures.get("rows", "evaluation")
+    heading = f"against the adapter on 4 bits, over {tokens:,} scored tokens of {kind} rows:"
     return f"{heading}\n\n{table}"
 
 
