@@ -1153,7 +1153,7 @@ def plan_of(base, rows, **settings):
         settings,
         examples,
         steps,
-        sft.plan_memory(settings, base, steps, sft.sft_loss, torch.device("cpu"), "auto"),
+        sft.plan_memory(settings, base, steps, sft.sft_loss, torch.device("cpu"), "float32"),
     )
 
 
