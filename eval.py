@@ -290,7 +290,7 @@ def parse_item(where, row, task, name):
         item = task.parse(row)
         if not all(isinstance(text, str) for text in item.prompts + item.answers):
             raise UserError("choices must be texts")
-        if item.gold >= len(item.choices()):
+        if not 0 <= item.gold < len(item.choices()):
             raise UserError("its answer is none of its choices")
         return item
     except (UserError, *ROW_FAULTS) as error:
@@ -663,7 +663,7 @@ def generate_answers(model, tokenizer, questions, config):
         config.max_new_tokens,
         eos_ids=tokenizer.eos_ids if stops else tokenizer.end_ids,
         batch_size=config.batch_size,
-        stop=stop,
+        stop=stop if stops else None,  # without stops, no decoding per token
     )
 
 

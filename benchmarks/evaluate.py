@@ -68,7 +68,7 @@ def ours(model, dtype, task, shots, limit, data, **_):
         file = Path(folder) / "samples.jsonl"
         items = plaintune.read_task(task, config)
         questions = plaintune.ask_items(items, plaintune.TASKS[task], model, tokenizer, config)
-        samples = plaintune.run(model, tokenizer, questions, file, "", config)
+        samples = plaintune.answer_all(model, tokenizer, questions, file, "", config)
         summary = plaintune.summarise(samples)
     seconds = time.perf_counter() - start
     metrics = {name: summary[name] for name in ("acc", "acc_norm") if name in summary}
@@ -149,7 +149,7 @@ def gsm8k_prompts(model, shots, limit, data):
     tokenizer = Tokenizer(model)
     prompts = []
     for item, examples in plaintune.read_task("gsm8k", config):
-        text = plaintune.contexts(item, examples, tokenizer, False)[0][0]
+        text = plaintune.add_context(item, examples, tokenizer, False)[0][0]
         prompts.append(tokenizer.encode(text))
     return sorted(prompts, key=len, reverse=True)
 

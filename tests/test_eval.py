@@ -631,6 +631,24 @@ def test_references_reasoning_and_questions_alone(base, tmp_path):
     )
 
 
+def test_an_answer_without_stop_texts_is_decoded_once(base, tmp_path, monkeypatch):
+    """However long it is: only a task with stop texts looks for them at every token."""
+    decoded, decode = [], Tokenizer.decode
+
+    def count(tokenizer, ids, *options):
+        decoded.append(ids)
+        return decode(tokenizer, ids, *options)
+
+    file = write_rows(tmp_path / "q.jsonl", [{"prompt": f"Once {n}"} for n in range(3)])
+    monkeypatch.setattr(Tokenizer, "decode", count)
+    counts = []
+    for length in (2, 12):
+        decoded.clear()
+        ask(file, base, tmp_path, f"q{length}", max_new_tokens=length)
+        counts.append(len(decoded))
+    assert counts[0] == counts[1]
+
+
 def test_forced_choices_in_training(base):
     """Letters, the choices' own words, and Yes or No are choices; a free text is none; reasoning
     is not given away."""
