@@ -40,7 +40,7 @@ def companions(base, adapter=None):
     files = {}
     for folder in filter(None, (base, adapter)):
         own = {name: Path(folder, name) for name in COMPANIONS}
-        own = {name: path for name, path in own.items() if path.is_file()}
+        own = {name: path for name, path in own.items() if path.exists()}
         if folder is adapter:
             own.pop("config.json", None)
         if "tokenizer_config.json" in own:  # the template is in it or beside it
