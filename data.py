@@ -562,16 +562,16 @@ def template_kwargs(row):
 REASONING = {  # --reasoning: what it leaves unscored in an answer
     "last": None,
     "every_turn": None,
-    "mask": r"(?s)((?:<think>|\A(?!.*<think>)).*?</think>\s*)",
+    "mask": r"(?s)((?:<think>|\A)(?:(?!<think>).)*?</think>\s*)",
     "mask_empty": r"(<think>\s*</think>\s*)",
 }
 
 
 def thought_of(m):
     """A message's thought, or "": where templates look for it."""
-    texts = [m[key] for key in THOUGHTS if m.get(key)]
-    texts += re.findall(r"(?s)(?:<think>)?(.*?)</think>", m["content"] or "")
-    return str(texts[0]).strip() if texts else ""
+    written, end, _ = (m["content"] or "").partition("</think>")
+    thought = next((m[key] for key in THOUGHTS if m.get(key)), written if end else "")
+    return str(thought).rpartition("<think>")[2].strip()
 
 
 def split_turns(row, chat):

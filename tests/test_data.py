@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -945,6 +946,26 @@ def test_every_turn_is_trained_as_it_is_asked_for(tmp_path):
     for options in ({"assistant_only_loss": False}, {"completion_only_loss": True}):
         with pytest.raises(UserError, match="every_turn scores each answer"):
             load_examples(path, qwen, reasoning="every_turn", **options)
+
+
+def test_a_long_answer_without_a_thought_takes_no_longer(chatml):
+    """A pattern that looks for </think> from every place takes minutes for this."""
+    chat = as_turn("q", "a cat <think> sat " * 20_000)
+    began = time.process_time()
+    render_row({"messages": chat}, chatml, reasoning="mask")
+    assert time.process_time() - began < 5 and data.thought_of(chat[1]) == ""
+
+
+@pytest.mark.parametrize("m, thought", [
+    ({"content": "<think>\nx\n</think>\n\na"}, "x"),
+    ({"content": "x\n</think>a</think>"}, "x"),  # the prompt opened it
+    ({"content": "a", "reasoning_content": " x "}, "x"),
+    ({"content": "a", "reasoning": "x", "thinking": ""}, "x"),
+    ({"content": None, "thinking": "x", "tool_calls": [CALL]}, "x"),
+    ({"content": "so <think> a"}, ""),
+])  # fmt: skip
+def test_where_thoughts_stand(m, thought):
+    assert data.thought_of(m) == thought
 
 
 @real
