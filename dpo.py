@@ -14,7 +14,7 @@ equals TRL's with per_device_train_batch_size 1.
 DPO: Rafailov et al. 2023, arXiv:2305.18290. Names and definitions are those of TRL's DPOConfig,
 unless stated otherwise.
 
-    python dpo.py                                      # after `python sft.py`, half a minute
+    python dpo.py                                      # goes on from `python sft.py`
     python dpo.py --model Qwen/Qwen3-0.6B --adapter output/mine --data pairs.jsonl \
         --output_dir output/mine-dpo
 """
