@@ -119,8 +119,9 @@ class Tokenizer:
         path = self.files.get("tokenizer.json")
         if not path:
             raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder")
+        file = str(regular_file(path, 2**28))
         with as_user_error(f"{path}: not a tokenizer", Exception):  # the library has no subclass
-            self.backend = tokenizers.Tokenizer.from_file(str(regular_file(path, 2**28)))
+            self.backend = tokenizers.Tokenizer.from_file(file)
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
