@@ -52,7 +52,7 @@ from support.files import locked_folder, read_json, regular_file, sync, write_te
 from support.hub import companions, resolve
 from support.messages import messages_of
 from support.readers import find_sources, stream_rows
-from support.sandbox import Overrun, bounded
+from support.sandbox import Overrun, bounded, check_growth
 from support.settings import check_choices, check_range, parse_config
 
 
@@ -122,6 +122,7 @@ class Tokenizer:
         file = str(regular_file(path, 2**28))
         with as_user_error(f"{path}: not a tokenizer", Exception):  # the library has no subclass
             self.backend = tokenizers.Tokenizer.from_file(file)
+        check_growth(self.backend, path)
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
@@ -530,6 +531,8 @@ def split_row(row, chat, preference=False):
         prompt, answers = split_sides(row, keys, chat)
     lost, texts = FOR_CHATS | CONTEXT, [prompt, *answers]
     if isinstance(prompt, list):
+        if row.get("history") and not preference:  # LLaMA-Factory scores its answers too
+            answers, prompt = [prompt + answer for answer in answers], []
         context = context_of(row)
         if context[:1] == (prompt or answers[0])[:1]:
             del context[:1]
@@ -577,16 +580,17 @@ def thought_of(m):
 
 def split_turns(row, chat):
     """A row -> the rows, one for each of the assistant's turns, that train it as it is asked for:
-    as the last. Templates may render a turn otherwise once others follow."""
+    as the last. Templates may render a turn otherwise once others follow. None where the row is
+    such a row itself, or a text."""
     prompt, (answer, *_) = split_row(row, chat)
     if isinstance(prompt, str):
-        return [row]
+        return []
     messages, rows = prompt + answer, []
     rest = {key: row[key] for key in KEPT if key in row}
     for i, m in enumerate(messages):
         if i >= len(prompt) and m["role"] == "assistant" and m.get("weight", 1):
             rows.append(rest | {"prompt": messages[:i], "completion": m})
-    return rows
+    return [] if rows and rows[0]["completion"] is messages[-1] else rows
 
 
 def to_pieces(
@@ -1207,7 +1211,7 @@ def number_rows(rows, tokenizer, make, options):
             made = make(row) if by_turns else ""
             if not isinstance(made, str):
                 parts = split_turns(made, tokenizer.has_template)
-        for part in parts if len(parts) > 1 else [row]:
+        for part in parts or [row]:
             yield where, part, source, number
 
 

@@ -40,9 +40,10 @@ from tqdm import tqdm
 import sft
 from eval import EXAMPLES
 from lora import lora_layers
-from model import IGNORE
+from model import IGNORE, checkpoint_tensors
 from qlora import load_4bit
 from sft import SFTConfig, micro_batches, read_config, token_budget
+from support.checkpoints import sample_weights
 from support.errors import UserError, as_user_error, run_command
 from support.files import locked_folder, read_tensor, sync, write_tensors
 from support.settings import check_range
@@ -435,6 +436,7 @@ def before_training(model, steps, eval_examples, config):
             device=model.device,
             attn_implementation=config.attn_implementation,
         )
+        steps.origin["weights of --ref_model"] = sample_weights(checkpoint_tensors(model.folder))
     if not config.reference_free:
         with as_user_error(f"ref_model: {config.ref_model or config.model}", UserError):
             add_reference(model, steps, eval_examples, config)
@@ -444,8 +446,11 @@ def before_training(model, steps, eval_examples, config):
 
 
 def print_rankings(path):
-    """Prints how many pairs of the evaluation set were ranked right, at first and at last."""
-    lines = [line for line in read_log(path) if "eval_rewards/margins" in line]
+    """Prints how many pairs of the evaluation set were ranked right, at first and by the model that
+    is kept: the last step's, or the best."""
+    *lines, results = read_log(path)
+    last = results.get("best_step", math.inf)
+    lines = [line for line in lines if "eval_rewards/margins" in line and line["step"] <= last]
     for line in lines[:1] + lines[1:][-1:]:
         print(
             f"evaluation pairs at step {line['step']}: {line['eval_rewards/accuracies']:.1%} "

@@ -43,7 +43,14 @@ from model import (
     set_tensor,
 )
 from support.errors import UserError, as_user_error, run_command
-from support.files import atomic_folder, read_header, read_json, read_tensor, write_tensors
+from support.files import (
+    atomic_folder,
+    new_folder,
+    read_header,
+    read_json,
+    read_tensor,
+    write_tensors,
+)
 from support.hub import HubConfig, push, resolve
 from support.sandbox import bounded
 from support.settings import check_choices, convert, parse_config
@@ -877,14 +884,6 @@ def merge(adapter, output_dir, base=None, swap_layers=None):
     return notices
 
 
-def new_folder(path):
-    """--output_dir as a Path; UserError if it holds anything already."""
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--output_dir {path}: exists already; name a new folder")
-    return path
-
-
 # --- the commands ---------------------------------------------------------------------------------
 
 
@@ -911,7 +910,8 @@ def main():
         push(config.run, config)
     elif command == "merge":
         config = parse_config(MergeConfig, argv, "Merges an adapter into its base model.")
-        notices = merge(config.adapter, new_folder(config.output_dir), config.model)
+        with new_folder(config.output_dir) as folder:
+            notices = merge(config.adapter, folder, config.model)
         print(*notices, f"merged {config.adapter} into {config.output_dir}", sep="\n")
     else:
         raise UserError(

@@ -30,11 +30,10 @@ from lora import (
     lora_layers,
     merge,
     merged_layer,
-    new_folder,
 )
 from model import CHUNK, DTYPES, Linear, ModelConfig, load_model, save_model
 from support.errors import UserError, as_user_error, run_command
-from support.files import read_tensor, unique_keys
+from support.files import new_folder, read_tensor, unique_keys
 from support.hub import resolve
 from support.settings import check_choices, parse_config
 
@@ -336,14 +335,14 @@ def main():
     command, *argv = sys.argv[1:] or [""]
     if command == "quantize":
         config = parse_config(QuantizeConfig, argv, "Writes a model in 4 bit.")
-        config.load_in_4bit, folder = True, new_folder(config.output_dir)
-        dtype = ModelConfig.read(resolve(config.model)).dtype
-        save_4bit(load_4bit(config.model, config, dtype=dtype), folder, config)
+        config.load_in_4bit, dtype = True, ModelConfig.read(resolve(config.model)).dtype
+        with new_folder(config.output_dir) as folder:
+            save_4bit(load_4bit(config.model, config, dtype=dtype), folder, config)
     elif command == "merge":
         config = parse_config(Merge4bitConfig, argv, "Merges an adapter into 4-bit weights.")
-        config.load_in_4bit, folder = True, new_folder(config.output_dir)
-        swap_layers = partial(swap_linear4bit, config)
-        print(*merge(config.adapter, folder, config.model, swap_layers), sep="\n")
+        config.load_in_4bit, swap_layers = True, partial(swap_linear4bit, config)
+        with new_folder(config.output_dir) as folder:
+            print(*merge(config.adapter, folder, config.model, swap_layers), sep="\n")
     else:
         raise UserError(f"unknown command {command!r}; it is quantize or merge")
     print(f"{command}: wrote {folder}")

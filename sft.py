@@ -296,7 +296,7 @@ def set_up(model, steps, config, clock):
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     trained = trained_tensors(model, config)
-    origin = describe_origin(model, optimizer, config)
+    origin = describe_origin(model, optimizer, config) | steps.origin
     state = resume(config, trained, parameters, optimizer, scaler, steps, origin)
     asked = config.micro_batch_tokens
     if state.lowered:  # memory ran out before
@@ -486,6 +486,7 @@ class Plan:
         self.examples, self.source = examples, source or examples
         self.seed, self.count = config.seed, count
         self.fingerprint = getattr(self.source, "fingerprint", str(len(examples)))
+        self.origin = {}  # what else the examples come from: {name: hash}
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = max(1, math.ceil(len(examples) / self.batch_size))
         self.steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)

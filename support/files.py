@@ -216,3 +216,17 @@ def locked_folder(folder):
         for path in new:
             with suppress(OSError):
                 path.rmdir()
+
+
+@contextmanager
+def new_folder(path):
+    """--output_dir as a Path, this process's while the block runs; UserError: it is none, or holds
+    more than what a killed command left aside."""
+    path = Path(path)
+    taken = UserError(f"--output_dir {path}: exists already; name a new folder")
+    if path.exists() and not path.is_dir():
+        raise taken
+    with locked_folder(path):
+        if not is_free(path):
+            raise taken
+        yield path

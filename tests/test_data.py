@@ -743,6 +743,20 @@ def test_rows_of_other_tools_reach_the_template(shipped, case):
     assert scored_text(shipped, segment).endswith(ends)
 
 
+def test_answers_of_a_history_are_scored(shipped):
+    """As in LLaMA-Factory; the last alone with completion_only_loss; in a pair they are context."""
+    row = SAME["history"][0]
+    end = shipped.decode(shipped.end_ids[:1], skip_special=False)
+    thought = "<think>\n\n</think>\n\n" if "qwen3" in str(shipped.folder) else ""
+    scored = scored_text(shipped, render_row(row, shipped)[0])
+    assert scored == f"a{end}{thought}b{end}"
+    last = render_row(row, shipped, completion_only_loss=True)[0]
+    assert scored_text(shipped, last) == f"{thought}b{end}"
+    answers = {"chosen": "b", "rejected": "c", "prompt": "r", "history": row["history"]}
+    segments = render_row(answers, shipped, preference=True)
+    assert scored_text(shipped, segments[0]) == ""
+
+
 @pytest.mark.parametrize("case", PAIRS)
 def test_pairs_of_other_tools_reach_the_template(shipped, case):
     row, prompt, *answers = PAIRS[case]
@@ -917,12 +931,14 @@ def test_every_turn_is_trained_as_it_is_asked_for(tmp_path):
     chats.append([*as_turn("q", "a", "r", "b")])
     chats[3][1] = chats[3][1] | {"weight": 0}
     chats.append(calls(reasoning_content="call it", tool_calls=[CALL]))
+    chats.append(as_turn("q", "a", "r", "b"))
+    chats[5][3] = chats[5][3] | {"weight": 0}  # only its first turn is trained
     path.write_text("\n".join(json.dumps({"messages": chat, "tools": TOOLS}) for chat in chats))
     examples, rows, ledger = load_examples(path, qwen, reasoning="every_turn")
     want = []
     for chat in chats:
         turns = [i for i, m in enumerate(chat) if m["role"] == "assistant" and "weight" not in m]
-        for i in turns if len(turns) > 1 else [len(chat) - 1]:
+        for i in turns:
             ask = theirs.apply_chat_template(
                 chat[:i], tools=TOOLS, add_generation_prompt=True, tokenize=False
             )
@@ -935,8 +951,8 @@ def test_every_turn_is_trained_as_it_is_asked_for(tmp_path):
         texts = segment.ids[:start], segment.ids[start:stop]
         found.append(tuple(qwen.decode(ids, skip_special=False) for ids in texts))
         assert segment.ids[:start].tolist() == qwen.encode(found[-1][0])
-    assert found == want and len(want) == 9
-    assert ledger.rows == ledger.examples == 9 and not ledger.notes
+    assert found == want and len(want) == 10
+    assert ledger.rows == ledger.examples == 10 and not ledger.notes
     assert rows[0]["completion"]["content"] == THOUGHT[1]["content"]
     (kept, kept_rows), (held, held_rows) = split_holdout(examples, rows, 2, seed=3)
     prompts = [{row.get("prompt", row.get("messages"))[0]["content"] for row in side}
@@ -1230,11 +1246,11 @@ def test_readers_agree(tmp_path):
     ("a.json", b"", "a.json:1: not JSON"),
     ("a.json", b'[{"text": "x"}, 5]', r"a.json\[1\]: a row is an object, found '5'"),
     ("a.jsonl.gz", b"not gzip", "a.jsonl.gz: cannot be read"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99)[:-9], "a.jsonl.gz: cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99, mtime=0)[:-9], "a.jsonl.gz: cannot be read"),  # noqa: E501
     ("a.csv", b"text\nx\ny,z\n", r"a.csv\[1\]: more fields than the header's 1"),
     ("a.parquet", b"PAR1 not really", "a.parquet: not a parquet file"),
     ("a.txt", b"x", "a.txt: not a known kind of file; known are .jsonl"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99)[:20] + b"\xff" * 30, "a.jsonl.gz: cannot be read"),  # noqa: E501
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99, mtime=0)[:20] + b"\xff" * 30, "a.jsonl.gz: cannot be read"),  # noqa: E501
     ("u.data", b"1\t7\t4\t9\n", "u.item: cannot be read: No such file"),
 ])  # fmt: skip
 def test_files_that_are_wrong_are_named(tmp_path, name, content, message):

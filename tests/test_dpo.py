@@ -451,6 +451,30 @@ def test_another_reference(base, biased, rows, tmp_path):
         dpo.main(flags(base, rows, tmp_path / "again", ref_model=small))
 
 
+def test_a_resume_under_another_reference_is_refused(base, rows, tmp_path):
+    """The weights behind --ref_model changed since the checkpoint."""
+    other = write_checkpoint(tmp_path / "other", seed=5, vocab_size=259, num_hidden_layers=1)
+    argv = flags(base, rows, tmp_path / "run", save_steps=1, ref_model=other)
+    dpo.main(argv)
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # as before the end
+    write_checkpoint(other, seed=6, vocab_size=259, num_hidden_layers=1)
+    with pytest.raises(UserError, match="was trained with weights of --ref_model"):
+        dpo.main(argv)
+
+
+def test_the_rankings_are_those_of_the_model_that_is_kept(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    names = "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/accuracies"
+    lines = [{"step": step, **dict.fromkeys(names, step / 8)} for step in (0, 2, 4)]
+    for results, kept in (({"best_step": 2}, 2), ({}, 4), ({"best_step": 0}, 0)):
+        log.write_text("\n".join(map(json.dumps, [*lines, {"step": 4, **results}])))
+        dpo.print_rankings(log)
+        printed = capsys.readouterr().out.splitlines()
+        expected = [f"evaluation pairs at step {step}: {step / 8:.1%}" for step in {0, kept}]
+        assert [line.partition(" ranked")[0] for line in printed] == expected
+
+
 def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path, capsys):
     """Other betas, rates, losses and ranks read it; other weights, rows, packings do not."""
 

@@ -107,6 +107,20 @@ def changed(source, **changes):
     )
 
 
+ADDED = {
+    "id": 500,
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": False,
+}
+
+
+def tokenizer_of(**changes):
+    return {"m/tokenizer.json": changed("tokenizer.json", **changes)}
+
+
 def tensors(change):
     def make(path):
         found = load_file(path)
@@ -306,6 +320,48 @@ CASES = {
         },
         "tokenizer.json: cannot encode",
         "retry-limit",
+    ),
+    "tokenizer whose decoder makes texts longer": (
+        SHOW,
+        tokenizer_of(
+            decoder={
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 1000},
+                    {"type": "Replace", "pattern": {"String": "b"}, "content": "c" * 1000},
+                ],
+            }
+        ),
+        "m/tokenizer.json: its decoder makes a text up to 1,000,000 times longer",
+    ),
+    "tokenizer whose decoder writes between characters": (
+        SHOW,
+        tokenizer_of(
+            decoder={"type": "Replace", "pattern": {"Regex": ""}, "content": "b" * 10**6}
+        ),
+        "m/tokenizer.json: its decoder makes a text up to 1,000,001 times longer",
+    ),
+    "tokenizer whose normalizer makes texts longer": (
+        SHOW,
+        tokenizer_of(normalizer={"type": "Prepend", "prepend": "b" * 10**6}),
+        "m/tokenizer.json: its normalizer makes a text up to 1,000,001 times longer",
+    ),
+    "tokenizer that repeats a text": (
+        SHOW,
+        tokenizer_of(
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 999,
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+                "special_tokens": {},
+            }
+        ),
+        "m/tokenizer.json: its post_processor makes a text up to 999 times longer",
+    ),
+    "tokenizer with a token of 1 MB": (
+        SHOW,
+        tokenizer_of(added_tokens=[ADDED | {"content": "b" * 10**6}]),
+        "m/tokenizer.json: has a token of 1,000,000 characters",
     ),
     "tokenizer config is a pipe": (
         TRAIN,
