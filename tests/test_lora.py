@@ -37,6 +37,7 @@ from lora import (
 )
 from model import Batch, Linear, ModelConfig, Segment, Transformer, load_model
 from support.errors import UserError, run_command
+from support.files import new_folder
 
 SHARED = Path(__file__).parents[2] / "shared" / "models" / "configs"
 SHAPE = dict(
@@ -1053,6 +1054,20 @@ def test_a_failed_write_leaves_the_old_adapter(bases, adapter, monkeypatch):
         save_adapter(model, adapter)
     assert all(torch.equal(stored(adapter)[key], tensor) for key, tensor in before.items())
     assert sorted(p.name for p in adapter.parent.iterdir()) == ["adapter"]
+
+
+def test_one_merge_at_a_time_writes_a_folder(bases, adapter, tmp_path):
+    """What a killed one left aside is in nobody's way."""
+    folder = tmp_path / "merged"
+    with new_folder(folder), pytest.raises(UserError, match="merged: another run is using this"):
+        with new_folder(folder):
+            pass
+    assert not folder.exists()
+    (folder / ".files.plaintune.partial").mkdir(parents=True)
+    with new_folder(folder) as free:
+        merge(adapter, free, bases["qwen3"])
+    names = {path.name for path in folder.iterdir()}
+    assert "model.safetensors" in names and ".files.plaintune.partial" not in names
 
 
 def test_the_merge_command(bases, adapter, tmp_path, monkeypatch, capsys):
