@@ -53,7 +53,7 @@ from support.hub import companions, resolve
 from support.messages import messages_of
 from support.readers import find_sources, stream_rows
 from support.sandbox import Overrun, bounded, check_growth
-from support.settings import check_choices, check_range, parse_config
+from support.settings import check_choices, check_range, run_subcommand
 
 
 def as_turn(role, content):
@@ -848,6 +848,21 @@ def use_recipe(name, args, seed):
     return make, draws
 
 
+CALLS = ", ".join(f"{name}{signature(recipe)}" for name, recipe in RECIPES.items())
+
+
+@dataclass
+class RecipeConfig:
+    # recipe
+    recipe: str = ""  # reads a data set's own rows
+    recipe_args: dict = field(  # its arguments, as {"cot": 0.5}
+        default_factory=dict,
+        metadata={"note": ": " + re.sub("row(, rng)?(, )?", "", CALLS)},
+    )
+
+    CHOICES = {"recipe": ("", *RECIPES)}
+
+
 # --- pieces to ids and labels ---------------------------------------------------------------------
 
 
@@ -1329,28 +1344,27 @@ def texts_of(choices):
 
 
 @dataclass
-class DataConfig:
-    model: str  # folder or hub id whose tokenizer and chat template render the rows
-    data: list[str]  # files, folders, globs or data sets of the hub, each perhaps with @weight
-    recipe: str = ""  # reads a data set's own rows
-    recipe_args: dict = field(default_factory=dict)  # its arguments
+class DataConfig(RecipeConfig):
+    # rows
+    model: str = ""  # folder or hub id whose tokenizer and chat template render the rows
+    data: list[str] = field(
+        kw_only=True
+    )  # files, folders, globs or hub data sets, as name@weight
     preference: bool = False  # rows are prompt, chosen and rejected
     max_length: int | None = None  # tokens; a longer example loses the start of its prompt
     max_samples: int | None = None  # use this many rows, drawn by seed
     reasoning: str = "last"  # earlier turns' thoughts: the template's way, or see README
     seed: int = 42  # of everything that is drawn
-    output: str = ""  # file to write: the rows of mix and pairs, JSONL; audit's histogram, PNG
+    # commands
     n: int = 3  # show: number of rows
-    by: str = "tokens"  # audit: unit of length
+    by: str = "tokens"  # audit: unit of length; characters need no model
+    eval_data: list[str] = field(default_factory=list)  # audit: evaluation rows
+    output: str = ""  # file to write: the rows of mix and pairs, JSONL; audit's histogram, PNG
     generate: bool = False  # pairs: reject the model's own wrong answers, not wrong choices
     max_new_tokens: int = 256  # pairs: the longest of those answers
     temperature: float = 0.8  # pairs: at which they are sampled
 
-    CHOICES = {
-        "recipe": ("", *RECIPES),
-        "by": ("tokens", "characters"),
-        "reasoning": REASONING,
-    }
+    CHOICES = {"by": ("tokens", "characters"), "reasoning": REASONING}
 
     def __post_init__(self):
         check_choices(self)
@@ -1359,19 +1373,26 @@ class DataConfig:
         check_range(self, 1, "max_new_tokens", most=2**20)
 
 
+def load_tokenizer(config):
+    if not config.model:
+        raise UserError("--model is needed: its tokenizer and chat template render the rows")
+    has_tokenizer = (Path(config.model) / "tokenizer.json").is_file()  # a model is not needed
+    return Tokenizer(config.model if has_tokenizer else resolve(config.model))
+
+
 def load_rows(config, **options):
     """(tokenizer, examples, rows, ledger) of a command's settings."""
-    has_tokenizer = (Path(config.model) / "tokenizer.json").is_file()  # a model is not needed
-    tokenizer = Tokenizer(config.model if has_tokenizer else resolve(config.model))
+    tokenizer = load_tokenizer(config)
     names = "max_length max_samples seed recipe recipe_args preference reasoning".split()
     options = {name: getattr(config, name) for name in names} | options
     return tokenizer, *load_examples(config.data, tokenizer, **options)
 
 
 def show(config):
-    """Rows as the model sees them: scored tokens in green, or between ⟦ ⟧ without a terminal."""
+    """Rows as the model sees them: scored tokens in green, without a terminal between ⟦ ⟧."""
     tokenizer, examples, _, ledger = load_rows(config)
-    start, stop = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "⟦⟧"
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    start, stop = ("\033[32m", "\033[0m") if coloured else "⟦⟧"
     for example in examples[: config.n]:
         for segment in example:
             scored = segment.labels != IGNORE
@@ -1384,13 +1405,40 @@ def show(config):
 
 
 def audit(config):
-    """Lengths of examples, what max_length cuts, duplicates, and whether each example teaches where
-    to stop."""
-    from matplotlib.figure import Figure
+    """Lengths, duplicates, what max_length cuts, and whether examples teach where to stop.
 
-    output = config.output or "lengths.png"
-    if not output.endswith(".png"):
-        raise UserError(f"--output {output}: a histogram is a .png")
+    Of the rows of --data, then of those of --eval_data. --output draws the lengths.
+    """
+    if not f"{config.output or '.png'}".endswith(".png"):
+        raise UserError(f"--output {config.output}: a histogram is a .png")
+    measure = audit_tokens if config.model or config.by == "tokens" else audit_characters
+    lengths = [measure(config)]
+    if config.eval_data:
+        print("\nevaluation rows:")
+        lengths.append(measure(replace(config, data=config.eval_data)))
+    if config.output:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples")
+        axes.hist(lengths, bins=60, label=["data", "eval_data"][: len(lengths)])
+        axes.legend()
+        figure.savefig(config.output, dpi=130)
+        print(f"histogram: {config.output}")
+
+
+def print_lengths(unit, rows):
+    """rows: {name: lengths}."""
+    percents = [50, 90, 95, 99, 100]
+    names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
+    print(unit.ljust(12), *(f"{name:>8}" for name in names))
+    for name, values in rows.items():
+        row = [min(values), np.mean(values), max(values), *np.percentile(values, percents)]
+        print(name.ljust(12), *(f"{value:8.1f}".replace(".0", "  ") for value in row))
+
+
+def audit_tokens(config):
+    """Prints an audit of rendered examples; returns their lengths."""
     tokenizer, examples, _, ledger = load_rows(config, max_length=None)
 
     def measure(ids):
@@ -1404,12 +1452,7 @@ def audit(config):
     tokens = np.array([total(example, len) for example in examples])
     scored = [sum(measure(s.ids[s.labels != IGNORE]) for s in example) for example in examples]
     distinct = {hash(b"".join(s.ids.tobytes() for s in example)) for example in examples}
-    percents = [50, 90, 95, 99, 100]
-    names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
-    print(config.by.ljust(12), *(f"{name:>8}" for name in names))
-    for name, values in (("example", lengths), ("scored", scored)):
-        row = [min(values), np.mean(values), max(values), *np.percentile(values, percents)]
-        print(name.ljust(12), *(f"{value:8.1f}".replace(".0", "  ") for value in row))
+    print_lengths(config.by, {"example": lengths, "scored": scored})
     fits = int(np.ceil(np.percentile(tokens, 99) / 64)) * 64
     whole = (tokens <= fits).mean()
     print(f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole")
@@ -1418,50 +1461,59 @@ def audit(config):
     duplicates = len(examples) - len(distinct)
     ended = f"{ledger.rows_ended:,} of {len(examples):,} score an end of turn"
     print(f"{duplicates:,} duplicates; {ended}")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples")
-    axes.hist(lengths, bins=60)
-    figure.savefig(output, dpi=130)
-    print(f"histogram: {output}")
+    return lengths
+
+
+def audit_characters(config):
+    """Prints the lengths of rows as they are, which needs no tokenizer, and returns them."""
+    make, _ = use_recipe(config.recipe, config.recipe_args, config.seed)
+    lengths = []
+    for where, row, _ in stream_rows(find_sources(config.data)):
+        with as_user_error(where, UserError):
+            row = make(row)
+            if isinstance(row, str):
+                continue
+            prompt, answers = split_row(row, True, config.preference)
+        prompt, *answers = [
+            side if isinstance(side, str) else "".join(str(m["content"]) for m in side)
+            for side in (prompt, *answers)
+        ]
+        lengths.append(len(prompt) + max(map(len, answers)))
+    print_lengths("characters", {"row": lengths})
+    return lengths
 
 
 def mix(config):
-    """All sources' rows as the recipe makes them, shuffled into one file, in the shares that the
-    weights give."""
+    """All sources' rows as the recipe makes them, shuffled into one file by their weights."""
+    new_file(config)
     *_, rows, ledger = load_rows(config)
     rows = rows.epoch(0)
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    return (rows[i] for i in order), f"{len(rows):,} rows: {ledger}"
+    write_rows(config, (rows[i] for i in order), f"{len(rows):,} rows: {ledger}")
 
 
-COMMANDS = {command.__name__: command for command in (show, audit, mix)}
+def pairs(config):
+    """Preference pairs of questions with a known answer. It needs a model: see eval.py."""
+    return runpy.run_path(str(Path(__file__).with_name("eval.py")), run_name="__main__")
 
 
-def write_rows(config, make):
-    """Writes the rows of make(config) -> (rows, summary) to --output, a new file."""
+COMMANDS = {command.__name__: (DataConfig, command) for command in (show, audit, mix, pairs)}
+
+
+def new_file(config):
+    """UserError unless --output is a new file."""
     if not config.output or Path(config.output).exists():
         fault = "exists already" if config.output else "is needed"
         raise UserError(f"--output {config.output}: {fault}; name a new one")
-    rows, summary = make(config)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(config.output, lines)
+
+
+def write_rows(config, rows, summary):
+    write_text(config.output, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{config.output}: {summary}")
 
 
 def main():
-    name, *argv = sys.argv[1:] or [""]
-    if name == "pairs":  # needs a model, so it stands in eval.py
-        return runpy.run_path(str(Path(__file__).with_name("eval.py")), run_name="__main__")
-    names = [*COMMANDS, "pairs"]
-    if name not in COMMANDS:
-        usage = f"python data.py {'|'.join(names)} --model MODEL --data SOURCE ... (or --help)"
-        raise UserError(f"unknown command {name!r}{nearest(name, names)}; usage: {usage}")
-    command = COMMANDS[name]
-    config = parse_config(DataConfig, argv, command.__doc__)
-    if command is mix:
-        write_rows(config, mix)
-    else:
-        command(config)
+    run_subcommand(COMMANDS, __doc__, sys.argv[1:])
 
 
 if __name__ == "__main__":

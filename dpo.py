@@ -245,6 +245,7 @@ LOSSES = {
 class DPOConfig(SFTConfig):
     """The settings of SFT, and those of TRL's DPOConfig and CPOConfig."""
 
+    # preferences
     output_dir: str = "output/dpo"  # the run folder
     learning_rate: float = (
         1e-6  # peak, as in TRL, for full fine-tuning; a LoRA needs 10 times that

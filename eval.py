@@ -38,13 +38,14 @@ import torch
 from tqdm import tqdm
 
 from data import (
-    RECIPES,
     DataConfig,
+    RecipeConfig,
     Tokenizer,
     as_turn,
     common_length,
     find_answer,
-    load_rows,
+    load_tokenizer,
+    new_file,
     render_row,
     split_prompt,
     split_row,
@@ -53,7 +54,7 @@ from data import (
     use_recipe,
     write_rows,
 )
-from lora import adapter_parameters, load_adapter, lora_layers, read_adapter_config
+from lora import find_adapter, load_adapter, lora_layers, read_adapter_config
 from model import (
     ATTENTION,
     DTYPES,
@@ -68,11 +69,11 @@ from model import (
 from qlora import QuantConfig, load_4bit
 from support import report
 from support.errors import UserError, as_user_error, brief, run_command
-from support.files import locked_folder, read_json, regular_file, write_text
+from support.files import locked_folder, read_header, read_json, regular_file, write_text
 from support.hub import resolve
 from support.memory import keep_freed_memory
 from support.readers import read_rows, read_text
-from support.settings import check_choices, check_range, convert, parse_config
+from support.settings import check_choices, check_range, convert, parse_config, run_subcommand
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 LETTERS = [*"ABCDEFGHIJ"]
@@ -550,7 +551,7 @@ def read_own(source, config):
         print(f"{source}: {count:,} rows are not asked: {reason}")
     if not rows:
         raise UserError(f"{source}: no rows to ask")
-    return rows[: config.limit]
+    return rows
 
 
 def ask_own(rows, model, tokenizer, config):
@@ -804,23 +805,25 @@ def compare_all(samples):
 
 
 def pairs(config):
-    """Preference rows of questions with a known answer. Chosen is the row's own answer; rejected is
-    the same with a wrong choice in its place or, with --generate, a wrong answer of the model."""
-    tokenizer, examples, rows, _ = load_rows(config)
-    generated = generate_for(config, tokenizer, examples) if config.generate else None
-    counts, pairs, rng = Counter(), {}, np.random.default_rng(config.seed)
-    for n, row in enumerate(rows):
+    """Preference pairs of questions with a known answer, in any form that eval.py --data reads.
+
+    Chosen is the row's own answer; rejected is the same with a wrong choice in its place or, with
+    --generate, a wrong answer of the model.
+    """
+    new_file(config)
+    tokenizer, counts, rng = load_tokenizer(config), Counter(), np.random.default_rng(config.seed)
+    rows = [row for source in config.data for row in read_own(source, config)]
+    rows = [rows[n] for n in sorted(rng.permutation(len(rows))[: config.max_samples])]
+    rows = [with_answer(where, row, tokenizer, config) for where, row in rows]
+    generated = generate_for(config, tokenizer, rows) if config.generate else None
+    pairs = {}
+    for n, (row, gold, _) in enumerate(rows):
         prompt, (answer, *_) = split_row(row, tokenizer.has_template)
         is_chat = isinstance(answer, list)
         if is_chat:
             prompt, answer = prompt + answer[:-1], answer[-1]["content"]
         parse_answer = find_answer if find_answer(answer) else str.strip
-        gold = row.get("answer") or parse_answer(answer)
-        if not isinstance(gold, str):
-            row = brief(row)
-            raise UserError(
-                f"example {n}: 'answer' must be the text of the right choice, found {row}"
-            )
+        gold = gold or parse_answer(answer)
         wrong = generated[n] if generated else swap_answer(row, answer, gold, rng)
         wrong_answer = parse_answer(wrong)
         if not wrong_answer or wrong_answer == gold:
@@ -835,25 +838,35 @@ def pairs(config):
             counts["the same as another"] += 1
         pairs[key] = pair
     skipped = "".join(f"; {reason}: {n:,}" for reason, n in counts.items())
-    return pairs.values(), f"{len(pairs):,} pairs{skipped}"
+    write_rows(config, pairs.values(), f"{len(pairs):,} pairs{skipped}")
 
 
-def generate_for(config, tokenizer, examples):
-    """The model's sampled answers to examples, as texts."""
+def with_answer(where, row, tokenizer, config):
+    """A row of an own set -> (the row with its answer as the completion, the right choice if it
+    names one, the prompt's ids). UserError: it has no answer."""
+    if {"question", "choices"} <= row.keys():
+        item = parse_item(where, row, Task(arc), "choices")
+        answer = item.answers[item.gold]
+        row = {"question": row["question"], "answer": answer, "choices": item.answers}
+    gold = row.get("answer")
+    with as_user_error(where, UserError):
+        if not isinstance(gold, (str, type(None))):
+            raise UserError(f"'answer' must be the text of the right choice, found {brief(gold)}")
+        row, has_answer = with_completion(row, tokenizer.has_template)
+        example = render_row(row, tokenizer, config.max_length)
+        if not has_answer or "text" in row or isinstance(example, str):
+            raise UserError("it has no answer that could be chosen")
+    return row, gold, split_prompt(example)[0]
+
+
+def generate_for(config, tokenizer, rows):
+    """The model's sampled answers to rows, as texts."""
     model = load_model(config.model, device=pick_device("auto"))
-    texts = []
-    for start in range(0, len(examples), 32):
-        prompts = [split_prompt(example)[0] for example in examples[start : start + 32]]
-        outputs = generate(
-            model,
-            prompts,
-            config.max_new_tokens,
-            config.temperature,
-            eos_ids=tokenizer.end_ids,
-            seed=config.seed + start,
-        )
-        texts += map(tokenizer.decode, outputs)
-    return texts
+    prompts, length, ends = [ids for *_, ids in rows], config.max_new_tokens, tokenizer.end_ids
+    outputs = generate(
+        model, prompts, length, config.temperature, eos_ids=ends, seed=config.seed, batch_size=32
+    )
+    return [*map(tokenizer.decode, outputs)]
 
 
 def swap_answer(row, answer, gold, rng):
@@ -864,36 +877,37 @@ def swap_answer(row, answer, gold, rng):
     return answer.removesuffix(gold) + rng.choice(others)
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- models and questions of a command ------------------------------------------------------------
 
 
 @dataclass
-class EvalConfig:
+class LoadConfig:
+    # loading
+    model: list[str] = field(default_factory=list)  # [NAME=]PATH ...: models, adapters, runs
+    dtype: str = "auto"  # of weights and matmuls; auto: see model.pick_dtype
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    attn_implementation: str = "auto"  # auto: varlen where it runs, else sdpa
+
+    CHOICES = {"dtype": ("auto", *DTYPES), "attn_implementation": ("auto", "flash", *ATTENTION)}
+
+
+@dataclass
+class EvalConfig(LoadConfig, RecipeConfig):
     """The settings of an evaluation; lm_eval's names where it has one."""
 
-    model: list[str] = field(default_factory=list)  # [NAME=]PATH ...: models, adapters, runs
+    # questions
     tasks: list[str] = field(default_factory=list)  # benchmarks
     data: list[str] = field(default_factory=list)  # [NAME=]SOURCE ...: own rows, or a .txt
     data_dir: str | None = None  # has TASK/SPLIT.jsonl in the hub's columns; none: the hub
     num_fewshot: int | None = None  # few-shot examples; none: the task's own number
     limit: int | None = None  # evaluate this many questions of each set, the first ones
     apply_chat_template: bool = False  # ask benchmarks as chats, few-shot examples as turns
-    recipe: str = ""  # how to read the rows of data
-    recipe_args: dict = field(default_factory=dict)  # the recipe's arguments
     seed: int = 42  # of what the recipe draws
     max_new_tokens: int = 256  # longest generated answer
     batch_size: int = 32  # answers generated at a time
     output_dir: str = "output/eval"  # results.json, samples, report.md and figures
-    dtype: str = "auto"  # of weights and matmuls; auto: see model.pick_dtype
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    attn_implementation: str = "auto"  # auto: varlen where it runs, else sdpa
 
-    CHOICES = {
-        "tasks": TASKS,
-        "recipe": ("", *RECIPES),
-        "dtype": ("auto", *DTYPES),
-        "attn_implementation": ("auto", "flash", *ATTENTION),
-    }
+    CHOICES = {"tasks": TASKS}
 
     def __post_init__(self):
         check_choices(self)
@@ -930,32 +944,42 @@ def read_quantization(file):
         return QuantConfig(**settings)
 
 
-def load_evaluated(path, cache, config):
-    """-> (model, tokenizer, identity). `cache` keeps the base for the adapters that follow, unless
-    an adapter trained more than LoRA layers, which can't be taken off again."""
+def attach(model, layers):
+    """Takes a model's LoRA layers off and puts `layers`, {path: layer}, on the same base."""
+    for path, layer in lora_layers(model).items():
+        model.set_submodule(path, layer.base_layer)
+    vars(model).pop("adapter", None)
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+
+
+def load_evaluated(path, cache, config, keep=False):
+    """-> (model, tokenizer, (its folders, QuantConfig)). `cache` keeps the base for the adapters
+    that follow, unless an adapter trained more than LoRA layers: that can't be taken off again, so
+    where models loaded before are to stay (`keep`), it gets a base of its own."""
     base, adapter, quant = find_base(path)
-    key = base, astuple(quant)
-    if key not in cache:
+    key, in_place = (base, astuple(quant)), False
+    if adapter:
+        keys = read_header(find_adapter(adapter) / "adapter_model.safetensors")
+        in_place = not all(re.search(r"\.lora_(?!embedding)", key) for key in keys)
+    if key not in cache or in_place and keep:
         cache.clear()
-        model = load_4bit(
+        cache[key] = load_4bit(
             base,
             quant,
             dtype=config.dtype,
             device=pick_device(config.device),
             attn_implementation=config.attn_implementation,
         )
-        cache[key] = model, hash_weights(model.folder)
-    model, *hashes = cache[key]
-    for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.base_layer)
-    vars(model).pop("adapter", None)
+    model = cache[key]
+    if in_place:
+        cache.clear()
+    attach(model, {})
+    folders = [model.folder]
     if adapter:
         load_adapter(model, adapter)
-        hashes.append(hash_weights(adapter))
-        if not all(".lora_" in key for key in adapter_parameters(model)):
-            cache.clear()
-    identity = hashes, str(model.dtype), astuple(quant)
-    return model.eval(), Tokenizer(model.folder, adapter=adapter), identity
+        folders.append(adapter)
+    return model.eval(), Tokenizer(model.folder, adapter=adapter), (folders, quant)
 
 
 def hash_weights(folder):
@@ -1011,17 +1035,20 @@ def read_questions(config, has_models):
     for name in config.tasks:
         ask[name] = partial(ask_items, read_task(name, config), TASKS[name], config=config)
     for name, source in own.items():
-        ask[name] = partial(ask_own, read_own(source, config), config=config)
+        ask[name] = partial(ask_own, read_own(source, config)[: config.limit], config=config)
     return ask
 
 
 def evaluate(models, ask, config):
     """Every model on every set -> ({model: {set: samples}}, {model: why it failed})."""
-    samples, failed, cache = {}, {}, {}
+    samples, failed, cache, hashes = {}, {}, {}, {}
     folder = Path(config.output_dir)
     for name, path in models.items():
         try:
-            model, tokenizer, identity = load_evaluated(path, cache, config)
+            model, tokenizer, (folders, quant) = load_evaluated(path, cache, config)
+            for part in folders:
+                hashes[part] = hashes.get(part) or hash_weights(part)
+            identity = [hashes[part] for part in folders], str(model.dtype), astuple(quant)
             questions = {
                 task: make(model=model, tokenizer=tokenizer) for task, make in ask.items()
             }
@@ -1036,10 +1063,15 @@ def evaluate(models, ask, config):
     return samples, failed
 
 
+# --- the command ----------------------------------------------------------------------------------
+
+COMMANDS = {"pairs": (DataConfig, pairs)}
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["pairs"]:
-        return write_rows(parse_config(DataConfig, argv[1:], pairs.__doc__), pairs)
+    if argv and argv[0] in COMMANDS:
+        return run_subcommand(COMMANDS, __doc__, argv)
     config = parse_config(EvalConfig, argv, __doc__)
     models, folder = by_name(config.model, "model"), Path(config.output_dir)
     ask = read_questions(config, bool(models))

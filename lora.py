@@ -53,7 +53,7 @@ from support.files import (
 )
 from support.hub import HubConfig, push, resolve
 from support.sandbox import bounded
-from support.settings import check_choices, convert, parse_config
+from support.settings import check_choices, convert, run_subcommand
 from support.targets import (
     by_pattern,
     is_regex,
@@ -76,6 +76,7 @@ class LoRAConfig:
     A name matches the end of a layer's path; a regex stands alone and matches a whole path.
     """
 
+    # LoRA
     lora_r: int = 16  # rank of the update; 0 trains every weight of the model instead
     lora_alpha: float = 32  # strength: the update is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0  # dropout on the update's input while training
@@ -889,35 +890,38 @@ def merge(adapter, output_dir, base=None, swap_layers=None):
 
 @dataclass
 class MergeConfig:
+    # merge
     adapter: str  # the adapter's folder, a run folder, or a hub id
     output_dir: str  # the merged model's folder, a new one
-    model: str | None = (
-        None  # folder or hub id of the base model; none: the one the adapter names
-    )
+    model: str | None = None  # folder or hub id of the base; none: the one the adapter names
 
 
 @dataclass
 class PushConfig(HubConfig):
+    # push
     run: str = field(kw_only=True)  # the run folder, right after the command
 
 
+def merge_command(config):
+    """Merges an adapter into its base model."""
+    with new_folder(config.output_dir) as folder:
+        notices = merge(config.adapter, folder, config.model)
+    print(*notices, f"merged {config.adapter} into {config.output_dir}", sep="\n")
+
+
+def push_command(config):
+    """Uploads what the hub lacks of a finished run: python lora.py push RUN."""
+    push(config.run, config)
+
+
+COMMANDS = {"merge": (MergeConfig, merge_command), "push": (PushConfig, push_command)}
+
+
 def main():
-    command, *argv = sys.argv[1:] or [""]
-    if command == "push":
-        if argv and not argv[0].startswith("-"):
-            argv = ["--run", *argv]
-        config = parse_config(PushConfig, argv, "Uploads what the hub lacks of a finished run.")
-        push(config.run, config)
-    elif command == "merge":
-        config = parse_config(MergeConfig, argv, "Merges an adapter into its base model.")
-        with new_folder(config.output_dir) as folder:
-            notices = merge(config.adapter, folder, config.model)
-        print(*notices, f"merged {config.adapter} into {config.output_dir}", sep="\n")
-    else:
-        raise UserError(
-            f"unknown command {command!r}; usage: python lora.py merge --adapter DIR "
-            "--output_dir DIR, python lora.py push RUN"
-        )
+    command, *words = sys.argv[1:] or [""]
+    if command == "push" and words and not words[0].startswith("-"):
+        words = ["--run", *words]
+    run_subcommand(COMMANDS, __doc__, [command, *words])
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from model import CHUNK, DTYPES, Linear, ModelConfig, load_model, save_model
 from support.errors import UserError, as_user_error, run_command
 from support.files import new_folder, read_tensor, unique_keys
 from support.hub import resolve
-from support.settings import check_choices, parse_config
+from support.settings import check_choices, run_subcommand
 
 BLOCK, NESTED_BLOCK = 64, 256  # values that share a scale, scales that share one
 QUANT_STATE = ".quant_state.bitsandbytes__"  # a weight's name + this + nf4: its description
@@ -45,6 +45,7 @@ QUANT_STATE = ".quant_state.bitsandbytes__"  # a weight's name + this + nf4: its
 class QuantConfig:
     """The 4-bit fields of a run's settings; names are transformers' BitsAndBytesConfig's."""
 
+    # 4 bit
     load_in_4bit: bool = False  # hold linear layers in 4 bit; embeddings, norms, head stay
     bnb_4bit_quant_type: str = "nf4"  # format of the 4-bit values
     bnb_4bit_use_double_quant: bool = True  # quantise the scales too: 0.37 bit less a weight
@@ -322,6 +323,7 @@ def measure_merge(model, batches):
 
 @dataclass
 class QuantizeConfig(QuantConfig):
+    # quantize
     model: str = field(kw_only=True)  # folder or hub id of the 16-bit model
     output_dir: str = field(kw_only=True)  # a new folder for the 4-bit model
 
@@ -331,21 +333,30 @@ class Merge4bitConfig(QuantConfig, MergeConfig):
     """MergeConfig, with how the base is quantised unless its checkpoint holds 4 bits."""
 
 
+def quantize_command(config):
+    """Writes a model in 4 bit."""
+    config.load_in_4bit, dtype = True, ModelConfig.read(resolve(config.model)).dtype
+    with new_folder(config.output_dir) as folder:
+        save_4bit(load_4bit(config.model, config, dtype=dtype), folder, config)
+    print(f"quantize: wrote {folder}")
+
+
+def merge_command(config):
+    """Merges an adapter into 4-bit weights."""
+    config.load_in_4bit, swap_layers = True, partial(swap_linear4bit, config)
+    with new_folder(config.output_dir) as folder:
+        print(*merge(config.adapter, folder, config.model, swap_layers), sep="\n")
+    print(f"merge: wrote {folder}")
+
+
+COMMANDS = {
+    "quantize": (QuantizeConfig, quantize_command),
+    "merge": (Merge4bitConfig, merge_command),
+}
+
+
 def main():
-    command, *argv = sys.argv[1:] or [""]
-    if command == "quantize":
-        config = parse_config(QuantizeConfig, argv, "Writes a model in 4 bit.")
-        config.load_in_4bit, dtype = True, ModelConfig.read(resolve(config.model)).dtype
-        with new_folder(config.output_dir) as folder:
-            save_4bit(load_4bit(config.model, config, dtype=dtype), folder, config)
-    elif command == "merge":
-        config = parse_config(Merge4bitConfig, argv, "Merges an adapter into 4-bit weights.")
-        config.load_in_4bit, swap_layers = True, partial(swap_linear4bit, config)
-        with new_folder(config.output_dir) as folder:
-            print(*merge(config.adapter, folder, config.model, swap_layers), sep="\n")
-    else:
-        raise UserError(f"unknown command {command!r}; it is quantize or merge")
-    print(f"{command}: wrote {folder}")
+    run_subcommand(COMMANDS, __doc__, sys.argv[1:])
 
 
 if __name__ == "__main__":

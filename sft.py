@@ -27,7 +27,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import REASONING, RECIPES, Tokenizer, load_examples, split_holdout
+from data import REASONING, RecipeConfig, Tokenizer, load_examples, split_holdout
 from eval import answer_questions, ask_choice, choice_metrics
 from lora import (
     LoRAConfig,
@@ -101,10 +101,11 @@ EXAMPLES = Path(__file__).resolve().parent / "examples"
 
 
 @dataclass
-class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
+class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     """The settings of a run. Names are those of transformers' TrainingArguments and
     BitsAndBytesConfig, TRL's SFTConfig and PEFT's LoraConfig."""
 
+    # model, data and run folder
     model: str = ""  # folder or hub id of the model to train; none: the embedded tiny one
     revision: str | None = None  # branch, tag or commit of a hub id
     adapter: str = (
@@ -117,8 +118,6 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     dry_run: bool = False  # print parameters, steps, expected memory and time; train nothing
     max_samples: int | None = None  # use this many rows of data, drawn by seed
     max_eval_samples: int | None = None  # use this many evaluation rows
-    recipe: str = ""  # how to read a data set's own rows
-    recipe_args: dict = field(default_factory=dict)  # the recipe's arguments, as {"cot": 0.5}
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
     completion_only_loss: bool | None = None  # true: score the last turn only; false: prompts too
     assistant_only_loss: bool = True  # score the assistant's turns; false: the whole conversation
@@ -127,6 +126,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     num_samples: int = 3  # of those, how many are shown
     max_new_tokens: int = 128  # longest generated answer
 
+    # precision and memory
     dtype: str = "auto"  # of base weights and matmuls; auto: see model.pick_dtype
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
@@ -135,6 +135,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
         0  # tokens per forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
     )
 
+    # optimisation
     num_train_epochs: float = 3.0  # passes over the data
     max_steps: int = -1  # optimizer steps; overrides num_train_epochs when positive
     per_device_train_batch_size: int = 8  # examples per step, times gradient_accumulation_steps
@@ -153,6 +154,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     max_skipped_steps: int = 3  # stop after so many non-finite steps in a row
     seed: int = 42  # of order, dropout, adapter start and row choice
 
+    # log, evaluation, checkpoints and export
     logging_steps: int = 10  # steps between lines of log.jsonl
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])  # experiment trackers
     eval_strategy: str = "epoch"  # when to evaluate
@@ -175,7 +177,6 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
 
     STRATEGIES = ("no", "steps", "epoch")
     CHOICES = {
-        "recipe": ("", *RECIPES),
         "reasoning": REASONING,
         "dtype": ("auto", *DTYPES),
         "attn_implementation": ("auto", "flash", *ATTENTION),

@@ -5,6 +5,8 @@ It imports none of the seven modules; what it needs of them comes as arguments.
 
 import os
 
+VERSION = "0.1.0"  # what --version prints
+
 # huggingface_hub reads these when it is imported, and would take '' for the working directory
 PREFIXES = "HF_", "PLAINTUNE_", "HOME", "XDG_"
 for name, value in list(os.environ.items()):

@@ -58,6 +58,7 @@ WAITS = (1, 2, 4, 8, 16)  # seconds before each retry of a push
 class HubConfig:
     """Where a run is pushed to; names as in transformers' TrainingArguments and push_to_hub."""
 
+    # the hub
     hub_model_id: str = (
         ""  # user/name of adapter/; merged/: user/name-merged; none: folder's name
     )

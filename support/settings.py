@@ -10,11 +10,13 @@ import re
 import sys
 import types
 from dataclasses import MISSING, fields
+from importlib.metadata import version
 from inspect import formatannotation, getsource
 from typing import Literal, get_args, get_origin
 
 import yaml
 
+from support import VERSION
 from support.errors import UserError, as_user_error, brief, nearest
 from support.files import regular_file
 
@@ -51,7 +53,8 @@ ALIASES = {alias: name for name, aliases in NAMES.items() for alias in aliases.s
 
 BOOLS = yaml.SafeLoader.bool_values | {"1": True, "0": False}
 NAME_LIST = r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+"  # a,b as one word; no path, which keeps its comma
-FIELD = r"^    (\w+):(?:(?!\n    [^\s)])[^#])*# (.*)"  # a field and the comment at its end
+# a section's title, or a field and the comment at its end
+SECTION = r"^    # (.*)|^    (\w+):(?:(?!\n    [^\s)])[^#])*# (.*)"
 
 
 def plain_value(loader, node):
@@ -148,34 +151,59 @@ def find_name(key, names):
             return name
 
 
-def make_parser(cls, description):
-    """A parser for the fields' flags; --help shows their comments, defaults and choices."""
+def comments_of(cls):
+    """{field: (title of its section, comment)} from the sources of a dataclass and its bases."""
+    comments = {}
+    for base in cls.__mro__[:-1]:
+        title = "settings"
+        for heading, name, comment in re.findall(SECTION, getsource(base), re.MULTILINE):
+            title = heading or title
+            if name:
+                comments.setdefault(name, (title, comment))
+    return comments
+
+
+def new_parser(description, **options):
+    """An argparse parser that knows --version."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--config FILE ...] [--FLAG VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         exit_on_error=False,
+        **options,
     )
+    libraries = f"plaintune {VERSION}, torch {version('torch')}"
+    parser.add_argument("--version", action="version", version=libraries)
+    return parser
+
+
+def make_parser(cls, description, command=""):
+    """A parser for the fields' flags; --help has their sections, comments, defaults and choices."""
+    usage = f"%(prog)s {command}[--config FILE ...] [--FLAG VALUE ...]"
+    parser = new_parser(description, usage=usage)
     note = "settings in YAML or JSON, flat or in sections; later files win, flags win over files"
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--config", default=[], metavar="FILE", help=note, **several)
-    source = "\n".join(getsource(base) for base in cls.__mro__[-2::-1])
-    comments, choices = dict(re.findall(FIELD, source, re.MULTILINE)), choices_of(cls)
+    comments, choices, groups = comments_of(cls), choices_of(cls), {}
     options = {list: several, bool: {"nargs": "?", "const": "true"}}
-    for field in fields(cls):
+    settings = {field.name: field for field in fields(cls)}
+    for name in comments | settings:
+        field = settings[name]
         kind, _ = type_of(field.type)
-        note = comments.get(field.name, "")
+        title, note = comments.get(name, ("settings", ""))
+        note += field.metadata.get("note", "")
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if isinstance(default, list):
             default = " ".join(map(str, default))
-        if field.name in choices:
-            note += f"; one of {', '.join(map(str, choices[field.name]))}"
-        if default is not MISSING:
+        if name in choices:
+            note += f"; one of {', '.join(map(str, choices[name]))}"
+        if default not in (MISSING, "", {}):
             note += f" (default: {default})"
-        parser.add_argument(
-            f"--{field.name}",
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(
+            f"--{name}",
             metavar=kind.__name__.upper(),
             help=note.replace("%", "%%"),
             **options.get(kind, {}),
@@ -225,7 +253,7 @@ def read_settings(path, kinds, problems):
     return settings
 
 
-def parse_config(cls, argv=None, description=""):
+def parse_config(cls, argv=None, description="", command=""):
     """A command line as an instance of the dataclass `cls`: files of --config in order, then flags.
 
     UserError: all mistakes in one message: unknown flags and keys with the nearest, values of
@@ -240,7 +268,7 @@ def parse_config(cls, argv=None, description=""):
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub(r"^--([\w.-]+)", rename, word) for word in words]
     with as_user_error("command line", argparse.ArgumentError):
-        flags, unknown = make_parser(cls, description).parse_known_args(words)
+        flags, unknown = make_parser(cls, description, command).parse_known_args(words)
     flags = vars(flags)
     for word in unknown:
         if word.startswith("--") or not problems:  # else it may be an unknown flag's value
@@ -261,3 +289,24 @@ def parse_config(cls, argv=None, description=""):
     if problems:
         raise UserError(f"{'; '.join(problems)}; --help explains every flag")
     return cls(**values)
+
+
+def run_subcommand(commands, description, argv):
+    """Runs the command that `argv` begins with; commands: {name: (dataclass, function of one)}.
+
+    --help lists the first lines of their docstrings. UserError: no such command.
+    """
+    name, *words = argv or [""]
+    if name in commands:
+        cls, function = commands[name]
+        return function(parse_config(cls, words, function.__doc__, f"{name} "))
+    names = ", ".join(commands)
+    if name in ("-h", "--help", "--version"):
+        parser = new_parser(description, usage="%(prog)s COMMAND [--FLAG VALUE ...]")
+        group = parser.add_argument_group("commands, each with its own --help")
+        for command, (_, function) in commands.items():
+            group.add_argument(command, help=function.__doc__.partition("\n")[0])
+        parser.parse_args([name])
+    raise UserError(
+        f"unknown command {name!r}{nearest(name, commands)}; one of {names} is needed"
+    )
