@@ -34,13 +34,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
+from torch.nn.functional import linear, log_softmax, logsigmoid, relu
 from tqdm import tqdm
 
 import sft
 from eval import EXAMPLES
 from lora import lora_layers
-from model import IGNORE, checkpoint_tensors
+from model import CHUNK, IGNORE, checkpoint_tensors, token_logps
 from qlora import load_4bit
 from sft import SFTConfig, micro_batches, read_config, token_budget
 from support.checkpoints import sample_weights
@@ -74,7 +74,19 @@ class Pairs(NamedTuple):
 
     @property
     def margin(self):
-        return self.chosen_reward - self.rejected_reward
+        """β (f'(r_chosen) - f'(r_rejected)) of the ratios r = π/π_ref; see DIVERGENCES."""
+        return self.margin_over(1, 1)
+
+    @property
+    def mean_margin(self):
+        """`margin` with each f' divided by its answer's tokens."""
+        return self.margin_over(self.chosen_tokens, self.rejected_tokens)
+
+    def margin_over(self, chosen_size, rejected_size):
+        slope = partial(DIVERGENCES[self.config.f_divergence_type], self.config)
+        chosen = slope(self.chosen - self.ref_chosen) / chosen_size
+        rejected = slope(self.rejected - self.ref_rejected) / rejected_size
+        return self.config.beta * (chosen - rejected)
 
     def per_token(self):
         """The pairs with log-probs averaged over an answer's tokens instead of summed."""
@@ -84,6 +96,36 @@ class Pairs(NamedTuple):
             ref_chosen=self.ref_chosen / self.chosen_tokens,
             ref_rejected=self.ref_rejected / self.rejected_tokens,
         )
+
+
+# f' of the divergence that keeps the policy near the reference, of log r = log(π/π_ref): Wang et al.
+# 2023, arXiv:2309.16240, table 1
+
+
+def reverse_kl(config, log_ratio):
+    return log_ratio
+
+
+def forward_kl(config, log_ratio):
+    return -(-log_ratio).expm1()
+
+
+def js_divergence(config, log_ratio):
+    return math.log(2) + logsigmoid(log_ratio)
+
+
+def alpha_divergence(config, log_ratio):
+    """(r^(α-1) - 1) / (α-1), log r at α = 1."""
+    power = config.f_alpha_divergence_coef - 1
+    return (power * log_ratio).clamp(max=80).expm1() / power if power else log_ratio
+
+
+DIVERGENCES = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "js_divergence": js_divergence,
+    "alpha_divergence": alpha_divergence,
+}
 
 
 def smoothed(z, pairs):
@@ -109,7 +151,7 @@ def sigmoid(pairs):
 
 def sigmoid_norm(pairs):
     """Tülu 3's DPO, averaged over tokens: Lambert et al. 2024, arXiv:2411.15124."""
-    return smoothed(pairs.per_token().margin, pairs)
+    return smoothed(pairs.mean_margin, pairs)
 
 
 def hinge(pairs):
@@ -119,7 +161,7 @@ def hinge(pairs):
 
 def ipo(pairs):
     """(log-ratio margin - 1/(2β))²: Azar et al. 2023, arXiv:2310.12036, eq. 17, over tokens."""
-    return ((pairs.per_token().margin - 0.5) / pairs.config.beta) ** 2
+    return ((pairs.mean_margin - 0.5) / pairs.config.beta) ** 2
 
 
 def robust(pairs):
@@ -212,15 +254,16 @@ class Loss(NamedTuple):
     function: Callable  # Pairs -> losses (P,)
     reference_free: bool = False  # does not use the reference's log-probs
     averaged: bool = False  # its rewards and log-probs are logged as means over tokens
+    by_margin: bool = False  # sees the ratios in the margin alone: any f_divergence_type goes
     whole_step: bool = False  # compares all pairs of a step, so a step is one micro-batch
 
 
 LOSSES = {
-    "sigmoid": Loss(sigmoid),
-    "hinge": Loss(hinge),
-    "ipo": Loss(ipo),
-    "robust": Loss(robust),
-    "exo_pair": Loss(exo_pair),
+    "sigmoid": Loss(sigmoid, by_margin=True),
+    "hinge": Loss(hinge, by_margin=True),
+    "ipo": Loss(ipo, by_margin=True),
+    "robust": Loss(robust, by_margin=True),
+    "exo_pair": Loss(exo_pair, by_margin=True),
     "nca_pair": Loss(nca_pair),
     "bco_pair": Loss(bco_pair),
     "sppo_hard": Loss(sppo_hard),
@@ -229,9 +272,9 @@ LOSSES = {
     "aot_pair": Loss(aot_unpaired, whole_step=True),  # its former name
     "apo_zero": Loss(apo_zero),
     "apo_down": Loss(apo_down),
-    "discopop": Loss(discopop),
-    "sigmoid_norm": Loss(sigmoid_norm),
-    "sft": Loss(nll, reference_free=True),
+    "discopop": Loss(discopop, by_margin=True),
+    "sigmoid_norm": Loss(sigmoid_norm, by_margin=True),
+    "sft": Loss(nll, reference_free=True, by_margin=True),
     "simpo": Loss(simpo, reference_free=True, averaged=True),
     "orpo": Loss(orpo, reference_free=True, averaged=True),
     "cpo": Loss(cpo, reference_free=True),
@@ -258,12 +301,16 @@ class DPOConfig(SFTConfig):
     simpo_gamma: float = 0.5  # simpo: target margin of the mean log-probs times beta
     cpo_alpha: float = 1.0  # cpo: weight of the chosen answer's mean token loss
     discopop_tau: float = 0.05  # discopop: temperature of the blend
+    f_divergence_type: str = "reverse_kl"  # what keeps the policy near the reference
+    f_alpha_divergence_coef: float = 0.5  # alpha_divergence: its alpha
+    ld_alpha: float | None = None  # weight of tokens beyond the shorter answer's length (LD-DPO)
+    use_weighting: bool = False  # weight pairs by how probable the policy finds them (WPO)
     ref_model: str = ""  # another reference than the model training starts from: folder or hub id
     reference_free: bool = False  # a reference to which all answers are equally likely
     ref_cache: str = "output/reference"  # folder of cached reference log-probs
     disable_dropout: bool = True  # train without the adapter's dropout
 
-    CHOICES = {"loss_type": LOSSES}
+    CHOICES = {"loss_type": LOSSES, "f_divergence_type": DIVERGENCES}
 
     def __post_init__(self):
         if not self.data:
@@ -282,6 +329,10 @@ class DPOConfig(SFTConfig):
                 f"loss_weights, rpo_alpha: {weights}; none may be below 0, and one must be above"
             )
         check_range(self, 0, "cpo_alpha", "simpo_gamma")
+        check_range(self, 0, "ld_alpha", most=1)
+        others = [name for name in self.loss_type if not LOSSES[name].by_margin]
+        if others and self.f_divergence_type != "reverse_kl":
+            raise UserError(f"f_divergence_type: does not go with loss_type {', '.join(others)}")
         check_range(self, 1e-9, "beta", "discopop_tau")
         least = 1e-9 if "exo_pair" in self.loss_type else 0
         if not least <= self.label_smoothing < 0.5:
@@ -293,10 +344,30 @@ class DPOConfig(SFTConfig):
         if self.ref_model and self.reference_free:
             raise UserError("ref_model: reference_free and these losses use none; leave it out")
         if any(loss.whole_step for loss in losses):
+            if self.use_weighting:
+                raise UserError("use_weighting: does not go with losses that sort a step's pairs")
             self.micro_batch_tokens = sys.maxsize
 
 
 # --- the loss of a batch --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_square_sums(hidden, head):
+    """log Σ p² (S,) over the vocabulary, of hidden states (S, C) and the head's weight (V, C)."""
+    sums = []
+    for chunk in hidden.split(CHUNK):
+        logps = log_softmax(linear(chunk, head.to(chunk.dtype)), -1, dtype=torch.float32)
+        sums.append((2 * logps).logsumexp(-1))
+    return torch.cat(sums)
+
+
+def discount_tails(membership, alpha):
+    """membership (B, S), with α for an answer's tokens beyond the other's length. LD-DPO: Liu et
+    al. 2024, arXiv:2409.06411, eq. 11."""
+    shared = membership.sum(1).view(-1, 2).amin(1).repeat_interleave(2)
+    tail = membership.cumsum(1) > shared[:, None]
+    return torch.where(tail, alpha * membership, membership)
 
 
 def dpo_loss(model, batch, config):
@@ -305,26 +376,32 @@ def dpo_loss(model, batch, config):
     kl: r - 1 - log r summed over an answer's tokens, r = π/π_ref, mean of both answers: an
     estimate of KL(π_ref ‖ π) that is never negative, as if the reference had written them
     (Schulman 2020, joschu.net/blog/kl-approx.html)."""
-    logps = model.logps(batch)
+    hidden, head = model(batch)[batch.scored], model.head_weight()
+    logps = token_logps(hidden, head, batch.targets)
     answers = torch.arange(batch.num_sequences, device=logps.device)
     membership = (batch.sequence == answers[:, None]).float()
 
-    def by_answer(values):
+    def by_answer(values, membership=membership):
         """(S,) -> chosen (P,), rejected (P,); a product: index_add on CUDA has no fixed order."""
         return (membership @ values).view(-1, 2).unbind(1)
 
-    tokens = by_answer(torch.ones_like(logps))
-    pairs = Pairs(*by_answer(logps), *by_answer(batch.reference), *tokens, config)
+    tokens, shares = by_answer(torch.ones_like(logps)), membership
+    if config.ld_alpha is not None:
+        shares = discount_tails(membership, config.ld_alpha)
+    pairs = Pairs(*by_answer(logps, shares), *by_answer(batch.reference, shares), *tokens, config)
     weighted = [*zip(config.loss_type, config.loss_weights), ("sft", config.rpo_alpha)]
     loss = sum(weight * LOSSES[name].function(pairs) for name, weight in weighted if weight)
+    if config.use_weighting:  # WPO: Zhou et al. 2024, arXiv:2406.11827, eq. 2
+        relative = by_answer(logps.detach() - log_square_sums(hidden, head))
+        loss = loss * (relative[0] / tokens[0] + relative[1] / tokens[1]).exp()
 
     if all(LOSSES[name].averaged for name in config.loss_type):
         pairs = pairs.per_token()
     metrics = {
         "rewards/chosen": pairs.chosen_reward,
         "rewards/rejected": pairs.rejected_reward,
-        "rewards/margins": pairs.margin,
-        "rewards/accuracies": pairs.margin > 0,
+        "rewards/margins": pairs.chosen_reward - pairs.rejected_reward,
+        "rewards/accuracies": pairs.chosen_reward > pairs.rejected_reward,
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
         "logps/accuracies": pairs.chosen > pairs.rejected,

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ from support.checkpoints import (
     update_best,
     write_run_config,
 )
-from support.errors import UserError, run_command
+from support.errors import UserError, as_user_error, run_command
 from support.files import (
     atomic_folder,
     locked_folder,
@@ -81,7 +82,15 @@ from support.files import (
     read_tensor,
     write_tensors,
 )
-from support.hub import HubConfig, call_hub, companions, create_repositories, push, resolve
+from support.hub import (
+    HubConfig,
+    call_hub,
+    companions,
+    create_repositories,
+    push,
+    push_checkpoint,
+    resolve,
+)
 from support.memory import free_cached_memory, keep_freed_memory
 from support.planner import by_module, estimate_memory, fits, print_plan, print_speed
 from support.report import show_answers
@@ -95,6 +104,7 @@ from support.tracking import (
     find_trackers,
     print_summary,
     start_trackers,
+    warn_on_error,
 )
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -121,6 +131,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
     completion_only_loss: bool | None = None  # true: score the last turn only; false: prompts too
     assistant_only_loss: bool = True  # score the assistant's turns; false: the whole conversation
+    loss_type: str = "nll"  # nll, or dft: a token's loss times its probability (no gradient there)
     reasoning: str = "last"  # thoughts: as the template has them, every_turn's, or unscored
     eval_answers: int = 64  # evaluation rows answered and graded before and after training
     num_samples: int = 3  # of those, how many are shown
@@ -144,23 +155,29 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     lr_scheduler_type: str = "cosine"  # the learning rate after warmup
     warmup_ratio: float = 0.03  # share of the steps over which the learning rate rises from 0
     warmup_steps: int = 0  # number of those steps; overrides warmup_ratio when positive
+    lr_scheduler_kwargs: dict = field(default_factory=dict)  # the schedule's, as {"min_lr": 1e-5}
     optim: str = "adamw"  # 8bit: states in 8 bit; paged: which may move to CPU memory
     loraplus_lr_ratio: float | None = None  # LoRA+: B's learning rate is this many times A's
     adam_beta1: float = 0.9  # decay of the gradient's mean
     adam_beta2: float = 0.999  # decay of the gradient's square
     adam_epsilon: float = 1e-8  # added to the root of the square
     weight_decay: float = 0.0  # AdamW's, on everything but norms and biases
+    neftune_noise_alpha: float | None = None  # strength of noise on the embeddings (NEFTune)
     max_grad_norm: float = 1.0  # clip gradients to this norm; 0: never
     max_skipped_steps: int = 3  # stop after so many non-finite steps in a row
     seed: int = 42  # of order, dropout, adapter start and row choice
 
     # log, evaluation, checkpoints and export
     logging_steps: int = 10  # steps between lines of log.jsonl
+    logging_first_step: bool = False  # a line for the first step too
+    logging_dir: str | None = None  # TensorBoard's folder; none: runs/ of output_dir
+    run_name: str | None = None  # the run's name in wandb and trackio; none: folder and time
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])  # experiment trackers
     eval_strategy: str = "epoch"  # when to evaluate
     eval_steps: int = 100  # steps between evaluations with eval_strategy steps
-    save_strategy: str = "steps"  # when to write a checkpoint
+    save_strategy: str = "steps"  # when to write a checkpoint; best: at each new best evaluation
     save_steps: int = 500  # steps between checkpoints with save_strategy steps
+    save_only_model: bool = False  # checkpoints to use, not to resume from: no optimizer states
     save_total_limit: int | None = None  # keep this many newest checkpoints, and the best one
     metric_for_best_model: str | None = None  # loss, accuracy, f1, ...; none: loss
     greater_is_better: bool | None = None  # none: yes, unless the metric is a loss
@@ -178,11 +195,12 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     STRATEGIES = ("no", "steps", "epoch")
     CHOICES = {
         "reasoning": REASONING,
+        "loss_type": ("nll", "dft"),
         "dtype": ("auto", *DTYPES),
         "attn_implementation": ("auto", "flash", *ATTENTION),
         "report_to": (*TRACKERS, "all", "none"),
         "eval_strategy": STRATEGIES,
-        "save_strategy": STRATEGIES,
+        "save_strategy": (*STRATEGIES, "best"),
         "merge_base": ("auto", "original", "dequantized"),
     }  # optim and lr_scheduler_type: see their tables below
 
@@ -217,6 +235,9 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
             raise UserError(
                 "load_best_model_at_end: needs an eval_strategy and a save_strategy other than no"
             )
+        with as_user_error("lr_scheduler_kwargs", TypeError, KeyError, ZeroDivisionError):
+            timing = Timing(1, 0, 2, self.learning_rate)
+            SCHEDULES[self.lr_scheduler_type](timing, **self.lr_scheduler_kwargs)
         if self.adapter and not self.lora_r:
             raise UserError(
                 "lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)"
@@ -232,6 +253,34 @@ def sft_loss(model, batch):
     """(minus the summed log-probability of the scored tokens, each times its weight; no metrics).
     `train` divides it by the planned count."""
     return -(model.logps(batch) * batch.weights).sum(), {}
+
+
+def dft_loss(model, batch):
+    """`sft_loss` with every token's loss times its probability, which passes no gradient: dynamic
+    fine-tuning, Wu et al. 2025, arXiv:2508.05629, eq. 9."""
+    logps = model.logps(batch)
+    return -(logps * logps.detach().exp() * batch.weights).sum(), {}
+
+
+def add_embedding_noise(model, alpha):
+    """NEFTune: while the model trains, uniform noise up to ±α/√(L C) on the embeddings (T, C), L
+    the tokens of a row. Jain et al. 2023, arXiv:2310.05914, algorithm 1; transformers' hook."""
+    batches = []
+
+    def remember(model, inputs):
+        batches[:] = inputs[:1]
+
+    def add(embedding, inputs, x):
+        if not model.training:
+            return x
+        (batch,) = batches
+        counts = [stop - start for start, stop, _ in batch.segments]
+        lengths = torch.tensor(batch.lengths).repeat_interleave(torch.tensor(counts))  # (T,)
+        bound = alpha / (lengths * x.shape[1]).sqrt()
+        return x + torch.empty_like(x).uniform_(-1, 1) * bound[:, None].to(x)
+
+    model.register_forward_pre_hook(remember)
+    model.model.embed_tokens.register_forward_hook(add)
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -310,7 +359,10 @@ def set_up(model, steps, config, clock):
         if config.micro_batch_tokens != asked:
             state.lowered = config.micro_batch_tokens
         write = partial(write_trained, model, config)
-        save_checkpoint(state, parameters, optimizer, scaler, log, config, write)
+        path = save_checkpoint(state, parameters, optimizer, scaler, log, config, write)
+        if path and config.push_to_hub and config.hub_strategy == "every_save":
+            with warn_on_error(f"{path.name} is not pushed"):
+                call_hub("push_to_hub", partial(push_checkpoint, config, path))
         clock.enter("log")
 
     return state, [*parameters.values()], optimizer, scaler, log, save
@@ -333,7 +385,8 @@ def report_step(state, steps, log, evaluate, config, clock):
     """Logs and evaluates the last step where that is due; whether a checkpoint is due. The state
     changes at the end alone: after an error a resume does all of it again."""
     step, window, best = state.step, state.window, state.best
-    if window and steps.due(step, "steps", config.logging_steps):
+    first = config.logging_first_step and step == 1
+    if window and (first or steps.due(step, "steps", config.logging_steps)):
         log.write(
             {**steps.place(step), **means(window), **state.unreported, **clock.throughput()}
         )
@@ -344,7 +397,8 @@ def report_step(state, steps, log, evaluate, config, clock):
         best = update_best(best, metrics, step, config)
         log.write({**steps.place(step), **metrics})
     state.window, state.best, state.unreported = window, best, {}
-    new_best = config.load_best_model_at_end and best.get("step") == step
+    keeps_best = config.load_best_model_at_end or config.save_strategy == "best"
+    new_best = keeps_best and best.get("step") == step
     return new_best or steps.due(step, config.save_strategy, config.save_steps)
 
 
@@ -563,25 +617,85 @@ def token_budget(config, device):
 # --- schedule and optimizer -----------------------------------------------------------------------
 
 
-def cosine(progress):
-    return 0.5 * (1 + math.cos(math.pi * progress))
+class Timing(NamedTuple):
+    """What a schedule may go by, beside the share of the steps after warmup that are done."""
+
+    step: int  # from 0
+    warmup: int  # steps of it
+    steps: int
+    peak: float  # learning rate
+
+    @property
+    def progress(self):
+        return (self.step - self.warmup) / max(1, self.steps - self.warmup)
 
 
-def linear(progress):
-    return 1 - progress
+def wave(progress, num_cycles=0.5):
+    return 0.5 * (1 + math.cos(2 * math.pi * num_cycles * progress))
 
 
-def constant(progress):
+def cosine(timing, num_cycles=0.5):
+    return wave(timing.progress, num_cycles)
+
+
+def cosine_with_restarts(timing, num_cycles=1):
+    return wave(timing.progress * num_cycles % 1)
+
+
+def cosine_with_min_lr(timing, min_lr=0.0, min_lr_rate=0.0, num_cycles=0.5):
+    least = min_lr / timing.peak or min_lr_rate
+    return least + (1 - least) * wave(timing.progress, num_cycles)
+
+
+def linear(timing):
+    return 1 - timing.progress
+
+
+def polynomial(timing, lr_end=1e-7, power=1.0):
+    least = lr_end / timing.peak
+    return least + (1 - least) * (1 - timing.progress) ** power
+
+
+def inverse_sqrt(timing, timescale=None):
+    timescale = timescale or timing.warmup or 10_000
+    return (timescale / (timing.step - timing.warmup + timescale)) ** 0.5
+
+
+DECAYS = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": wave,
+    "1-sqrt": lambda progress: 1 - progress**0.5,
+}
+
+
+def warmup_stable_decay(
+    timing, num_decay_steps, min_lr_ratio=0.0, decay_type="cosine", num_stable_steps=None
+):
+    start = timing.steps - num_decay_steps
+    if num_stable_steps is not None:
+        start = timing.warmup + num_stable_steps
+    if timing.step < start:
+        return 1.0
+    progress = min(1.0, (timing.step - start) / num_decay_steps)
+    return min_lr_ratio + (1 - min_lr_ratio) * DECAYS[decay_type](progress)
+
+
+def constant(timing):
     return 1.0
 
 
-# a schedule gives the share of the peak learning rate, from the share of the steps after warmup
-# that are done; names as in transformers
+# a schedule gives the share of the peak learning rate after warmup; names, lr_scheduler_kwargs and
+# values as in transformers
 SCHEDULES = {
     "cosine": cosine,
     "linear": linear,
     "constant": constant,  # without warmup
     "constant_with_warmup": constant,
+    "cosine_with_restarts": cosine_with_restarts,
+    "cosine_with_min_lr": cosine_with_min_lr,
+    "polynomial": polynomial,
+    "inverse_sqrt": inverse_sqrt,
+    "warmup_stable_decay": warmup_stable_decay,
 }
 SFTConfig.CHOICES["lr_scheduler_type"] = SCHEDULES
 
@@ -592,9 +706,11 @@ def learning_rate(step, steps, config):
     if config.lr_scheduler_type == "constant":
         warmup = 0
     if step < warmup:
-        return config.learning_rate * step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return config.learning_rate * SCHEDULES[config.lr_scheduler_type](progress)
+        least = config.lr_scheduler_kwargs.get("min_lr_ratio", 0.0)
+        return config.learning_rate * (least + (1 - least) * step / warmup)
+    schedule = SCHEDULES[config.lr_scheduler_type]
+    timing = Timing(step, warmup, steps, config.learning_rate)
+    return config.learning_rate * schedule(timing, **config.lr_scheduler_kwargs)
 
 
 def set_learning_rate(optimizer, step, steps, config):
@@ -604,28 +720,54 @@ def set_learning_rate(optimizer, step, steps, config):
     return lr
 
 
-def adamw(groups, **options):
-    return torch.optim.AdamW(groups, fused=True, **options)
+def adam_options(config):
+    return {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
 
 
-def adamw_8bit(groups, **options):
-    return bitsandbytes().optim.AdamW8bit(groups, **options)
+def adamw(groups, config):
+    return torch.optim.AdamW(groups, fused=True, **adam_options(config))
 
 
-def paged_adamw_8bit(groups, **options):
-    if groups[0]["params"][0].is_cuda:
-        return bitsandbytes().optim.PagedAdamW8bit(groups, **options)
-    print("paged_adamw_8bit: without a GPU to page from it is adamw_8bit", file=sys.stderr)
-    return adamw_8bit(groups, **options)
+def adafactor(groups, config):
+    """Shazeer & Stern 2018, arXiv:1804.04235, at the schedule's learning rate, as transformers'
+    with scale_parameter and relative_step off; a parameter whose values' root mean square is above
+    1 moves that much faster. Without a mean, and with a row and a column for a matrix's squares."""
+    return torch.optim.Adafactor(groups, eps=(1e-15, 1.0))
+
+
+def plain(optimizer, groups, config):
+    """One of torch.optim, with its own defaults."""
+    return optimizer(groups)
+
+
+def from_bitsandbytes(name, groups, config):
+    """One of bitsandbytes.optim; a paged one's states may move to CPU memory."""
+    if not groups[0]["params"][0].is_cuda and name.startswith("Paged"):
+        name = name.removeprefix("Paged")
+        print(f"{config.optim}: without a GPU to page from it is {name}", file=sys.stderr)
+    options = adam_options(config)
+    if "Lion" in name:
+        del options["eps"]
+    return getattr(bitsandbytes().optim, name)(groups, **options)
 
 
 OPTIMIZERS = {
     "adamw": adamw,
     "adamw_torch": adamw,
     "adamw_torch_fused": adamw,
-    "adamw_8bit": adamw_8bit,
-    "adamw_bnb_8bit": adamw_8bit,
-    "paged_adamw_8bit": paged_adamw_8bit,
+    "adamw_8bit": partial(from_bitsandbytes, "AdamW8bit"),
+    "adamw_bnb_8bit": partial(from_bitsandbytes, "AdamW8bit"),
+    "paged_adamw": partial(from_bitsandbytes, "PagedAdamW32bit"),
+    "paged_adamw_32bit": partial(from_bitsandbytes, "PagedAdamW32bit"),
+    "paged_adamw_8bit": partial(from_bitsandbytes, "PagedAdamW8bit"),
+    "lion_32bit": partial(from_bitsandbytes, "Lion32bit"),
+    "lion_8bit": partial(from_bitsandbytes, "Lion8bit"),
+    "paged_lion_32bit": partial(from_bitsandbytes, "PagedLion32bit"),
+    "paged_lion_8bit": partial(from_bitsandbytes, "PagedLion8bit"),
+    "adafactor": adafactor,
+    "adagrad": partial(plain, torch.optim.Adagrad),
+    "rmsprop": partial(plain, torch.optim.RMSprop),
+    "sgd": partial(plain, torch.optim.SGD),
 }
 SFTConfig.CHOICES["optim"] = OPTIMIZERS
 
@@ -644,12 +786,9 @@ def make_optimizer(parameters, config):
             ratio = config.loraplus_lr_ratio or 1.0
         group = {"params": [], "weight_decay": decay, "ratio": ratio}
         groups.setdefault((decay, ratio), group)["params"].append(p)
-    return OPTIMIZERS[config.optim](
-        [*groups.values()],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
+    for group in groups.values():
+        group["lr"] = config.learning_rate
+    return OPTIMIZERS[config.optim]([*groups.values()], config)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -776,6 +915,8 @@ def load_to_train(config, source, steps, device, dtype):
     )
     for notice in attach_adapter(model, config):
         print(notice)
+    if config.neftune_noise_alpha:
+        add_embedding_noise(model, config.neftune_noise_alpha)
     trained, total = count_parameters(model)
     print(
         f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of "
@@ -918,7 +1059,7 @@ def read_config(cls, argv, embedded):
 def main(argv=None):
     config = read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft")
     with locked_folder(config.output_dir), copy_output(Path(config.output_dir)):
-        run(config, sft_loss)
+        run(config, dft_loss if config.loss_type == "dft" else sft_loss)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ def checkpoint_path(config, step):
 
 def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_weights):
     """checkpoint-000500/: the trained tensors in fp32, which write_weights(folder) writes, the
-    optimizer's, state.json, and manifest.json with every file's hash. Nothing is written where the
-    step is saved already, or with save_strategy no."""
+    optimizer's, state.json, and manifest.json with every file's hash. Returns its path; None, and
+    nothing is written, where the step is saved already, or with save_strategy no."""
     if state.saved == state.step or config.save_strategy == "no":
         return
     size = log.sync()
@@ -92,7 +92,8 @@ def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_wei
     path = checkpoint_path(config, state.step)
     with atomic_folder(path) as folder:
         write_weights(folder)
-        write_tensors(tensors, folder / "optimizer.safetensors")
+        if not config.save_only_model:
+            write_tensors(tensors, folder / "optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps(vars(state), indent=2))
         (folder / "manifest.json").write_text(json.dumps(hash_files(folder), indent=2))
     if config.save_total_limit:
@@ -102,6 +103,7 @@ def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_wei
         others = [path for path in paths if path not in kept]
         for old in others[: max(0, len(paths) - config.save_total_limit)]:
             shutil.rmtree(old)
+    return path
 
 
 @contextmanager
@@ -214,6 +216,8 @@ def resume(config, trained, parameters, optimizer, scaler, steps, origin):
     changed = differences(state.origin, origin)
     if changed:
         raise UserError(f"{path}: was trained with {changed}; take the old ones, {advice}")
+    if not (path / "optimizer.safetensors").exists():
+        raise UserError(f"{path}: save_only_model left out what a resume needs; take {advice}")
     scaler.load_state_dict(state.scaler)
     load_trained(path, trained)
     if hasattr(optimizer, "init_state"):  # bitsandbytes decides where a state lies, paged or not
@@ -265,6 +269,9 @@ FREE = {
     "num_samples",
     "max_new_tokens",
     "logging_steps",
+    "logging_first_step",
+    "logging_dir",
+    "run_name",
     "save_total_limit",
     "device",
     "micro_batch_tokens",

@@ -26,7 +26,7 @@ class UserError(Exception):
 
 def nearest(name, options) -> str:
     """' (nearest: X, Y)', the up to two options most similar to `name`; '' if none is similar."""
-    close = difflib.get_close_matches(str(name), map(str, options), n=2, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), map(str, options), n=2, cutoff=0.61)
     return f" (nearest: {', '.join(close)})" if close else ""
 
 

@@ -64,6 +64,9 @@ class HubConfig:
     )
     hub_commit_message: str = "Trained with plaintune"  # message of the commits
     hub_private_repo: bool | None = None  # of a new repository: private; none: the hub's default
+    hub_strategy: str = "end"  # push when the run ends, or what has trained at every_save too
+
+    CHOICES = {"hub_strategy": ("end", "every_save")}
 
 
 def make_client():
@@ -175,6 +178,15 @@ def create_repositories(config, run):
         api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
         api.preupload_lfs_files(name, [CommitOperationAdd("README.md", b"-")])  # a commit's start
     return names
+
+
+def push_checkpoint(config, checkpoint):
+    """Uploads the tensors of a checkpoint, and an adapter's config, in one commit."""
+    name, *_ = create_repositories(config, config.output_dir).values()
+    files = [*checkpoint.glob("*model.safetensors"), *checkpoint.glob("adapter_config.json")]
+    changes = [CommitOperationAdd(file.name, file) for file in files]
+    HfApi().create_commit(name, changes, commit_message=checkpoint.name)
+    print(f"pushed {checkpoint.name} to {name}", flush=True)
 
 
 def push(run, flags=HubConfig()):

@@ -116,11 +116,22 @@ def process_bytes(model, busy, logits, micro_batches):
     return {"process": process, "kernels and holes": kernels + holes}
 
 
+# states of a parameter's size; AdamW has 2
+STATES = {"sgd": 0, "lion": 1, "adagrad": 1, "rmsprop": 1}
+
+
 def optimizer_bytes(parameter, config):
-    """Bytes of AdamW's state; in 8 bit with two scales for 256 values, which bitsandbytes leaves
-    out below 4,096."""
-    n = parameter.numel()
-    return 2 * n + 8 * math.ceil(n / 256) if "8bit" in config.optim and n >= 4096 else 8 * n
+    """Bytes of an optimizer's state: fp32 values; in 8 bit with a scale for 256 of them, which
+    bitsandbytes leaves out below 4,096; Adafactor has a row and a column for a matrix."""
+    n, states = parameter.numel(), 2
+    for name, count in STATES.items():
+        if name in config.optim:
+            states = count
+    if config.optim == "adafactor":
+        return 4 * (sum(parameter.shape) if parameter.dim() > 1 else n)
+    if "8bit" in config.optim and n >= 4096:
+        return states * (n + 4 * math.ceil(n / 256))
+    return 4 * states * n
 
 
 def by_module(model):

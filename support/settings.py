@@ -6,9 +6,11 @@ here: names of other tools, sections (`lora: {r: 8}`, `--lora.r 8`), files, all 
 
 import argparse
 import json
+import os
 import re
 import sys
 import types
+from collections import defaultdict
 from dataclasses import MISSING, fields
 from importlib.metadata import version
 from inspect import formatannotation, getsource
@@ -19,37 +21,7 @@ import yaml
 from support import VERSION
 from support.errors import UserError, as_user_error, brief, nearest
 from support.files import regular_file
-
-# names in TRL, PEFT, LLaMA-Factory, Axolotl and plain scripts
-NAMES = {
-    "model": "model_name_or_path model_name model_id base_model",
-    "data": "dataset dataset_name train_file data_path",
-    "eval_data": "eval_dataset eval_file validation_file",
-    "val_size": "val_set_size test_size",
-    "dtype": "torch_dtype",
-    "max_length": "cutoff_len max_seq_length max_seq_len sequence_len",
-    "lora_r": "lora_rank r rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "lora_target_modules lora_target",
-    "modules_to_save": "lora_modules_to_save additional_target",
-    "num_train_epochs": "num_epochs epochs",
-    "per_device_train_batch_size": "micro_batch_size train_batch_size batch_size",
-    "learning_rate": "lr",
-    "lr_scheduler_type": "lr_scheduler scheduler",
-    "optim": "optimizer",
-    "max_grad_norm": "gradient_clipping",
-    "eval_strategy": "evaluation_strategy",
-    "resume": "resume_from_checkpoint",
-    "attn_implementation": "flash_attn",
-    "bnb_4bit_quant_type": "quant_type",
-    "bnb_4bit_use_double_quant": "double_quantization use_double_quant",
-    "bnb_4bit_compute_dtype": "compute_dtype",
-    "beta": "pref_beta",
-    "loss_type": "pref_loss",
-    "adapter": "adapter_name_or_path",
-}
-ALIASES = {alias: name for name, aliases in NAMES.items() for alias in aliases.split()}
+from support.names import ALIASES, FOREIGN, translate
 
 BOOLS = yaml.SafeLoader.bool_values | {"1": True, "0": False}
 NAME_LIST = r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+"  # a,b as one word; no path, which keeps its comma
@@ -71,6 +43,8 @@ class PlainLoader(yaml.SafeLoader):
 
 for tag in ("bool", "int", "float", "timestamp"):
     PlainLoader.add_constructor(f"tag:yaml.org,2002:{tag}", plain_value)
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+$", re.IGNORECASE)  # 1e-5 has no dot to YAML 1.1
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, [*"-+0123456789"])
 
 
 def type_of(kind):
@@ -142,12 +116,14 @@ def check_range(config, least, *keys, most=2**53):
 
 
 def find_name(key, names):
-    """The one of `names` that a key in its sections means: `lora.r` is lora_r, else r; or None."""
+    """The one of `names`, or of other tools' names, that a key in its sections means: `lora.r` is
+    lora_r, else r; or None."""
     sections = key.replace("-", "_").split(".")
     for start in range(len(sections)):
         name = "_".join(sections[start:])
-        name = name if name in names else ALIASES.get(name)
-        if name in names:
+        if name not in names:
+            name = ALIASES.get(name, name)
+        if name in names or name in FOREIGN:
             return name
 
 
@@ -208,33 +184,31 @@ def make_parser(cls, description, command=""):
             help=note.replace("%", "%%"),
             **options.get(kind, {}),
         )
+    for name in FOREIGN - {field.name for field in fields(cls)}:
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, nargs="*")
     return parser
 
 
-def read_settings(path, kinds, problems):
-    """{field: (where, value)} of a YAML or JSON file, flat or in sections; kinds: {field: type}.
+def read_settings(path, kinds):
+    """[(key in its sections, 'file:line: ', value)] of a YAML or JSON file; kinds: {field: type}.
 
-    Appends unknown and repeated keys to `problems`. UserError: a file that cannot be read.
+    UserError: a file that cannot be read.
     """
-    settings = {}
+    entries = []
 
-    def enter(node, section):
-        """A mapping is a section unless it is the value of a dict field."""
+    def walk(node, section):
+        """A mapping is a section unless it is the value of a dict field, or of another tool's."""
         for key_node, value in node.value:
             key = f"{section}{key_node.value}"
-            name, where = find_name(key, kinds), f"{path}:{key_node.start_mark.line + 1}"
-            is_dict = name and type_of(kinds[name])[0] is dict
+            name = find_name(key, kinds)
+            is_dict = name and (name not in kinds or type_of(kinds[name])[0] is dict)
             if isinstance(value, yaml.MappingNode) and not is_dict:
-                enter(value, f"{key}.")
-            elif name is None:
-                problems.append(f"{where}: unknown key {key!r}{nearest(key, kinds)}")
-            elif name in settings:
-                problems.append(f"{where}: {name} is given twice, the second time as {key!r}")
+                walk(value, f"{key}.")
             else:
                 setting = loader.construct_object(value, deep=True)
                 if isinstance(setting, (bool, int, float)):
                     setting = value.value  # as it is written: a folder may be named 1.10
-                settings[name] = f"{where}: {name}", setting
+                entries.append((key, f"{path}:{key_node.start_mark.line + 1}: ", setting))
 
     unreadable = OSError, ValueError, RecursionError, yaml.YAMLError
     with as_user_error(f"--config {path}: cannot be read", *unreadable):
@@ -249,8 +223,39 @@ def read_settings(path, kinds, problems):
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}: holds no settings of the form `key: value`")
-        enter(root, "")
+        walk(root, "")
+    return entries
+
+
+def translate_entries(entries, kinds, notices, problems):
+    """{field: (where, value)} of (key, where, value); see support/names.py.
+
+    Appends to `problems` what is unknown, refused or given twice, to `notices` as `translate` does.
+    """
+    settings = {}
+    for key, where, value in entries:
+        name = find_name(key, kinds)
+        try:
+            meanings = translate(name or key, value, notices)
+        except UserError as error:
+            problems.append(f"{where.removesuffix('--')}{error}")
+            continue
+        for name, value in meanings.items():
+            unset = value is None and type_of(kinds.get(name))[0] in (str, list, dict)
+            if name.startswith("$"):
+                os.environ.setdefault(name[1:], value)
+            elif name not in kinds:
+                problems.append(f"{where}unknown key {name!r}{nearest(name, kinds)}")
+            elif settings.get(name, (0, value))[1] != value:
+                problems.append(f"{where}{name} is given twice, the second time as {key!r}")
+            elif not unset:
+                settings[name] = f"{where}{name}", value
     return settings
+
+
+def describe(notices):
+    """{reason: names} as lines."""
+    return (f"{', '.join(names)}: {reason}" for reason, names in notices.items())
 
 
 def parse_config(cls, argv=None, description="", command=""):
@@ -260,7 +265,7 @@ def parse_config(cls, argv=None, description="", command=""):
     another type, fields without a value.
     """
     kinds = {field.name: field.type for field in fields(cls)}
-    values, problems = {}, []
+    values, notices, problems = {}, defaultdict(list), []
 
     def rename(flag):
         return f"--{find_name(flag[1], kinds) or flag[1]}"
@@ -272,11 +277,13 @@ def parse_config(cls, argv=None, description="", command=""):
     flags = vars(flags)
     for word in unknown:
         if word.startswith("--") or not problems:  # else it may be an unknown flag's value
-            problems.append(f"unknown argument {word}{nearest(word, kinds)}")
+            name = word.lstrip("-").partition("=")[0]
+            problems.append(f"unknown argument {word}{nearest(name, kinds)}")
+    sources = [read_settings(path, kinds) for path in flags.pop("config")]
+    sources.append([(name, "--", value or "true") for name, value in flags.items()])
     settings = {}
-    for path in flags.pop("config"):
-        settings |= read_settings(path, kinds, problems)
-    settings |= {name: (f"--{name}", value) for name, value in flags.items()}
+    for entries in sources:
+        settings |= translate_entries(entries, kinds, notices, problems)
     for name, (where, value) in settings.items():
         try:
             values[name] = convert(value, kinds[name])
@@ -288,6 +295,8 @@ def parse_config(cls, argv=None, description="", command=""):
             problems.append(f"--{field.name} is needed")
     if problems:
         raise UserError(f"{'; '.join(problems)}; --help explains every flag")
+    for line in describe(notices):
+        print(line, file=sys.stderr)
     return cls(**values)
 
 

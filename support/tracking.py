@@ -233,7 +233,7 @@ def start_trackers(config, step):
     for name in find_trackers(config):
         with as_user_error(f"report_to: {name} does not start; set it up, or omit it", Exception):
             if name == "tensorboard":
-                trackers[name] = tensorboard(folder / "runs", step)
+                trackers[name] = tensorboard(config.logging_dir or folder / "runs", step)
             else:
                 trackers[name] = dashboard(name, config)
     if "IPython" in sys.modules:
@@ -267,11 +267,11 @@ def dashboard(library, config):
     """wandb or trackio; a resumed run continues there under its name."""
     folder = Path(config.output_dir).resolve()
     began = read_json(folder / "config.json")["began"][:19]
-    name = re.sub(r"\W+", "-", f"{folder.name}-{began}")
-    options = {"id": name, "dir": folder} if library == "wandb" else {}
+    key = re.sub(r"\W+", "-", f"{folder.name}-{began}")
+    options = {"id": key, "dir": folder} if library == "wandb" else {}
     run = import_module(library).init(
         project=os.environ.get(f"{library.upper()}_PROJECT", "plaintune"),
-        name=name,
+        name=config.run_name or key,
         resume="allow",
         config=asdict(config),
         **options,

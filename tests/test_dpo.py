@@ -226,6 +226,47 @@ def test_losses_rewards_and_gradients_are_trls(kind, trained):
             assert metrics[name] == pytest.approx(theirs[1][name], rel=1e-5, abs=2e-5), name
 
 
+VARIANTS = {
+    "js_divergence": dict(f_divergence_type="js_divergence"),
+    "forward_kl": dict(f_divergence_type="forward_kl", loss_type=["ipo"], beta=0.3),
+    "alpha_divergence": dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3),
+    "alpha_1": dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0),
+    "js_norm": dict(f_divergence_type="js_divergence", loss_type=["sigmoid_norm", "hinge"]),
+    "ld_alpha": dict(ld_alpha=0.4, loss_type=["sigmoid", "bco_pair"]),
+    "wpo": dict(use_weighting=True, loss_type=["sigmoid", "ipo"]),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_divergences_and_weights_are_trls(variant, trained, base, rows, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    model, examples, trainer = trained
+    settings = config(**VARIANTS[variant])
+    if settings.use_weighting:  # it sets up more outputs
+        twin = peft_twin(base, model)
+        weighted = trl_trainer(DPOTrainer, DPOConfig, base, rows, twin, tmp_path, use_weighting=True)
+        with torch.no_grad():  # its reference is a copy of what it starts from
+            theirs = dict(trainer.model.named_parameters())
+            for name, p in weighted.model.named_parameters():
+                p.copy_(theirs[name])
+        trainer = weighted
+    before = {name: getattr(trainer, name) for name in ("ld_alpha", "f_divergence_type")}
+    names = "beta label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef loss_weights"
+    for name in names.split():
+        setattr(trainer, name, getattr(settings, name))
+    trainer.loss_types = settings.loss_type
+    loss, metrics, found = gradient(model, examples, settings)
+    theirs = trl_gradient(trainer, WHOLE)
+    vars(trainer).update(before)
+    assert loss == pytest.approx(theirs[0], rel=1e-5, abs=1e-5)
+    close(found, theirs[2])
+    for name in ("rewards/chosen", "rewards/margins", "logps/rejected"):
+        assert metrics[name] == pytest.approx(theirs[1][name], rel=1e-5, abs=2e-5), name
+    plain = gradient(model, examples, config(loss_type=settings.loss_type, beta=settings.beta))
+    assert variant == "alpha_1" or abs(plain[0] - loss) > 1e-3
+
+
 def test_every_loss_type_of_trl_is_here():
     from trl import DPOConfig
 

@@ -140,7 +140,7 @@ def test_a_recipe(change):
 @pytest.mark.parametrize("change", ["schedule"], indirect=True)
 def test_a_schedule(change, base, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"row {n}"} for n in range(8)])
-    more = {"lr_scheduler_type": "polynomial", "learning_rate": 1e-3, "warmup_ratio": 0}
+    more = {"lr_scheduler_type": "quadratic", "learning_rate": 1e-3, "warmup_ratio": 0}
     sft.main(flags(base, rows, tmp_path / "run", **more))
     lines = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     rates = [line["learning_rate"] for line in lines if "learning_rate" in line]

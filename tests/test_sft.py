@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,6 +28,7 @@ from model import Segment, load_model
 from support import checkpoints, planner, tracking
 from support.card import write_card
 from support.errors import UserError, run_command
+from support.files import write_tensors
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -156,17 +158,38 @@ def test_max_steps_goes_on_into_the_next_epoch():
     assert len(plan) == 7 and [len(plan[i]) for i in range(7)] == [4, 4, 2, 4, 4, 2, 4]
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "constant_with_warmup"])
 @pytest.mark.parametrize(
     "warmup", [dict(warmup_ratio=0.1), dict(warmup_steps=7), dict(warmup_ratio=0.0)]
 )
-def test_schedules_are_those_of_transformers(name, warmup):
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("cosine", {}),
+        ("cosine", {"num_cycles": 0.8}),
+        ("linear", {}),
+        ("constant", {}),
+        ("constant_with_warmup", {}),
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("cosine_with_min_lr", {"min_lr": 2e-5}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 0.4}),
+        ("polynomial", {}),
+        ("polynomial", {"lr_end": 1e-5, "power": 2.0}),
+        ("inverse_sqrt", {}),
+        ("inverse_sqrt", {"timescale": 20}),
+        ("warmup_stable_decay", {"num_decay_steps": 15}),
+        ("warmup_stable_decay", {"num_decay_steps": 9, "decay_type": "1-sqrt", "min_lr_ratio": 0.1}),
+        ("warmup_stable_decay", {"num_decay_steps": 9, "decay_type": "linear", "num_stable_steps": 4}),
+    ],
+)
+def test_schedules_are_those_of_transformers(name, options, warmup):
     from transformers import get_scheduler
 
-    settings = config(lr_scheduler_type=name, learning_rate=3e-4, **warmup)
+    settings = config(
+        lr_scheduler_type=name, lr_scheduler_kwargs=options, learning_rate=3e-4, **warmup
+    )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     steps = warmup.get("warmup_steps", math.ceil(50 * warmup.get("warmup_ratio", 0)))
-    reference = get_scheduler(name, optimizer, num_warmup_steps=steps, num_training_steps=50)
+    reference = get_scheduler(name, optimizer, steps, 50, scheduler_specific_kwargs=options)
     for step in range(50):
         assert sft.learning_rate(step, 50, settings) == pytest.approx(
             optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-15
@@ -251,8 +274,10 @@ def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
         dict(lora_r=0, learning_rate=1e-3),
         dict(modules_to_save="norm", use_rslora=True),
         dict(gradient_checkpointing=True),
+        dict(optim="adafactor", neftune_noise_alpha=5, modules_to_save="norm"),
+        dict(optim="lion_8bit", lora_r=64, loss_type="dft", lr_scheduler_type="polynomial"),
     ],
-    ids=["lora", "full", "norms", "checkpointing"],
+    ids=str,
 )
 def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
     """8 steps, against 8 steps of which the last 5 were done again from the checkpoint in
@@ -279,6 +304,52 @@ def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
     assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(
         tmp_path / "halves" / "log.jsonl"
     )
+
+
+@pytest.mark.parametrize("optim", sft.OPTIMIZERS)
+def test_every_optimizer_resumes_bit_for_bit(optim, tmp_path):
+    """5 steps, against 3 whose states went through a checkpoint, then 2: a matrix, a vector."""
+    generator, runs = torch.Generator().manual_seed(0), []
+    start = {
+        "m": torch.randn(90, 70, generator=generator),
+        "v": torch.randn(7, generator=generator),
+    }
+    gradients = [
+        {n: torch.randn(p.shape, generator=generator) for n, p in start.items()} for _ in range(5)
+    ]
+    settings = config(optim=optim, output_dir=str(tmp_path))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    plan = sft.Plan(fake_examples(8), settings)
+
+    def begin(values):
+        parameters = {n: torch.nn.Parameter(p.clone()) for n, p in values.items()}
+        return parameters, sft.make_optimizer(parameters, settings)
+
+    def advance(parameters, optimizer, gradients):
+        for values in gradients:
+            for n, p in parameters.items():
+                p.grad = values[n].clone()
+            optimizer.step()
+
+    for stop in (5, 3):
+        parameters, optimizer = begin(start)
+        advance(parameters, optimizer, gradients[:stop])
+        if stop == 3:
+            state = checkpoints.RunState(plan.fingerprint, {}, step=3)
+            log = type("Log", (), {"sync": lambda self: 0})()
+            write = partial(save_parameters, parameters)
+            sft.save_checkpoint(state, parameters, optimizer, scaler, log, settings, write)
+            parameters, optimizer = begin(start)
+            resumed = sft.resume(settings, parameters, parameters, optimizer, scaler, plan, {})
+            assert resumed.step == 3
+            advance(parameters, optimizer, gradients[3:])
+        runs.append(parameters)
+    for name, p in start.items():
+        assert torch.equal(runs[0][name], runs[1][name]) and not torch.equal(runs[0][name], p)
+
+
+def save_parameters(parameters, folder):
+    write_tensors({n: p.detach() for n, p in parameters.items()}, folder / "model.safetensors")
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(base, rows, tmp_path):
@@ -1220,7 +1291,42 @@ def test_the_meter_counts_what_is_saved_for_backward():
         assert meter.live.total() == 0
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("name, options, message", [
+    ("cosine", {"min_lr": 1e-5}, "lr_scheduler_kwargs: .*unexpected keyword argument 'min_lr'"),
+    ("warmup_stable_decay", {}, "lr_scheduler_kwargs: .*missing .*num_decay_steps"),
+    ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "x"}, "lr_scheduler_kwargs: 'x'"),
+])  # fmt: skip
+def test_a_schedule_takes_its_own_options_alone(name, options, message):
+    with pytest.raises(UserError, match=message):
+        config(lr_scheduler_type=name, lr_scheduler_kwargs=options)
+
+
+def test_adafactor_is_transformers():
+    """10 steps with weight decay and a vector, at a changing learning rate."""
+    from transformers import Adafactor
+
+    generator, runs = torch.Generator().manual_seed(0), []
+    start = [torch.randn(shape, generator=generator) / 2 for shape in ((30, 20), (9,))]
+    gradients = [[torch.randn(p.shape, generator=generator) for p in start] for _ in range(10)]
+    for ours in (True, False):
+        parameters = [torch.nn.Parameter(p.clone()) for p in start]
+        if ours:
+            names = {f"p{n}": p for n, p in enumerate(parameters)}
+            optimizer = sft.make_optimizer(names, config(optim="adafactor", weight_decay=0.1))
+        else:
+            options = {"scale_parameter": False, "relative_step": False, "weight_decay": 0.1}
+            optimizer = Adafactor(parameters, lr=1e-3, **options)
+        for step, values in enumerate(gradients):
+            optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
+            for p, gradient in zip(parameters, values):
+                p.grad = gradient.clone()
+            optimizer.step()
+        runs.append(parameters)
+    for ours, theirs, before in zip(*runs, start):
+        assert (ours - theirs).abs().max() < 1e-6 < 1e-3 < (ours - before).abs().max()
+
+
+@pytest.mark.parametrize("optim", sft.OPTIMIZERS)
 def test_optimizer_bytes_are_those_of_its_state(optim):
     shapes = [(5,), (63, 64), (64, 64), (65, 66), (300, 1000)]
     parameters = {
@@ -1960,6 +2066,29 @@ def test_a_run_is_pushed_and_its_push_taken_up_again(
     }
     assert "pushed merged/ to me/mine-merged" in capsys.readouterr().out
     assert not [p for p in run.rglob("*") if p.is_file() and hub.token.encode() in p.read_bytes()]
+
+
+def test_every_save_is_pushed_and_one_that_fails_is_told(base, rows, tmp_path, hub, capsys):
+    """Also: the first step's line, TensorBoard's folder, checkpoints without optimizer states,
+    which can't be resumed from, and one at each new best."""
+    run = tmp_path / "run"
+    settings = dict(push_to_hub="true", hub_model_id="me/mine", hub_strategy="every_save")
+    settings |= dict(save_only_model="true", save_strategy="best", eval_data=rows, eval_steps=3)
+    settings |= dict(eval_strategy="steps", logging_first_step="true", logging_steps=4)
+    settings |= dict(logging_dir=tmp_path / "logs", report_to="tensorboard", learning_rate=1e-3)
+    hub.faults.append(503)
+    sft.main(flags(base, rows, run, **settings))
+    assert hub.commits == [("me/mine", f"checkpoint-{n:06d}") for n in (6, 8)] + [
+        ("me/mine", "Trained with plaintune")
+    ]
+    assert "checkpoint-000003 is not pushed" in capsys.readouterr().err
+    assert hub.files == {"me/mine": files_of(run / "adapter")}
+    lines = tracking.read_log(run / "log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 4, 8]
+    assert list((tmp_path / "logs").iterdir()) and not (run / "runs").exists()
+    (run / "log.jsonl").write_text("")
+    with pytest.raises(UserError, match="save_only_model left out what a resume needs"):
+        sft.main(flags(base, rows, run, **settings))
 
 
 def test_a_hub_that_refuses_is_told_before_anything_is_loaded(tmp_path, hub, monkeypatch, capsys):
