@@ -133,7 +133,9 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     assistant_only_loss: bool = True  # score the assistant's turns; false: the whole conversation
     loss_type: str = "nll"  # nll, or dft: a token's loss times its probability (no gradient there)
     reasoning: str = "last"  # thoughts: as the template has them, every_turn's, or unscored
-    eval_answers: int = 64  # evaluation rows answered and graded before and after training
+    eval_answers: int = (
+        64  # evaluation rows answered before and after training; short runs: fewer
+    )
     num_samples: int = 3  # of those, how many are shown
     max_new_tokens: int = 128  # longest generated answer
 
@@ -296,7 +298,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     began, clock = time.perf_counter(), clock or Clock(model.device)
     state, parameters, optimizer, scaler, log, save = set_up(model, steps, config, clock)
     if evaluate and config.eval_strategy != "no" and state.step == 0:
-        metrics = evaluate()
+        with keep_freed_memory():
+            metrics = evaluate()
         update_best({}, metrics, 0, config)  # refuses an unknown metric_for_best_model now
         log.write({"step": 0, "epoch": 0.0, **metrics})
     model.train()
@@ -833,11 +836,14 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     forced = map(partial(ask_choice, tokenizer), eval_examples, choices)
     forced = [question for question in forced if question]
 
+    asked = count_questions(steps, eval_examples, config)
+
     def ask():
         clock.enter("answers")
         model.eval()
-        rows = eval_examples[: config.eval_answers], choices[: config.eval_answers]
-        return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
+        rows = eval_examples[:asked], choices[:asked]
+        with keep_freed_memory():
+            return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
 
     def evaluate():
         losses = evaluate_loss(model, eval_examples, loss_fn, config, count)
@@ -854,6 +860,21 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     write_results(config, log, ledger, results, figures)
     if config.push_to_hub:
         push(folder, config)
+
+
+def count_questions(steps, eval_examples, config):
+    """How many evaluation rows are answered: as many as generate, before and after, no more tokens
+    than the run trains on. Counted, not timed, so that a resumed run asks the same; a generated
+    token takes about as long as a trained one."""
+    asked = min(config.eval_answers, len(eval_examples))
+    trained = sum(map(count_tokens, steps[0])) * len(steps)
+    affordable = max(config.num_samples, trained // (2 * config.max_new_tokens))
+    if affordable < asked:
+        print(
+            f"asking {affordable} of {asked} evaluation questions: to ask more would take longer "
+            f"than the run, of about {trained:,} tokens"
+        )
+    return min(asked, affordable)
 
 
 def write_results(config, log, ledger, results, figures):

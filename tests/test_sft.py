@@ -116,6 +116,26 @@ def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+# --- the questions before and after ---------------------------------------------------------------
+
+
+def test_questions_take_no_longer_than_the_run(capsys):
+    """Before and after together they generate at most the tokens that are trained, but those that
+    are shown are always asked; a long run asks all. Nothing of it depends on a clock."""
+    rows = fake_examples(100)
+    for steps, asked in ((1, 3), (40, 7), (4000, 64)):
+        settings = config(max_steps=steps, max_new_tokens=128)
+        plan = sft.Plan(rows, settings)
+        assert sft.count_questions(plan, rows, settings) == asked
+        assert (f"asking {asked} of 64" in capsys.readouterr().out) == (asked < 64)
+        trained = sum(sft.count_tokens(example) for n in range(steps) for example in plan[n])
+        assert asked == 3 or 2 * 128 * asked <= trained * 1.1
+    for answers in (0, 2):
+        settings = config(max_steps=1, eval_answers=answers)
+        assert sft.count_questions(sft.Plan(rows, settings), rows, settings) == answers
+    assert "asking" not in capsys.readouterr().out
+
+
 # --- the plan -------------------------------------------------------------------------------------
 
 
