@@ -32,6 +32,7 @@ from datetime import datetime
 from functools import cached_property
 from inspect import getfile, signature
 from pathlib import Path
+from typing import ClassVar
 
 import jinja2.ext
 import numpy as np
@@ -860,7 +861,7 @@ class RecipeConfig:
         metadata={"note": ": " + re.sub("row(, rng)?(, )?", "", CALLS)},
     )
 
-    CHOICES = {"recipe": ("", *RECIPES)}
+    CHOICES: ClassVar[dict] = {"recipe": ("", *RECIPES)}
 
 
 # --- pieces to ids and labels ---------------------------------------------------------------------
@@ -1364,7 +1365,7 @@ class DataConfig(RecipeConfig):
     max_new_tokens: int = 256  # pairs: the longest of those answers
     temperature: float = 0.8  # pairs: at which they are sampled
 
-    CHOICES = {"by": ("tokens", "characters"), "reasoning": REASONING}
+    CHOICES: ClassVar[dict] = {"by": ("tokens", "characters"), "reasoning": REASONING}
 
     def __post_init__(self):
         check_choices(self)

@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -98,8 +98,8 @@ class Pairs(NamedTuple):
         )
 
 
-# f' of the divergence that keeps the policy near the reference, of log r = log(π/π_ref): Wang et al.
-# 2023, arXiv:2309.16240, table 1
+# f' of the divergence that keeps the policy near the reference, of log r = log(π/π_ref): Wang et
+# al. 2023, arXiv:2309.16240, table 1
 
 
 def reverse_kl(config, log_ratio):
@@ -310,7 +310,7 @@ class DPOConfig(SFTConfig):
     ref_cache: str = "output/reference"  # folder of cached reference log-probs
     disable_dropout: bool = True  # train without the adapter's dropout
 
-    CHOICES = {"loss_type": LOSSES, "f_divergence_type": DIVERGENCES}
+    CHOICES: ClassVar[dict] = {"loss_type": LOSSES, "f_divergence_type": DIVERGENCES}
 
     def __post_init__(self):
         if not self.data:

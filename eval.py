@@ -31,7 +31,7 @@ from dataclasses import astuple, dataclass, field, fields, replace
 from functools import partial
 from itertools import combinations, groupby, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -888,7 +888,10 @@ class LoadConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # auto: varlen where it runs, else sdpa
 
-    CHOICES = {"dtype": ("auto", *DTYPES), "attn_implementation": ("auto", "flash", *ATTENTION)}
+    CHOICES: ClassVar[dict] = {
+        "dtype": ("auto", *DTYPES),
+        "attn_implementation": ("auto", "flash", *ATTENTION),
+    }
 
 
 @dataclass
@@ -907,7 +910,7 @@ class EvalConfig(LoadConfig, RecipeConfig):
     batch_size: int = 32  # answers generated at a time
     output_dir: str = "output/eval"  # results.json, samples, report.md and figures
 
-    CHOICES = {"tasks": TASKS}
+    CHOICES: ClassVar[dict] = {"tasks": TASKS}
 
     def __post_init__(self):
         check_choices(self)

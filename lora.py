@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import Protocol, get_origin, get_type_hints, runtime_checkable
+from typing import ClassVar, Protocol, get_origin, get_type_hints, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,7 @@ class LoRAConfig:
     use_dora: bool = False  # train the length of each weight row apart from its direction
     init_lora_weights: str = "true"  # true, gaussian, pissa, pissa_niter_N (faster SVD), loftq
 
-    CHOICES = {"bias": BIASES}
+    CHOICES: ClassVar[dict] = {"bias": BIASES}
 
 
 # --- the layers -----------------------------------------------------------------------------------
@@ -515,7 +515,8 @@ IGNORED = set(
     "megatron_core peft_version qalora_group_size revision runtime_config "
     "trainable_token_indices".split()  # read by open_adapter
 )
-SUPPORTED = {  # the values of other keys that are computed here, the usual one first
+# the values of other keys that are computed here, the usual one first
+SUPPORTED: dict[str, list] = {
     "peft_type": ["LORA"],
     "task_type": ["CAUSAL_LM", None],
     "layers_pattern": ["layers", ["layers"], [], "", None],
@@ -642,7 +643,7 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     for key, value in raw.items():
         if value is None or key in IGNORED | SUPPORTED.keys():
             continue
-        name = PEFT_FIELDS.get(key)
+        name = PEFT_FIELDS.get(key, "")
         converted = from_json(value, types[name]) if name else None
         if converted is not None:
             setattr(config, name, converted)

@@ -18,6 +18,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class QuantConfig:
     bnb_4bit_use_double_quant: bool = True  # quantise the scales too: 0.37 bit less a weight
     bnb_4bit_compute_dtype: str | None = None  # of the products; none: the model's dtype
 
-    CHOICES = {
+    CHOICES: ClassVar[dict] = {
         "bnb_4bit_quant_type": ("nf4", "fp4"),
         "bnb_4bit_compute_dtype": (None, *DTYPES),
     }

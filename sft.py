@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -131,7 +131,9 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
     completion_only_loss: bool | None = None  # true: score the last turn only; false: prompts too
     assistant_only_loss: bool = True  # score the assistant's turns; false: the whole conversation
-    loss_type: str = "nll"  # nll, or dft: a token's loss times its probability (no gradient there)
+    loss_type: str = (
+        "nll"  # nll, or dft: a token's loss times its probability (no gradient there)
+    )
     reasoning: str = "last"  # thoughts: as the template has them, every_turn's, or unscored
     eval_answers: int = (
         64  # evaluation rows answered before and after training; short runs: fewer
@@ -195,7 +197,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     push_to_hub: bool = False  # upload adapter/ and merged/ at the end, see hub_model_id
 
     STRATEGIES = ("no", "steps", "epoch")
-    CHOICES = {
+    CHOICES: ClassVar[dict] = {
         "reasoning": REASONING,
         "loss_type": ("nll", "dft"),
         "dtype": ("auto", *DTYPES),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -66,7 +67,7 @@ class HubConfig:
     hub_private_repo: bool | None = None  # of a new repository: private; none: the hub's default
     hub_strategy: str = "end"  # push when the run ends, or what has trained at every_save too
 
-    CHOICES = {"hub_strategy": ("end", "every_save")}
+    CHOICES: ClassVar[dict] = {"hub_strategy": ("end", "every_save")}
 
 
 def make_client():

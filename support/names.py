@@ -1,4 +1,4 @@
-"""What names of transformers, TRL, PEFT, bitsandbytes, LLaMA-Factory, Axolotl and plain scripts mean.
+"""What names of transformers, TRL, PEFT, bitsandbytes, LLaMA-Factory, Axolotl and scripts mean.
 
 A name is a synonym of a setting, has values that mean another setting, needs nothing here, or is
 refused with the way out. tests/test_names.py holds the libraries' own dataclasses against this.
@@ -48,7 +48,7 @@ hub_model_id: push_to_hub_model_id
 report_to: log_with
 run_name: wandb_name
 """
-ALIASES = {}
+ALIASES: dict[str, str] = {}
 for line in SYNONYMS.strip().splitlines():
     name, others = line.split(": ")
     ALIASES |= dict.fromkeys(others.split(), name)
@@ -96,8 +96,8 @@ for line in TRANSLATIONS.strip().splitlines():
     for name in others.split("|"):
         MEANINGS[name].append((values.split("|"), *right.replace("=", name).split(maxsplit=1)))
 
-# {why nothing needs to be set here: names}. A name may have a value that goes without saying, beside
-# those in OFF; any other is answered with the reason
+# {why nothing needs to be set here: names}. A name may have a value that goes without saying,
+# beside those in OFF; any other is answered with the reason
 ANSWERS = {
     "rows are packed without padding, and a token sees its own row alone": """
         packing packing_strategy=bfd eval_packing padding_free pad_to_multiple_of group_by_length
@@ -175,8 +175,6 @@ REFUSALS = {
         finetuning_type bf16 fp16 use_peft""",
 }
 OFF = {"", "none", "null", "false", "no", "0", "0.0", "[]", "{}", "auto"}
-
-
 
 
 def usual_values(table):
