@@ -68,7 +68,7 @@ from model import (
 )
 from qlora import QuantConfig, load_4bit
 from support import report
-from support.errors import UserError, as_user_error, brief, run_command
+from support.errors import UserError, as_user_error, brief, run_command, sanitize
 from support.files import locked_folder, read_header, read_json, regular_file, write_text
 from support.hub import resolve
 from support.memory import keep_freed_memory
@@ -1066,9 +1066,135 @@ def evaluate(models, ask, config):
     return samples, failed
 
 
+# --- a conversation -------------------------------------------------------------------------------
+
+
+@dataclass
+class ChatConfig(LoadConfig, RecipeConfig):
+    # prompts
+    prompt: list[str] = field(default_factory=list)  # prompts; none, nor data: a conversation
+    data: list[str] = field(default_factory=list)  # files of prompts: lines of a .txt, or rows
+    system: str = ""  # system prompt
+    enable_thinking: bool | None = None  # a variable of Qwen3's template; none: as it has it
+    # sampling
+    max_new_tokens: int = 512  # longest answer
+    temperature: float = 0.0  # 0: the likeliest token
+    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # and from the fewest whose probability reaches p
+    seed: int = 42  # of what is drawn
+
+    def __post_init__(self):
+        check_choices(self)
+        check_range(self, 1, "max_new_tokens", most=2**20)
+        check_range(self, 0, "temperature", "top_k", "seed")
+        check_range(self, 1e-9, "top_p", most=1)
+
+
+def load_speakers(config):
+    """{name: (model, tokenizer, its LoRA layers)} of --model. Adapters of one base share it."""
+    speakers, cache = {}, {}
+    for name, path in (by_name(config.model, "model") or embedded_models()).items():
+        model, tokenizer, _ = load_evaluated(path, cache, config, keep=True)
+        speakers[name] = model, tokenizer, lora_layers(model)
+        print(f"{name}: {path} on {model.device}, {model.dtype}")
+        if not tokenizer.has_template:
+            print(f"{name}: no chat template, it continues your words as a text")
+            if config.system or config.enable_thinking is not None:
+                raise UserError(f"{name}: --system and --enable_thinking need a chat template")
+    return speakers
+
+
+def read_prompts(source, config):
+    """A file's prompts: the lines of a .txt, or conversations and texts of rows."""
+    if source.endswith(".txt"):
+        lines = read_text(Path(source)).splitlines()
+        return [as_turn("user", line) for line in lines if line.strip()]
+    prompts = []
+    for where, row in read_own(source, config):
+        with as_user_error(where, UserError):
+            row, _ = with_completion(row, True)
+            prompt, (answer, *_) = split_row(row, True)
+        if isinstance(answer, list) and answer[-1]["role"] == "assistant":
+            answer = answer[:-1]
+        prompts.append(prompt or answer)
+    return prompts
+
+
+def encode_prompt(tokenizer, prompt, config):
+    """A conversation by the chat template, a text as it is -> ids. Without a template the turns of
+    a conversation are one text."""
+    if isinstance(prompt, list) and tokenizer.has_template:
+        kwargs = {}
+        if config.enable_thinking is not None:
+            kwargs["enable_thinking"] = config.enable_thinking
+        if config.system and prompt[0]["role"] != "system":
+            prompt = as_turn("system", config.system) + prompt
+        return tokenizer.encode(tokenizer.render(prompt, True, **kwargs))
+    if isinstance(prompt, list):
+        prompt = "".join(m["content"] for m in prompt)
+    return tokenizer.head + tokenizer.encode(prompt)
+
+
+def answer(name, speaker, prompt, config):
+    """Prints a model's answer to a conversation or text, token by token, and returns it."""
+    model, tokenizer, layers = speaker
+    attach(model, layers)
+    ids, printed = encode_prompt(tokenizer, prompt, config), ""
+    room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise UserError(
+            f"{name}: no room for an answer after {len(ids):,} tokens; shorten the prompt"
+        )
+
+    def show(new):
+        nonlocal printed
+        # the token before decides about a space; at the end may be half a character
+        before = tokenizer.decode(ids[-1:])
+        text = tokenizer.decode(ids[-1:] + new).removeprefix(before).rstrip("\ufffd")
+        print(sanitize(text[len(printed) :]), end="", flush=True)
+        printed = text
+
+    print(f"[{name}] ", end="", flush=True)
+    sampling = config.temperature, config.top_k, config.top_p, tokenizer.end_ids, config.seed
+    (new,) = generate(model, [ids], min(config.max_new_tokens, room), *sampling, show)
+    show(new)
+    print()
+    return printed
+
+
+def converse(speakers, config):
+    """A conversation on the terminal; each model has its own history."""
+    print("/clear forgets the conversation, /exit leaves")
+    histories = dict.fromkeys(speakers, [])
+    with suppress(EOFError, KeyboardInterrupt):
+        while (line := input("> " if sys.stdin.isatty() else "")).strip() != "/exit":
+            if line.strip() == "/clear":
+                histories = dict.fromkeys(speakers, [])
+                continue
+            for name, speaker in speakers.items():
+                turns = histories[name] + as_turn("user", line)
+                text = answer(name, speaker, turns, config)
+                histories[name] = turns + as_turn("assistant", text)
+    print()
+
+
+def chat(config):
+    """Answers prompts, or talks on the terminal, with one model or several side by side."""
+    speakers = load_speakers(config)
+    prompts = [as_turn("user", text) for text in config.prompt]
+    for source in config.data:
+        prompts += read_prompts(source, config)
+    for prompt in prompts:
+        print(f"\n> {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
+        for name, speaker in speakers.items():
+            answer(name, speaker, prompt, config)
+    if not prompts:
+        converse(speakers, config)
+
+
 # --- the command ----------------------------------------------------------------------------------
 
-COMMANDS = {"pairs": (DataConfig, pairs)}
+COMMANDS = {"pairs": (DataConfig, pairs), "chat": (ChatConfig, chat)}
 
 
 def main(argv=None):

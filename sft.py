@@ -96,6 +96,7 @@ from support.planner import by_module, estimate_memory, fits, print_plan, print_
 from support.report import show_answers
 from support.settings import check_choices, check_range, parse_config
 from support.signals import stop_signals
+from support.targets import serving_notice
 from support.tracking import (
     TRACKERS,
     Clock,
@@ -1005,6 +1006,8 @@ def export_adapter(model, config, folder):
         files = companions(model.folder, config.adapter and find_adapter(config.adapter))
         for name in files.keys() - {"config.json"}:
             shutil.copyfile(files[name], partial_folder / name)
+    if notice := serving_notice(model.adapter):
+        print(f"{folder}: {notice}")
     file = folder / "adapter_model.safetensors"
     for name, tensor in tensors.items():
         if not torch.equal(read_tensor(file, name), tensor):

@@ -99,6 +99,15 @@ def unmatched_names(config, hits, paths, adapted, trainable, depth):
     return lines
 
 
+def serving_notice(config):
+    """A line for what vLLM refuses of an adapter, or scales wrongly (its lora/peft_helper.py)."""
+    keys = [key for key in ("modules_to_save", "use_dora", *PATTERNS) if getattr(config, key)]
+    keys += ["bias"] if config.bias != "none" else []
+    if keys:
+        return f"vLLM takes no adapter with {', '.join(keys)}: serve the merged model there"
+    return ""
+
+
 def resembling(name, options):
     """The nearest options, preferably those that contain the name's letters, or all of them."""
 

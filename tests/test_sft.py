@@ -1698,6 +1698,24 @@ def test_help_explains_every_flag(capsys):
     assert "peak learning rate (default: 0.0002)" in text
 
 
+@pytest.mark.parametrize(
+    "settings, refused",
+    [
+        ({}, ""),
+        ({"target_modules": "q_proj,input_layernorm"}, "modules_to_save"),
+        ({"use_dora": True, "rank_pattern": '{"q_proj": 2}'}, "use_dora, rank_pattern"),
+    ],
+    ids=["plain", "norms", "dora"],
+)
+def test_what_vllm_refuses_is_told_with_the_adapter(
+    settings, refused, base, rows, tmp_path, capsys
+):
+    sft.main(flags(base, rows, tmp_path / "run", max_steps=1, eval_strategy="no", **settings))
+    notice = f"{tmp_path / 'run' / 'adapter'}: vLLM takes no adapter with {refused}: serve the"
+    output = capsys.readouterr().out
+    assert (notice in output) == bool(refused) and (refused or "vLLM" not in output)
+
+
 # --- trackers and the log file --------------------------------------------------------------------
 
 
