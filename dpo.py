@@ -40,10 +40,27 @@ from tqdm import tqdm
 import sft
 from eval import EXAMPLES
 from lora import lora_layers
-from model import CHUNK, IGNORE, checkpoint_tensors, token_logps
+from model import CHUNK, IGNORE, Batch, checkpoint_tensors, token_logps
 from qlora import load_4bit
-from sft import SFTConfig, micro_batches, read_config, token_budget
+from sft import (
+    SFTConfig,
+    count_tokens,
+    parts_of,
+    read_config,
+    split_by_tokens,
+    token_budget,
+)
 from support.checkpoints import sample_weights
+from support.distributed import (
+    agree,
+    divide,
+    is_first,
+    join_ranks,
+    on_first,
+    rank,
+    size,
+    sum_tensors,
+)
 from support.errors import UserError, as_user_error, run_command
 from support.files import locked_folder, read_tensor, sync, write_tensors
 from support.settings import check_range
@@ -442,16 +459,25 @@ def content_hash(model, groups, budget):
 
 
 def score(model, groups, budget):
-    """Log-probs (S,) of the scored tokens of groups of examples, without dropout, on the CPU."""
-    logps = []
+    """Log-probs (S,) of the scored tokens of groups of examples, without dropout, on the CPU. The
+    micro-batches are divided among the ranks."""
+    batches = [batch for group in groups for batch in split_by_tokens(group, budget)]
+    ends = np.cumsum([sum(map(count_labels, batch)) for batch in batches])
+    logps = torch.zeros(ends[-1])
+    own = divide([sum(map(count_tokens, batch)) for batch in batches])[rank()]
     model.eval()
     # token_logps takes another path where the head trains, and rounds differently there
     with torch.set_grad_enabled(model.head_weight().requires_grad):
-        for group in tqdm(groups, "reference", disable=None, leave=False):
-            for batch in micro_batches(group, budget, model.device):
-                logps.append(model.logps(batch).detach().cpu())
+        for n in tqdm(own, "reference", disable=None, leave=False):
+            values = model.logps(Batch.pack(batches[n], model.device)).detach().cpu()
+            logps[ends[n] - len(values) : ends[n]] = values
     model.train()
-    return torch.cat(logps)
+    sum_tensors([logps])
+    return logps
+
+
+def count_labels(example):
+    return sum(int((segment.labels != IGNORE).sum()) for segment in example)
 
 
 def checksum(logps):
@@ -461,7 +487,7 @@ def checksum(logps):
 
 def read_reference(path):
     """The cached log-probs (S,); None where there are none, or not those written."""
-    with suppress(FileNotFoundError):
+    if path.exists():
         with suppress(OSError, SafetensorError, UserError):
             logps = read_tensor(path, "logps")
             if torch.equal(read_tensor(path, "sha256"), checksum(logps)):
@@ -469,29 +495,36 @@ def read_reference(path):
         print(f"reference: {path} is damaged and made anew")
 
 
+def write_reference(path, logps):
+    with warn_on_error("reference: not kept for the next run"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".partial")  # a kill's is replaced by the next run's
+        write_tensors({"logps": logps, "sha256": checksum(logps)}, unfinished)
+        sync(unfinished)
+        unfinished.replace(path)
+        print(f"reference: kept in {path}")
+
+
 def add_reference(model, steps, eval_examples, config):
     """Gives every segment of the plan and of the evaluation set, in place, the log-probs of its
     scored tokens under `model`: from the cache, or from one pass over the first epoch's batches."""
     budget = token_budget(config, model.device)
-    groups = [steps[step] for step in range(min(len(steps), steps.steps_per_epoch))]
+    first_epoch = range(min(len(steps), steps.steps_per_epoch))
+    groups = [part for step in first_epoch for part in parts_of(steps[step])]
     if eval_examples and config.eval_strategy != "no":
         groups.append(eval_examples)
-    path = Path(config.ref_cache) / f"{content_hash(model, groups, budget)}.safetensors"
+    name = on_first(content_hash, model, groups, budget)
+    path = Path(config.ref_cache) / f"{name}.safetensors"
     logps = read_reference(path)
-    if logps is not None:
+    if not agree(logps is None):
         print(f"reference: read from {path}")
     else:
         began = time.perf_counter()
         logps = score(model, groups, budget)
         seconds = time.perf_counter() - began
         print(f"reference: {len(logps):,} tokens scored in {seconds:.2f} s")
-        with warn_on_error("reference: not kept for the next run"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".partial")  # a kill's is replaced by the next run's
-            write_tensors({"logps": logps, "sha256": checksum(logps)}, unfinished)
-            sync(unfinished)
-            unfinished.replace(path)
-            print(f"reference: kept in {path}")
+        if is_first():
+            write_reference(path, logps)
     offset = 0
     for group in groups:
         for example in group:
@@ -546,13 +579,15 @@ def main(argv=None):
     ]
     if embedded and not Path("output/sft/adapter").exists():
         sft.main([])  # the embedded example continues the SFT example's adapter
-    with locked_folder(folder), copy_output(folder):
+    with join_ranks(config.device, locked_folder(folder), copy_output(folder)):
+        if size() > 1 and any(LOSSES[name].whole_step for name in config.loss_type):
+            raise UserError("loss_type: aot compares all pairs of a step; it runs in one process")
         loss_fn, hook = (
             partial(dpo_loss, config=config),
             partial(before_training, config=config),
         )
         sft.run(config, loss_fn, count_pairs, hook, preference=True)
-        if not config.dry_run:
+        if is_first() and not config.dry_run:
             print_rankings(folder / "log.jsonl")
 
 

@@ -14,13 +14,14 @@ tokenization and metrics.
 
     python eval.py                     # the embedded model, its SFT and its DPO
     python eval.py --model base=Qwen/Qwen3-0.6B --model sft=output/mine --tasks arc_challenge
-    python eval.py --model output/mine --data questions.jsonl
+    torchrun --nproc_per_node 4 eval.py --model output/mine --data questions.jsonl
     python eval.py pairs --model output/mine/merged --data ecqa.csv --recipe ecqa --output o.jsonl
 """
 
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -30,6 +31,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, field, fields, replace
 from functools import partial
 from itertools import combinations, groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -68,6 +70,7 @@ from model import (
 )
 from qlora import QuantConfig, load_4bit
 from support import report
+from support.distributed import every, gather_each, is_first, join_ranks, on_first, size
 from support.errors import UserError, as_user_error, brief, run_command, sanitize
 from support.files import locked_folder, read_header, read_json, regular_file, write_text
 from support.hub import resolve
@@ -155,9 +158,10 @@ def batch_items(items, budget):
 
 
 def score(model, items, budget=None):
-    """Items, lists of sequences (ids, start) -> yields (number of an item, its sequences' sums)."""
+    """Items, lists of sequences (ids, start) -> yields (number of an item, its sequences' sums) for
+    the batches of this rank."""
     budget = budget or (2048 if model.device.type == "cpu" else 16384)
-    for numbers in batch_items(items, budget):
+    for numbers in every(batch_items(items, budget)):
         sums = iter(sum_logps(model, [sequence for n in numbers for sequence in items[n]]))
         for n in numbers:
             yield n, [next(sums) for _ in items[n]]
@@ -453,11 +457,25 @@ def ask_answers(model, tokenizer, examples, choices):
 def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, batch_size=64):
     """Greedy answers to SFT examples, graded by `grade_answer`; arguments as in `ask_answers`."""
     questions = ask_answers(model, tokenizer, examples, choices)
-    prompts = [question.prompt for question in questions]
-    outputs = generate(
-        model, prompts, max_new_tokens, eos_ids=tokenizer.end_ids, batch_size=batch_size
-    )
-    return [question.shown | question.grade(ids) for question, ids in zip(questions, outputs)]
+    options = {"eos_ids": tokenizer.end_ids, "batch_size": batch_size}
+    answers = generate_own(model, questions, max_new_tokens, **options)
+    samples = gather_each(graded(questions, answers))
+    return [sample for _, sample in sorted(samples, key=itemgetter(0))]
+
+
+def generate_own(model, questions, max_new_tokens, **options):
+    """Yields (number of a question, new ids) for this rank's questions. Options: `generate_each`'s.
+    Other questions in its batches than in one process change the rounding, and nothing else."""
+    own = [*every(range(len(questions)))]
+    prompts = [questions[n].prompt for n in own]
+    for row, ids in generate_each(model, prompts, max_new_tokens, **options):
+        yield own[row], ids
+
+
+def graded(questions, answers):
+    """(number of a question, its sums or new ids) -> yields (number, the question's sample)."""
+    for n, answer in answers:
+        yield n, questions[n].shown | questions[n].grade(answer)
 
 
 def ask_choice(tokenizer, example, choices):
@@ -490,9 +508,8 @@ def choice_metrics(model, questions):
     """{'eval_accuracy', 'eval_f1', ...} of forced choices during training; {} without any."""
     training = model.training
     model.eval()
-    samples = []
-    for n, sums in score(model, [question.sequences for question in questions]):
-        samples.append(questions[n].shown | questions[n].grade(sums))
+    scores = score(model, [question.sequences for question in questions])
+    samples = [sample for _, sample in gather_each(graded(questions, scores))]
     model.train(training)
     means = summarise(samples)
     return {f"eval_{name}": means[name] for name in report.metrics_of(means)}
@@ -631,7 +648,8 @@ def question_key(question, identity, config):
 
 
 def read_samples(file, keys):
-    """{number: sample} of the whole lines of a samples file whose key is the question's."""
+    """[(number, sample), ...] of the whole lines of a samples file whose key is the question's. The
+    others are taken out of it."""
     samples = {}
     if file.exists():
         text = regular_file(file).read_text(encoding="utf-8", errors="replace")
@@ -641,7 +659,8 @@ def read_samples(file, keys):
                 sample = json.loads(line)
                 if keys[sample["id"]] == sample["key"]:
                     samples[sample["id"]] = sample
-    return samples
+    write_samples(file, samples)
+    return [*samples.items()]
 
 
 def write_samples(file, samples):
@@ -658,9 +677,9 @@ def generate_answers(model, tokenizer, questions, config):
         text = tokenizer.decode(ids[-window:], False)
         return any(stop in text for stop in stops)
 
-    return generate_each(
+    return generate_own(
         model,
-        [question.prompt for question in questions],
+        questions,
         config.max_new_tokens,
         eos_ids=tokenizer.eos_ids if stops else tokenizer.end_ids,
         batch_size=config.batch_size,
@@ -671,24 +690,24 @@ def generate_answers(model, tokenizer, questions, config):
 def answer_all(model, tokenizer, questions, file, identity, config):
     """Answers questions into a samples file, resuming from its lines; returns them in order."""
     keys = [question_key(question, identity, config) for question in questions]
-    samples = read_samples(file, keys)
-    write_samples(file, samples)
+    samples = dict(on_first(read_samples, file, keys))
     missing = [n for n in range(len(questions)) if n not in samples]
     to_score = [n for n in missing if not questions[n].prompt]
     to_write = [n for n in missing if questions[n].prompt]
     scores = score(model, [questions[n].sequences for n in to_score])
     texts = generate_answers(model, tokenizer, [questions[n] for n in to_write], config)
     bar = tqdm(total=len(keys), initial=len(samples), desc=file.stem, leave=False, disable=None)
-    with open(file, "a", encoding="utf-8") as out, bar, keep_freed_memory():
+    path = file if is_first() else os.devnull
+    with open(path, "a", encoding="utf-8") as out, bar, keep_freed_memory():
         for numbers, answers in ((to_score, scores), (to_write, texts)):
-            for index, answer in answers:
+            asked = [questions[n] for n in numbers]
+            for index, sample in gather_each(graded(asked, answers)):
                 n = numbers[index]
-                about = {"id": n, "key": keys[n], **questions[n].shown}
-                samples[n] = about | questions[n].grade(answer)
+                samples[n] = {"id": n, "key": keys[n], **sample}
                 out.write(json.dumps(samples[n]) + "\n")
                 out.flush()
                 bar.update()
-    write_samples(file, samples)
+    on_first(write_samples, file, samples)
     return [samples[n] for n in range(len(keys))]
 
 
@@ -1061,6 +1080,8 @@ def evaluate(models, ask, config):
                 answered[task] = answer_all(model, tokenizer, asked, file, identity, config)
             samples[name] = answered
         except (UserError, RuntimeError) as error:  # the other models' results stand
+            if size() > 1:  # the other ranks may be at another place
+                raise
             failed[name] = str(error).splitlines()[0]
             cache.clear()
     return samples, failed
@@ -1203,11 +1224,11 @@ def main(argv=None):
         return run_subcommand(COMMANDS, __doc__, argv)
     config = parse_config(EvalConfig, argv, __doc__)
     models, folder = by_name(config.model, "model"), Path(config.output_dir)
-    ask = read_questions(config, bool(models))
-    models = models or embedded_models()
-    with locked_folder(folder):
+    with join_ranks(config.device, locked_folder(folder)):
+        ask = read_questions(config, bool(models))
+        models = models or embedded_models()
         samples, failed = evaluate(models, ask, config)
-        if samples:
+        if samples and is_first():
             results = {}
             for name, sets in samples.items():
                 results[name] = {task: summarise(rows) for task, rows in sets.items()}
@@ -1224,10 +1245,10 @@ def main(argv=None):
                 *report.headlines(results, comparisons),
                 sep="\n",
             )
-    if failed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        raise UserError(f"{len(failed)} of {len(models)} models failed: {reasons}")
-    print(f"saved in {folder}: results.json, report.md, results.png and the samples")
+        if failed:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+            raise UserError(f"{len(failed)} of {len(models)} models failed: {reasons}")
+        print(f"saved in {folder}: results.json, report.md, results.png and the samples")
 
 
 if __name__ == "__main__":

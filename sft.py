@@ -8,6 +8,7 @@ no random state.
     python sft.py                        # the embedded model and questions, about a minute
     python sft.py --model Qwen/Qwen3-0.6B --data my.jsonl --output_dir output/mine
     python sft.py --config configs/mine.yaml --learning_rate 1e-4
+    torchrun --nproc_per_node 4 sft.py --config configs/mine.yaml          # the same on four GPUs
 """
 
 import math
@@ -73,6 +74,20 @@ from support.checkpoints import (
     start_run,
     update_best,
     write_run_config,
+)
+from support.distributed import (
+    agree,
+    divide,
+    every,
+    first_of_node,
+    gather_each,
+    is_first,
+    join_ranks,
+    on_first,
+    rank,
+    sum_numbers,
+    sum_tensors,
+    wait,
 )
 from support.errors import UserError, as_user_error, run_command
 from support.files import (
@@ -307,7 +322,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
         log.write({"step": 0, "epoch": 0.0, **metrics})
     model.train()
     gradient = partial(
-        compute_gradient, model, loss_fn=loss_fn, config=config, scale=scaler.scale
+        sum_gradients, model, parameters, loss_fn=loss_fn, config=config, scale=scaler.scale
     )
     bar = tqdm(total=len(steps), initial=state.step, unit="step", leave=False, disable=None)
     with stop_signals() as signals, keep_freed_memory(), bar:
@@ -315,7 +330,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             with save_on_error(save):  # up to the next update the state is a whole step's
                 if state.unreported and report_step(state, steps, log, evaluate, config, clock):
                     save()
-                if state.step >= len(steps) or signals or state.best.get("stop"):
+                stop = agree(max(signals, default=0))  # a signal's number
+                if state.step >= len(steps) or stop or state.best.get("stop"):
                     break
                 clock.enter("forward and backward")
                 step, examples = state.step + 1, steps[state.step]
@@ -341,7 +357,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
             clock.count_step(sum(map(count_tokens, examples)), len(examples))
             bar.update()
         save()
-    return finish_training(model, state, signals, config, clock, began), log
+        wait()
+    return finish_training(model, state, stop, config, clock, began), log
 
 
 def set_up(model, steps, config, clock):
@@ -357,10 +374,16 @@ def set_up(model, steps, config, clock):
     asked = config.micro_batch_tokens
     if state.lowered:  # memory ran out before
         config.micro_batch_tokens = min(state.lowered, token_budget(config, model.device))
-    trackers = start_trackers(config, state.step and state.step + (not state.unreported))
+    if agree(state.step) != state.step:
+        raise UserError("output_dir: the nodes see different checkpoints; give a shared folder")
+    trackers = {}
+    if is_first():
+        trackers = start_trackers(config, state.step and state.step + (not state.unreported))
     log = Log(Path(config.output_dir), state.log_bytes, trackers)
 
     def save():
+        if not is_first():
+            return
         clock.enter("checkpoints")
         if config.micro_batch_tokens != asked:
             state.lowered = config.micro_batch_tokens
@@ -431,13 +454,14 @@ def means(window):
     return {name: total / count for name, total in sums.items()} | {"scored_tokens": scored}
 
 
-def finish_training(model, state, signals, config, clock, began):
-    """Exits after a signal; else loads the best checkpoint if asked to and returns the results."""
-    if signals:
+def finish_training(model, state, stop, config, clock, began):
+    """Exits after the signal `stop`; else loads the best checkpoint if asked to and returns the
+    results."""
+    if stop:
         print(
             f"stopped after step {state.step}; the same command resumes from step {state.saved}"
         )
-        sys.exit(128 + signals[0])
+        sys.exit(128 + stop)
     results = {
         "step": state.step,
         "train_runtime": round(time.perf_counter() - began, 2),
@@ -508,15 +532,34 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
         )
 
 
+def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, scale):
+    """`compute_gradient` of each rank's part of a step's examples, balanced by tokens; then the
+    gradients, loss and metrics are added up over the ranks. A rank without a part computes an
+    example of weight 0."""
+    own = parts_of(examples)[rank()]
+    own = own or [[segment._replace(weight=0.0) for segment in examples[0]]]
+    seed = [*seed, rank()]
+    loss, sums = compute_gradient(model, own, count, loss_fn, config, seed, scale)
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    sum_tensors([p.grad for p in parameters])
+    sums = sum_numbers({"loss": loss, **sums})
+    return sums.pop("loss"), sums
+
+
 def evaluate_loss(model, examples, loss_fn, config, count):
     """{"eval_loss": mean per scored token (or pair), and loss_fn's metrics likewise} on evaluation
-    examples, without dropout."""
+    examples, without dropout. The micro-batches are those of one process, divided among ranks."""
     model.eval()
+    budget, total = -agree(-token_budget(config, model.device)), sum(map(count, examples))
+    score = partial(accumulate, model, count=1, loss_fn=loss_fn, budget=sys.maxsize)
+    sums = Counter()
     with torch.no_grad():
-        budget, total = token_budget(config, model.device), sum(map(count, examples))
-        loss, sums = accumulate(model, examples, 1, loss_fn, budget)
+        for loss, metrics in gather_each(map(score, every(split_by_tokens(examples, budget)))):
+            sums.update({"loss": loss, **metrics})
     model.train()
-    return {f"eval_{name}": value / total for name, value in {"loss": loss, **sums}.items()}
+    return {f"eval_{name}": value / total for name, value in sums.items()}
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -532,6 +575,12 @@ def count_scored(example):
     return sum(
         segment.weight * int((np.asarray(segment.labels) != IGNORE).sum()) for segment in example
     )
+
+
+def parts_of(examples):
+    """Each rank's part of a step's examples, with about as many tokens as the others'."""
+    parts = divide([*map(count_tokens, examples)])
+    return [[examples[n] for n in part] for part in parts]
 
 
 class Plan:
@@ -605,7 +654,8 @@ def split_by_tokens(examples, budget):
             group, tokens = [], 0
         group.append(example)
         tokens += size
-    yield group
+    if group:
+        yield group
 
 
 def micro_batches(examples, budget, device):
@@ -806,18 +856,18 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     called once, with the model that training starts from."""
     # 1. the folder, and what it needs from outside
     folder = Path(config.output_dir)
-    began, finished = (datetime.now(), False) if config.dry_run else start_run(config)
+    began, finished = on_first(start_run, config)
     if finished:
         print(f"{folder} holds this run, finished; --overwrite_output_dir trains anew")
-        return push(folder, config) if config.push_to_hub else None
+        return on_first(push, folder, config) if config.push_to_hub else None
     find_trackers(config)
     if config.push_to_hub and not config.dry_run:
-        call_hub("push_to_hub", partial(create_repositories, config, folder))
+        on_first(call_hub, "push_to_hub", partial(create_repositories, config, folder))
 
     # 2. data and plan
     device, source = pick_device(config.device), resolve(config.model, config.revision)
     adapter = config.adapter and find_adapter(config.adapter)
-    clock, tokenizer = Clock(device), Tokenizer(source, began, adapter)
+    clock, tokenizer = Clock(device), Tokenizer(source, datetime.fromisoformat(began), adapter)
     dtype = pick_dtype(config.dtype, ModelConfig.read(source).dtype, device)
     examples, eval_examples, choices, ledger, report = load_data(config, tokenizer, options)
     source_examples = examples.epoch(0)
@@ -833,7 +883,7 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     if before_training:
         clock.enter("reference")
         before_training(model, steps, eval_examples)
-    write_run_config(config, began, report)
+    on_first(write_run_config, config, began, report)
 
     # 4. training, between two rounds of answers
     forced = map(partial(ask_choice, tokenizer), eval_examples, choices)
@@ -856,13 +906,13 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     results, log = train(model, steps, loss_fn, config, eval_examples and evaluate, clock)
     answers = show_answers(before, ask(), config.num_samples)
 
-    # 5. export and report
+    # 5. export and report: the first rank's
+    if not is_first():
+        return
     clock.enter("saving and merging")
     figures = export(model, config, eval_examples or examples, bool(eval_examples))
     results = {**results, **answers, **print_summary(clock)}
     write_results(config, log, ledger, results, figures)
-    if config.push_to_hub:
-        push(folder, config)
 
 
 def count_questions(steps, eval_examples, config):
@@ -881,7 +931,8 @@ def count_questions(steps, eval_examples, config):
 
 
 def write_results(config, log, ledger, results, figures):
-    """Writes the figure, the model card and the log's last line, which makes the run finished."""
+    """Writes the figure, the model card and the log's last line, which makes the run finished, and
+    pushes it."""
     folder = Path(config.output_dir)
     log.plot()
     write_card(config, ledger, results, figures, vars(LoRAConfig()) if config.adapter else ())
@@ -889,8 +940,11 @@ def write_results(config, log, ledger, results, figures):
     log.close()
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     print(f"saved in {folder}: {', '.join(files)}")
+    if config.push_to_hub:
+        push(folder, config)
 
 
+@first_of_node()
 def load_data(config, tokenizer, options):
     """(training examples, evaluation examples, the choices of each of these or None, the training
     rows' ledger, data_report.json)."""
@@ -1084,7 +1138,8 @@ def read_config(cls, argv, embedded):
 
 def main(argv=None):
     config = read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft")
-    with locked_folder(config.output_dir), copy_output(Path(config.output_dir)):
+    folder = Path(config.output_dir)
+    with join_ranks(config.device, locked_folder(folder), copy_output(folder)):
         run(config, dft_loss if config.loss_type == "dft" else sft_loss)
 
 

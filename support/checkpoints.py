@@ -298,9 +298,12 @@ def differences(old, new):
 
 def start_run(config):
     """Makes the run folder ready: (the day its run began, for templates that state the date;
-    whether it is finished). Deletes the old run with overwrite_output_dir. UserError where it holds
-    a run of another configuration, naming the keys, or files that are not a run's."""
-    folder = Path(config.output_dir)
+    whether it is finished). Deletes the old run with overwrite_output_dir, unless torchrun starts
+    it again. UserError where it holds a run of another configuration, naming the keys, or files
+    that are not a run's."""
+    folder, began, finished = Path(config.output_dir), datetime.now().isoformat(), False
+    if config.dry_run:
+        return began, finished
     file = folder / "config.json"
     if config.resume != "auto":
         find_checkpoint(config)  # a wrong path is refused before anything else happens
@@ -310,10 +313,10 @@ def start_run(config):
         raise UserError(
             f"{folder}: holds files that are not a run's; choose another --output_dir"
         )
-    if config.overwrite_output_dir and old:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if config.overwrite_output_dir and old and not restarted:
         clear_folder(folder)
         old = {}
-    began, finished = datetime.now(), False
     if old:
         changed = differences(old, {key: new[key] for key in new if key not in FREE})
         if changed:
@@ -322,7 +325,7 @@ def start_run(config):
                 "choose another --output_dir, or --overwrite_output_dir"
             )
         with as_user_error(f"{file}: began", ValueError, TypeError):
-            began = datetime.fromisoformat(old["began"])
+            began = datetime.fromisoformat(old["began"]).isoformat()
         log = folder / "log.jsonl"
         last = read_log(log)[-1:] if log.exists() and config.resume == "auto" else []
         finished = any("train_runtime" in line for line in last)
@@ -336,7 +339,7 @@ def start_run(config):
 def write_run_config(config, began, report):
     """Writes config.json and data_report.json: from here on the run exists. Nothing is written
     while data or model may be wrong."""
-    settings = {**asdict(config), "began": began.isoformat()}
+    settings = {**asdict(config), "began": began}
     for name, value in {"config.json": settings, "data_report.json": report}.items():
         path = Path(config.output_dir) / f".{name}"
         path.write_text(json.dumps(value, indent=2))

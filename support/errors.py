@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from traceback import walk_tb
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.utils import disable_progress_bars, get_token
 
 from support.memory import tune_allocator
@@ -55,6 +56,11 @@ def run_command(main):
         status = 130
     except SystemExit as ended:
         status = ended.code
+    except Exception:
+        if is_first_to_fail():
+            raise
+    if message and not is_first_to_fail():
+        message = ""
     message = sanitize(message).replace("\n", " ")
     message = message and f"error: {shorten(message, 1000)}\n"
     for stream, text in (sys.stdout, ""), (sys.stderr, message):
@@ -66,6 +72,16 @@ def run_command(main):
         ):  # a full disk or a dead terminal, where Python's own last flush would fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
+
+
+def is_first_to_fail():
+    """Whether no other rank of a distributed run reports an error. One that fails takes the others
+    along, and theirs would only say so."""
+    if not dist.is_initialized():
+        return True
+    with suppress(RuntimeError):
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    return True  # the store ended with the first rank, or its node
 
 
 def prepare_streams():

@@ -3,14 +3,17 @@
 import signal
 from contextlib import contextmanager
 
+from support.distributed import size
+
 
 @contextmanager
 def stop_signals():
-    """A list that gets the number of a SIGINT, SIGTERM or SIGHUP. A second one interrupts."""
+    """A list that gets the number of a SIGINT, SIGTERM or SIGHUP. A second one interrupts, unless
+    torchrun may have sent it."""
     caught, handlers = [], {}
 
     def note(number, frame):
-        if caught:
+        if caught and size() == 1:
             raise KeyboardInterrupt
         caught.append(number)
 

@@ -1,6 +1,7 @@
 """What a run reports: log.jsonl, the figure, trackers, run.log, time and memory by part."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from support.distributed import is_first
 from support.errors import UserError, as_user_error, brief, sanitize
 from support.files import read_json
 from support.memory import peak_memory_gb
@@ -98,15 +100,16 @@ NOT_PRINTED = {  # of a line of the log
 
 class Log:
     """log.jsonl, cut back to `size` bytes (those the checkpoint saw). Each line is also printed,
-    drawn in training_loss.png and sent to the trackers, whose failure costs a warning alone."""
+    drawn in training_loss.png and sent to the trackers, whose failure costs a warning alone. Ranks
+    but the first have one that leads nowhere."""
 
     def __init__(self, folder, size=0, trackers=None):
         self.path, self.trackers = folder / "log.jsonl", trackers or {}
-        self.next_plot = 0.0
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.next_plot = 0.0 if is_first() else math.inf
+        self.file = open(self.path if is_first() else os.devnull, "a", encoding="utf-8")
         if self.size() > size:
             self.file.truncate(size)
-        if self.path.read_bytes()[-1:] not in (b"", b"\n"):
+        if is_first() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             self.file.write("\n")  # a damaged last line ends here
 
     def write(self, line):
