@@ -1,7 +1,11 @@
 """The worked changes of README.md, run as they stand there."""
 
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import make_dataclass
 
 import numpy as np
@@ -16,6 +20,7 @@ import dpo
 import eval as evaluation
 import lora
 import model
+import qlora
 import sft
 from model import IGNORE, Batch, Segment, load_model
 
@@ -26,7 +31,7 @@ MODULES = {
     "sft.py": sft,
     "eval.py": evaluation,
 }
-MODULES["model.py"] = model
+MODULES |= {"model.py": model, "qlora.py": qlora}
 TABLES = [
     dpo.LOSSES,
     lora.VARIANTS,
@@ -169,3 +174,70 @@ def test_a_model_family(change, tmp_path):
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(model.UserError, match="sliding"):
         load_model(folder)
+
+
+# --- the commands by task, run as they stand there ------------------------------------------------
+
+BY_TASK = README.partition("## By task")[2].partition("\n## ")[0]
+COMMANDS = []
+for block in re.findall(r"```\n(.*?)```", BY_TASK, re.S):
+    COMMANDS += [shlex.split(line, comments=True) for line in block.splitlines()]
+SHORTER = {
+    "sft.py": ["--max_steps", "2", "--eval_answers", "2", "--max_new_tokens", "4"],
+    "dpo.py": ["--max_steps", "1", "--eval_answers", "0"],
+    "eval.py": ["--max_new_tokens", "4"],
+    "data.py": ["--max_samples", "4"],
+}
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """A folder with the files that the commands name: Qwen/Qwen3-0.6B is the embedded model."""
+    folder, mcqa = tmp_path_factory.mktemp("newcomer"), ROOT / "examples" / "mcqa"
+    (folder / "Qwen").mkdir()
+    (folder / "Qwen" / "Qwen3-0.6B").symlink_to(ROOT / "examples" / "tiny-qwen3")
+    files = {"rows": "train", "pairs": "train_pairs", "questions": "validation"}
+    for name, source in files.items():
+        lines = (mcqa / f"{source}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:20]))
+    item = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
+    blank = {"sentence": "The _ is big.", "option1": "cat", "option2": "sun", "answer": "2"}
+    tasks = {"arc_challenge/test": item | {"answerKey": "A"}, "winogrande/validation": blank}
+    for name, row in tasks.items():
+        file = folder / "tasks" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True)
+        write_rows(file, [row])
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)))
+def test_a_command_by_task(number, newcomer, monkeypatch, hub):
+    """Each goes on from what those before it wrote. Benchmarks come from a folder, as there is no
+    hub of data sets here, and the runs are cut short."""
+    program, script, *words = COMMANDS[number]
+    monkeypatch.chdir(newcomer)
+    if "--tasks" in words:
+        words += ["--data_dir", "tasks"]
+    if program == "torchrun":
+        script = words[words.index("sft.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        words = [str(ROOT / script), *words[words.index("sft.py") + 1 :], *SHORTER[script]]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([*command, *words], capture_output=True, env=environment)
+        assert ended.returncode == 0, ended.stderr.decode()[-2000:]
+        return
+    assert program == "python"
+    if words[0] != "show":
+        words += SHORTER.get(script, [])
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    MODULES[script].main()
+
+
+def test_what_the_commands_by_task_wrote(newcomer):
+    output = newcomer / "output"
+    for run in ("mine", "four", "mine-dpo", "two"):
+        assert (output / run / "adapter" / "adapter_model.safetensors").is_file()
+        assert (output / run / "merged" / "model.safetensors").is_file()
+    assert (newcomer / "merged" / "model.safetensors").is_file()
+    assert (newcomer / "qwen3-nf4" / "model.safetensors").is_file()
+    assert "| sft |" in (output / "eval" / "report.md").read_text()
