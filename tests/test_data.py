@@ -105,7 +105,10 @@ def write_tokenizer(folder, template=None, bos=True, sentencepiece=False, **conf
     backend.train_from_iterator(
         text,
         trainers.BpeTrainer(
-            vocab_size=420, initial_alphabet=list(alphabet), special_tokens=special
+            vocab_size=420,
+            initial_alphabet=list(alphabet),
+            special_tokens=special,
+            show_progress=False,
         ),
     )
     if bos:
