@@ -841,13 +841,19 @@ def pairs(config):
     write_rows(config, pairs.values(), f"{len(pairs):,} pairs{skipped}")
 
 
+def name_choice(where, row):
+    """A question with choices as a row whose answer is the right one's text; others as they are."""
+    if not {"question", "choices"} <= row.keys():
+        return row
+    item = parse_item(where, row, Task(arc), "choices")
+    answer = item.answers[item.gold]
+    return {"question": row["question"], "answer": answer, "choices": item.answers}
+
+
 def with_answer(where, row, tokenizer, config):
     """A row of an own set -> (the row with its answer as the completion, the right choice if it
     names one, the prompt's ids). UserError: it has no answer."""
-    if {"question", "choices"} <= row.keys():
-        item = parse_item(where, row, Task(arc), "choices")
-        answer = item.answers[item.gold]
-        row = {"question": row["question"], "answer": answer, "choices": item.answers}
+    row = name_choice(where, row)
     gold = row.get("answer")
     with as_user_error(where, UserError):
         if not isinstance(gold, (str, type(None))):
@@ -1109,7 +1115,7 @@ def read_prompts(source, config):
     prompts = []
     for where, row in read_own(source, config):
         with as_user_error(where, UserError):
-            row, _ = with_completion(row, True)
+            row, _ = with_completion(name_choice(where, row), True)
             prompt, (answer, *_) = split_row(row, True)
         if isinstance(answer, list) and answer[-1]["role"] == "assistant":
             answer = answer[:-1]
