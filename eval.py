@@ -15,6 +15,7 @@ tokenization and metrics.
     python eval.py                     # the embedded model, its SFT and its DPO
     python eval.py --model base=Qwen/Qwen3-0.6B --model sft=output/mine --tasks arc_challenge
     python eval.py --model output/mine --data questions.jsonl
+    python eval.py chat --model base=Qwen/Qwen3-0.6B --model sft=output/mine
     python eval.py pairs --model output/mine/merged --data ecqa.csv --recipe ecqa --output o.jsonl
 """
 
@@ -1052,9 +1053,9 @@ def evaluate(models, ask, config):
     for name, path in models.items():
         try:
             model, tokenizer, (folders, quant) = load_evaluated(path, cache, config)
-            for part in folders:
-                hashes[part] = hashes.get(part) or hash_weights(part)
-            identity = [hashes[part] for part in folders], str(model.dtype), astuple(quant)
+            for path in folders:
+                hashes[path] = hashes.get(path) or hash_weights(path)
+            identity = [hashes[path] for path in folders], str(model.dtype), astuple(quant)
             questions = {
                 task: make(model=model, tokenizer=tokenizer) for task, make in ask.items()
             }
