@@ -1358,7 +1358,7 @@ class DataConfig(RecipeConfig):
     seed: int = 42  # of everything that is drawn
     # commands
     n: int = 3  # show: number of rows
-    by: str = "tokens"  # audit: unit of length; characters need no model
+    by: str = "tokens"  # audit: unit of length; characters are counted without a model
     eval_data: list[str] = field(default_factory=list)  # audit: evaluation rows
     output: str = ""  # file to write: the rows of mix and pairs, JSONL; audit's histogram, PNG
     generate: bool = False  # pairs: reject the model's own wrong answers, not wrong choices
@@ -1412,7 +1412,7 @@ def audit(config):
     """
     if not f"{config.output or '.png'}".endswith(".png"):
         raise UserError(f"--output {config.output}: a histogram is a .png")
-    measure = audit_tokens if config.model or config.by == "tokens" else audit_characters
+    measure = audit_tokens if config.by == "tokens" else audit_characters
     lengths = [measure(config)]
     if config.eval_data:
         print("\nevaluation rows:")
@@ -1440,22 +1440,16 @@ def print_lengths(unit, rows):
 
 def audit_tokens(config):
     """Prints an audit of rendered examples; returns their lengths."""
-    tokenizer, examples, _, ledger = load_rows(config, max_length=None)
-
-    def measure(ids):
-        return len(ids if config.by == "tokens" else tokenizer.decode(ids, skip_special=False))
-
-    def total(example, measure):
-        prompt, *answers = [measure(segment.ids) for segment in example]
-        return prompt + max(answers, default=0)
-
-    lengths = [total(example, measure) for example in examples]
-    tokens = np.array([total(example, len) for example in examples])
-    scored = [sum(measure(s.ids[s.labels != IGNORE]) for s in example) for example in examples]
-    distinct = {hash(b"".join(s.ids.tobytes() for s in example)) for example in examples}
-    print_lengths(config.by, {"example": lengths, "scored": scored})
-    fits = int(np.ceil(np.percentile(tokens, 99) / 64)) * 64
-    whole = (tokens <= fits).mean()
+    _, examples, _, ledger = load_rows(config, max_length=None)
+    lengths, scored, distinct = [], [], set()
+    for example in examples:
+        prompt, *answers = [len(segment.ids) for segment in example]
+        lengths.append(prompt + max(answers, default=0))
+        scored.append(sum((segment.labels != IGNORE).sum() for segment in example))
+        distinct.add(hash(b"".join(segment.ids.tobytes() for segment in example)))
+    print_lengths("tokens", {"example": lengths, "scored": scored})
+    fits = int(np.ceil(np.percentile(lengths, 99) / 64)) * 64
+    whole = np.mean(np.array(lengths) <= fits)
     print(f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole")
     limit = config.max_length or fits
     print(f"with max_length {limit}: {load_rows(config, max_length=limit)[3]}")

@@ -15,6 +15,7 @@ tokenization and metrics.
     python eval.py                     # the embedded model, its SFT and its DPO
     python eval.py --model base=Qwen/Qwen3-0.6B --model sft=output/mine --tasks arc_challenge
     torchrun --nproc_per_node 4 eval.py --model output/mine --data questions.jsonl
+    python eval.py chat --model base=Qwen/Qwen3-0.6B --model sft=output/mine
     python eval.py pairs --model output/mine/merged --data ecqa.csv --recipe ecqa --output o.jsonl
 """
 
@@ -860,13 +861,19 @@ def pairs(config):
     write_rows(config, pairs.values(), f"{len(pairs):,} pairs{skipped}")
 
 
+def name_choice(where, row):
+    """A question with choices as a row whose answer is the right one's text; others as they are."""
+    if not {"question", "choices"} <= row.keys():
+        return row
+    item = parse_item(where, row, Task(arc), "choices")
+    answer = item.answers[item.gold]
+    return {"question": row["question"], "answer": answer, "choices": item.answers}
+
+
 def with_answer(where, row, tokenizer, config):
     """A row of an own set -> (the row with its answer as the completion, the right choice if it
     names one, the prompt's ids). UserError: it has no answer."""
-    if {"question", "choices"} <= row.keys():
-        item = parse_item(where, row, Task(arc), "choices")
-        answer = item.answers[item.gold]
-        row = {"question": row["question"], "answer": answer, "choices": item.answers}
+    row = name_choice(where, row)
     gold = row.get("answer")
     with as_user_error(where, UserError):
         if not isinstance(gold, (str, type(None))):
@@ -1068,9 +1075,9 @@ def evaluate(models, ask, config):
     for name, path in models.items():
         try:
             model, tokenizer, (folders, quant) = load_evaluated(path, cache, config)
-            for part in folders:
-                hashes[part] = hashes.get(part) or hash_weights(part)
-            identity = [hashes[part] for part in folders], str(model.dtype), astuple(quant)
+            for path in folders:
+                hashes[path] = hashes.get(path) or hash_weights(path)
+            identity = [hashes[path] for path in folders], str(model.dtype), astuple(quant)
             questions = {
                 task: make(model=model, tokenizer=tokenizer) for task, make in ask.items()
             }
@@ -1133,7 +1140,7 @@ def read_prompts(source, config):
     prompts = []
     for where, row in read_own(source, config):
         with as_user_error(where, UserError):
-            row, _ = with_completion(row, True)
+            row, _ = with_completion(name_choice(where, row), True)
             prompt, (answer, *_) = split_row(row, True)
         if isinstance(answer, list) and answer[-1]["role"] == "assistant":
             answer = answer[:-1]

@@ -90,7 +90,8 @@ def prepare_streams():
     for name in ("stdin", "stdout", "stderr"):  # in this order, so that each gets its own number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
-    sys.stdin.reconfigure(errors="replace")
+    with suppress(AttributeError):  # a notebook's or a test's lacks it
+        sys.stdin.reconfigure(errors="replace")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     write = sys.stdout.write

@@ -173,6 +173,7 @@ def plot_comparison(results, mains, comparisons, file):
             intervals.plot([c["low"], c["high"]], [n, n], color=colour)
     labels = [f"{c['a']} → {c['b']}, {c['task']}" for c in comparisons]
     intervals.set_yticks(range(len(comparisons)), labels, fontsize=8)
+    intervals.margins(y=0.3)
     intervals.set_xlabel("paired difference, 95 % interval; gray: no more than noise")
     intervals.axvline(0, color="black", linewidth=0.8)
     intervals.set_visible(bool(comparisons))

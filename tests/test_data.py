@@ -105,7 +105,10 @@ def write_tokenizer(folder, template=None, bos=True, sentencepiece=False, **conf
     backend.train_from_iterator(
         text,
         trainers.BpeTrainer(
-            vocab_size=420, initial_alphabet=list(alphabet), special_tokens=special
+            vocab_size=420,
+            initial_alphabet=list(alphabet),
+            special_tokens=special,
+            show_progress=False,
         ),
     )
     if bos:
@@ -1977,9 +1980,7 @@ def test_audit_measures_lengths(tmp_path, chatml, run):
         "audit", "--max_length", "20", "--output", str(tmp_path / "l.png")
     )
     line = run("audit", "--by", "characters", "--output", str(tmp_path / "l.png")).splitlines()[1]
-    assert float(line.split()[3]) == max(
-        len(chatml.decode(example[0].ids, skip_special=False)) for example in examples
-    )
+    assert float(line.split()[3]) == len("a " * 100 + "cat")
     pair = {"prompt": "a " * 20, "chosen": "cat", "rejected": "the mat and said"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
     prompt, *ends = [len(s.ids) for s in render_row(pair, chatml, preference=True)]

@@ -139,7 +139,7 @@ def trl_trainer(cls, settings, base, rows, model, out, **options):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     fixed = dict(output_dir=str(out), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,  # noqa: E501
                  per_device_train_batch_size=COUNT, disable_tqdm=True, save_strategy="no", logging_steps=1)  # fmt: skip # noqa: E501
-    return cls(model=model, args=settings(**fixed, **options), processing_class=tokenizer,
+    return cls(model=model, args=settings(**{**fixed, **options}), processing_class=tokenizer,
                train_dataset=Dataset.from_list([json.loads(line) for line in open(rows)]))  # fmt: skip # noqa: E501
 
 

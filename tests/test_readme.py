@@ -241,3 +241,39 @@ def test_what_the_commands_by_task_wrote(newcomer):
     assert (newcomer / "merged" / "model.safetensors").is_file()
     assert (newcomer / "qwen3-nf4" / "model.safetensors").is_file()
     assert "| sft |" in (output / "eval" / "report.md").read_text()
+
+
+# --- the table of rows ----------------------------------------------------------------------------
+
+Q = {"role": "user", "content": "q"}
+A, B = ({"role": "assistant", "content": text} for text in "ab")
+REFERENCE = {"question": "q", "reference": "a"}
+CHOICES = {"question": "q", "choices": ["a", "b"], "answer": "A"}
+TABLE = {  # the keys of a line: its rows, what SFT scores, whether it is a pair, what is asked
+    "`messages` or": ([{"messages": [Q, A]}, {"conversations": [Q, A]}], "a", False, [Q]),
+    "`prompt`, `completion`": ([{"prompt": "q", "completion": "a"}], "a", False, "q"),
+    "`text`": ([{"text": "a"}], "a", False, "a"),
+    "`prompt` (or": ([{"prompt": [Q], "chosen": [A], "rejected": [B]}], "a", True, [Q]),
+    "`question`, `choices`": ([CHOICES, CHOICES | {"answer": 0}], None, False, [Q]),
+    "`question`, `prompt`": ([{"question": "q"}, REFERENCE], None, False, [Q]),
+}
+
+
+@pytest.mark.parametrize("keys", TABLE)
+def test_rows_of_the_table(keys, base, tmp_path):
+    """Each line is there, and training, preferences and a chat read its rows as it says."""
+    assert README.count(f"| {keys}") == 1
+    rows, scored, is_pair, asked = TABLE[keys]
+    tokenizer = data.Tokenizer(base)
+    for row in rows:
+        if scored is None:
+            with pytest.raises(model.UserError, match="fits no schema"):
+                data.render_row(row, tokenizer)
+        else:
+            (segment,) = data.render_row(row, tokenizer)
+            text = tokenizer.decode(segment.labels[segment.labels != IGNORE])
+            assert text.strip() == scored.strip() or keys == "`text`"
+        if is_pair:
+            assert len(data.render_row(row, tokenizer, preference=True)) == 3
+        file = write_rows(tmp_path / "rows.jsonl", [row])
+        assert evaluation.read_prompts(str(file), evaluation.ChatConfig()) == [asked]
