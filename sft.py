@@ -92,7 +92,14 @@ from support.hub import (
     resolve,
 )
 from support.memory import free_cached_memory, keep_freed_memory
-from support.planner import by_module, estimate_memory, fits, print_plan, print_speed
+from support.planner import (
+    by_module,
+    estimate_memory,
+    fits,
+    print_hint,
+    print_plan,
+    print_speed,
+)
 from support.report import show_answers
 from support.settings import check_choices, check_range, parse_config
 from support.signals import stop_signals
@@ -132,7 +139,9 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
     completion_only_loss: bool | None = None  # true: score the last turn only; false: prompts too
     assistant_only_loss: bool = True  # score the assistant's turns; false: the whole conversation
-    loss_type: str = "nll"  # nll, or dft: a token's loss times its probability (no gradient there)
+    loss_type: str = (
+        "nll"  # nll, or dft: a token's loss times its probability (no gradient there)
+    )
     reasoning: str = "last"  # thoughts: as the template has them, every_turn's, or unscored
     eval_answers: int = 64  # evaluation rows answered and graded before and after training
     num_samples: int = 3  # of those, how many are shown
@@ -1029,6 +1038,8 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
         scored += sum(map(count_scored, steps[step]))
     tokens = sum(lengths) * len(steps) // len(sample)
     print_plan(modules, memory, steps, tokens, scored * len(steps) / len(sample))
+    if config.lora_r:
+        print_hint(config, steps.batch_size)
 
     def estimate(changes):
         changed = copy(config)
