@@ -115,8 +115,8 @@ class Pairs(NamedTuple):
         )
 
 
-# f' of the divergence that keeps the policy near the reference, of log r = log(π/π_ref): Wang et
-# al. 2023, arXiv:2309.16240, table 1
+# f' of the divergence that keeps the policy near the reference, of log r, r = π/π_ref: Wang et al.
+# 2023, arXiv:2309.16240, table 1
 
 
 def reverse_kl(config, log_ratio):

@@ -89,6 +89,9 @@ class LoRAConfig:
     modules_to_save: list[str] = field(
         default_factory=list
     )  # modules to train whole: norms, embed_tokens, lm_head
+    trainable_token_indices: list[int] = field(
+        default_factory=list
+    )  # ids of tokens whose rows of the embedding, and of a head tied to it, train alone
     bias: str = "none"  # biases to train: none, all, or lora_only (those of the adapted layers)
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) instead: steadier at high ranks
     rank_pattern: dict[str, int] = field(default_factory=dict)  # ranks by layer: {name: rank}
@@ -230,6 +233,32 @@ class DoRALinear(LoRALinear):
         return (updated * ratio[:, None]).to(W.dtype)
 
 
+class TokenRows(nn.Module):
+    """An embedding (V, C) of which the rows of a few tokens (n,) train, held apart and alone in
+    fp32. Source: peft's TrainableTokensLayer."""
+
+    def __init__(self, base_layer, tokens):
+        super().__init__()
+        self.base_layer, self.tokens = base_layer, tokens
+        self.trainable_tokens_delta = nn.Parameter(base_layer.weight.detach()[tokens])  # (n, C)
+
+    def forward(self, ids):  # (T,) -> (T, C)
+        x, equal = self.base_layer(ids), ids[:, None] == ids.new_tensor(self.tokens)  # (T, n)
+        rows = F.embedding(equal.int().argmax(1), self.trainable_tokens_delta)
+        return torch.where(equal.any(1, keepdim=True), rows.to(x.dtype), x)
+
+    @property
+    def weight(self):
+        """(V, C) with the trained rows: what a tied head multiplies by."""
+        W = self.base_layer.weight
+        tokens = torch.tensor(self.tokens, device=W.device)
+        return W.index_copy(0, tokens, self.trainable_tokens_delta.to(W.dtype))
+
+    @torch.no_grad()
+    def merge(self):
+        return nn.Embedding.from_pretrained(self.weight)
+
+
 VARIANTS = {"use_dora": DoRALinear}  # the field of LoRAConfig that selects it: layer class
 
 
@@ -246,7 +275,7 @@ def is_quantized(module):
 
 def merged_layer(layer):
     """The plain Linear that computes the same as an adapted or 4-bit layer; any other as it is."""
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, (LoRALinear, TokenRows)):
         return layer.merge()
     if is_quantized(layer):
         return plain_linear(layer.dense_weight(), layer.bias)
@@ -372,6 +401,9 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
             with torch.no_grad():
                 INITIALISATIONS[kind](layer, generator, *niter)
         model.set_submodule(path, layer)
+    if config.trainable_token_indices:
+        rows = TokenRows(model.model.embed_tokens, config.trainable_token_indices)
+        model.model.embed_tokens = rows
     model.adapter = config
     model.requires_grad_(False)
     trained = adapter_parameters(model)
@@ -444,7 +476,12 @@ def resolve_targets(model, config, strict=True):
     if not strict:
         unmatched, ignored = [], unmatched[:8]
     faults = unmatched + layer_faults(config, hits, modules, adapted, linear + norms, saved)
-    if not (faults or adapted or saved and not strict):
+    tokens, size = config.trainable_token_indices, model.config.vocab_size
+    if len({*tokens} & {*range(size)}) < len(tokens):
+        faults.append(f"trainable_token_indices: not different ids from 0 to {size - 1}")
+    if tokens and {EMBEDDING, HEAD} & {*saved, *adapted}:
+        faults.append("trainable_token_indices: embedding or head is trained already")
+    if not (faults or adapted or (saved or tokens) and not strict):
         faults = ["target_modules: no linear layer is left to adapt"]
     if faults:
         raise UserError("; ".join(faults))
@@ -507,7 +544,8 @@ LORA_EMBEDDING, TOKENS = "lora_embedding_A", "token_adapter.trainable_tokens_del
 PEFT_FIELDS = {"r": "lora_r"} | {
     name: name
     for name in "lora_alpha lora_dropout target_modules exclude_modules modules_to_save bias "
-    "use_rslora rank_pattern alpha_pattern layers_to_transform use_dora".split()
+    "use_rslora rank_pattern alpha_pattern layers_to_transform use_dora "
+    "trainable_token_indices".split()
 }
 # keys that don't change the result
 IGNORED = set(
@@ -535,6 +573,8 @@ def adapter_names(model) -> dict[str, str]:
     for name, _ in model.named_parameters():
         if name.endswith((".lora_A", ".lora_B")):
             names[f"{PREFIX}{name}.weight"] = name
+        elif name.endswith("trainable_tokens_delta"):
+            names[f"{PREFIX}{EMBEDDING}.{TOKENS}"] = name
         elif ".lora_" in name or within(name, whole) or name.endswith(BIASES[config.bias]):
             names[PREFIX + name] = name
     if trains_tied_ends(model, config.modules_to_save):
@@ -686,9 +726,9 @@ def load_adapter(model, folder, trainable=False) -> list[str]:
 def open_adapter(model, folder):
     """Adds an adapter's layers to a plain model, which may be on `meta`, without their values.
 
-    Returns ({parameter's name: function that reads its value}, notices). A LoRA on the embedding
-    and single trained tokens become an embedding that is trained whole. Where the adapter changes
-    one end of a tied model, or both apart (no ensure_weight_tying), the model is untied.
+    Returns ({parameter's name: function that reads its value}, notices). A LoRA on the embedding,
+    and single tokens trained in the head, become a module that is trained whole. Where the adapter
+    changes one end of a tied model, or both apart (no ensure_weight_tying), the model is untied.
     """
     folder = find_adapter(folder)
     config, raw = read_adapter_config(folder)
@@ -706,13 +746,15 @@ def open_adapter(model, folder):
         for path, kind in product((EMBEDDING, HEAD), (LORA_EMBEDDING, TOKENS))
         if f"{PREFIX}{path}.{kind}" in shapes
     }
-    config.modules_to_save = [*config.modules_to_save, *updates]
     adapted = f"{PREFIX}{HEAD}.lora_A.weight" in shapes
+    if updates == {EMBEDDING: TOKENS} and not adapted:
+        config.trainable_token_indices = trained_tokens(model, raw, file, EMBEDDING)
+        updates = {}
+    config.modules_to_save = [*config.modules_to_save, *updates]
     if adapted and not is_regex(config.target_modules):  # ensure_weight_tying implies it
         config.target_modules = [*config.target_modules, HEAD]
     low_rank = adapted or LORA_EMBEDDING in updates.values()
-    together = raw.get("ensure_weight_tying") or updates == {EMBEDDING: TOKENS}
-    apart = trains_tied_ends(model, config.modules_to_save) and not together
+    apart = trains_tied_ends(model, config.modules_to_save) and not raw.get("ensure_weight_tying")
     if model.lm_head is None and (apart or low_rank):
         if TOKENS in updates.values() and low_rank:
             raise UserError(
@@ -728,7 +770,8 @@ def open_adapter(model, folder):
     for path, kind in updates.items():
         parts, values[f"{path}.weight"] = updated_end(model, config, raw, file, path, kind)
         expected |= parts
-    if raw.get("trainable_token_indices") and TOKENS not in updates.values():
+    rows = config.trainable_token_indices or TOKENS in updates.values()
+    if raw.get("trainable_token_indices") and not rows:
         expected[f"{PREFIX}{EMBEDDING}.{TOKENS}"] = ()
     for key, name in adapter_names(model).items():
         if not within(name, updates):
@@ -756,15 +799,10 @@ def updated_end(model, config, raw, file, path, kind):
     W (V, C) fp32 has the update in it. Source: peft's lora.Embedding and TrainableTokensLayer.
     """
     (V, C), prefix = model.get_parameter(f"{path}.weight").shape, f"{PREFIX}{path}."
-    tokens = raw.get("trainable_token_indices")
-    if isinstance(tokens, dict):
-        named = [tokens[name] for name in tokens if matches(path, [name])]
-        tokens = named[0] if named else None
     r, alpha = rank_and_alpha(config, path)
     shapes = {prefix + kind: (r, V), f"{prefix}lora_embedding_B": (C, r)}
     if kind == TOKENS:
-        if not isinstance(tokens, list) or not all(token in range(V) for token in tokens):
-            raise UserError(f"{file.parent}: trainable_token_indices are no tokens of {path}")
+        tokens = trained_tokens(model, raw, file, path)
         shapes = {prefix + kind: (len(tokens), C)}
 
     def read():
@@ -775,6 +813,18 @@ def updated_end(model, config, raw, file, path, kind):
         return torch.addmm(W, update.t(), B[0].t(), alpha=scale(r, alpha, config))
 
     return shapes, read
+
+
+def trained_tokens(model, raw, file, path):
+    """The tokens that an adapter's config trains in the embedding or head at `path`."""
+    tokens = raw.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        named = [tokens[name] for name in tokens if matches(path, [name])]
+        tokens = named[0] if named else None
+    size = model.config.vocab_size
+    if not isinstance(tokens, list) or not all(token in range(size) for token in tokens):
+        raise UserError(f"{file.parent}: trainable_token_indices are no tokens of {path}")
+    return tokens
 
 
 def read_base(stored, name):
@@ -844,7 +894,7 @@ def layers_with_weights(model) -> dict:
     return {
         path: module
         for path, module in checkpoint_modules(model).items()
-        if isinstance(module, LoRALinear) or module and not list(module.children())
+        if isinstance(module, (LoRALinear, TokenRows)) or module and not list(module.children())
     }
 
 

@@ -1187,7 +1187,7 @@ def open_model(name, revision=None, swap_layers=None):
 def set_tensor(model, name, tensor, device, dtype):
     """Makes `tensor` the frozen parameter `name`, on device, in dtype; a quantized layer stores it
     its own way."""
-    path, leaf = re.fullmatch(r"(.+?)\.(weight.*|bias|lora_\w+)", name).groups()
+    path, leaf = re.fullmatch(r"(.+?)\.(weight.*|bias|lora_\w+|trainable_\w+)", name).groups()
     module = model.get_submodule(path)
     if getattr(module, "quantized", False):
         return module.set_tensor(leaf, tensor, device, dtype)

@@ -107,7 +107,14 @@ from support.hub import (
     resolve,
 )
 from support.memory import free_cached_memory, keep_freed_memory
-from support.planner import by_module, estimate_memory, fits, print_plan, print_speed
+from support.planner import (
+    by_module,
+    estimate_memory,
+    fits,
+    print_hint,
+    print_plan,
+    print_speed,
+)
 from support.report import show_answers
 from support.settings import check_choices, check_range, parse_config
 from support.signals import stop_signals
@@ -1111,6 +1118,8 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
         scored += sum(map(count_scored, steps[step]))
     tokens = sum(lengths) * len(steps) // len(sample)
     print_plan(modules, memory, steps, tokens, scored * len(steps) / len(sample))
+    if config.lora_r:
+        print_hint(config, steps.batch_size)
 
     def estimate(changes):
         changed = copy(config)

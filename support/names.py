@@ -1,4 +1,4 @@
-"""What names of transformers, TRL, PEFT, bitsandbytes, LLaMA-Factory, Axolotl and scripts mean.
+"""What the names of transformers, TRL, PEFT, bitsandbytes, LLaMA-Factory and Axolotl mean.
 
 A name is a synonym of a setting, has values that mean another setting, needs nothing here, or is
 refused with the way out. tests/test_names.py holds the libraries' own dataclasses against this.
@@ -58,7 +58,7 @@ for line in SYNONYMS.strip().splitlines():
 TRANSLATIONS = """
 bf16 true -> dtype bfloat16
 fp16 true -> dtype float16
-bf16|fp16 false|auto ->
+bf16|fp16 false|auto|none ->
 dtype|bnb_4bit_compute_dtype bf16|torch.bfloat16 -> = bfloat16
 dtype|bnb_4bit_compute_dtype fp16|half|torch.float16 -> = float16
 dtype|bnb_4bit_compute_dtype fp32|float|torch.float32 -> = float32
@@ -77,6 +77,9 @@ adapter lora ->
 adapter qlora -> load_in_4bit true
 quantization_bit 4 -> load_in_4bit true
 use_cpu|no_cuda true -> device cpu
+use_cpu|no_cuda|lora_target_linear|flash_attention|use_flash_attention_2 false|none ->
+sdp_attention|eager_attention|project|wandb_project|trackio_project false|none ->
+hub_token|hf_token|push_to_hub_token|cot_prob false|none ->
 warmup_steps 0.*[1-9]* -> warmup_ratio *
 warmup_ratio|eval_steps|loss_type none ->
 resume true|none -> = auto
@@ -200,6 +203,8 @@ def translate(name, value, notices):
     for values, *meaning in MEANINGS.get(name, ()):
         if any(fnmatchcase(word.lower(), pattern) for pattern in values):
             if not meaning:
+                if word.lower() not in OFF:
+                    notices["as by default"].append(f"{name} {word}")
                 return {}
             setting, result = meaning
             if setting != name and not setting.startswith("$"):

@@ -164,6 +164,15 @@ def print_plan(modules, memory, steps, tokens, scored):
     print(aligned_columns(*rows))
 
 
+def print_hint(config, batch_size):
+    """What a LoRA asks of learning rate and batch. Source: Schulman et al. 2025, LoRA Without
+    Regret, thinkingmachines.ai/blog/lora; the 32 is from TRL's guide to it."""
+    print(
+        "\nthe best learning rate of a LoRA is about 10 times that of full fine-tuning, and fewer "
+        f"than 32 examples a step serve it best: here {config.learning_rate:g} and {batch_size}"
+    )
+
+
 def fits(memory, device, config, longest, estimate):
     """Whether the memory is free. If not, prints the peak of settings that need less, each with
     those before, until it is. longest: tokens of an example; estimate({setting: value}) -> GB."""

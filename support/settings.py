@@ -241,7 +241,7 @@ def translate_entries(entries, kinds, notices, problems):
             problems.append(f"{where.removesuffix('--')}{error}")
             continue
         for name, value in meanings.items():
-            unset = value is None and type_of(kinds.get(name))[0] in (str, list, dict)
+            unset = value is None and type_of(kinds.get(name))[0] in (str, list, dict, bool)
             if name.startswith("$"):
                 os.environ.setdefault(name[1:], value)
             elif name not in kinds:

@@ -81,7 +81,14 @@ CONFIGS = {
         dict(lora_alpha=64, max_length=1024, learning_rate=1.5e-4),
     ),
 }
+CONFIGS["t4"] = (
+    "qwen3-4b",
+    33_030_144,
+    {"instruction": "Do", "input": "", "output": "Done"},
+    dict(dtype="float16", load_in_4bit=True, gradient_checkpointing=True, lora_r=16),
+)
 STEPS = {
+    "t4": 16,
     "qwen3-0.6b-mcqa": 256,
     "llama3.2-3b-qlora-chat": 8,
     "llama3.2-1b-ecqa-sft": 16,

@@ -245,7 +245,9 @@ def test_divergences_and_weights_are_trls(variant, trained, base, rows, tmp_path
     settings = config(**VARIANTS[variant])
     if settings.use_weighting:  # it sets up more outputs
         twin = peft_twin(base, model)
-        weighted = trl_trainer(DPOTrainer, DPOConfig, base, rows, twin, tmp_path, use_weighting=True)
+        weighted = trl_trainer(
+            DPOTrainer, DPOConfig, base, rows, twin, tmp_path, use_weighting=True
+        )
         with torch.no_grad():  # its reference is a copy of what it starts from
             theirs = dict(trainer.model.named_parameters())
             for name, p in weighted.model.named_parameters():

@@ -135,6 +135,8 @@ def peft_model(folder, settings, seed=0):
 
 
 CASES = {  # name: family, PEFT's settings
+    "tokens": ("qwen3", dict(target_modules=["q_proj"], trainable_token_indices=[66, 3])),
+    "tokens, tied": ("qwen3-tied", dict(target_modules=["k_proj"], trainable_token_indices=[5])),
     "names": ("qwen3", dict(target_modules=["q_proj", "v_proj"])),
     "all-linear": ("llama", dict(target_modules="all-linear")),
     "regex": ("qwen3", dict(target_modules=r".*layers\.1\.(mlp|self_attn)\.(up|o)_proj")),
@@ -911,6 +913,13 @@ def test_parameter_counts_of_the_recipes(shape, r, targets, number):
         (
             dict(modules_to_save=["final_layernorm"]),
             "modules_to_save: 'final_layernorm'.*nearest: .*input_layernorm",
+        ),
+        (dict(trainable_token_indices=[66, 67]), "token_indices: not different ids from 0 to 66"),
+        (dict(trainable_token_indices=[-1]), "token_indices: not different ids from 0 to 66"),
+        (dict(trainable_token_indices=[3, 3]), "token_indices: not different ids from 0 to 66"),
+        (
+            dict(trainable_token_indices=[3], modules_to_save=["embed_tokens"]),
+            "trainable_token_indices: embedding or head is trained already",
         ),
         (dict(modules_to_save=["embed_in"]), "'embed_in'.*nearest: .*embed_tokens"),
         (

@@ -1,4 +1,4 @@
-"""Names of other tools: every field of their dataclasses is known here, and no default is refused."""
+"""Names of other tools: each field of their dataclasses is known, and no default is refused."""
 
 import inspect
 import json
@@ -7,8 +7,6 @@ import re
 from dataclasses import MISSING, fields
 
 import pytest
-import yaml
-from conftest import ROOT
 
 from dpo import DPOConfig
 from sft import SFTConfig
@@ -29,7 +27,14 @@ def library_fields():
     from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
     entries = []
-    for cls in (TrainingArguments, SFTConfig, DPOConfig, ModelConfig, ScriptArguments, LoraConfig):
+    for cls in (
+        TrainingArguments,
+        SFTConfig,
+        DPOConfig,
+        ModelConfig,
+        ScriptArguments,
+        LoraConfig,
+    ):
         for field in fields(cls):
             default = None if field.default is MISSING else field.default
             entries.append((cls.__name__, field.name, getattr(default, "value", default)))
@@ -45,11 +50,117 @@ def test_every_field_of_the_libraries_is_known_and_takes_its_default(tmp_path):
     assert len({name for _, name, _ in entries}) > 200
     unknown = {f"{cls}.{name}" for cls, name, _ in entries if find_name(name, kinds) is None}
     assert not unknown
-    faults = []
+    classes = {}
     for cls, name, default in entries:
-        config = SFTConfig if cls == "SFTConfig" else DPOConfig
-        try:
-            read({"data": "d", "model": "m", name: default} if name != "dataset_name" else {}, tmp_path, config)
-        except UserError as error:
-            faults.append(f"{cls}.{name} = {default!r}: {error}")
-    assert not faults
+        if isinstance(default, (str, int, float, bool, list, type(None))):
+            classes.setdefault(cls, {})[name] = default
+    del classes["ModelConfig"]["use_peft"]  # false is full fine-tuning, against its lora_r 16
+    for cls, defaults in classes.items():
+        read(defaults, tmp_path, SFTConfig if cls == "SFTConfig" else DPOConfig)
+
+
+def test_every_name_stands_in_one_table_and_means_a_setting():
+    kinds = {field.name for field in fields(DPOConfig)}
+    others = [*MEANINGS.keys() - kinds, *ANSWERED, *REFUSED]
+    both = set(ANSWERED) & set(REFUSED) | (kinds | set(ALIASES)) & {*ANSWERED, *REFUSED}
+    assert not both and not kinds & set(ALIASES) and not set(ALIASES) & set(others)
+    assert set(ALIASES.values()) <= kinds
+    for meanings in MEANINGS.values():
+        for _, *meaning in meanings:
+            assert not meaning or meaning[0] in kinds or meaning[0].startswith("$")
+    known = {*ALIASES, *FOREIGN} - kinds
+    assert len(known) > 200
+
+
+TRANSLATED = [  # a file's lines, what they mean
+    ("bf16: true", dict(dtype="bfloat16")),
+    ("bf16: true\ntorch_dtype: bfloat16\nfp16: false", dict(dtype="bfloat16")),
+    ("fp16: true\nbf16: false", dict(dtype="float16")),
+    ("torch_dtype: torch.bfloat16", dict(dtype="bfloat16")),
+    ("flash_attn: fa2", dict(attn_implementation="flash")),
+    ("flash_attn: false", dict(attn_implementation="sdpa")),
+    ("attn_implementation: flash_attention_2", dict(attn_implementation="flash")),
+    ("lora_target: all", dict(target_modules=["all-linear"])),
+    ("lora_target: q_proj,v_proj", dict(target_modules=["q_proj", "v_proj"])),
+    ("report_to: tensorboard,wandb", dict(report_to=["tensorboard", "wandb"])),
+    ("resume_from_checkpoint: true", dict(resume="auto")),
+    ("resume_from_checkpoint: null", dict(resume="auto")),
+    ("finetuning_type: full", dict(lora_r=0)),
+    ("use_peft: true\nlora: {r: 8}", dict(lora_r=8)),
+    ("quantization_bit: 4", dict(load_in_4bit=True)),
+    ("warmup_steps: 0.05", dict(warmup_ratio=0.05, warmup_steps=0)),
+    ("warmup_steps: 20", dict(warmup_steps=20)),
+    ("hub_strategy: checkpoint", dict(hub_strategy="every_save")),
+    ("cot_prob: 0.5\nrecipe: mcqa", dict(recipe_args={"cot": 0.5})),
+    ("lr_scheduler_kwargs: {min_lr: 1e-5}\nlr_scheduler_type: cosine_with_min_lr",
+     dict(lr_scheduler_kwargs={"min_lr": 1e-5})),
+    ("loss_type: null\nmodel_revision: main", dict(loss_type="nll", revision="main")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, meaning", TRANSLATED)
+def test_values_of_other_tools_are_translated(text, meaning, tmp_path):
+    config = read(text, tmp_path)
+    assert {key: getattr(config, key) for key in meaning} == meaning
+
+
+REFUSED_SETTINGS = [
+    ("fsdp: full_shard", "c.yaml:1: fsdp full_shard: torchrun --nproc_per_node"),
+    ("deepspeed: ds.json\nsed: 3\nuse_vllm: true", "deepspeed .*'sed'.*use_vllm true: nothing"),
+    (
+        "bf16: true\ntorch_dtype: float32",
+        "c.yaml:2: dtype is given twice, the second time as 'torch",
+    ),
+    ("load_in_8bit: true", "load_in_8bit true: --load_in_4bit"),
+    ("cv_weight: 2.0", "cv_weight 2.0: write it behind the source"),
+    ("finetuning_type: freeze", "finetuning_type freeze: it has no counterpart"),
+    ("foo: 1", "unknown key 'foo';"),
+]
+
+
+@pytest.mark.parametrize("text, message", REFUSED_SETTINGS)
+def test_what_cannot_be_done_is_refused_with_the_way_out(text, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read(text, tmp_path)
+
+
+def test_what_needs_nothing_is_answered_in_one_line_a_reason(tmp_path, capsys):
+    text = "packing: true\ngroup_by_length: true\nuse_liger_kernel: true\nfsdp: ''\n"
+    text += "push_to_hub: false\npadding_free: false\nremove_unused_columns: false\n"
+    words = [
+        "--dataloader_num_workers",
+        "4",
+        "--trust-remote-code",
+        "--bf16",
+        "--deepspeed",
+        "none",
+    ]
+    config = read(text, tmp_path, words=words)
+    lines = capsys.readouterr().err.splitlines()
+    assert config.dtype == "bfloat16" and len(lines) == 5
+    assert lines[0].startswith("packing, group_by_length: rows are packed")
+    assert lines[2].startswith("remove_unused_columns, dataloader_num_workers: rows are rendered")
+    assert "bf16 true: dtype bfloat16" in lines
+    read("packing: false\nsave_safetensors: true", tmp_path)
+    assert capsys.readouterr().err == ""
+    read("average_tokens_across_devices: false", tmp_path)
+    assert "average_tokens_across_devices: the loss" in capsys.readouterr().err
+
+
+def test_flags_win_over_what_a_file_means_and_secrets_are_not_kept(tmp_path, monkeypatch, capsys):
+    for name in ("HF_TOKEN", "WANDB_PROJECT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    text = "bf16: true\nhub_token: hf_secret\nwandb_project: mine"
+    config = read(text, tmp_path, words=["--torch_dtype", "float32"])
+    assert config.dtype == "float32" and "hf_secret" not in str(config)
+    assert os.environ["HF_TOKEN"] == "hf_secret" and os.environ["WANDB_PROJECT"] == "mine"
+    assert "hf_secret" not in str(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ["fsdp_x", "data_subsets", "cutoff", "seeed", "xyz", "lora_rnk"])
+def test_a_nearest_name_is_near(name, tmp_path):
+    nearest = {"seeed": "seed", "lora_rnk": "lora_r"}.get(name)
+    with pytest.raises(UserError) as error:
+        read(f"{name}: 1", tmp_path)
+    assert re.findall(r"nearest: (\w+)", str(error.value)) == ([nearest] if nearest else [])

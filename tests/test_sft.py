@@ -197,8 +197,14 @@ def test_max_steps_goes_on_into_the_next_epoch():
         ("inverse_sqrt", {}),
         ("inverse_sqrt", {"timescale": 20}),
         ("warmup_stable_decay", {"num_decay_steps": 15}),
-        ("warmup_stable_decay", {"num_decay_steps": 9, "decay_type": "1-sqrt", "min_lr_ratio": 0.1}),
-        ("warmup_stable_decay", {"num_decay_steps": 9, "decay_type": "linear", "num_stable_steps": 4}),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 9, "decay_type": "1-sqrt", "min_lr_ratio": 0.1},
+        ),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 9, "decay_type": "linear", "num_stable_steps": 4},
+        ),
     ],
 )
 def test_schedules_are_those_of_transformers(name, options, warmup):
