@@ -522,7 +522,7 @@ def log_softmax_(logits, targets, keep_grad):
         logps = F.log_softmax(block, -1, dtype=torch.float32)
         results.append(logps.gather(1, target[:, None])[:, 0])
         if keep_grad:
-            block.copy_(logps.exp_().neg_())
+            torch.exp(logps, out=block).neg_()
     results = torch.cat(results)
     if keep_grad:  # 1 - p from log p: a 16-bit p near 1 has no digits left for it
         row = torch.arange(len(targets), device=logits.device)
