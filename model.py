@@ -50,6 +50,16 @@ from support.hub import companions, resolve
 IGNORE = -100  # the label of a token that is not scored
 
 
+def to_device(tensor, device):
+    """A CPU tensor on `device`. From pinned memory CUDA copies it without the host waiting, which
+    would leave the device idle before each micro-batch."""
+    if (
+        torch.device(device).type != "cuda" or type(tensor) is not Tensor
+    ):  # the planner's are fake
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Segment(NamedTuple):
     """A run of tokens. An example is a list of segments: one for SFT, three for a DPO pair (a
     prompt and two continuations)."""
@@ -119,7 +129,7 @@ class Batch:
         columns = [np.concatenate(column) for column in zip(*rows)]
         dtypes = [torch.int64] * 5 + [torch.float32] * 2
         tokens, positions, *per_score = (
-            torch.from_numpy(column).to(dtype).to(device)
+            to_device(torch.from_numpy(column).to(dtype), device)
             for column, dtype in zip(columns, dtypes)
         )
         return cls(tokens, positions, segments, *per_score, num_sequences, int(columns[0].max()))
@@ -147,7 +157,7 @@ class Batch:
     def indices(self, spans):
         """The positions (n,) in these ranges."""
         positions = np.concatenate([np.arange(*span) for span in spans])
-        return torch.from_numpy(positions).to(self.tokens.device)
+        return to_device(torch.from_numpy(positions), self.tokens.device)
 
     @cached_property
     def keys(self):
@@ -182,7 +192,9 @@ class Batch:
         if keys != queries:
             gather = self.indices([span for spans in self.spans for span in spans])
         cu_q, cu_k = (
-            torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(self.tokens.device)
+            to_device(
+                torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), self.tokens.device
+            )
             for lengths in (queries, keys)
         )
         return gather, cu_q, cu_k, max(queries), max(keys)
@@ -466,7 +478,7 @@ class Transformer(nn.Module):
                 frequencies, _ = rope_frequencies(self.config, length)
                 rows.append(frequencies.expand(stop - start, 1, -1))
             inv_freq = torch.cat(rows)
-        inv_freq = inv_freq.to(batch.positions.device)
+        inv_freq = to_device(inv_freq, batch.positions.device)
         angles = batch.positions[:, None, None].float() * inv_freq  # (T, 1, D/2)
         rope = angles.cos() * scale, angles.sin() * scale
         within_batch = partial(ATTENTION[self.attention], batch=batch)
@@ -510,7 +522,7 @@ def log_softmax_(logits, targets, keep_grad):
         logps = F.log_softmax(block, -1, dtype=torch.float32)
         results.append(logps.gather(1, target[:, None])[:, 0])
         if keep_grad:
-            block.copy_(logps.exp_().neg_())
+            torch.exp(logps, out=block).neg_()
     results = torch.cat(results)
     if keep_grad:  # 1 - p from log p: a 16-bit p near 1 has no digits left for it
         row = torch.arange(len(targets), device=logits.device)

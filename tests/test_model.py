@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, write_checkpoint
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
@@ -575,6 +576,18 @@ def test_sdpa_equals_eager_forward_and_backward(examples):
         found[attend] = out, *torch.autograd.grad(out, (q, k, v), upstream)
     for ours, want in zip(found[M.sdpa_attention], found[M.eager_attention]):
         assert_close(ours, want, 2e-6)
+
+
+def test_copies_to_cuda_do_not_make_the_host_wait(monkeypatch):
+    """Pinned and not blocking; as they are elsewhere, and for the planner's fake tensors."""
+    calls = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(Tensor, "to", lambda self, *where, **how: calls.append((*where, how)))
+    M.to_device(torch.zeros(2), "cuda")
+    assert calls == ["pinned", ("cuda", {"non_blocking": True})]
+    M.to_device(torch.zeros(2), "cpu")
+    M.to_device(torch.zeros(2).as_subclass(type("Fake", (Tensor,), {})), "cuda")
+    assert calls[2:] == [("cpu", {}), ("cuda", {})]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn runs on CUDA alone")
