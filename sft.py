@@ -81,9 +81,12 @@ from support.distributed import (
     first_of_node,
     gather_each,
     is_first,
+    is_sharded,
     join_ranks,
     on_first,
     rank,
+    shard_base,
+    size,
     sum_numbers,
     sum_tensors,
     wait,
@@ -146,6 +149,8 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
+    sharding: str = "no"  # with torchrun: base divides the frozen weights among the processes
+    cpu_offload: bool = False  # of sharding: its weights wait in CPU memory
     micro_batch_tokens: int = (
         0  # tokens per forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
     )
@@ -194,6 +199,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
         "reasoning": REASONING,
         "dtype": ("auto", *DTYPES),
         "attn_implementation": ("auto", "flash", *ATTENTION),
+        "sharding": ("no", "base"),
         "report_to": (*TRACKERS, "all", "none"),
         "eval_strategy": STRATEGIES,
         "save_strategy": STRATEGIES,
@@ -235,6 +241,10 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
             raise UserError(
                 "lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)"
             )
+        if self.sharding == "base" and not self.lora_r:
+            raise UserError("sharding: with lora_r 0 no weight is frozen; give a rank, or no")
+        if self.cpu_offload and self.sharding == "no":
+            raise UserError("cpu_offload: is for divided weights; give --sharding base")
         if self.load_in_4bit and not self.lora_r:
             raise UserError(
                 "lora_r: 0 trains every weight, which 4-bit weights can't be; "
@@ -429,8 +439,12 @@ def accumulate(model, examples, count, loss_fn, budget, scale=lambda loss: loss)
     """Adds the gradient of loss / count over the examples to the parameters, in micro-batches of at
     most `budget` tokens; returns (summed loss, summed metrics)."""
     losses, sums = [], Counter()
-    for batch in micro_batches(examples, budget, model.device):
-        loss, metrics = loss_fn(model, batch)
+    groups = [*split_by_tokens(examples, budget)]
+    if is_sharded(model):  # each pass gathers weights from all ranks
+        shortest = min(examples, key=count_tokens)
+        groups += [weightless(shortest)] * (agree(len(groups)) - len(groups))
+    for group in groups:
+        loss, metrics = loss_fn(model, Batch.pack(group, model.device))
         if torch.is_grad_enabled():
             scale(loss / count).backward()
         losses.append({"loss": loss.detach(), **metrics})
@@ -457,7 +471,7 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
         free_cached_memory()
         sizes = [*map(count_tokens, examples)]
         groups = [*split_by_tokens(examples, budget)]
-        if budget == sys.maxsize or len(groups) == len(examples):
+        if is_sharded(model) or budget == sys.maxsize or len(groups) == len(examples):
             config.micro_batch_tokens = asked
             raise UserError(
                 f"out of memory at {max(sizes):,} tokens that can't be split ({message}); run "
@@ -472,11 +486,9 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
 
 
 def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, scale):
-    """`compute_gradient` of each rank's part of a step's examples, balanced by tokens; then the
-    gradients, loss and metrics are added up over the ranks. A rank without a part computes an
-    example of weight 0."""
-    own = parts_of(examples)[rank()]
-    own = own or [[segment._replace(weight=0.0) for segment in examples[0]]]
+    """`compute_gradient` of each rank's share of a step's examples; then the gradients, loss and
+    metrics are added up over the ranks. A rank without a share computes an example of weight 0."""
+    own = shares_of(examples)[rank()] or weightless(examples[0])
     seed = [*seed, rank()]
     loss, sums = compute_gradient(model, own, count, loss_fn, config, seed, scale)
     for p in parameters:
@@ -487,6 +499,11 @@ def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, sca
     return sums.pop("loss"), sums
 
 
+def weightless(example):
+    """A micro-batch without influence, for a rank that has no other."""
+    return [[segment._replace(weight=0.0) for segment in example]]
+
+
 def evaluate_loss(model, examples, loss_fn, config, count):
     """{"eval_loss": mean per scored token (or pair), and loss_fn's metrics likewise} on evaluation
     examples, without dropout. The micro-batches are those of one process, divided among ranks."""
@@ -495,7 +512,8 @@ def evaluate_loss(model, examples, loss_fn, config, count):
     score = partial(accumulate, model, count=1, loss_fn=loss_fn, budget=sys.maxsize)
     sums = Counter()
     with torch.no_grad():
-        for loss, metrics in gather_each(map(score, every(split_by_tokens(examples, budget)))):
+        own = every(split_by_tokens(examples, budget), model)
+        for loss, metrics in gather_each(map(score, own), model):
             sums.update({"loss": loss, **metrics})
     model.train()
     return {f"eval_{name}": value / total for name, value in sums.items()}
@@ -516,10 +534,10 @@ def count_scored(example):
     )
 
 
-def parts_of(examples):
-    """Each rank's part of a step's examples, with about as many tokens as the others'."""
-    parts = divide([*map(count_tokens, examples)])
-    return [[examples[n] for n in part] for part in parts]
+def shares_of(examples):
+    """Each rank's share of a step's examples, with about as many tokens as the others'."""
+    shares = divide([*map(count_tokens, examples)])
+    return [[examples[n] for n in share] for share in shares]
 
 
 class Plan:
@@ -586,12 +604,12 @@ def split_by_tokens(examples, budget):
     sizes = [count_tokens(example) for example in examples]
     share = sum(sizes) / max(1, math.ceil(sum(sizes) / budget))
     group, tokens = [], 0
-    for example, size in zip(examples, sizes):
-        if group and (tokens + size > budget or tokens >= share):
+    for example, length in zip(examples, sizes):
+        if group and (tokens + length > budget or tokens >= share):
             yield group
             group, tokens = [], 0
         group.append(example)
-        tokens += size
+        tokens += length
     if group:
         yield group
 
@@ -756,13 +774,12 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     results, log = train(model, steps, loss_fn, config, eval_examples and evaluate, clock)
     answers = show_answers(before, ask(), config.num_samples)
 
-    # 5. export and report: the first rank's
-    if not is_first():
-        return
+    # 5. export and report
     clock.enter("saving and merging")
     figures = export(model, config, eval_examples or examples, bool(eval_examples))
     results = {**results, **answers, **print_summary(clock)}
-    write_results(config, log, ledger, results, figures)
+    if is_first():
+        write_results(config, log, ledger, results, figures)
 
 
 def write_results(config, log, ledger, results, figures):
@@ -819,16 +836,24 @@ def load_data(config, tokenizer, options):
 
 def load_to_train(config, source, steps, device, dtype):
     """The model of a run, with what trains in place."""
+    shards = config.sharding == "base" and size() > 1
+    if config.sharding == "base" and size() == 1:
+        print("sharding: one process has the whole model; torchrun starts more")
     model = load_4bit(
         source,
         config,
         dtype=dtype,
-        device=device,
+        device="cpu" if shards and not config.load_in_4bit else device,
         attn_implementation=config.attn_implementation,
     )
     for notice in attach_adapter(model, config):
         print(notice)
     trained, total = count_parameters(model)
+    if shards:
+        shard_base(model, model.model.layers, device, config.cpu_offload)
+        model.attention, _ = choose_attention(
+            config.attn_implementation, model.config, model.dtype, device
+        )
     print(
         f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of "
         f"{steps.batch_size} examples on {device} ({model.attention} attention, {model.dtype})"
@@ -864,9 +889,10 @@ def export(model, config, examples, held_out=True):
     """
     folder, figures, swap = Path(config.output_dir), {}, None
     if not config.lora_r:
-        save_model(merge_lora(model).state_dict().items(), folder / "merged", model.folder)
+        tensors = merge_lora(model).state_dict().items()
+        on_first(save_model, tensors, folder / "merged", model.folder)
         return figures
-    export_adapter(model, config, folder / "adapter")
+    on_first(export_adapter, model, config, folder / "adapter")
     if not config.merge:
         return figures
     if config.load_in_4bit or model.config.quantized:
@@ -879,7 +905,8 @@ def export(model, config, examples, held_out=True):
         print(f"\n{merge_table(figures)}")
     if figures.get("merged") == "dequantized":
         swap = partial(swap_linear4bit, config)
-    merge(folder / "adapter", folder / "merged", model.folder, swap)
+    if is_first():
+        merge(folder / "adapter", folder / "merged", model.folder, swap)
     return figures
 
 

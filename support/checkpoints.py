@@ -274,6 +274,8 @@ FREE = {
     "ref_cache",
     "push_to_hub",
     "max_skipped_steps",
+    "sharding",
+    "cpu_offload",
     *vars(HubConfig()),
 }
 
