@@ -101,7 +101,15 @@ from support.files import (
 )
 from support.hub import HubConfig, call_hub, companions, create_repositories, push, resolve
 from support.memory import free_cached_memory, keep_freed_memory
-from support.planner import by_module, estimate_memory, fits, print_plan, print_speed
+from support.planner import (
+    by_module,
+    estimate_memory,
+    fits,
+    plan_ranks,
+    print_plan,
+    print_ranks,
+    print_speed,
+)
 from support.report import show_answers
 from support.settings import check_choices, check_range, parse_config
 from support.signals import stop_signals
@@ -133,6 +141,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
     val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number
     output_dir: str = "output/sft"  # the run folder
     dry_run: bool = False  # print parameters, steps, expected memory and time; train nothing
+    nproc: int = 1  # of dry_run: the processes that torchrun would start
     max_samples: int | None = None  # use this many rows of data, drawn by seed
     max_eval_samples: int | None = None  # use this many evaluation rows
     recipe: str = ""  # how to read a data set's own rows
@@ -224,6 +233,7 @@ class SFTConfig(LoRAConfig, QuantConfig, HubConfig):
             "max_samples",
             "max_eval_samples",
             "max_skipped_steps",
+            "nproc",
         )
         check_range(self, 1, "max_new_tokens", most=2**20)
         numbers = [name for name, value in vars(self).items() if isinstance(value, (int, float))]
@@ -534,9 +544,9 @@ def count_scored(example):
     )
 
 
-def shares_of(examples):
+def shares_of(examples, ranks=None):
     """Each rank's share of a step's examples, with about as many tokens as the others'."""
-    shares = divide([*map(count_tokens, examples)])
+    shares = divide([*map(count_tokens, examples)], ranks)
     return [[examples[n] for n in share] for share in shares]
 
 
@@ -931,7 +941,8 @@ def export_adapter(model, config, folder):
 
 def plan_memory(config, source, steps, loss_fn, device, dtype):
     """(parameters by module, {part: GB} at the steps' peak, FLOPs of the largest micro-batch, its
-    examples) of a run, see `estimate_memory`; no weight is read."""
+    examples, `plan_ranks`) of a run on config.nproc ranks, see `estimate_memory`; no weight is
+    read."""
     model, _ = open_model(source, swap_layers=partial(swap_linear4bit, config))
     model.dtype = DTYPES[dtype]
     model.attention, _ = choose_attention(
@@ -949,19 +960,22 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
 
     count, budget = min(len(steps), steps.steps_per_epoch), token_budget(config, device)
     sample = range(0, count, count // 256 + 1)
-    splits = [[*split_by_tokens(steps[step], budget)] for step in sample]
+    shares = [share for step in sample for share in shares_of(steps[step], config.nproc)]
+    splits = [[*split_by_tokens(share, budget)] for share in shares if share]
     split = max(splits, key=lambda split: max(map(size, split)))
     largest = max(split, key=size)
     micro = len(steps) * sum(map(len, splits)) / len(splits)
     pack = partial(Batch.pack, largest, device)
     estimate = estimate_memory(model, pack, device, loss_fn, config, len(split) == 1, micro)
-    return by_module(model), *estimate, largest
+    ranks = plan_ranks(model, model.model.layers, estimate[0], config.nproc, micro / len(steps))
+    return by_module(model), *estimate, largest, ranks
 
 
 def dry_run(config, source, steps, loss_fn, device, dtype):
     """Prints the plan, the estimated memory, and the time that one micro-batch predicts; where it
     does not fit, what needs less."""
-    modules, memory, flops, largest = plan_memory(config, source, steps, loss_fn, device, dtype)
+    plan = plan_memory(config, source, steps, loss_fn, device, dtype)
+    modules, memory, flops, largest, ranks = plan
     lengths, scored = [], 0
     sample = range(0, len(steps), len(steps) // 1024 + 1)  # all steps of most runs
     for step in sample:
@@ -969,6 +983,8 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
         scored += sum(map(count_scored, steps[step]))
     tokens = sum(lengths) * len(steps) // len(sample)
     print_plan(modules, memory, steps, tokens, scored * len(steps) / len(sample))
+    if config.nproc > 1:
+        return print_ranks(ranks, config.nproc)
 
     def estimate(changes):
         changed = copy(config)

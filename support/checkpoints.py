@@ -258,6 +258,7 @@ def load_best(config, best, trained):
 FREE = {
     "output_dir",
     "dry_run",
+    "nproc",
     "resume",
     "overwrite_output_dir",
     "merge",

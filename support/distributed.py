@@ -52,7 +52,12 @@ def start(device):
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        store, number, count = next(dist.rendezvous("env://"))
+        # of an earlier attempt the store still has the addresses
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            backend, store=store, rank=number, world_size=count, timeout=LONGEST_WAIT
+        )
 
 
 @contextmanager
@@ -145,10 +150,11 @@ def sum_numbers(numbers):
     return dict(zip(numbers, values.tolist()))
 
 
-def divide(sizes):
-    """For each rank the indices of its share, in order: items of these sizes, spread evenly. The
-    largest come first, each to the rank that has the least so far."""
-    loads, shares = [0] * size(), [[] for _ in range(size())]
+def divide(sizes, ranks=None):
+    """For each rank the indices of its share, in order, of items of these sizes, spread evenly.
+    The largest come first, each to the rank that has the least so far."""
+    loads = [0] * (ranks or size())
+    shares = [[] for _ in loads]
     for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         owner = loads.index(min(loads))
         loads[owner] += sizes[index]

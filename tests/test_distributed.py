@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import dpo
 import eval as evaluation
 import sft
-from support import distributed, report, tracking
+from support import distributed, planner, report, tracking
 from support.errors import UserError, run_command
 from support.tracking import read_log
 
@@ -244,6 +244,34 @@ def test_items_are_spread_evenly_whatever_their_order(monkeypatch):
     loads = [sum(sizes[n] for n in part) for part in parts]
     assert max(loads) - min(loads) < 0.05 * sum(sizes) / 4
     assert [len(part) for part in distributed.divide([5, 5])] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"load_in_4bit": True}, {"lora_r": 0}])
+def test_the_plan_of_many_ranks_by_hand(inputs, settings, tmp_path, capsys):
+    """Four ranks send 2 · 3/4 of the gradients to add them up. With a divided base, of which each
+    keeps a quarter and two whole blocks, they send 3/4 of the blocks twice for each micro-batch."""
+    script, argv = training(inputs, "sft", tmp_path / "run", nproc=4, dry_run=True, **settings)
+    config = sft.SFTConfig(model=str(inputs / "model"), data=["rows"], lora_r=4)
+    vars(config).update(settings)
+    model = sft.load_4bit(inputs / "model", config)
+    sft.attach_adapter(model, config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = []
+    for block in model.model.layers:
+        layers = [layer for layer in block.modules() if hasattr(layer, "weight")]
+        weights = {id(layer.weight): layer.weight for layer in layers}.values()
+        frozen.append(sum(w.nbytes for w in weights if not w.requires_grad))
+    sft.main(argv)
+    table = capsys.readouterr().out.partition("each of 4 processes:")[2]
+    assert float(re.search(r"no +[\d.]+ +([\d.]+)", table)[1]) == round(1.5 * 4e-9 * trained, 4)
+    assert ("base" in table) == (settings != {"lora_r": 0})
+    memory = {"weights": 1.0}
+    modes = planner.plan_ranks(model, model.model.layers, memory, 4, 3)
+    if "base" in modes:
+        kept, sent = modes["base"]
+        gathered = 0.75e-9 * sum(frozen)
+        assert kept == pytest.approx(1.0 - gathered + 2e-9 * max(frozen))
+        assert sent == pytest.approx(6e-9 * trained + 2 * 3 * gathered)
 
 
 def test_what_several_ranks_cannot_do_is_refused(inputs, tmp_path, monkeypatch):
