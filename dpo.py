@@ -44,19 +44,16 @@ from model import CHUNK, IGNORE, Batch, checkpoint_tensors, token_logps
 from qlora import load_4bit
 from sft import (
     SFTConfig,
-    count_tokens,
-    parts_of,
     read_config,
+    shares_of,
     split_by_tokens,
     token_budget,
 )
 from support.checkpoints import sample_weights
 from support.distributed import (
     agree,
-    divide,
     is_first,
     join_ranks,
-    on_first,
     rank,
     size,
     sum_tensors,
@@ -450,6 +447,8 @@ def content_hash(model, groups, budget):
     for name, tensor in model.state_dict().items():
         if trained or not name.endswith((".lora_A", ".lora_B")):
             digest.update(name.replace(".base_layer", "").encode())
+            if hasattr(tensor, "full_tensor"):  # divided among the ranks
+                tensor = tensor.full_tensor()
             digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     for group in groups:
         for example in group:
@@ -464,13 +463,15 @@ def score(model, groups, budget):
     batches = [batch for group in groups for batch in split_by_tokens(group, budget)]
     ends = np.cumsum([sum(map(count_labels, batch)) for batch in batches])
     logps = torch.zeros(ends[-1])
-    own = divide([sum(map(count_tokens, batch)) for batch in batches])[rank()]
     model.eval()
     # token_logps takes another path where the head trains, and rounds differently there
     with torch.set_grad_enabled(model.head_weight().requires_grad):
-        for n in tqdm(own, "reference", disable=None, leave=False):
-            values = model.logps(Batch.pack(batches[n], model.device)).detach().cpu()
-            logps[ends[n] - len(values) : ends[n]] = values
+        for turn in tqdm(range(0, len(batches), size()), "reference", disable=None, leave=False):
+            n = turn + rank()
+            batch = batches[min(n, len(batches) - 1)]  # a divided base needs all ranks
+            values = model.logps(Batch.pack(batch, model.device)).detach().cpu()
+            if n < len(batches):
+                logps[ends[n] - len(values) : ends[n]] = values
     model.train()
     sum_tensors([logps])
     return logps
@@ -510,11 +511,10 @@ def add_reference(model, steps, eval_examples, config):
     scored tokens under `model`: from the cache, or from one pass over the first epoch's batches."""
     budget = token_budget(config, model.device)
     first_epoch = range(min(len(steps), steps.steps_per_epoch))
-    groups = [part for step in first_epoch for part in parts_of(steps[step])]
+    groups = [share for step in first_epoch for share in shares_of(steps[step])]
     if eval_examples and config.eval_strategy != "no":
         groups.append(eval_examples)
-    name = on_first(content_hash, model, groups, budget)
-    path = Path(config.ref_cache) / f"{name}.safetensors"
+    path = Path(config.ref_cache) / f"{content_hash(model, groups, budget)}.safetensors"
     logps = read_reference(path)
     if not agree(logps is None):
         print(f"reference: read from {path}")

@@ -162,7 +162,7 @@ def score(model, items, budget=None):
     """Items, lists of sequences (ids, start) -> yields (number of an item, its sequences' sums) for
     the batches of this rank."""
     budget = budget or (2048 if model.device.type == "cpu" else 16384)
-    for numbers in every(batch_items(items, budget)):
+    for numbers in every(batch_items(items, budget), model):
         sums = iter(sum_logps(model, [sequence for n in numbers for sequence in items[n]]))
         for n in numbers:
             yield n, [next(sums) for _ in items[n]]
@@ -460,14 +460,14 @@ def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, ba
     questions = ask_answers(model, tokenizer, examples, choices)
     options = {"eos_ids": tokenizer.end_ids, "batch_size": batch_size}
     answers = generate_own(model, questions, max_new_tokens, **options)
-    samples = gather_each(graded(questions, answers))
+    samples = gather_each(graded(questions, answers), model)
     return [sample for _, sample in sorted(samples, key=itemgetter(0))]
 
 
 def generate_own(model, questions, max_new_tokens, **options):
     """Yields (number of a question, new ids) for this rank's questions. Options: `generate_each`'s.
     Other questions in its batches than in one process change the rounding, and nothing else."""
-    own = [*every(range(len(questions)))]
+    own = [*every(range(len(questions)), model)]
     prompts = [questions[n].prompt for n in own]
     for row, ids in generate_each(model, prompts, max_new_tokens, **options):
         yield own[row], ids
@@ -510,7 +510,7 @@ def choice_metrics(model, questions):
     training = model.training
     model.eval()
     scores = score(model, [question.sequences for question in questions])
-    samples = [sample for _, sample in gather_each(graded(questions, scores))]
+    samples = [sample for _, sample in gather_each(graded(questions, scores), model)]
     model.train(training)
     means = summarise(samples)
     return {f"eval_{name}": means[name] for name in report.metrics_of(means)}
@@ -702,7 +702,7 @@ def answer_all(model, tokenizer, questions, file, identity, config):
     with open(path, "a", encoding="utf-8") as out, bar, keep_freed_memory():
         for numbers, answers in ((to_score, scores), (to_write, texts)):
             asked = [questions[n] for n in numbers]
-            for index, sample in gather_each(graded(asked, answers)):
+            for index, sample in gather_each(graded(asked, answers), model):
                 n = numbers[index]
                 samples[n] = {"id": n, "key": keys[n], **sample}
                 out.write(json.dumps(samples[n]) + "\n")

@@ -82,9 +82,12 @@ from support.distributed import (
     first_of_node,
     gather_each,
     is_first,
+    is_sharded,
     join_ranks,
     on_first,
     rank,
+    shard_base,
+    size,
     sum_numbers,
     sum_tensors,
     wait,
@@ -111,8 +114,10 @@ from support.planner import (
     by_module,
     estimate_memory,
     fits,
+    plan_ranks,
     print_hint,
     print_plan,
+    print_ranks,
     print_speed,
 )
 from support.report import show_answers
@@ -149,6 +154,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number
     output_dir: str = "output/sft"  # the run folder
     dry_run: bool = False  # print parameters, steps, expected memory and time; train nothing
+    nproc: int = 1  # of dry_run: the processes that torchrun would start
     max_samples: int | None = None  # use this many rows of data, drawn by seed
     max_eval_samples: int | None = None  # use this many evaluation rows
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
@@ -169,6 +175,8 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
+    sharding: str = "no"  # with torchrun: base divides the frozen weights among the processes
+    cpu_offload: bool = False  # of sharding: its weights wait in CPU memory
     micro_batch_tokens: int = (
         0  # tokens per forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
     )
@@ -225,6 +233,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
         "loss_type": ("nll", "dft"),
         "dtype": ("auto", *DTYPES),
         "attn_implementation": ("auto", "flash", *ATTENTION),
+        "sharding": ("no", "base"),
         "report_to": (*TRACKERS, "all", "none"),
         "eval_strategy": STRATEGIES,
         "save_strategy": (*STRATEGIES, "best"),
@@ -249,6 +258,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
             "max_samples",
             "max_eval_samples",
             "max_skipped_steps",
+            "nproc",
         )
         check_range(self, 1, "max_new_tokens", most=2**20)
         numbers = [name for name, value in vars(self).items() if isinstance(value, (int, float))]
@@ -269,6 +279,10 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
             raise UserError(
                 "lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)"
             )
+        if self.sharding == "base" and not self.lora_r:
+            raise UserError("sharding: with lora_r 0 no weight is frozen; give a rank, or no")
+        if self.cpu_offload and self.sharding == "no":
+            raise UserError("cpu_offload: is for divided weights; give --sharding base")
         if self.load_in_4bit and not self.lora_r:
             raise UserError(
                 "lora_r: 0 trains every weight, which 4-bit weights can't be; "
@@ -497,8 +511,12 @@ def accumulate(model, examples, count, loss_fn, budget, scale=lambda loss: loss)
     """Adds the gradient of loss / count over the examples to the parameters, in micro-batches of at
     most `budget` tokens; returns (summed loss, summed metrics)."""
     losses, sums = [], Counter()
-    for batch in micro_batches(examples, budget, model.device):
-        loss, metrics = loss_fn(model, batch)
+    groups = [*split_by_tokens(examples, budget)]
+    if is_sharded(model):  # each pass gathers weights from all ranks
+        shortest = min(examples, key=count_tokens)
+        groups += [weightless(shortest)] * (agree(len(groups)) - len(groups))
+    for group in groups:
+        loss, metrics = loss_fn(model, Batch.pack(group, model.device))
         if torch.is_grad_enabled():
             scale(loss / count).backward()
         losses.append({"loss": loss.detach(), **metrics})
@@ -525,7 +543,7 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
         free_cached_memory()
         sizes = [*map(count_tokens, examples)]
         groups = [*split_by_tokens(examples, budget)]
-        if budget == sys.maxsize or len(groups) == len(examples):
+        if is_sharded(model) or budget == sys.maxsize or len(groups) == len(examples):
             config.micro_batch_tokens = asked
             raise UserError(
                 f"out of memory at {max(sizes):,} tokens that can't be split ({message}); run "
@@ -540,11 +558,9 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
 
 
 def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, scale):
-    """`compute_gradient` of each rank's part of a step's examples, balanced by tokens; then the
-    gradients, loss and metrics are added up over the ranks. A rank without a part computes an
-    example of weight 0."""
-    own = parts_of(examples)[rank()]
-    own = own or [[segment._replace(weight=0.0) for segment in examples[0]]]
+    """`compute_gradient` of each rank's share of a step's examples; then the gradients, loss and
+    metrics are added up over the ranks. A rank without a share computes an example of weight 0."""
+    own = shares_of(examples)[rank()] or weightless(examples[0])
     seed = [*seed, rank()]
     loss, sums = compute_gradient(model, own, count, loss_fn, config, seed, scale)
     for p in parameters:
@@ -555,6 +571,11 @@ def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, sca
     return sums.pop("loss"), sums
 
 
+def weightless(example):
+    """A micro-batch without influence, for a rank that has no other."""
+    return [[segment._replace(weight=0.0) for segment in example]]
+
+
 def evaluate_loss(model, examples, loss_fn, config, count):
     """{"eval_loss": mean per scored token (or pair), and loss_fn's metrics likewise} on evaluation
     examples, without dropout. The micro-batches are those of one process, divided among ranks."""
@@ -563,7 +584,8 @@ def evaluate_loss(model, examples, loss_fn, config, count):
     score = partial(accumulate, model, count=1, loss_fn=loss_fn, budget=sys.maxsize)
     sums = Counter()
     with torch.no_grad():
-        for loss, metrics in gather_each(map(score, every(split_by_tokens(examples, budget)))):
+        own = every(split_by_tokens(examples, budget), model)
+        for loss, metrics in gather_each(map(score, own), model):
             sums.update({"loss": loss, **metrics})
     model.train()
     return {f"eval_{name}": value / total for name, value in sums.items()}
@@ -584,10 +606,10 @@ def count_scored(example):
     )
 
 
-def parts_of(examples):
-    """Each rank's part of a step's examples, with about as many tokens as the others'."""
-    parts = divide([*map(count_tokens, examples)])
-    return [[examples[n] for n in part] for part in parts]
+def shares_of(examples, ranks=None):
+    """Each rank's share of a step's examples, with about as many tokens as the others'."""
+    shares = divide([*map(count_tokens, examples)], ranks)
+    return [[examples[n] for n in share] for share in shares]
 
 
 class Plan:
@@ -655,12 +677,12 @@ def split_by_tokens(examples, budget):
     sizes = [count_tokens(example) for example in examples]
     share = sum(sizes) / max(1, math.ceil(sum(sizes) / budget))
     group, tokens = [], 0
-    for example, size in zip(examples, sizes):
-        if group and (tokens + size > budget or tokens >= share):
+    for example, length in zip(examples, sizes):
+        if group and (tokens + length > budget or tokens >= share):
             yield group
             group, tokens = [], 0
         group.append(example)
-        tokens += size
+        tokens += length
     if group:
         yield group
 
@@ -913,13 +935,12 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     results, log = train(model, steps, loss_fn, config, eval_examples and evaluate, clock)
     answers = show_answers(before, ask(), config.num_samples)
 
-    # 5. export and report: the first rank's
-    if not is_first():
-        return
+    # 5. export and report
     clock.enter("saving and merging")
     figures = export(model, config, eval_examples or examples, bool(eval_examples))
     results = {**results, **answers, **print_summary(clock)}
-    write_results(config, log, ledger, results, figures)
+    if is_first():
+        write_results(config, log, ledger, results, figures)
 
 
 def count_questions(steps, eval_examples, config):
@@ -991,11 +1012,14 @@ def load_data(config, tokenizer, options):
 
 def load_to_train(config, source, steps, device, dtype):
     """The model of a run, with what trains in place."""
+    shards = config.sharding == "base" and size() > 1
+    if config.sharding == "base" and size() == 1:
+        print("sharding: one process has the whole model; torchrun starts more")
     model = load_4bit(
         source,
         config,
         dtype=dtype,
-        device=device,
+        device="cpu" if shards and not config.load_in_4bit else device,
         attn_implementation=config.attn_implementation,
     )
     for notice in attach_adapter(model, config):
@@ -1003,6 +1027,11 @@ def load_to_train(config, source, steps, device, dtype):
     if config.neftune_noise_alpha:
         add_embedding_noise(model, config.neftune_noise_alpha)
     trained, total = count_parameters(model)
+    if shards:
+        shard_base(model, model.model.layers, device, config.cpu_offload)
+        model.attention, _ = choose_attention(
+            config.attn_implementation, model.config, model.dtype, device
+        )
     print(
         f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of "
         f"{steps.batch_size} examples on {device} ({model.attention} attention, {model.dtype})"
@@ -1038,9 +1067,10 @@ def export(model, config, examples, held_out=True):
     """
     folder, figures, swap = Path(config.output_dir), {}, None
     if not config.lora_r:
-        save_model(merge_lora(model).state_dict().items(), folder / "merged", model.folder)
+        tensors = merge_lora(model).state_dict().items()
+        on_first(save_model, tensors, folder / "merged", model.folder)
         return figures
-    export_adapter(model, config, folder / "adapter")
+    on_first(export_adapter, model, config, folder / "adapter")
     if not config.merge:
         return figures
     if config.load_in_4bit or model.config.quantized:
@@ -1053,7 +1083,8 @@ def export(model, config, examples, held_out=True):
         print(f"\n{merge_table(figures)}")
     if figures.get("merged") == "dequantized":
         swap = partial(swap_linear4bit, config)
-    merge(folder / "adapter", folder / "merged", model.folder, swap)
+    if is_first():
+        merge(folder / "adapter", folder / "merged", model.folder, swap)
     return figures
 
 
@@ -1080,7 +1111,8 @@ def export_adapter(model, config, folder):
 
 def plan_memory(config, source, steps, loss_fn, device, dtype):
     """(parameters by module, {part: GB} at the steps' peak, FLOPs of the largest micro-batch, its
-    examples) of a run, see `estimate_memory`; no weight is read."""
+    examples, `plan_ranks`) of a run on config.nproc ranks, see `estimate_memory`; no weight is
+    read."""
     model, _ = open_model(source, swap_layers=partial(swap_linear4bit, config))
     model.dtype = DTYPES[dtype]
     model.attention, _ = choose_attention(
@@ -1098,19 +1130,22 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
 
     count, budget = min(len(steps), steps.steps_per_epoch), token_budget(config, device)
     sample = range(0, count, count // 256 + 1)
-    splits = [[*split_by_tokens(steps[step], budget)] for step in sample]
+    shares = [share for step in sample for share in shares_of(steps[step], config.nproc)]
+    splits = [[*split_by_tokens(share, budget)] for share in shares if share]
     split = max(splits, key=lambda split: max(map(size, split)))
     largest = max(split, key=size)
     micro = len(steps) * sum(map(len, splits)) / len(splits)
     pack = partial(Batch.pack, largest, device)
     estimate = estimate_memory(model, pack, device, loss_fn, config, len(split) == 1, micro)
-    return by_module(model), *estimate, largest
+    ranks = plan_ranks(model, model.model.layers, estimate[0], config.nproc, micro / len(steps))
+    return by_module(model), *estimate, largest, ranks
 
 
 def dry_run(config, source, steps, loss_fn, device, dtype):
     """Prints the plan, the estimated memory, and the time that one micro-batch predicts; where it
     does not fit, what needs less."""
-    modules, memory, flops, largest = plan_memory(config, source, steps, loss_fn, device, dtype)
+    plan = plan_memory(config, source, steps, loss_fn, device, dtype)
+    modules, memory, flops, largest, ranks = plan
     lengths, scored = [], 0
     sample = range(0, len(steps), len(steps) // 1024 + 1)  # all steps of most runs
     for step in sample:
@@ -1120,6 +1155,8 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
     print_plan(modules, memory, steps, tokens, scored * len(steps) / len(sample))
     if config.lora_r:
         print_hint(config, steps.batch_size)
+    if config.nproc > 1:
+        return print_ranks(ranks, config.nproc)
 
     def estimate(changes):
         changed = copy(config)

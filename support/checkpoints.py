@@ -262,6 +262,7 @@ def load_best(config, best, trained):
 FREE = {
     "output_dir",
     "dry_run",
+    "nproc",
     "resume",
     "overwrite_output_dir",
     "merge",
@@ -281,6 +282,8 @@ FREE = {
     "ref_cache",
     "push_to_hub",
     "max_skipped_steps",
+    "sharding",
+    "cpu_offload",
     *vars(HubConfig()),
 }
 

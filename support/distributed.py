@@ -16,6 +16,7 @@ from itertools import accumulate, groupby, islice
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from support.errors import UserError, as_user_error
@@ -51,7 +52,12 @@ def start(device):
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        store, number, count = next(dist.rendezvous("env://"))
+        # of an earlier attempt the store still has the addresses
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            backend, store=store, rank=number, world_size=count, timeout=LONGEST_WAIT
+        )
 
 
 @contextmanager
@@ -81,8 +87,12 @@ def gather(value):
     return [json.loads(bytes(text.tolist())) for text in texts]
 
 
-def gather_each(results):
-    """Yields the values of every rank's iterator `results`, in turns, as they come."""
+def gather_each(results, model):
+    """Yields the values of every rank's iterator `results`, in turns, as they come; its own where
+    all ranks compute the same, see `every`."""
+    if is_sharded(model):
+        yield from results
+        return
     while any(turn := gather([*islice(results, 1)])):
         for values in turn:
             yield from values
@@ -140,17 +150,56 @@ def sum_numbers(numbers):
     return dict(zip(numbers, values.tolist()))
 
 
-def divide(sizes):
-    """For each rank the indices of its part, in order: items of these sizes, spread evenly. The
-    largest come first, each to the rank that has the least so far."""
-    loads, parts = [0] * size(), [[] for _ in range(size())]
+def divide(sizes, ranks=None):
+    """For each rank the indices of its share, in order, of items of these sizes, spread evenly.
+    The largest come first, each to the rank that has the least so far."""
+    loads = [0] * (ranks or size())
+    shares = [[] for _ in loads]
     for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         owner = loads.index(min(loads))
         loads[owner] += sizes[index]
-        parts[owner].append(index)
-    return [*map(sorted, parts)]
+        shares[owner].append(index)
+    return [*map(sorted, shares)]
 
 
-def every(items):
-    """This rank's part of items of about equal size: every size()-th from its own number on."""
-    return islice(items, rank(), None, size())
+def every(items, model):
+    """This rank's share of items of about equal size: every size()-th, from its own number on. All
+    of them where the model is divided: there each pass needs all ranks, in step."""
+    return items if is_sharded(model) else islice(items, rank(), None, size())
+
+
+# --- the frozen base, divided among the ranks -----------------------------------------------------
+
+
+def is_sharded(model):
+    return getattr(model, "sharded", False)
+
+
+def shard_base(model, blocks, device, cpu_offload):
+    """Divides the blocks' frozen weights among the ranks (FSDP2: Zhao et al. 2023,
+    arXiv:2304.11277): a block is gathered when it runs, forward and backward, and dropped. What
+    trains stays whole on every rank, on `device`, so optimizer, clipping and checkpoints see plain
+    tensors. Packed 4-bit weights become uint8 parameters: FSDP divides no buffers, and storage in
+    16 bit would change the bits of NaN patterns. cpu_offload: the parts lie in CPU memory."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    for layer in blocks.modules():
+        if "weight" in layer._buffers:
+            weight = layer._buffers.pop("weight")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        if getattr(layer, "start", None):  # PiSSA's
+            layer.start = tuple(tensor.to(device) for tensor in layer.start)
+    policy = CPUOffloadPolicy(device.type == "cuda") if cpu_offload else OffloadPolicy()
+    options = {"mesh": init_device_mesh(device.type, (size(),)), "offload_policy": policy}
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for block in blocks:
+        fully_shard(block, ignored_params=trained, **options)
+    whole = {p for p in model.parameters() if not hasattr(p, "full_tensor")}
+    for p in whole:
+        p.data = p.data.to(device)
+    fully_shard(model, ignored_params=whole, **options)  # the blocks' order, to gather ahead
+    for block in blocks:  # makes the buffers to gather into, not in inference mode
+        block.unshard()
+        block.reshard()
+    model.sharded = True

@@ -173,6 +173,32 @@ def print_hint(config, batch_size):
     )
 
 
+def plan_ranks(model, blocks, memory, ranks, micro_batches):
+    """{what --sharding divides: (GB of memory, GB sent in a step of so many micro-batches)}, each
+    of a rank. Adding up sends 2 (N-1)/N of the gradients, gathering (N-1)/N of the blocks, forward
+    and backward; two blocks are whole at a time, the next one being gathered ahead."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = []
+    for block in blocks:
+        tensors = block.state_dict(keep_vars=True).items()
+        frozen = [x.nbytes for key, x in tensors if not (x.requires_grad or ".weight." in key)]
+        sizes.append(sum(frozen))  # less the scales of 4-bit weights
+    away, whole = (ranks - 1) / ranks, sum(memory.values())
+    added, gathered = 2 * away * trained * 4e-9, away * sum(sizes) / 1e9
+    modes = {"no": (whole, added)}
+    if sum(sizes):
+        kept = whole - gathered + 2 * max(sizes) / 1e9
+        modes["base"] = kept, added + 2 * micro_batches * gathered
+    return modes
+
+
+def print_ranks(modes, ranks):
+    rows = [("--sharding", "GB of memory", "GB sent a step")]
+    for mode, (memory, sent) in modes.items():
+        rows.append((mode, f"{memory:.3f}", f"{sent:.4f}"))
+    print(f"\neach of {ranks} processes:\n{aligned_columns(*rows)}")
+
+
 def fits(memory, device, config, longest, estimate):
     """Whether the memory is free. If not, prints the peak of settings that need less, each with
     those before, until it is. longest: tokens of an example; estimate({setting: value}) -> GB."""

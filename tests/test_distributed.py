@@ -22,10 +22,12 @@ from safetensors.torch import load_file
 import dpo
 import eval as evaluation
 import sft
-from support import distributed, report, tracking
+from support import distributed, planner, report, tracking
 from support.errors import UserError, run_command
 from support.tracking import read_log
 
+QLORA = {"load_in_4bit": True, "merge": True}
+SHARDED = {"sharding": "base", "gradient_checkpointing": True, "micro_batch_tokens": 150}
 SCRIPTS = {"sft": sft, "dpo": dpo, "eval": evaluation}
 CLOSE = dict(rel=1e-6, abs=1e-6)
 
@@ -138,6 +140,7 @@ def make_cases(inputs, folder):
         "lora": training(inputs, "sft", folder / "lora"),
         "full": training(inputs, "sft", folder / "full", lora_r=0),
         "dpo": training(inputs, "dpo", folder / "dpo"),
+        "4bit": training(inputs, "sft", folder / "4bit", **QLORA),
         "eval": ["eval", flags(**asking)],
     }
 
@@ -148,10 +151,14 @@ def runs(inputs, tmp_path_factory):
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
     run_cases(make_cases(inputs, alone))
     cases = make_cases(inputs, together)
+    cases["sharded-dpo"] = training(inputs, "dpo", together / "sharded-dpo", **SHARDED)
+    cases["sharded-dpo"][1] += flags(ref_cache=together / "other-reference")
+    del cases["4bit"]
+    cases["sharded-4bit"] = training(inputs, "sft", together / "sharded-4bit", **QLORA, **SHARDED)
     for name in ("stopped", "failing"):
         cases[name] = training(inputs, "sft", together / name)
     ended = start_ranks(together, cases)
-    assert ended.stdout.count("step 1  ") == 5, ended.stderr  # printed by the first rank alone
+    assert ended.stdout.count("step 1  ") == 7, ended.stderr  # printed by the first rank alone
     return alone, together, ended.stderr
 
 
@@ -186,10 +193,22 @@ def test_two_ranks_train_as_one_process(runs, name):
     assert_same_run(alone, together)
 
 
+@pytest.mark.parametrize("name", ["4bit", "dpo"])
+def test_a_divided_base_trains_as_a_whole_one(runs, name):
+    """With other micro-batches than in one process, of which one rank has more than the other. What
+    merging 4-bit weights changes is measured alike too."""
+    alone, together, _ = runs
+    assert_same_run(alone / name, together / f"sharded-{name}")
+    merged = [folder / "merged" for folder in (alone / name, together / f"sharded-{name}")]
+    assert [folder.exists() for folder in merged] == [name == "4bit"] * 2
+
+
 def test_dpo_starts_at_margin_zero(runs):
     """The reference pass walks the micro-batches of every rank's part."""
-    first, *_ = [line for line in read_log(runs[1] / "dpo" / "log.jsonl") if "loss" in line]
-    assert first["rewards/margins"] == 0 and first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    for name in ("dpo", "sharded-dpo"):
+        first, *_ = [line for line in read_log(runs[1] / name / "log.jsonl") if "loss" in line]
+        assert first["rewards/margins"] == 0
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(runs, inputs):
@@ -227,10 +246,42 @@ def test_items_are_spread_evenly_whatever_their_order(monkeypatch):
     assert [len(part) for part in distributed.divide([5, 5])] == [1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("settings", [{}, {"load_in_4bit": True}, {"lora_r": 0}])
+def test_the_plan_of_many_ranks_by_hand(inputs, settings, tmp_path, capsys):
+    """Four ranks send 2 · 3/4 of the gradients to add them up. With a divided base, of which each
+    keeps a quarter and two whole blocks, they send 3/4 of the blocks twice for each micro-batch."""
+    script, argv = training(inputs, "sft", tmp_path / "run", nproc=4, dry_run=True, **settings)
+    config = sft.SFTConfig(model=str(inputs / "model"), data=["rows"], lora_r=4)
+    vars(config).update(settings)
+    model = sft.load_4bit(inputs / "model", config)
+    sft.attach_adapter(model, config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = []
+    for block in model.model.layers:
+        layers = [layer for layer in block.modules() if hasattr(layer, "weight")]
+        weights = {id(layer.weight): layer.weight for layer in layers}.values()
+        frozen.append(sum(w.nbytes for w in weights if not w.requires_grad))
+    sft.main(argv)
+    table = capsys.readouterr().out.partition("each of 4 processes:")[2]
+    assert float(re.search(r"no +[\d.]+ +([\d.]+)", table)[1]) == round(1.5 * 4e-9 * trained, 4)
+    assert ("base" in table) == (settings != {"lora_r": 0})
+    memory = {"weights": 1.0}
+    modes = planner.plan_ranks(model, model.model.layers, memory, 4, 3)
+    if "base" in modes:
+        kept, sent = modes["base"]
+        gathered = 0.75e-9 * sum(frozen)
+        assert kept == pytest.approx(1.0 - gathered + 2e-9 * max(frozen))
+        assert sent == pytest.approx(6e-9 * trained + 2 * 3 * gathered)
+
+
 def test_what_several_ranks_cannot_do_is_refused(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "size", lambda: 2)
     with pytest.raises(UserError, match="loss_type: aot compares all pairs"):
         dpo.main(training(inputs, "dpo", tmp_path / "run", loss_type="aot")[1])
+    with pytest.raises(UserError, match="cpu_offload: is for divided weights"):
+        sft.SFTConfig(cpu_offload=True)
+    with pytest.raises(UserError, match="sharding: with lora_r 0 no weight is frozen"):
+        sft.SFTConfig(sharding="base", lora_r=0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="device: cuda:1 would be every rank's; give cuda"):
         distributed.start("cuda:1")

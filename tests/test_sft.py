@@ -1272,7 +1272,7 @@ def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
     """The same micro-batch on the loaded model, what lives counted by the same meter and what stays
     by hand: equal to the byte (but for the description of 4-bit weights, which is no tensor before
     they are quantised)."""
-    settings, _, steps, (modules, memory, flops, largest) = plan_of(base, rows, **KINDS[case])
+    settings, _, steps, (modules, memory, flops, largest, _) = plan_of(base, rows, **KINDS[case])
     model = sft.load_4bit(base, settings)
     sft.attach_adapter(model, settings)
     model.train()
