@@ -1496,10 +1496,11 @@ COMMANDS = {command.__name__: (DataConfig, command) for command in (show, audit,
 
 
 def new_file(config):
-    """UserError unless --output is a new file."""
+    """UserError unless --output is a new file. Its folder is made, before the work begins."""
     if not config.output or Path(config.output).exists():
         fault = "exists already" if config.output else "is needed"
         raise UserError(f"--output {config.output}: {fault}; name a new one")
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_rows(config, rows, summary):

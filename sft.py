@@ -915,9 +915,7 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     on_first(write_run_config, config, began, report)
 
     # 4. training, between two rounds of answers
-    forced = map(partial(ask_choice, tokenizer), eval_examples, choices)
-    forced = [question for question in forced if question]
-
+    forced = [*filter(None, map(partial(ask_choice, tokenizer), eval_examples, choices))]
     asked = count_questions(steps, eval_examples, config)
 
     def ask():

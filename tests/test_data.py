@@ -1988,6 +1988,13 @@ def test_audit_measures_lengths(tmp_path, chatml, run):
     assert float(output.splitlines()[1].split()[1]) == prompt + max(ends)
 
 
+def test_mix_makes_the_folder_of_its_output(tmp_path, chatml, run):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a cat"}))
+    output = tmp_path / "new" / "folder" / "mixed.jsonl"
+    run("mix", "--output", str(output), file="rows.jsonl")
+    assert json.loads(output.read_text())["text"] == "a cat"
+
+
 def test_mix_writes_each_sources_share(tmp_path, chatml, run):
     for name in "ab":
         rows = [{"prompt": f"{name} {n}", "completion": "cat"} for n in range(20)]

@@ -260,6 +260,12 @@ CASES = {
         {"m/model.safetensors": folder},
         "model.safetensors: not a regular file",
     ),
+    "one weight is -inf": (
+        TRAIN,
+        {"m/model.safetensors": tensors(lambda t: t[NORM].view(-1)[3:4].fill_(-math.inf))},
+        NORM,
+        "infinity",
+    ),
     "weights are NaN": (
         TRAIN,
         {"m/model.safetensors": tensors(lambda t: t[NORM].fill_(math.nan))},
