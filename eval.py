@@ -453,9 +453,9 @@ def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, ba
     """Greedy answers to SFT examples, graded by `grade_answer`; arguments as in `ask_answers`."""
     questions = ask_answers(model, tokenizer, examples, choices)
     prompts = [question.prompt for question in questions]
-    outputs = generate(
-        model, prompts, max_new_tokens, eos_ids=tokenizer.end_ids, batch_size=batch_size
-    )
+    options = {"eos_ids": tokenizer.end_ids, "batch_size": batch_size}
+    with keep_freed_memory():
+        outputs = generate(model, prompts, max_new_tokens, **options)
     return [question.shown | question.grade(ids) for question, ids in zip(questions, outputs)]
 
 
