@@ -460,8 +460,9 @@ def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, ba
     questions = ask_answers(model, tokenizer, examples, choices)
     options = {"eos_ids": tokenizer.end_ids, "batch_size": batch_size}
     answers = generate_own(model, questions, max_new_tokens, **options)
-    samples = gather_each(graded(questions, answers), model)
-    return [sample for _, sample in sorted(samples, key=itemgetter(0))]
+    with keep_freed_memory():
+        samples = sorted(gather_each(graded(questions, answers), model), key=itemgetter(0))
+    return [sample for _, sample in samples]
 
 
 def generate_own(model, questions, max_new_tokens, **options):

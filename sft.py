@@ -917,13 +917,12 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     # 4. training, between two rounds of answers
     forced = [*filter(None, map(partial(ask_choice, tokenizer), eval_examples, choices))]
     asked = count_questions(steps, eval_examples, config)
+    rows = eval_examples[:asked], choices[:asked]
 
     def ask():
         clock.enter("answers")
         model.eval()
-        rows = eval_examples[:asked], choices[:asked]
-        with keep_freed_memory():
-            return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
+        return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
 
     def evaluate():
         losses = evaluate_loss(model, eval_examples, loss_fn, config, count)

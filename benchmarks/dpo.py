@@ -9,15 +9,15 @@ pair costs its share of a step and of the pass: `pairs/s` is for one epoch, `3 e
 - plaintune        `python dpo.py` as a user runs it; the reference from the model itself, a prompt
                    computed once per pair
 - trl              DPOTrainer with its defaults: batches of 8 pairs, padded, gradient checkpointing,
-                   bf16 autocast
+                   autocast where --dtype is bf16
 - trl-precompute   the same with precompute_ref_log_probs
 - trl-tuned        trl-precompute with the settings TUNED
                    (--trl_tuned '{"per_device_train_batch_size": 4}' tries others)
 
-All sides: bf16 weights, LoRA (r 16, alpha 32) on the seven projections, AdamW at 5e-5 with linear
-decay, beta 0.1. TRL would also score the newline that the template writes after an answer; its rows
-are cut here, so that the scored tokens must agree (they are checked) and losses and margins can be
-compared.
+All sides: weights and products in --dtype, LoRA (r 16, alpha 32) on the seven projections, AdamW at
+5e-5 with linear decay, beta 0.1. TRL would also score the newline that the template writes after an
+answer; its rows are cut here, so that the scored tokens must agree (they are checked) and losses
+and margins can be compared.
 
 Needs trl, peft and transformers, and `shared/` beside the repository unless --shared says where.
 
@@ -89,9 +89,10 @@ SETS = {"ecqa": (ecqa, 2500), "ultrafeedback": (ultrafeedback, 3600)}
 # reference pass
 
 
-def plaintune_command(model, data, out, steps, pairs):
+def plaintune_command(model, data, out, steps, pairs, dtype):
     return script_command(
         "dpo.py",
+        dtype=dtype,
         model=model,
         data=data,
         output_dir=out,
@@ -103,7 +104,7 @@ def plaintune_command(model, data, out, steps, pairs):
     )
 
 
-def trl_side(side, model, data, out, steps, pairs, **overrides):
+def trl_side(side, model, data, out, steps, pairs, dtype, **overrides):
     """DPOTrainer, in its own process. `overrides` replace settings of trl-tuned."""
     from trl import DPOConfig, DPOTrainer
 
@@ -111,10 +112,11 @@ def trl_side(side, model, data, out, steps, pairs, **overrides):
     settings = trl_settings(
         out,
         steps,
+        dtype,
         learning_rate=5e-5,
         max_length=2048,
         precompute_ref_log_probs=side != "trl",
-        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "sdpa"},
+        model_init_kwargs={"dtype": dtype, "attn_implementation": "sdpa"},
     )
     if side == "trl-tuned":
         settings |= TUNED | overrides
@@ -164,6 +166,7 @@ def measure(side, name, n, rows, folder, args, env):
     # so that no round reads the reference of another
     shutil.rmtree(folder / "reference", ignore_errors=True)
     task = dict(model=args.model, data=data, out=out, steps=args.steps + 1, pairs=len(rows))
+    task["dtype"] = args.dtype
     if side == "plaintune":
         command = plaintune_command(**task)
     else:
@@ -254,7 +257,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         env = set_up(args, folder)
-        roof = json.loads(subprocess.check_output(roof_command(), env=env))
+        roof = json.loads(subprocess.check_output(roof_command(dtype=args.dtype), env=env))
         args.cuda = roof["cuda"]
         for n in range(args.repeats):
             for name in args.sets.split(","):
@@ -268,8 +271,8 @@ def main():
                     print(json.dumps(results[-1]), flush=True)
     report(results, args.cuda)
     print(
-        f"\nroof: {roof['flops'] / 1e9:.0f} GFLOP/s, a bf16 product of (2048 x 1024) and "
-        f"(1024 x 3072) on {roof['machine']}"
+        f"\nroof: {roof['flops'] / 1e9:.0f} GFLOP/s, a {roof['dtype']} product of "
+        f"(2048 x 1024) and (1024 x 3072) on {roof['machine']}"
     )
 
 

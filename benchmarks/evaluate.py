@@ -2,11 +2,11 @@
 
 Every measurement is a fresh process, and the sides take turns (A B A B), so that a machine that
 slows down slows down both. The clock starts when rows are read and the model is loaded, and stops
-at the metrics: prompts, tokenising, scoring. bf16 weights on both sides (--dtype float32 on a CPU
-without bf16 products); lm_eval uses the fastest of --batch_sizes, measured on a quarter of the
-questions first. The metrics of both sides are printed, and how many choices differ: in bf16 lm_eval
-rounds each token's log-probability to three digits, and random weights make choices about equally
-likely, so some do. (tests/test_eval.py compares the two in fp32, where none may differ.)
+at the metrics: prompts, tokenising, scoring. Weights on both sides in --dtype (auto: bf16, or fp32
+on a CPU without bf16 products); lm_eval uses the fastest of --batch_sizes, measured on a quarter of
+the questions first. The metrics of both sides are printed, and how many choices differ: in bf16
+lm_eval rounds each token's log-probability to three digits, and random weights make choices about
+equally likely, so some do. (tests/test_eval.py compares the two in fp32, where none may differ.)
 
 Generation: GSM8K's 5-shot prompts continued greedily by plaintune's generate and by transformers'
 generate, sorted by length, each in batches of its fastest of --batch_sizes; new tokens per second,
@@ -19,7 +19,6 @@ Needs lm_eval and transformers, and `shared/` beside the repository unless --sha
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -28,6 +27,9 @@ import time
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+
+# the benchmark of this folder, before the repository's own sft.py can be meant
+from sft import machine, set_up
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1]))
@@ -276,7 +278,9 @@ def parse_args():
     )
     add("--model", type=Path, help="checkpoint folder (default: random weights at --shape)")
     add("--shape", default="qwen3-0.6b", help=f"shape to make without --model {shown}")
-    add("--dtype", default="bfloat16", help=f"of the weights on both sides {shown}")
+    add("--layers", type=int, help="layers of that shape (default: all)")
+    dtypes = ("auto", "bfloat16", "float32", "float16")
+    add("--dtype", default="auto", choices=dtypes, help=f"of the weights on both sides {shown}")
     add("--tasks", default="arc_challenge,commonsense_qa,winogrande", help=shown)
     add("--shots", default="0,5", help=f"few-shot examples {shown}")
     add("--limit", type=int, default=32, help=f"questions of each task {shown}")
@@ -297,11 +301,8 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
     sizes = [int(size) for size in args.batch_sizes.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path(folder) / "hf")}
-        if args.model is None:
-            args.model = Path(folder) / "model"
-            tool = args.shared / "tools/make_checkpoint.py"
-            subprocess.run([sys.executable, tool, args.shape, args.model], check=True)
+        env = set_up(args, Path(folder))
+        print(f"{args.dtype} on {machine()}", flush=True)
         common = {"model": args.model, "dtype": args.dtype, "data": args.shared / "data"}
         for shots in map(int, args.shots.split(",")):
             task = common | {"shots": shots, "limit": args.limit}

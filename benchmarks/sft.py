@@ -10,8 +10,8 @@ Both sides write a line of `log.jsonl` per step; this process measures from outs
 appear and how far the memory of the other process rises (VmHWM). The sides:
 
 - plaintune   `python sft.py` as a user runs it
-- trl         SFTTrainer with its defaults: batches of 8, padded, gradient checkpointing, bf16
-              autocast
+- trl         SFTTrainer with its defaults: batches of 8, padded, gradient checkpointing, autocast
+              where --dtype is bf16
 - trl-packed  SFTTrainer with its best settings (PACKED; --trl_packed '{"max_length": 1024}' tries
               others)
 - trl-tuned   trl-packed, with transformers' own loss in place of TRL's fused head. Without Triton
@@ -19,7 +19,8 @@ appear and how far the memory of the other process rises (VmHWM). The sides:
               layers. Not a setting: three lines of code
 
 A side with -4bit appended (plaintune-4bit, trl-packed-4bit) holds the base in NF4, doubly
-quantised. All sides: bf16 weights, LoRA (r 16, alpha 32) on the seven projections, AdamW at 2e-4
+quantised. All sides: weights and products in --dtype (auto: bf16, or fp32 on a CPU without bf16
+products), LoRA (r 16, alpha 32) on the seven projections, AdamW at 2e-4
 with linear decay, loss on the completion up to its end token. (TRL would also score the newline
 that the template writes after that token; its labels are cut here, so that the first losses must
 agree.)
@@ -41,6 +42,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -99,9 +102,10 @@ def script_command(name, **settings):
     return [sys.executable, HERE.parents[1] / name, *flags]
 
 
-def plaintune_command(side, model, data, out, steps, rows):
+def plaintune_command(side, model, data, out, steps, rows, dtype):
     return script_command(
         "sft.py",
+        dtype=dtype,
         model=model,
         data=data,
         output_dir=out,
@@ -113,7 +117,7 @@ def plaintune_command(side, model, data, out, steps, rows):
     )
 
 
-def trl_settings(out, steps, **settings):
+def trl_settings(out, steps, dtype, **settings):
     """What both benchmarks set of TRL's config."""
     import torch
 
@@ -126,6 +130,7 @@ def trl_settings(out, steps, **settings):
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
+        "bf16": dtype == "bfloat16",
     } | settings
 
 
@@ -162,13 +167,13 @@ def trl_data(model, data):
     }
 
 
-def model_options(side):
-    """from_pretrained's arguments: bf16 or NF4, the fastest attention that is installed"""
+def model_options(side, dtype):
+    """from_pretrained's arguments: dtype or NF4, the fastest attention that is installed"""
     import torch
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_flash_attn_2_available
 
-    options = {"dtype": "bfloat16", "attn_implementation": "sdpa"}
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
     packs = side.removesuffix("-4bit") != "trl"
     if packs and torch.cuda.is_available() and is_flash_attn_2_available():
         options["attn_implementation"] = "flash_attention_2"
@@ -177,20 +182,20 @@ def model_options(side):
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     return options
 
 
-def trl_side(side, model, data, out, steps, rows, **overrides):
+def trl_side(side, model, data, out, steps, rows, dtype, **overrides):
     """SFTTrainer, in its own process. `overrides` replace settings of a packed side."""
     import torch
     from transformers import Trainer
     from trl import SFTConfig, SFTTrainer
 
     out = Path(out)
-    options = model_options(side)
-    settings = trl_settings(out, steps, learning_rate=2e-4, model_init_kwargs=options)
+    options = model_options(side, dtype)
+    settings = trl_settings(out, steps, dtype, learning_rate=2e-4, model_init_kwargs=options)
     side = side.removesuffix("-4bit")
     if side != "trl":
         packs = LARGE_PACKS if torch.cuda.is_available() else SMALL_PACKS
@@ -227,12 +232,30 @@ def trl_side(side, model, data, out, steps, rows, **overrides):
     trainer.save_model()
 
 
-def roof_side():
-    """FLOP/s of a bf16 product of the model's shape: the most that training could reach now."""
+def machine():
+    """The device and what a reader needs to compare with another: its kind of products, versions"""
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        has = torch.cpu.get_capabilities()
+        kinds = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
+        kind = next((kind for kind in kinds if has.get(kind)), has.get("architecture", ""))
+        name = f"{has.get('cpu_name', 'CPU')} ({kind}, {torch.get_num_threads()} threads)"
+    versions = [f"torch {torch.__version__}"]
+    for package in ("transformers", "peft", "trl", "lm_eval"):
+        with suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    return ", ".join([name, *versions])
+
+
+def roof_side(dtype):
+    """FLOP/s of a product of the model's shape: the most that training could reach now."""
     import torch
 
     cuda = torch.cuda.is_available()
-    options = {"device": "cuda" if cuda else "cpu", "dtype": torch.bfloat16}
+    options = {"device": "cuda" if cuda else "cpu", "dtype": getattr(torch, dtype)}
     x, w = torch.randn(2048, 1024, **options), torch.randn(3072, 1024, **options)
     products, seconds = 50 if cuda else 5, []
     for _ in range(12):
@@ -241,10 +264,8 @@ def roof_side():
             y = torch.nn.functional.linear(x, w)
         y[0, 0].item()  # waits for a GPU
         seconds.append((time.perf_counter() - start) / products)
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     flops = 2 * 2048 * 1024 * 3072 / median(seconds[2:])
-    machine = f"{device}, torch {torch.__version__}"
-    print(json.dumps({"flops": flops, "cuda": cuda, "machine": machine}))
+    print(json.dumps({"flops": flops, "cuda": cuda, "machine": machine(), "dtype": dtype}))
 
 
 def child_command(**task):
@@ -325,6 +346,7 @@ def measure(side, name, n, pairs, folder, args, env, roof):
             }
             file.write(json.dumps(row) + "\n")
     task = dict(model=args.model, data=data, out=out, steps=args.steps + 1, rows=rows)
+    task["dtype"] = args.dtype
     if side.startswith("plaintune"):
         command = plaintune_command(side, **task)
     else:
@@ -428,6 +450,9 @@ def make_parser(description, shown="(default: %(default)s)", **defaults):
     )
     add("--model", type=Path, help="checkpoint folder (default: random weights at --shape)")
     add("--shape", default="qwen3-0.6b", help=f"shape to make without --model {shown}")
+    add("--layers", type=int, help="layers of that shape (default: all)")
+    dtypes = ("auto", "bfloat16", "float32", "float16")
+    add("--dtype", default="auto", choices=dtypes, help=f"of weights and products {shown}")
     add("--sets", help=shown)
     add("--sides", help=shown)
     add("--steps", type=int, default=2, help=f"steps measured after the first {shown}")
@@ -437,12 +462,26 @@ def make_parser(description, shown="(default: %(default)s)", **defaults):
     return parser
 
 
+def usual_dtype():
+    """bfloat16, or another where the device has no products in it: see `model.pick_dtype`"""
+    code = "from model import *; print(pick_dtype('auto', 'bfloat16', pick_device('auto')))"
+    command = [sys.executable, "-c", code]
+    return subprocess.check_output(command, cwd=HERE.parents[1], text=True).strip()
+
+
 def set_up(args, folder):
-    """Makes the checkpoint if none is named -> the environment of the sides, without network"""
+    """Makes the checkpoint if none is named, and settles the dtype -> the environment of the sides,
+    without network"""
+    if args.dtype == "auto":
+        args.dtype = usual_dtype()
     if args.model is None:
         args.model = folder / "model"
         tool = args.shared / "tools/make_checkpoint.py"
-        subprocess.run([sys.executable, tool, args.shape, args.model], check=True)
+        shape = folder / "shape.json"
+        config = json.loads((args.shared / f"models/configs/{args.shape}.json").read_text())
+        config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
+        shape.write_text(json.dumps(config))
+        subprocess.run([sys.executable, tool, shape, args.model], check=True)
     return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
 
 
@@ -462,7 +501,7 @@ def main():
     )
     args = parser.parse_args()
     if args.child is not None:
-        return trl_side(**args.child) if args.child else roof_side()
+        return trl_side(**args.child) if "side" in args.child else roof_side(**args.child)
     if args.rows < BATCH or args.rows % BATCH:
         parser.error(f"--rows {args.rows}: must be a multiple of {BATCH}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # remove child and folder
@@ -477,7 +516,9 @@ def main():
                 ]
                 random.Random(0).shuffle(pairs)
                 rows = pairs[n * args.rows : (n + 1) * args.rows]
-                roof = json.loads(subprocess.check_output(child_command(), env=env))
+                roof = json.loads(
+                    subprocess.check_output(child_command(dtype=args.dtype), env=env)
+                )
                 roofs.append(roof)
                 for side in args.sides.split(","):
                     results.append(measure(side, name, n, rows, folder, args, env, roof))
@@ -485,8 +526,8 @@ def main():
     report(results, roof["cuda"])
     flops = [roof["flops"] / 1e9 for roof in roofs]
     print(
-        f"\nroof: {median(flops):.0f} GFLOP/s ({min(flops):.0f} to {max(flops):.0f}), a bf16 "
-        f"product of (2048 x 1024) and (1024 x 3072) on {roof['machine']}"
+        f"\nroof: {median(flops):.0f} GFLOP/s ({min(flops):.0f} to {max(flops):.0f}), a "
+        f"{roof['dtype']} product of (2048 x 1024) and (1024 x 3072) on {roof['machine']}"
     )
 
 
