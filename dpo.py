@@ -459,7 +459,7 @@ def checksum(logps):
 
 def read_reference(path):
     """The cached log-probs (S,); None where there are none, or not those written."""
-    with suppress(FileNotFoundError):
+    if path.exists():
         with suppress(OSError, SafetensorError, UserError):
             logps = read_tensor(path, "logps")
             if torch.equal(read_tensor(path, "sha256"), checksum(logps)):
