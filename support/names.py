@@ -76,6 +76,7 @@ finetuning_type lora ->
 adapter lora ->
 adapter qlora -> load_in_4bit true
 quantization_bit 4 -> load_in_4bit true
+gradient_checkpointing unsloth -> = true
 use_cpu|no_cuda true -> device cpu
 use_cpu|no_cuda|lora_target_linear|flash_attention|use_flash_attention_2 false|none ->
 sdp_attention|eager_attention|project|wandb_project|trackio_project false|none ->
@@ -206,10 +207,10 @@ def translate(name, value, notices):
                 if word.lower() not in OFF:
                     notices["as by default"].append(f"{name} {word}")
                 return {}
-            setting, result = meaning
+            setting, result = meaning[0], meaning[1].replace("*", word)
             if setting != name and not setting.startswith("$"):
                 notices[f"{setting} {result}"].append(f"{name} {word}")
-            return {setting: result.replace("*", word)}
+            return {setting: result}
     if name not in ANSWERED | REFUSED:
         return {name: value}
     reason, usual = (ANSWERED | REFUSED)[name]

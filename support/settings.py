@@ -185,7 +185,7 @@ def make_parser(cls, description, command=""):
             **options.get(kind, {}),
         )
     for name in FOREIGN - {field.name for field in fields(cls)}:
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, nargs="*")
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, nargs="?", const="true")
     return parser
 
 
@@ -227,18 +227,20 @@ def read_settings(path, kinds):
     return entries
 
 
-def translate_entries(entries, kinds, notices, problems):
+def translate_entries(entries, kinds, notices, refused, problems):
     """{field: (where, value)} of (key, where, value); see support/names.py.
 
-    Appends to `problems` what is unknown, refused or given twice, to `notices` as `translate` does.
+    Appends to `problems` what is unknown or given twice, to `notices` as `translate` does. What is
+    refused goes into `refused` by name, so that a later source can take it back.
     """
     settings = {}
     for key, where, value in entries:
-        name = find_name(key, kinds)
+        name = find_name(key, kinds) or key
+        refused.pop(name, None)
         try:
-            meanings = translate(name or key, value, notices)
+            meanings = translate(name, value, notices)
         except UserError as error:
-            problems.append(f"{where.removesuffix('--')}{error}")
+            refused[name] = f"{where}{error}"
             continue
         for name, value in meanings.items():
             unset = value is None and type_of(kinds.get(name))[0] in (str, list, dict, bool)
@@ -265,7 +267,7 @@ def parse_config(cls, argv=None, description="", command=""):
     another type, fields without a value.
     """
     kinds = {field.name: field.type for field in fields(cls)}
-    values, notices, problems = {}, defaultdict(list), []
+    values, notices, refused, problems = {}, defaultdict(list), {}, []
 
     def rename(flag):
         return f"--{find_name(flag[1], kinds) or flag[1]}"
@@ -280,16 +282,17 @@ def parse_config(cls, argv=None, description="", command=""):
             name = word.lstrip("-").partition("=")[0]
             problems.append(f"unknown argument {word}{nearest(name, kinds)}")
     sources = [read_settings(path, kinds) for path in flags.pop("config")]
-    sources.append([(name, "--", value or "true") for name, value in flags.items()])
+    sources.append([(name, "--", value) for name, value in flags.items()])
     settings = {}
     for entries in sources:
-        settings |= translate_entries(entries, kinds, notices, problems)
+        settings |= translate_entries(entries, kinds, notices, refused, problems)
     for name, (where, value) in settings.items():
         try:
             values[name] = convert(value, kinds[name])
         except (ValueError, TypeError, RecursionError):
             expected = formatannotation(kinds[name])
             problems.append(f"{where}: expected {expected}, found {brief(value)}")
+    problems += refused.values()
     for field in fields(cls):
         if field.default is field.default_factory is MISSING and field.name not in settings:
             problems.append(f"--{field.name} is needed")

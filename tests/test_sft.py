@@ -224,6 +224,44 @@ def test_schedules_are_those_of_transformers(name, options, warmup):
         reference.step()
 
 
+def test_dft_and_neftune_are_their_references(base, rows, monkeypatch):
+    """DFT: TRL's loss, its gradient against autograd over whole logits. NEFTune: the embeddings of
+    transformers' hook from the same random state, one row at a time; none in evaluation."""
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model = load_model(base).requires_grad_(True)
+    (example, *others) = [*sft.load_examples([str(rows)], sft.Tokenizer(base))[0]][:4]
+    batch = sft.Batch.pack([example])
+    loss, _ = sft.dft_loss(model, batch)
+    (ours,) = torch.autograd.grad(loss, model.model.embed_tokens.weight)
+    logps = model.logits(model(batch)[batch.scored]).log_softmax(-1)
+    logps = logps.gather(1, batch.targets[:, None])[:, 0]
+    theirs = -(logps * logps.exp().detach()).sum()
+    (expected,) = torch.autograd.grad(theirs, model.model.embed_tokens.weight)
+    assert float(loss) == pytest.approx(float(theirs), rel=1e-5)
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    embedding = model.model.embed_tokens
+    plain = embedding(batch.tokens).detach()
+    sft.add_embedding_noise(model, alpha=5.0)
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    for mode in (True, False):
+        torch.manual_seed(3)
+        model.train(mode)(batch)
+    torch.manual_seed(3)
+    hook = SimpleNamespace(training=True, neftune_noise_alpha=5.0)
+    reference = neftune_post_forward_hook(hook, None, plain[None])[0]
+    assert (seen[0] - reference).abs().max() < 1e-6 < 0.01 < (seen[0] - plain).abs().max()
+    assert torch.equal(seen[1], plain)
+    together = sft.Batch.pack([example, *others])  # a row's noise goes by its own length
+    model.train(True)(together)
+    noise = (seen[2] - embedding.weight[together.tokens]).abs()
+    for (start, stop, _), length in zip(together.segments, together.lengths):
+        bound = 5.0 / (length * plain.shape[1]) ** 0.5
+        assert 0.9 * bound < noise[start:stop].max() <= bound * 1.0001
+
+
 def test_any_cut_into_micro_batches_gives_the_same_gradient(base, rows):
     """1×8 = 8×1 = any token budget: one division by the planned count, gradients to 1e-6 of their
     size."""
