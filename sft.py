@@ -1122,15 +1122,15 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
         p.data = p.data.to(model.dtype)
     attach_adapter(model, config)
 
-    def size(group):
+    def length(group):
         return sum(map(count_tokens, group))
 
     count, budget = min(len(steps), steps.steps_per_epoch), token_budget(config, device)
     sample = range(0, count, count // 256 + 1)
     shares = [share for step in sample for share in shares_of(steps[step], config.nproc)]
     splits = [[*split_by_tokens(share, budget)] for share in shares if share]
-    split = max(splits, key=lambda split: max(map(size, split)))
-    largest = max(split, key=size)
+    split = max(splits, key=lambda split: max(map(length, split)))
+    largest = max(split, key=length)
     micro = len(steps) * sum(map(len, splits)) / len(splits)
     pack = partial(Batch.pack, largest, device)
     estimate = estimate_memory(model, pack, device, loss_fn, config, len(split) == 1, micro)

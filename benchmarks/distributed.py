@@ -50,7 +50,7 @@ CASES = {
 }
 
 
-def command(case, out, *more):
+def command(case, out):
     script, settings = CASES[case]
     pairs = "_pairs" if script == "dpo" else ""
     flags = ["--model", ROOT / "examples" / "tiny-qwen3", "--output_dir", out]
@@ -58,17 +58,19 @@ def command(case, out, *more):
     flags += ["--eval_data", DATA / f"validation{pairs}.jsonl"]
     if pairs:
         flags += ["--ref_cache", f"{out}-reference"]
-    return [__file__, script, *map(str, flags), *COMMON.split(), *settings.split(), *more]
+    return [script, *map(str, flags), *COMMON.split(), *settings.split()]
 
 
-def start(argv, ranks, restarts=0, **env):
-    """A finished process, of Python or of torchrun over so many ranks."""
+def start(commands, ranks, restarts=0, **env):
+    """A finished process, of Python or of torchrun over so many ranks, that ran the commands one
+    after another."""
     python = [sys.executable]
     if ranks > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         python += [*torchrun, f"--max-restarts={restarts}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.run([*python, *argv], env=env, capture_output=True, text=True)
+    argv = [*python, __file__, "rank", json.dumps(commands)]
+    return subprocess.run(argv, env=env, capture_output=True, text=True)
 
 
 def logged(out):
@@ -104,17 +106,15 @@ def check(ended, status=0):
 
 
 def compare(folder, cases, numbers):
-    for case in cases:
-        alone = folder / case / "1"
-        alone.parent.mkdir()
-        check(start(command(case, alone), 1))
+    sent = {}
+    for ranks in (1, *numbers):
+        ended = start([command(case, folder / case / str(ranks)) for case in cases], ranks)
+        check(ended)
+        sent[ranks] = re.findall(r"bytes a step: ([\d,]+)", ended.stderr)
+    for n, case in enumerate(cases):
         row = [case]
         for ranks in numbers:
-            out = folder / case / str(ranks)
-            ended = start(command(case, out), ranks)
-            check(ended)
-            sent = re.findall(r"bytes a step: ([\d,]+)", ended.stderr)
-            row += [differences(alone, out), sent[0]]
+            row += [differences(folder / case / "1", folder / case / str(ranks)), sent[ranks][n]]
         print(f"| {' | '.join(row)} |", flush=True)
 
 
@@ -125,7 +125,7 @@ def resume(folder, case, numbers):
     for n, ranks in enumerate(numbers):
         last = n == len(numbers) - 1
         env = {} if last else {"STOP_AT": str(2 * n + 2)}
-        ended = start(command(case, out), ranks, **env)
+        ended = start([command(case, out)], ranks, **env)
         check(ended, 0 if last else 143 if ranks == 1 else 1)  # torchrun's own status
     name = " → ".join(map(str, numbers))
     print(f"| {case}, {name} ranks | {differences(alone, out)} |", flush=True)
@@ -133,7 +133,7 @@ def resume(folder, case, numbers):
 
 def disturb(folder, case, what, label):
     alone, out = folder / case / "1", folder / what
-    ended = start(command(case, out), 2, restarts=1, **{what: "3"})
+    ended = start([command(case, out)], 2, restarts=1, **{what: "3"})
     check(ended)
     print(f"| {case}, {label} | {differences(alone, out)} |", flush=True)
     return ended
@@ -172,12 +172,9 @@ def run_out_of_memory():
 def count_bytes():
     """Prints, on the first rank, the bytes that it sends in the first step, as a ring does: adding
     up 2 (N-1)/N of a tensor, gathering N-1 times its own share."""
-    sent, steps = [0], [0]
-    all_reduce, all_gather, sum_gradients = (
-        dist.all_reduce,
-        dist.all_gather_into_tensor,
-        sft.sum_gradients,
-    )
+    sent, all_reduce, sum_gradients = [0], dist.all_reduce, sft.sum_gradients
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    all_gather = getattr(dist, name)
 
     def reduce(tensor, *args, **options):
         sent[0] += 2 * tensor.nbytes * (distributed.size() - 1) // distributed.size()
@@ -190,12 +187,12 @@ def count_bytes():
     def step(*args, **options):
         before = sent[0]
         result = sum_gradients(*args, **options)
-        if distributed.is_first() and distributed.size() > 1 and not steps[0]:
+        if distributed.is_first() and options["seed"][-1] == 1:
             print(f"bytes a step: {sent[0] - before:,}", file=sys.__stderr__)
-        steps[0] += 1
         return result
 
-    dist.all_reduce, dist.all_gather_into_tensor, sft.sum_gradients = reduce, gather, step
+    dist.all_reduce, sft.sum_gradients = reduce, step
+    setattr(dist, name, gather)
 
 
 def rank():
@@ -203,11 +200,12 @@ def rank():
     at_step("KILL_AT", lambda: os.kill(os.getpid(), signal.SIGKILL))
     at_step("MEMORY_AT", run_out_of_memory)
     count_bytes()
-    run_command(lambda: {"sft": sft, "dpo": dpo}[sys.argv[1]].main(sys.argv[2:]))
+    for script, *argv in json.loads(sys.argv[2]):
+        run_command(lambda: {"sft": sft, "dpo": dpo}[script].main(argv))
 
 
 def main():
-    if sys.argv[1:2] in (["sft"], ["dpo"]):
+    if sys.argv[1:2] == ["rank"]:
         return rank()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

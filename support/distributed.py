@@ -46,9 +46,12 @@ def start(device):
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     cuda = device != "cpu" and torch.cuda.is_available()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and here > torch.cuda.device_count():
+        raise UserError(f"torchrun: {here} processes for {torch.cuda.device_count()} GPUs")
     if ":" in device:
         raise UserError(f"device: {device} would be every rank's; give {device.split(':')[0]}")
-    with as_user_error("torchrun: the ranks don't meet", RuntimeError, ValueError):
+    with as_user_error("torchrun: the ranks don't meet", RuntimeError, ValueError, KeyError):
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

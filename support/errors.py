@@ -76,9 +76,9 @@ def run_command(main):
 
 def is_first_to_fail():
     """Whether no other rank of a distributed run reports an error. One that fails takes the others
-    along, and theirs would only say so."""
+    along, and theirs would only say so. Before they have met, all ranks of a node fail alike."""
     if not dist.is_initialized():
-        return True
+        return os.environ.get("LOCAL_RANK", "0") == "0"
     with suppress(RuntimeError):
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     return True  # the store ended with the first rank, or its node

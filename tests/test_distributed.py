@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, write_checkpoint
 from safetensors.torch import load_file
 
@@ -282,9 +283,14 @@ def test_what_several_ranks_cannot_do_is_refused(inputs, tmp_path, monkeypatch):
         sft.SFTConfig(cpu_offload=True)
     with pytest.raises(UserError, match="sharding: with lora_r 0 no weight is frozen"):
         sft.SFTConfig(sharding="base", lora_r=0)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="device: cuda:1 would be every rank's; give cuda"):
         distributed.start("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="torchrun: 2 processes for 1 GPUs"):
+        distributed.start("auto")
 
 
 if __name__ == "__main__":
