@@ -317,7 +317,9 @@ class DPOConfig(SFTConfig):
     discopop_tau: float = 0.05  # discopop: temperature of the blend
     f_divergence_type: str = "reverse_kl"  # what keeps the policy near the reference
     f_alpha_divergence_coef: float = 0.5  # alpha_divergence: its alpha
-    ld_alpha: float | None = None  # weight of tokens beyond the shorter answer's length (LD-DPO)
+    ld_alpha: float | None = (
+        None  # weight of tokens beyond the shorter answer's (LD-DPO), sft's too
+    )
     use_weighting: bool = False  # weight pairs by how probable the policy finds them (WPO)
     ref_model: str = ""  # another reference than the model training starts from: folder or hub id
     reference_free: bool = False  # a reference to which all answers are equally likely
@@ -559,8 +561,8 @@ def before_training(model, steps, eval_examples, config):
 def print_rankings(path):
     """Prints how many pairs of the evaluation set were ranked right, at first and by the model that
     is kept: the last step's, or the best."""
-    *lines, results = read_log(path)
-    last = results.get("best_step", math.inf)
+    lines = read_log(path)
+    last = lines[-1].get("best_step", math.inf) if lines else 0
     lines = [line for line in lines if "eval_rewards/margins" in line and line["step"] <= last]
     for line in lines[:1] + lines[1:][-1:]:
         print(

@@ -25,9 +25,9 @@ class UserError(Exception):
     """A user's mistake, in one or two lines: the file, row, key or flag, and the way out."""
 
 
-def nearest(name, options) -> str:
+def nearest(name, options, similarity=0.5) -> str:
     """' (nearest: X, Y)', the up to two options most similar to `name`; '' if none is similar."""
-    close = difflib.get_close_matches(str(name), map(str, options), n=2, cutoff=0.61)
+    close = difflib.get_close_matches(str(name), map(str, options), n=2, cutoff=similarity)
     return f" (nearest: {', '.join(close)})" if close else ""
 
 

@@ -151,11 +151,13 @@ ANSWERS = {
     "torchrun --nproc_per_node N, in front of the script, sets this": """
         local_rank=-1 ddp_backend ddp_timeout=1800 ddp_find_unused_parameters ddp_bucket_cap_mb
         ddp_broadcast_buffers ddp_static_graph accelerator_config parallelism_config device_map""",
+    "torchrun, in front of the script, divides the work, and --sharding base the weights": """
+        deepspeed deepspeed_config""",
 }
 # {the way out: names that are refused}, unless their value is OFF or the one behind the name
 REFUSALS = {
     "torchrun --nproc_per_node N, in front of the script, takes its place": """
-        fsdp fsdp_config deepspeed deepspeed_config tensor_parallel_size""",
+        fsdp fsdp_config tensor_parallel_size""",
     "nothing is generated while preferences are trained": "use_vllm generate_during_eval",
     "--load_in_4bit is what there is": "load_in_8bit llm_int8_skip_modules quantization_bit",
     "write it behind the source, as org/name:config:split or file@weight": """

@@ -24,6 +24,7 @@ from support.files import regular_file
 from support.names import ALIASES, FOREIGN, translate
 
 BOOLS = yaml.SafeLoader.bool_values | {"1": True, "0": False}
+TYPING = 0.61  # similarity of a name to what it is mistyped from: `fsdp` is not meant as `seed`
 NAME_LIST = r"[\w.:@-]+(\s*,\s*[\w.:@-]+)+"  # a,b as one word; no path, which keeps its comma
 # a section's title, or a field and the comment at its end
 SECTION = r"^    # (.*)|^    (\w+):(?:(?!\n    [^\s)])[^#])*# (.*)"
@@ -245,9 +246,9 @@ def translate_entries(entries, kinds, notices, refused, problems):
         for name, value in meanings.items():
             unset = value is None and type_of(kinds.get(name))[0] in (str, list, dict, bool)
             if name.startswith("$"):
-                os.environ.setdefault(name[1:], value)
+                os.environ[name[1:]] = value
             elif name not in kinds:
-                problems.append(f"{where}unknown key {name!r}{nearest(name, kinds)}")
+                problems.append(f"{where}unknown key {name!r}{nearest(name, kinds, TYPING)}")
             elif settings.get(name, (0, value))[1] != value:
                 problems.append(f"{where}{name} is given twice, the second time as {key!r}")
             elif not unset:
@@ -280,7 +281,7 @@ def parse_config(cls, argv=None, description="", command=""):
     for word in unknown:
         if word.startswith("--") or not problems:  # else it may be an unknown flag's value
             name = word.lstrip("-").partition("=")[0]
-            problems.append(f"unknown argument {word}{nearest(name, kinds)}")
+            problems.append(f"unknown argument {word}{nearest(name, kinds, TYPING)}")
     sources = [read_settings(path, kinds) for path in flags.pop("config")]
     sources.append([(name, "--", value) for name, value in flags.items()])
     settings = {}

@@ -6,6 +6,7 @@ changes the maths."""
 import json
 import math
 import shutil
+from dataclasses import fields
 from functools import partial
 
 import numpy as np
@@ -975,5 +976,6 @@ def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit):
         dpo.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert all(f"--{name}" in text for name in dpo.DPOConfig.__dataclass_fields__)
+    names = [field.name for field in fields(dpo.DPOConfig)]
+    assert all(f"--{name}" in text for name in names)
     assert "(default: 1e-06)" in text and "DPO: " in text

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -1424,7 +1425,7 @@ def test_any_setting_is_taken_or_refused(tmp_path_factory, data_of):
     kind = data_of.draw(
         st.sampled_from([sft.SFTConfig, dpo.DPOConfig, data.DataConfig, evaluation.EvalConfig])
     )
-    names = sorted(kind.__dataclass_fields__)
+    names = sorted(field.name for field in fields(kind))
     flags = data_of.draw(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3))
     file = tmp_path_factory.getbasetemp() / "settings.json"
     file.write_text(json.dumps(flags))

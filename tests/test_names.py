@@ -107,8 +107,8 @@ def test_values_of_other_tools_are_translated(text, meaning, tmp_path):
 REFUSED_SETTINGS = [
     ("fsdp: full_shard", "c.yaml:1: fsdp full_shard: torchrun --nproc_per_node"),
     (
-        "deepspeed: ds.json\nsed: 3\nuse_vllm: true",
-        "'sed'.*deepspeed ds.json.*use_vllm true: nothing",
+        "fsdp: full_shard\nsed: 3\nuse_vllm: true",
+        "'sed'.*fsdp full_shard.*use_vllm true: nothing",
     ),
     (
         "bf16: true\ntorch_dtype: float32",
@@ -151,8 +151,8 @@ def test_what_needs_nothing_is_answered_in_one_line_a_reason(tmp_path, capsys):
 
 
 def test_a_flag_takes_back_what_a_file_may_not_say(tmp_path):
-    text = "deepspeed: ds.json\nload_in_8bit: true"
-    read(text, tmp_path, words=["--deepspeed", "none", "--load_in_8bit", "false"])
+    text = "fsdp: full_shard\nload_in_8bit: true"
+    read(text, tmp_path, words=["--fsdp", "none", "--load_in_8bit", "false"])
 
 
 def test_flags_win_over_what_a_file_means_and_secrets_are_not_kept(tmp_path, monkeypatch, capsys):
