@@ -239,7 +239,6 @@ def test_what_the_commands_by_task_wrote(newcomer):
         assert (output / run / "adapter" / "adapter_model.safetensors").is_file()
         assert (output / run / "merged" / "model.safetensors").is_file()
     assert (newcomer / "merged" / "model.safetensors").is_file()
-    assert (newcomer / "qwen3-nf4" / "model.safetensors").is_file()
     assert "| sft |" in (output / "eval" / "report.md").read_text()
 
 
