@@ -202,10 +202,10 @@ class Tokenizer:
         return next(self.encode_all([text], special))
 
     def encode_all(self, texts, special=False):
-        """Yields the ids of each text. The library encodes 2^22 characters at once, on every core;
+        """Yields the ids of each text. The library encodes 2^20 characters at once, on every core;
         that takes 170 bytes per character."""
         ends = itertools.accumulate(map(len, texts))
-        for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 22):
+        for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 20):
             batch = [text for text, _ in group]
             try:
                 encodings = self.backend.encode_batch_fast(batch, add_special_tokens=special)
@@ -940,6 +940,9 @@ def weight_of(row):
     return float(weight)
 
 
+LONGEST_ROW = 2**21  # characters: about 500,000 tokens, and 0.4 GB while they are encoded
+
+
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     """Yields per (where, row, ...): (parts as of `truncate` or the reason why it is dropped,
     weight, notes, tokens before truncation, scored tokens before it). `make` is a recipe's,
@@ -960,6 +963,11 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
                 text = "".join(piece for piece, _ in pieces if isinstance(piece, str))
                 with as_user_error(surrogate, UnicodeEncodeError):
                     text.encode()
+                if len(text) > LONGEST_ROW:
+                    raise UserError(
+                        f"a row of {len(text):,} characters; split it into rows of at most "
+                        f"{LONGEST_ROW:,}"
+                    )
         prepared.append((sides, weight, notes))
     encoded = tokenizer.encode_sides(
         [sides for sides, *_ in prepared if not isinstance(sides, str)]
