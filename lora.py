@@ -102,7 +102,7 @@ class LoRAConfig:
         default_factory=list
     )  # indices of the blocks to adapt; empty: all
     use_dora: bool = False  # train the length of each weight row apart from its direction
-    init_lora_weights: str = "true"  # true, gaussian, pissa, pissa_niter_N (faster SVD), loftq
+    init_lora_weights: str = "true"  # true, gaussian, pissa, pissa_niter_N (faster), olora, loftq
 
     CHOICES: ClassVar[dict] = {"bias": BIASES}
 
@@ -143,7 +143,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer, self.dropout, self.enabled = base_layer, config.lora_dropout, True
         self.scaling = scale(r, alpha, config)
-        self.start = None  # (A, B) that an initialisation subtracted from the base (PiSSA)
+        self.start = None  # (A, B) that an initialisation subtracted from the base
         device = next(iter(base_layer.state_dict().values())).device
         # drawn on the CPU, so that a seed gives the same A on every device
         A = torch.empty(r, base_layer.in_features, device="cpu")
@@ -317,6 +317,21 @@ def init_pissa(layer, generator, niter=None):
     eqs. 2-4; peft's pissa_init.
     """
     set_low_rank(layer, layer.base_layer.original_weight().float(), generator, niter)
+    subtract_start(layer)
+
+
+def init_olora(layer, generator):
+    """B has the first R columns of W = QR, A the first rows of R, and s·B A is subtracted from the
+    base. Büyükakyüz 2024, arXiv:2406.01775; peft's olora_init."""
+    Q, R = torch.linalg.qr(layer.base_layer.original_weight().float())
+    rank = len(layer.lora_A)
+    layer.lora_A.copy_(R[:rank])
+    layer.lora_B.copy_(Q[:, :rank])
+    subtract_start(layer)
+
+
+def subtract_start(layer):
+    """Takes s·B A off the base, so that the layer computes at first what its base did."""
     layer.start = layer.lora_A.clone(), layer.lora_B.clone()
     layer.base_layer.replace_weight(layer.original_weight())
 
@@ -351,6 +366,7 @@ INITIALISATIONS = {
     "gaussian": init_gaussian,
     "pissa": init_pissa,
     "pissa_niter_N": init_pissa,
+    "olora": init_olora,
     "loftq": init_loftq,
 }
 ZERO_STARTS = (

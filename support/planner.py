@@ -78,7 +78,7 @@ def estimate_memory(model, pack, device, loss_fn, config, first, micro_batches):
             for tensor in model.state_dict(keep_vars=True).values():
                 trains = tensor.requires_grad and config.lora_r
                 meter.note(tensor, "adapter" if trains else "weights")
-            if config.init_lora_weights.startswith("pissa"):
+            if config.init_lora_weights.startswith(("pissa", "olora")):
                 for layer in model.modules():
                     if hasattr(layer, "lora_A"):
                         layer.start = layer.lora_A.clone(), layer.lora_B.clone()

@@ -367,7 +367,7 @@ def test_while_it_is_measured_nothing_changes(bases):
 # --- LoRA's family --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "gaussian"])
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora", "gaussian"])
 def test_a_start_is_pefts(kind, bases):
     """Singular vectors agree up to their sign, so B A is compared, and what is left of the base.
 
@@ -399,6 +399,9 @@ def test_a_start_is_pefts(kind, bases):
             rest = W - 1.5 * B @ A
         assert_close(layer.lora_B @ layer.lora_A, B @ A)
         assert_close(layer.base_layer.weight, rest)
+        if kind == "olora":  # B's columns are orthonormal
+            assert_close(layer.lora_B.t() @ layer.lora_B, torch.eye(4))
+            continue
         assert_close(
             layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B
         )  # the root of S on either side
@@ -412,13 +415,15 @@ def test_a_start_is_pefts(kind, bases):
     "settings",
     [
         dict(),
+        dict(init_lora_weights="olora"),
         dict(use_rslora=True),
         dict(rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3.0}),
     ],
 )
 def test_pissa_is_exported_as_plain_lora(settings, bases, tmp_path):
     model = load_model(bases["llama"], dtype="float32")
-    add_lora(model, LoRAConfig(lora_r=4, init_lora_weights="pissa", **settings), seed=1)
+    settings = {"init_lora_weights": "pissa"} | settings
+    add_lora(model, LoRAConfig(lora_r=4, **settings), seed=1)
     shake(model)
     save_adapter(model, tmp_path / "ours", bases["llama"])
     reference = peft.PeftModel.from_pretrained(theirs(bases["llama"]), tmp_path / "ours").eval()

@@ -1299,6 +1299,7 @@ KINDS = {
     "dora": dict(use_dora=True),
     "dropout": dict(lora_dropout=0.1),
     "pissa": dict(init_lora_weights="pissa"),
+    "olora": dict(init_lora_weights="olora"),
     "whole modules": dict(modules_to_save=["embed_tokens", "norm"]),
     "4 bit": dict(load_in_4bit=True),
     "4 bit, single scales": dict(load_in_4bit=True, bnb_4bit_use_double_quant=False),
