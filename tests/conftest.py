@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a hub starts its own on loopback
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of commands that a test starts
 
 cache = tempfile.TemporaryDirectory()  # of rendered rows, gone with this process
 os.environ["PLAINTUNE_CACHE"] = cache.name
