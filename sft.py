@@ -5,7 +5,7 @@ The decision that is not obvious: a step is planned before it runs. Its examples
 the data. So micro-batches are a matter of memory, never of the result, and resuming at step k needs
 no random state.
 
-    python sft.py                        # the embedded model and questions, about a minute
+    python sft.py                        # the embedded model and questions
     python sft.py --model Qwen/Qwen3-0.6B --data my.jsonl --output_dir output/mine
     python sft.py --config configs/mine.yaml --learning_rate 1e-4
     torchrun --nproc_per_node 4 sft.py --config configs/mine.yaml          # the same on four GPUs
