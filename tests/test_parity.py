@@ -4,6 +4,9 @@ import parity
 import pytest
 import torch
 
+import data
+import eval as evaluation
+
 QUICK = "logits, Qwen3", "gradients, Llama", "generation", "LoRA", "NF4, logits"
 
 
@@ -33,6 +36,25 @@ def test_every_check_passes_and_one_that_is_perturbed_fails(capsys, monkeypatch)
     assert status == 1
     for name, line in lines.items():
         assert line.endswith("FAILS" if "NF4" not in name else "ok"), line
+
+
+def test_masks_and_metrics_can_fail(capsys, monkeypatch):
+    """A prompt's first token that is scored, and choices ranked the wrong way round."""
+    join, grade = data.join_pieces, evaluation.grade_choices
+
+    def score_one_more(side, encoded):
+        ids, scored = join(side, encoded)
+        scored[1:2] = True
+        return ids, scored
+
+    def rank_backwards(item, metrics, sums):
+        return grade(item, metrics, [-value for value in sums])
+
+    monkeypatch.setattr(data, "join_pieces", score_one_more)
+    monkeypatch.setattr(evaluation, "grade_choices", rank_backwards)
+    status, lines = report(capsys, "--only", "assistant masks", "benchmark metrics")
+    assert status == 1 and len(lines) == 2
+    assert all(line.endswith("  FAILS") for line in lines.values()), lines
 
 
 def test_what_is_not_there_or_breaks_is_told(capsys, monkeypatch):
