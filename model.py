@@ -250,14 +250,16 @@ def product_attention(q, k, v, bias):
 
 def varlen_attention(q, k, v, batch):
     """PyTorch's variable-length flash attention (CUDA, 16 bit). It is causal from the bottom right,
-    so a prefix is just more keys."""
+    so a prefix is just more keys. torch 2.11 groups query heads without being told to."""
     from torch.nn.attention.varlen import varlen_attn
 
     gather, *lengths = batch.varlen
     if gather is not None:
         k, v = k[gather], v[gather]
-    gqa = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=gqa)
+    options = {"window_size": (-1, 0)}
+    if "enable_gqa" in signature(varlen_attn).parameters:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, *lengths, **options)
 
 
 ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "varlen": varlen_attention}

@@ -508,19 +508,23 @@ def test_order_of_examples_changes_nothing(tiny_checkpoint):
 @pytest.mark.parametrize(
     "examples", [trees(), trees()[:1] + trees()[2:3]], ids=["trees", "documents"]
 )
-def test_varlen_describes_the_same_attention(monkeypatch, examples):
+@pytest.mark.parametrize("flag", [True, False], ids=["torch-2.12", "torch-2.11"])
+def test_varlen_describes_the_same_attention(monkeypatch, examples, flag):
     """varlen_attn runs on CUDA alone. Here its contract (ragged, bottom-right causal, GQA) is
     played by a loop, called with the real one's signature; what is left under test is the gather,
-    offsets and flags that model.py hands it."""
+    offsets and flags that model.py hands it. torch 2.11's has no flag for GQA."""
     from torch.nn.attention import varlen
 
     signature = inspect.signature(varlen.varlen_attn)
+    if not flag:
+        parameters = [p for p in signature.parameters.values() if p.name != "enable_gqa"]
+        signature = signature.replace(parameters=parameters)
 
     def played(*args, **kwargs):
         a = signature.bind(*args, **kwargs)
         a.apply_defaults()
         a = a.arguments
-        assert a["window_size"] == (-1, 0) and a["enable_gqa"] and a["scale"] is None
+        assert a["window_size"] == (-1, 0) and a.get("enable_gqa", True) and a["scale"] is None
         assert a["cu_seq_q"].dtype == a["cu_seq_k"].dtype == torch.int32
         assert a["cu_seq_q"][-1] == len(a["query"]) and a["cu_seq_k"][-1] == len(a["key"]) == len(
             a["value"]
@@ -547,6 +551,7 @@ def test_varlen_describes_the_same_attention(monkeypatch, examples):
             )
         return torch.cat(out).float()
 
+    played.__signature__ = signature
     monkeypatch.setattr(varlen, "varlen_attn", played)
     batch, generator = Batch.pack(examples), torch.Generator().manual_seed(0)
     q, k, v = (
