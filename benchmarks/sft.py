@@ -45,7 +45,7 @@ import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 HERE = Path(__file__).resolve()
 BATCH = 8  # per_device_train_batch_size: TRL's default
@@ -331,8 +331,14 @@ def useful_flops(config, tokens, scored):
     return layers * tokens + 4 * config["vocab_size"] * size * scored
 
 
-def measure(side, name, n, pairs, folder, args, env, roof):
-    """One measurement -> the values of its JSON line."""
+def measure_roof(args, env):
+    """`roof_side` in a process of its own -> its JSON line"""
+    return json.loads(subprocess.check_output(child_command(dtype=args.dtype), env=env))
+
+
+def measure(side, name, n, pairs, folder, args, env, roofs):
+    """One measurement -> the values of its JSON line. The roof is measured before and after it:
+    a shared machine is not the same machine a minute later."""
     data, out, rows = (
         folder / f"{name}-{n}.jsonl",
         folder / f"{name}-{n}-{side}",
@@ -352,6 +358,8 @@ def measure(side, name, n, pairs, folder, args, env, roof):
     else:
         command = child_command(side=side, **task, **args.trl_packed)
     seen, peak = watch(command, out, env)
+    roofs.append(measure_roof(args, env))
+    roof = {"flops": mean(roof["flops"] for roof in roofs[-2:]), "cuda": roofs[-1]["cuda"]}
     lines, ledger = read_run(side, out, task["steps"], seen)
     seconds, tokens = (
         (seen[args.steps] - seen[0]) / args.steps,
@@ -516,18 +524,15 @@ def main():
                 ]
                 random.Random(0).shuffle(pairs)
                 rows = pairs[n * args.rows : (n + 1) * args.rows]
-                roof = json.loads(
-                    subprocess.check_output(child_command(dtype=args.dtype), env=env)
-                )
-                roofs.append(roof)
+                roofs.append(measure_roof(args, env))
                 for side in args.sides.split(","):
-                    results.append(measure(side, name, n, rows, folder, args, env, roof))
+                    results.append(measure(side, name, n, rows, folder, args, env, roofs))
                     print(json.dumps(results[-1]), flush=True)
-    report(results, roof["cuda"])
+    report(results, roofs[0]["cuda"])
     flops = [roof["flops"] / 1e9 for roof in roofs]
     print(
         f"\nroof: {median(flops):.0f} GFLOP/s ({min(flops):.0f} to {max(flops):.0f}), a "
-        f"{roof['dtype']} product of (2048 x 1024) and (1024 x 3072) on {roof['machine']}"
+        f"{args.dtype} product of (2048 x 1024) and (1024 x 3072) on {roofs[0]['machine']}"
     )
 
 
