@@ -14,250 +14,64 @@ and a second start renders nothing.
     python data.py pairs --model Qwen/Qwen3-0.6B --data ecqa.csv --recipe ecqa --output pairs.jsonl
 """
 
-import hashlib
 import itertools
 import json
 import os
 import re
 import runpy
 import secrets
-import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import getfile, signature
 from pathlib import Path
 from typing import ClassVar
 
-import jinja2.ext
 import numpy as np
-import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from model import IGNORE, Segment
-from support.errors import (
-    UserError,
-    as_user_error,
-    brief,
-    nearest,
-    run_command,
-    sanitize,
+from support import report
+from support.cache import Cache, cache_folder, read_ledger, write_cache
+from support.errors import UserError, as_user_error, brief, nearest, run_command, sanitize
+from support.files import write_text
+from support.hub import resolve
+from support.messages import as_turn, messages_of, thought_of
+from support.readers import find_sources, sample_rows, stream_rows
+from support.sandbox import bounded
+from support.schemas import (
+    KEPT,
+    alpaca_prompt,
+    common_length,
+    split_row,
+    template_kwargs,
+    turns_of,
+    unread_keys,
+    weight_of,
 )
-from support.files import locked_folder, read_json, regular_file, sync, write_text
-from support.hub import companions, resolve
-from support.messages import messages_of
-from support.readers import find_sources, stream_rows
-from support.sandbox import Overrun, bounded, check_growth
 from support.settings import check_choices, check_range, run_subcommand
-
-
-def as_turn(role, content):
-    return [{"role": role, "content": content}]
-
+from support.tokenizer import CLOSE, OPEN, CheckpointTokenizer, check_texts
 
 # --- the tokenizer and the chat template ----------------------------------------------------------
 
-# Stand for an answer, and for the ends of {% generation %}. Random: a row that contained one could
-# move its own mask.
-SENTINEL, OPEN, CLOSE = (f"\ue000{secrets.token_hex(8)}\ue001" for _ in range(3))
+# Stands for an answer. Random: a row that contained it could move its own mask.
+SENTINEL = f"\ue000{secrets.token_hex(8)}\ue001"
 MARK = 10**18 + secrets.randbits(59)  # this number and the next ones stand for contents
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a message
 
+class Tokenizer(CheckpointTokenizer):
+    """A CheckpointTokenizer that also knows where the assistant's turns are in a rendering."""
 
-class Generation(jinja2.ext.Extension):
-    """The tags `{% generation %} ... {% endgeneration %}`, which mark what the model writes."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
-
-    def mark(self, caller):
-        return OPEN + caller() + CLOSE
-
-
-def template_environment(now):
-    """jinja2's sandbox with the functions that transformers gives to chat templates."""
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, **kwargs):  # jinja's own escapes HTML and sorts keys
-        return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    return environment
-
-
-class Tokenizer:
-    """A checkpoint's `tokenizer.json` with its special tokens, end tokens and chat template.
-
-    `now` (default: the time of the call) is what `strftime_now` formats: Llama 3.2 writes the date
-    into its system turn, so a run that is resumed tomorrow needs the day on which it began.
-    `adapter`: a folder whose tokenizer files go before the checkpoint's.
-    UserError: a file is missing or broken. Source: transformers' PreTrainedTokenizerFast.
-    """
-
-    def __init__(self, folder, now=None, adapter=None):
-        self.folder, self.files = Path(folder), companions(folder, adapter)
-        self.now = now or datetime.now()
-        path = self.files.get("tokenizer.json")
-        if not path:
-            raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder")
-        file = str(regular_file(path, 2**28))
-        with as_user_error(f"{path}: not a tokenizer", Exception):  # the library has no subclass
-            self.backend = tokenizers.Tokenizer.from_file(file)
-        check_growth(self.backend, path)
-        self.backend.no_truncation()  # the file may carry either from an earlier use
-        self.backend.no_padding()
-        config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
-        self.read_special_tokens(config)
-        self.read_templates(config)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.checked = set()  # shapes of conversations, see check_messages
         self.head = self.encode("", special=True)[:1]  # BOS, where texts begin with one
         self.newline = self.encode("\n")
         # SentencePiece puts a space before every text
         self.prepends = self.encode("\na") != self.newline + self.encode("a")
-
-    def read(self, name):
-        return read_json(self.files[name]) if name in self.files else {}
-
-    def read_special_tokens(self, config):
-        self.special = {}  # {"bos_token": "<s>", ...}
-        for name, token in config.items():
-            if isinstance(token, dict):
-                token = token.get("content")
-            if name.endswith("_token") and isinstance(token, str):
-                self.special[name] = token
-        fault = f"{self.files.get('tokenizer_config.json')}: its tokens are malformed"
-        with as_user_error(fault, Exception):
-            self.add_tokens(config)
-        self.bos_id, eos_id, self.pad_id = (
-            self.backend.token_to_id(self.special.get(name, ""))
-            for name in ("bos_token", "eos_token", "pad_token")
-        )
-        added = self.backend.get_added_tokens_decoder()
-        self.added = {token.content: id for id, token in added.items()}
-        self.special_ids = {id for id, token in added.items() if token.special}
-        ends = [eos_id]
-        for name in ("generation_config.json", "config.json"):
-            ids = self.read(name).get("eos_token_id")
-            ends += ids if isinstance(ids, list) else [ids]
-        ends = [id for id in ends if isinstance(id, int) and 0 <= id < 2**24]
-        self.eos_ids = list(dict.fromkeys(ends))
-
-    def add_tokens(self, config):
-        """Gives those that tokenizer_config.json alone names the next ids, as transformers does."""
-        tokens = config.get("added_tokens_decoder") or {}
-        tokens = [tokenizers.AddedToken(**tokens[id]) for id in sorted(tokens, key=int)]
-        self.backend.add_tokens(tokens)
-        more = config.get("extra_special_tokens") or config.get("additional_special_tokens")
-        more = more.values() if isinstance(more, dict) else more or ()
-        texts = [token["content"] if isinstance(token, dict) else token for token in more]
-        added = self.backend.get_added_tokens_decoder().values()
-        new = dict.fromkeys([*self.special.values(), *texts])
-        known = {token.content for token in added}
-        self.backend.add_special_tokens([text for text in new if text not in known])
-
-    def read_templates(self, config):
-        self.template_file = self.files.get("chat_template.jinja")
-        if self.template_file:
-            file = regular_file(self.template_file, 2**20)
-            templates = file.read_text(encoding="utf-8", errors="replace")
-        else:
-            self.template_file = self.files.get("tokenizer_config.json", self.folder)
-            templates = config.get("chat_template") or []
-        if isinstance(templates, str):
-            templates = [{"name": "default", "template": templates}]
-        self.tells_date = "strftime_now" in str(templates)
-        environment = template_environment(self.now)
-        fault = f"{self.template_file}: not a chat template, nor a list of them by name"
-        with bounded(fault), as_user_error(fault, Exception):
-            self.templates = {
-                t["name"]: environment.from_string(t["template"]) for t in templates
-            }
-        self.has_template = bool(self.templates)
-
-    def __len__(self):
-        return self.backend.get_vocab_size(with_added_tokens=True)
-
-    def encode(self, text, special=False):
-        """str -> list of ids; `special` applies the tokenizer's post-processor (Llama's BOS)."""
-        return next(self.encode_all([text], special))
-
-    def encode_all(self, texts, special=False):
-        """Yields the ids of each text. The library encodes 2^20 characters at once, on every core;
-        that takes 170 bytes per character."""
-        ends = itertools.accumulate(map(len, texts))
-        for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 20):
-            batch = [text for text, _ in group]
-            try:
-                encodings = self.backend.encode_batch_fast(batch, add_special_tokens=special)
-            except BaseException as error:  # the library's panics are no Exception
-                if isinstance(error, (KeyboardInterrupt, Overrun)):
-                    raise
-                message = f"cannot encode {brief(max(batch, key=len))}: {brief(str(error))}"
-                raise UserError(f"{self.files['tokenizer.json']}: {message}") from None
-            for encoding in encodings:
-                yield encoding.ids
-
-    def decode(self, ids, skip_special=True):
-        """Ids -> str, by default without special tokens."""
-        return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
-
-    def render(
-        self,
-        messages,
-        /,
-        add_generation_prompt=False,
-        tools=None,
-        keep_marks=False,
-        **kwargs,
-    ):
-        """Messages -> text by the checkpoint's template, which also gets `kwargs`.
-        UserError: there is no template, or it fails."""
-        if not self.templates:
-            raise UserError(
-                f"{self.folder}: no chat template; "
-                "use prompt/completion or text rows, or a chat model"
-            )
-        name = "tool_use" if tools and "tool_use" in self.templates else "default"
-        if name not in self.templates:
-            names = ", ".join(self.templates)
-            raise UserError(f"{self.template_file}: no template is named 'default': {names}")
-        messages = [
-            {key: value for key, value in m.items() if value is not None} for m in messages
-        ]
-        for m in messages:  # templates know the reasoning by one of two names, rows by three
-            keys = [key for key in THOUGHTS if key in m]
-            if keys and m[keys[0]]:
-                m["reasoning_content"] = m[keys[0]]
-                m.setdefault("thinking", m[keys[0]])
-        variables = self.special | {"tools": tools or None, "documents": None} | kwargs
-        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        fault = f"{self.template_file}: the chat template failed"
-        with (
-            bounded(fault),
-            as_user_error(fault, Exception),
-        ):  # untrusted code, untrusted rows
-            text = self.templates[name].render(variables)
-        return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
     @cached_property
     def end_ids(self):
@@ -418,151 +232,7 @@ def join_pieces(side, encoded):
     return np.array(ids, np.int32), np.array(scored, bool)
 
 
-def common_length(first, second):
-    """How many elements two sequences have in common from the start."""
-    pairs = enumerate(zip(first, second))
-    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-# --- rows to prompt and answers -------------------------------------------------------------------
-
-SCHEMAS = (
-    "messages",
-    "conversations chosen rejected",
-    "conversations",
-    "prompt completion",
-    "prompt chosen rejected",
-    "instruction output",
-    "instruction chosen rejected",
-    "question chosen rejected",
-    "chosen rejected",
-    "text",
-)
-FOR_CHATS = {"system", "history", "tools", "chat_template_kwargs"}
-CONTEXT = {"functions", "instruction", "input", "question", "query", "context", "documents"}
-KEPT = ("weight", "choices", "answer", "tools", "chat_template_kwargs")
-METADATA = (
-    "id idx index uuid prompt_id conversation_id source dataset subset split "
-    "category topic type tags language lang model score score_chosen score_rejected"
-)
-
-
-def text_of(row, key):
-    if not isinstance(row[key], str):
-        raise UserError(f"'{key}' must be a string, found {brief(row[key])}")
-    return row[key]
-
-
-def turns_of(row, key):
-    """A row's prompt or answer as messages: a string is one turn."""
-    if isinstance(row[key], (list, dict)):
-        return messages_of(row, key)
-    is_answer = key in ("completion", "output", "chosen", "rejected")
-    return as_turn("assistant" if is_answer else "user", text_of(row, key))
-
-
-def context_of(row):
-    """The turns that `system` and `history` ([question, answer] pairs or messages) put before a
-    row's own."""
-    turns, history = [], row.get("history")
-    if row.get("system"):
-        turns = as_turn("system", text_of(row, "system"))
-    if not history:
-        return turns
-    if isinstance(history, list) and all(isinstance(pair, list) for pair in history):
-        roles = itertools.cycle(("user", "assistant"))
-        history = [{"role": next(roles), "content": t} for pair in history for t in pair]
-    return turns + messages_of({"history": history}, "history")
-
-
-def schema_of(row, preference=False):
-    """The first of SCHEMAS that a row fits. UserError: there is none."""
-    filled = {key for key, value in row.items() if value is not None}
-    schemas = [schema for schema in SCHEMAS if "chosen" in schema or not preference]
-    schema = next((schema for schema in schemas if filled.issuperset(schema.split())), None)
-    if schema is None:
-        names = ", ".join(sorted(map(str, filled)))[:200]
-        expected = ", ".join(schema.replace(" ", "+") for schema in schemas)
-        raise UserError(
-            f"fits no schema: it has {names or 'no keys'}; expected one of {expected}"
-        )
-    return schema
-
-
-def split_sides(row, keys, chat):
-    """(prompt, answers) of a row whose schema has several keys: strings, or lists of messages."""
-    first = keys[0]
-    is_chat = any(isinstance(row[key], (list, dict)) for key in keys)
-    if first in CONTEXT or any(map(row.get, FOR_CHATS)):
-        is_chat = is_chat or chat
-    if first == "instruction" and is_chat and row.get("input"):
-        text = text_of(row, "instruction") + "\n" + text_of(row, "input")
-        row = row | {"instruction": text}
-    elif first == "instruction" and not is_chat:
-        row = row | {"instruction": alpaca({"output": ""} | row)["prompt"]}
-    sides = [turns_of(row, key) if is_chat else text_of(row, key) for key in keys]
-    answers, shared = sides[1:], []
-    if "chosen" in keys:  # as in TRL, the prompt is what both begin with
-        answers = sides[-2:]
-        ends = [side[:-1] if is_chat else side for side in answers]
-        shared = ends[0][: common_length(*ends)]
-    prompt = sides[0]
-    if first == "chosen":  # a space before the difference is the answer's
-        prompt = shared if is_chat else shared[: max(shared.rfind(" "), 0)]
-    elif is_chat and all(m in shared for m in prompt):
-        prompt = shared
-    if is_chat or first == "chosen":  # some data sets repeat the prompt in the answers
-        n = len(prompt)
-        answers = [side[n:] if side[:n] == prompt else side for side in answers]
-    return prompt, answers
-
-
-def split_row(row, chat, preference=False):
-    """A row -> (prompt, answers): strings, or lists of messages if the row has them (if `chat`,
-    also where it has a system turn, a history or tools, and Alpaca's rows). The prompt of a text or
-    conversation is empty; answers are one, or chosen and rejected.
-    UserError: it fits none of SCHEMAS, a value is of a wrong type, or a context would be lost."""
-    schema = schema_of(row, preference)
-    keys = schema.split()
-    if schema == "text":
-        prompt, answers = "", [text_of(row, "text")]
-    elif len(keys) == 1:
-        prompt, answers = [], [messages_of(row, schema)]
-    else:
-        prompt, answers = split_sides(row, keys, chat)
-    lost, texts = FOR_CHATS | CONTEXT, [prompt, *answers]
-    if isinstance(prompt, list):
-        if row.get("history") and not preference:  # LLaMA-Factory scores its answers too
-            answers, prompt = [prompt + answer for answer in answers], []
-        context = context_of(row)
-        if context[:1] == (prompt or answers[0])[:1]:
-            del context[:1]
-        answers = answers if prompt else [context + answer for answer in answers]
-        prompt = prompt and context + prompt
-        texts = [str(m["content"]) for m in itertools.chain(prompt, *answers)]
-        lost = CONTEXT
-    for key in lost.difference(keys):
-        value = row.get(key)
-        read = key == "input" and keys[0] == "instruction"
-        if value and not read and str(value) not in "\n".join(texts):
-            advice = "put it into the prompt or the messages, or drop it"
-            raise UserError(f"'{key}' is not read beside {', '.join(keys)}: {advice}")
-    return prompt, answers
-
-
-def template_kwargs(row):
-    """The template's variables that a row sets: `chat_template_kwargs` and `tools`."""
-    kwargs, tools = row.get("chat_template_kwargs") or {}, row.get("tools")
-    reserved = {"messages", "add_generation_prompt", "keep_marks", "self"}
-    if not isinstance(kwargs, dict) or kwargs.keys() & reserved:
-        expected = "must be an object of the template's variables"
-        raise UserError(f"'chat_template_kwargs' {expected}, found {brief(kwargs)}")
-    if tools and isinstance(tools, str):
-        expected = "'tools' must be a list or one in JSON"
-        with as_user_error(expected, ValueError, RecursionError, on=tools):
-            tools = json.loads(tools)
-    return kwargs | {"tools": tools} if tools else kwargs
-
+# --- rows to texts, and which of them are scored --------------------------------------------------
 
 REASONING = {  # --reasoning: what it leaves unscored in an answer
     "last": None,
@@ -570,13 +240,6 @@ REASONING = {  # --reasoning: what it leaves unscored in an answer
     "mask": r"(?s)((?:<think>|\A)(?:(?!<think>).)*?</think>\s*)",
     "mask_empty": r"(<think>\s*</think>\s*)",
 }
-
-
-def thought_of(m):
-    """A message's thought, or "": where templates look for it."""
-    written, end, _ = (m["content"] or "").partition("</think>")
-    thought = next((m[key] for key in THOUGHTS if m.get(key)), written if end else "")
-    return str(thought).rpartition("<think>")[2].strip()
 
 
 def split_turns(row, chat):
@@ -611,10 +274,7 @@ def to_pieces(
     never a turn of weight 0, nor what `reasoning` leaves out.
     """
     prompt, answers = split_row(row, tokenizer.has_template, preference)
-    schema = schema_of(row, preference)
-    known = {*schema.split(), *FOR_CHATS, *CONTEXT, *KEPT, *METADATA.split()}
-    unread = [key for key in row if row[key] and key not in known]
-    notes = [f"rows whose {key!r} is not read" for key in unread]
+    notes = [f"rows whose {key!r} is not read" for key in unread_keys(row, preference)]
     if preference and answers[0] == answers[1]:
         return "chosen and rejected are the same", notes
     if preference and not prompt:
@@ -664,11 +324,6 @@ INTRODUCTIONS = (
     "Here is a multiple-choice question about {topic}.",
     "Which of the choices answers this question?",
     "Read the question, then give the one right choice.",
-)
-ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
-    "Below is an instruction that describes a task{paired}. "
-    "Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}{input}\n\n### Response:"
 )
 
 
@@ -741,12 +396,7 @@ def ecqa(row):
 
 def alpaca(row):
     """instruction, output, perhaps input -> Stanford Alpaca's text, whatever template there is."""
-    extra, paired = row.get("input") or "", ""
-    if extra:
-        paired = ", paired with an input that provides further context"
-        extra = f"\n\n### Input:\n{extra}"
-    prompt = ALPACA.format(paired=paired, instruction=row["instruction"], input=extra)
-    return {"prompt": prompt, "completion": row["output"]}
+    return {"prompt": alpaca_prompt(row), "completion": row["output"]}
 
 
 def chatml(row):
@@ -932,23 +582,11 @@ def to_segments(parts, weight):
     return segments
 
 
-def weight_of(row):
-    weight = 1.0 if row.get("weight") is None else row["weight"]
-    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not is_number or not 0 <= weight < 1e30:
-        raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-    return float(weight)
-
-
-LONGEST_ROW = 2**21  # characters: about 500,000 tokens, and 0.4 GB while they are encoded
-
-
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     """Yields per (where, row, ...): (parts as of `truncate` or the reason why it is dropped,
     weight, notes, tokens before truncation, scored tokens before it). `make` is a recipe's,
     `options` as in `to_pieces`. UserError: `where` a row is malformed, and how."""
     prepared = []
-    surrogate = "half a surrogate pair in its text, which was cut inside a character"
     for where, row, *_ in rows:
         with as_user_error(where, UserError):
             row = make(row) if make else row
@@ -958,20 +596,9 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
             weight, (sides, notes) = weight_of(row), to_pieces(row, tokenizer, **options)
             if not weight:
                 sides = "weight 0"
-            if not isinstance(sides, str):
-                pieces = itertools.chain(*sides)
-                text = "".join(piece for piece, _ in pieces if isinstance(piece, str))
-                with as_user_error(surrogate, UnicodeEncodeError):
-                    text.encode()
-                if len(text) > LONGEST_ROW:
-                    raise UserError(
-                        f"a row of {len(text):,} characters; split it into rows of at most "
-                        f"{LONGEST_ROW:,}"
-                    )
+            check_texts(sides)
         prepared.append((sides, weight, notes))
-    encoded = tokenizer.encode_sides(
-        [sides for sides, *_ in prepared if not isinstance(sides, str)]
-    )
+    encoded = tokenizer.encode_sides([sides for sides, *_ in prepared if type(sides) is list])
     for sides, weight, notes in prepared:
         if isinstance(sides, str):
             yield sides, weight, notes, 0, 0
@@ -1044,69 +671,29 @@ class Ledger:
         """UserError where a model could learn nothing, or never to stop."""
         if not self.scored:
             rows = f"no token of {self.rows} rows is scored"
-            raise UserError(f"nothing to train on: {rows}{self.describe_reasons()}")
+            raise UserError(f"nothing to train on: {rows}{report.drop_reasons(self)}")
         if not self.rows_ended:
             raise UserError(
                 "no row scores the end of a turn, so the model would never learn to stop: "
                 "raise max_length"
             )
 
-    def describe_reasons(self):
-        return "".join(
-            f"; {why}: {reason['rows']:,}, as {reason['where'][0]}"
-            for why, reason in self.reasons.items()
-        )
-
     def as_dict(self):
         return asdict(self)
 
-    def __str__(self):
-        text = f"{self.rows:,} rows: {self.examples:,} examples"
-        if self.rows_truncated:
-            text += f", {self.rows_truncated:,} cut to max_length"
-        if self.rows_dropped:
-            text += f", {self.rows_dropped:,} dropped{self.describe_reasons()}"
-        if self.rows_not_sampled:
-            text += f", {self.rows_not_sampled:,} not sampled"
-        seen = self.rows - self.rows_not_sampled
-        if self.rationales is not None and self.rationales < seen:
-            text += f"\nrationales in {self.rationales:,} of {seen:,} rows: no chain of thought"
-            text += " in the others"
-        for note, count in self.notes.items():
-            text += f"\n{count:,} {note}"
-        if len(self.sources) > 1:
-            shares = [
-                f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources
-            ]
-            text += f"\nof the rows seen {' · '.join(shares)}"
-        counts = []
-        for name in ("scored", "masked", "truncated", "dropped"):
-            count = getattr(self, name)
-            if count:
-                counts.append(f"{count:,} {name} ({count / self.tokens:.1%})")
-        return f"{text}\n{self.tokens:,} tokens: {' · '.join(counts)}"
-
-
-# An example in data.bin: up to three parts as of `truncate`, then [where, row] in JSON. index.bin
-# has where each of the four begins, and where the last ends.
-LAYOUT = np.dtype(
-    [("offsets", np.int64, 5), ("weight", float), ("source", np.int64), ("row", np.int64)]
-)
+    __str__ = report.ledger_text
 
 
 @dataclass(eq=False)
 class Examples(Sequence):
-    """Examples on disk, memory-mapped, as epoch `number` sees them; or the rows they came from.
+    """Examples of a cache, as epoch `number` sees them; or the rows they came from.
 
     Where the recipe draws, an epoch after the first is rendered on access; where that rendering is
     dropped (too long, say), the epoch-0 rendering is used.
     """
 
-    folder: Path
-    # memory-mapped once, so that a run outlives a removed cache
-    entries: np.ndarray  # (examples,) of LAYOUT
-    data: np.ndarray  # the bytes they lie in
-    at: np.ndarray  # (N,) which of the folder's examples
+    cache: Cache
+    at: np.ndarray  # (N,) which of the cache's examples
     shares: list  # expected of the rows seen, by source; [] where every row is seen once
     seed: int
     make: object  # the recipe: (row, epoch) -> row
@@ -1125,22 +712,18 @@ class Examples(Sequence):
             example = row if self.as_rows or isinstance(row, str) else self.render(row)
             if not isinstance(example, str):
                 return example
-        (*offsets, _), weight, *_ = self.entries[self.at[i]]
-        pairs = itertools.pairwise(offsets)
-        parts = [self.data[start:end].view(np.int32) for start, end in pairs if start < end]
-        return to_segments(parts, float(weight))
+        return to_segments(*self.cache.parts(self.at[i]))
 
     def row(self, i):
         """(where it stands, as 'file:line'; the row as it was read) of example `i`."""
-        *_, start, end = self.entries["offsets"][self.at[i]]
-        return json.loads(self.data[start:end].tobytes())
+        return self.cache.row(self.at[i])
 
     def epoch(self, number):
         """As many examples as epoch `number` sees: each of a weighted source as often as fits the
         source's share, the rest drawn."""
         at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
         if self.shares:
-            sources = self.entries["source"][at]
+            sources = self.cache.entries["source"][at]
             groups = [at[sources == n] for n in range(len(self.shares))]
             shares = [share if len(group) else 0 for group, share in zip(groups, self.shares)]
             ends = np.cumsum(shares)
@@ -1155,68 +738,23 @@ class Examples(Sequence):
     @property
     def fingerprint(self):
         """Changes when the examples do."""
-        crc = zlib.crc32(self.at.tobytes(), read_json(self.folder / "ledger.json")["crc"])
-        return f"{len(self)}-{crc:08x}"
+        return f"{len(self)}-{zlib.crc32(self.at.tobytes(), self.cache.crc):08x}"
 
 
-def checksum(folder):
-    """CRC-32 of a folder's examples."""
-    crc = 0
-    for name in ("data.bin", "index.bin"):
-        with open(folder / name, "rb") as file:
-            while block := file.read(2**24):
-                crc = zlib.crc32(block, crc)
-    return crc
-
-
-def read_ledger(folder):
-    """The ledger of a folder of examples; None: it is missing or damaged."""
-    with suppress(OSError, UserError, TypeError):
-        ledger = Ledger(**read_json(folder / "ledger.json"))
-        if ledger.crc == checksum(folder):
-            return ledger
-
-
-def write_examples(folder, rows, ledger, tokenizer, **options):
-    """Renders (where, row, number of its source) into a new folder, renamed into place when it is
-    complete. `ledger` is filled on the way."""
-    end, ends = 0, set(tokenizer.end_ids)
-    for stale in folder.parent.glob("*.partial"):  # a kill's: nobody has its lock
-        with suppress(UserError), locked_folder(stale):
-            shutil.rmtree(stale, ignore_errors=True)
-    quiet = not sys.stderr.isatty()
-    rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=quiet, leave=False))
-    aside = tempfile.TemporaryDirectory(
-        suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
-    )
-    with aside as partial, locked_folder(partial):
-        with (
-            open(f"{partial}/data.bin", "wb") as data,
-            open(f"{partial}/index.bin", "wb") as index,
-        ):
-            while chunk := list(itertools.islice(rows, 256)):
-                blobs, entries = [], []
-                rendered = render_rows(chunk, tokenizer, **options)
-                for (where, row, *numbers), (parts, weight, *counts) in zip(chunk, rendered):
-                    if ledger.rationales is not None:
-                        ledger.rationales += bool(str(first_of(row, *RATIONALES)).strip())
-                    ledger.add(where, parts, *counts, ends)
-                    if isinstance(parts, str):
-                        continue
-                    ledger.sources[numbers[0]]["examples"] += 1
-                    blobs += [part.tobytes() for part in parts] + [b""] * (3 - len(parts))
-                    blobs.append(json.dumps([where, row], default=str).encode())
-                    *offsets, end = itertools.accumulate(map(len, blobs[-4:]), initial=end)
-                    entries.append(([*offsets, end], weight, *numbers))
-                entries = np.array(entries, LAYOUT).tobytes()
-                for file, block in ((data, b"".join(blobs)), (index, entries)):
-                    file.write(block)
-        ledger.crc = checksum(Path(partial))
-        Path(partial, "ledger.json").write_text(json.dumps(ledger.as_dict()))
-        for file in Path(partial).iterdir():
-            sync(file)
-        with suppress(OSError):  # another process may have been first
-            os.rename(partial, folder)
+def count_examples(rows, ledger, tokenizer, **options):
+    """(where, row, source, number) -> yields the examples of these rows, as `write_cache` takes
+    them; every row is counted in the ledger."""
+    ends = set(tokenizer.end_ids)
+    rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=None, leave=False))
+    while chunk := list(itertools.islice(rows, 256)):
+        rendered = render_rows(chunk, tokenizer, **options)
+        for (where, row, source, number), (parts, weight, *counts) in zip(chunk, rendered):
+            if ledger.rationales is not None:
+                ledger.rationales += bool(str(first_of(row, *RATIONALES)).strip())
+            ledger.add(where, parts, *counts, ends)
+            if not isinstance(parts, str):
+                ledger.sources[source]["examples"] += 1
+                yield parts, weight, source, number, [where, row]
 
 
 def number_rows(rows, tokenizer, make, options):
@@ -1239,23 +777,6 @@ def number_rows(rows, tokenizer, make, options):
             yield where, part, source, number
 
 
-def cache_folder(sources, tokenizer, settings):
-    """The folder that is named by a hash of everything the examples depend on: this code, the
-    tokenizer's files, the settings, the data."""
-    date = tokenizer.tells_date and f"{tokenizer.now:%F}"
-    digest = hashlib.blake2b(repr((settings, date)).encode(), digest_size=16)
-    files = [Path(__file__), Path(getfile(stream_rows)), Path(getfile(messages_of))]
-    files += tokenizer.files.values()
-    for path in itertools.chain(files, *(paths for _, _, paths in sources)):
-        digest.update(str(path).encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    with as_user_error("PLAINTUNE_CACHE: no folder for rendered rows", OSError, RuntimeError):
-        cache = Path(os.environ.get("PLAINTUNE_CACHE") or "~/.cache/plaintune").expanduser()
-        cache.mkdir(parents=True, exist_ok=True)
-    return cache / digest.hexdigest()
-
-
 def load_examples(
     sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options
 ):
@@ -1266,47 +787,37 @@ def load_examples(
     sources = find_sources(sources)
     make, draws = use_recipe(recipe, recipe_args, seed)
     needs_seed = draws or max_samples is not None
-    settings = [max_samples, recipe, recipe_args, options, needs_seed and seed]
-    folder = cache_folder(sources, tokenizer, settings)
-    ledger = read_ledger(folder)
+    settings = max_samples, recipe, recipe_args, options, needs_seed and seed, tokenizer.date
+    code = map(getfile, (Examples, stream_rows, messages_of, split_row, CheckpointTokenizer))
+    files = [*code, *tokenizer.files.values()]
+    folder = cache_folder(settings, files + [path for *_, paths in sources for path in paths])
+    ledger = read_ledger(folder, Ledger)
     if not ledger:
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        ledger = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources])
+        rows, left_out = sample_rows(sources, max_samples, seed)
+        ledger = Ledger(left_out, rows_not_sampled=left_out)
+        ledger.sources = [{"name": name, "examples": 0} for name, *_ in sources]
         if recipe == "ecqa" or recipe == "mcqa" and (recipe_args or {}).get("cot", 1):
             ledger.rationales = 0
-        rows = stream_rows(sources)
-        if max_samples is not None:
-            total = sum(1 for _ in stream_rows(sources))
-            sample = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
-            rows = (row for n, row in enumerate(rows) if n in sample)
-            ledger.rows = ledger.rows_not_sampled = total - len(sample)
         rows = number_rows(rows, tokenizer, make, options)
-        write_examples(folder, rows, ledger, tokenizer, make=make, **options)
-        ledger = read_ledger(folder)
-    if not ledger:
-        raise UserError(f"{folder}: does not read back as written; check the disk")
+        rendered = count_examples(rows, ledger, tokenizer, make=make, **options)
+        ledger = write_cache(folder, rendered, ledger)
     ledger.check()
-    shares = []
-    for entry, (_, weight, _) in zip(ledger.sources, sources):
-        shares.append(weight or entry["examples"])
+    shares = [
+        weight or entry["examples"] for entry, (_, weight, _) in zip(ledger.sources, sources)
+    ]
     for entry, share in zip(ledger.sources, shares):
         entry["share"] = share / sum(shares)
-
-    def render(row):
-        return render_row(row, tokenizer, **options)
-
     shares = shares if sources[0][1] else []
+    render = partial(render_row, tokenizer=tokenizer, **options) if draws else None
     at = np.arange(ledger.examples)
-    entries = np.memmap(folder / "index.bin", LAYOUT, "r")
-    data = np.memmap(folder / "data.bin", np.uint8, "r")
-    examples = Examples(folder, entries, data, at, shares, seed, make, render if draws else None)
+    examples = Examples(Cache(folder, ledger.crc), at, shares, seed, make, render)
     return examples, replace(examples, as_rows=True), ledger
 
 
 def split_holdout(examples, rows, size, seed=0):
     """-> (examples, rows), (held-out examples, their rows), drawn by `seed`; `size` is a share
     below 1 or a count of the rows that they came from. UserError: nothing would be left."""
-    numbers, row = np.unique(examples.entries["row"][examples.at], return_inverse=True)
+    numbers, row = np.unique(examples.cache.entries["row"][examples.at], return_inverse=True)
     count = round(size * len(numbers)) if 0 < size < 1 else int(size)
     if not 0 <= count < len(numbers):
         advice = "give a share below 1 or a smaller count"
@@ -1426,24 +937,8 @@ def audit(config):
         print("\nevaluation rows:")
         lengths.append(measure(replace(config, data=config.eval_data)))
     if config.output:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples")
-        axes.hist(lengths, bins=60, label=["data", "eval_data"][: len(lengths)])
-        axes.legend()
-        figure.savefig(config.output, dpi=130)
+        report.plot_lengths(config.by, lengths, config.output)
         print(f"histogram: {config.output}")
-
-
-def print_lengths(unit, rows):
-    """rows: {name: lengths}."""
-    percents = [50, 90, 95, 99, 100]
-    names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
-    print(unit.ljust(12), *(f"{name:>8}" for name in names))
-    for name, values in rows.items():
-        row = [min(values), np.mean(values), max(values), *np.percentile(values, percents)]
-        print(name.ljust(12), *(f"{value:8.1f}".replace(".0", "  ") for value in row))
 
 
 def audit_tokens(config):
@@ -1455,7 +950,7 @@ def audit_tokens(config):
         lengths.append(prompt + max(answers, default=0))
         scored.append(sum((segment.labels != IGNORE).sum() for segment in example))
         distinct.add(hash(b"".join(segment.ids.tobytes() for segment in example)))
-    print_lengths("tokens", {"example": lengths, "scored": scored})
+    report.print_lengths("tokens", {"example": lengths, "scored": scored})
     fits = int(np.ceil(np.percentile(lengths, 99) / 64)) * 64
     whole = np.mean(np.array(lengths) <= fits)
     print(f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole")
@@ -1482,7 +977,7 @@ def audit_characters(config):
             for side in (prompt, *answers)
         ]
         lengths.append(len(prompt) + max(map(len, answers)))
-    print_lengths("characters", {"row": lengths})
+    report.print_lengths("characters", {"row": lengths})
     return lengths
 
 

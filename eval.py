@@ -44,15 +44,11 @@ from data import (
     DataConfig,
     RecipeConfig,
     Tokenizer,
-    as_turn,
-    common_length,
     find_answer,
     load_tokenizer,
     new_file,
     render_row,
     split_prompt,
-    split_row,
-    text_of,
     texts_of,
     use_recipe,
     write_rows,
@@ -76,7 +72,9 @@ from support.errors import UserError, as_user_error, brief, run_command, sanitiz
 from support.files import locked_folder, read_header, read_json, regular_file, write_text
 from support.hub import resolve
 from support.memory import keep_freed_memory
+from support.messages import as_turn
 from support.readers import read_rows, read_text
+from support.schemas import common_length, split_row, text_of
 from support.settings import check_choices, check_range, convert, parse_config, run_subcommand
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"

@@ -50,9 +50,67 @@ def show_answers(before, after, num_samples):
     return {"eval_answers_before": was, "eval_answers": now}
 
 
-FEWEST = 20  # rows: of fewer a standard error or an interval says little
+# --- data: what became of the rows (a Ledger), and their lengths ----------------------------------
+
+
+def drop_reasons(ledger):
+    return "".join(
+        f"; {why}: {reason['rows']:,}, as {reason['where'][0]}"
+        for why, reason in ledger.reasons.items()
+    )
+
+
+def ledger_text(ledger):
+    """Rows and tokens in a few lines."""
+    text = f"{ledger.rows:,} rows: {ledger.examples:,} examples"
+    if ledger.rows_truncated:
+        text += f", {ledger.rows_truncated:,} cut to max_length"
+    if ledger.rows_dropped:
+        text += f", {ledger.rows_dropped:,} dropped{drop_reasons(ledger)}"
+    if ledger.rows_not_sampled:
+        text += f", {ledger.rows_not_sampled:,} not sampled"
+    seen = ledger.rows - ledger.rows_not_sampled
+    if ledger.rationales is not None and ledger.rationales < seen:
+        text += f"\nrationales in {ledger.rationales:,} of {seen:,} rows: no chain of thought"
+        text += " in the others"
+    for note, count in ledger.notes.items():
+        text += f"\n{count:,} {note}"
+    if len(ledger.sources) > 1:
+        shares = [
+            f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in ledger.sources
+        ]
+        text += f"\nof the rows seen {' · '.join(shares)}"
+    counts = []
+    for name in ("scored", "masked", "truncated", "dropped"):
+        if count := getattr(ledger, name):
+            counts.append(f"{count:,} {name} ({count / ledger.tokens:.1%})")
+    return f"{text}\n{ledger.tokens:,} tokens: {' · '.join(counts)}"
+
+
+def print_lengths(unit, rows):
+    """rows: {name: lengths}."""
+    percents = [50, 90, 95, 99, 100]
+    names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
+    print(unit.ljust(12), *(f"{name:>8}" for name in names))
+    for name, values in rows.items():
+        row = [min(values), np.mean(values), max(values), *np.percentile(values, percents)]
+        print(name.ljust(12), *(f"{value:8.1f}".replace(".0", "  ") for value in row))
+
+
+def plot_lengths(unit, lengths, file):
+    """A histogram of one or two lists of lengths: of the training and the evaluation rows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"{unit} of an example", ylabel="examples")
+    axes.hist(lengths, bins=60, label=["data", "eval_data"][: len(lengths)])
+    axes.legend()
+    figure.savefig(file, dpi=130)
+
 
 # --- evaluations: results are {model: {set: summary}}, comparisons those of eval.compare_all ------
+
+FEWEST = 20  # rows: of fewer a standard error or an interval says little
 
 
 def metrics_of(summary):
