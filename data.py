@@ -5,8 +5,8 @@ may render a turn differently once others follow (Qwen3 drops earlier thoughts),
 rendering turn after turn are wrong. Each turn is replaced by a sentinel instead, which brackets it
 for any template. Texts are tokenized segment by segment and their ids concatenated, so no token
 straddles prompt and answer, and a prompt has the same ids in training and at generation.
-Rendered examples are cached on disk and memory-mapped: the memory used does not grow with the rows,
-and a second start renders nothing.
+Rendered examples are cached on disk and memory-mapped (support/cache.py): the memory used does not
+grow with the rows, and a second start renders nothing.
 
     python data.py show --model Qwen/Qwen3-0.6B --data rows.jsonl --n 3   # scored tokens in colour
     python data.py audit --model Qwen/Qwen3-0.6B --data rows.jsonl        # lengths, duplicates
@@ -36,8 +36,8 @@ from tqdm import tqdm
 from model import IGNORE, Segment
 from support import report
 from support.cache import Cache, cache_folder, read_ledger, write_cache
-from support.errors import UserError, as_user_error, brief, nearest, run_command, sanitize
-from support.files import write_text
+from support.errors import UserError, as_user_error, nearest, run_command, sanitize
+from support.files import new_file, write_rows
 from support.hub import resolve
 from support.messages import as_turn, messages_of, thought_of
 from support.readers import find_sources, sample_rows, stream_rows
@@ -59,7 +59,11 @@ from support.tokenizer import CLOSE, OPEN, CheckpointTokenizer, check_texts
 
 # Stands for an answer. Random: a row that contained it could move its own mask.
 SENTINEL = f"\ue000{secrets.token_hex(8)}\ue001"
-MARK = 10**18 + secrets.randbits(59)  # this number and the next ones stand for contents
+
+
+def answered(messages):
+    """The numbers of the assistant's messages."""
+    return [i for i, m in enumerate(messages) if m["role"] == "assistant"]
 
 
 class Tokenizer(CheckpointTokenizer):
@@ -67,7 +71,6 @@ class Tokenizer(CheckpointTokenizer):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.checked = set()  # shapes of conversations, see check_messages
         self.head = self.encode("", special=True)[:1]  # BOS, where texts begin with one
         self.newline = self.encode("\n")
         # SentencePiece puts a space before every text
@@ -81,47 +84,17 @@ class Tokenizer(CheckpointTokenizer):
         with suppress(UserError):  # no template, or one that insists on a system turn, say
             text = self.render(as_turn("user", "a") + as_turn("assistant", SENTINEL))
             tail = text.partition(SENTINEL)[2].lstrip()
-        after = sorted(filter(tail.startswith, self.added), key=len)[-1:]
-        return list(dict.fromkeys(self.eos_ids + [self.added[token] for token in after]))
+        after = max(filter(tail.startswith, self.added), key=len, default=None)
+        ends = self.eos_ids if after is None else [*self.eos_ids, self.added[after]]
+        return list(dict.fromkeys(ends))
 
     @cached_property
     def turn_end(self):
         """A pattern of those tokens, with the space that a template may leave before them."""
-        tokens = sorted(filter(None, map(self.backend.id_to_token, self.end_ids)), key=len)
-        tokens = "|".join(map(re.escape, tokens[::-1]))
+        tokens = filter(None, map(self.backend.id_to_token, self.end_ids))
+        tokens = sorted(tokens, key=len, reverse=True)
+        tokens = "|".join(map(re.escape, tokens))
         return rf"(?:\s*(?:{tokens}))+" if tokens else r"(?!)"
-
-    def check_messages(self, messages, /, **kwargs):
-        """UserError: the template leaves out a content or a tool call, as it does where it doesn't
-        know the role. Numbers stand for them, so one rendering checks every conversation of the
-        same shape."""
-        marked, owners = [], []
-
-        def mark(value):
-            if isinstance(value, dict):
-                return {k: v if k in ("type", "id") else mark(v) for k, v in value.items()}
-            if isinstance(value, list):
-                return [*map(mark, value)]
-            if value is None or not str(value).strip():
-                return value
-            owners.append(m)
-            number = MARK + len(owners)
-            return str(number) if isinstance(value, str) else number
-
-        for m in messages:
-            marks = {key: mark(m[key]) for key in ("content", "tool_calls") if key in m}
-            marked.append({"role": m["role"], **marks})
-        shape = hash(repr((marked, kwargs)))
-        if shape in self.checked:
-            return
-        text = self.render([m | marks for m, marks in zip(messages, marked)], **kwargs)
-        for number, m in enumerate(owners, MARK + 1):
-            if str(number) not in text:
-                raise UserError(
-                    f"{self.template_file}: leaves out what this message says, whose role or "
-                    f"form it doesn't know: {brief(m)}"
-                )
-        self.checked.add(shape)
 
     def turns(self, messages, first=0, /, **kwargs):
         """The full rendering, and where the assistant speaks in it: (text, spans, is_open).
@@ -131,7 +104,7 @@ class Tokenizer(CheckpointTokenizer):
         with the token that ends the turn; where the template marks every turn by
         `{% generation %}`, the marks decide. is_open: the last answer lacks the end token.
         """
-        speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        speaks = answered(messages)
         spans, is_open, marked, floor = {}, False, {}, 0
         self.check_messages(messages, **kwargs)
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
@@ -139,7 +112,8 @@ class Tokenizer(CheckpointTokenizer):
             text = "".join(pieces)
             if len(pieces) == 2 * len(speaks) + 1:
                 cuts = list(itertools.accumulate(map(len, pieces)))
-                marked = dict(zip(speaks, zip(cuts[::2], cuts[1::2])))
+                spans_by_mark = zip(cuts[::2], cuts[1::2])
+                marked = dict(zip(speaks, spans_by_mark))
             for i in speaks:
                 if i < first:
                     continue
@@ -167,8 +141,10 @@ class Tokenizer(CheckpointTokenizer):
             *as_turn("assistant", SENTINEL),
             messages[i] | {"content": SENTINEL},
         ):
+            changed = messages.copy()
+            changed[i] = stand_in
             try:
-                other = self.render([*messages[:i], stand_in, *messages[i + 1 :]], **kwargs)
+                other = self.render(changed, **kwargs)
             except UserError:
                 continue
             before, sentinel, after = other.partition(SENTINEL)
@@ -194,7 +170,8 @@ class Tokenizer(CheckpointTokenizer):
         assistant, or the longest start of it that is there (an earlier turn may lack the <think>
         that the generation prompt opens). sys.maxsize if `text` does not begin that way."""
         ask = as_turn("user", "a")
-        header = self.render(ask, True, **kwargs).removeprefix(self.render(ask, **kwargs))
+        asked = self.render(ask, **kwargs)
+        header = self.render(ask, True, **kwargs).removeprefix(asked)
         same = common_length(text, before)
         for n in range(len(header), 0, -1):
             offset = before.rfind(header[:n], floor)
@@ -287,9 +264,11 @@ def to_pieces(
     if isinstance(prompt, str):
         head = [(tokenizer.head, False), (prompt, score_prompt)]
         eos = tokenizer.special.get("eos_token")
-        for answer in answers:  # some data sets end their answers themselves
-            has_end = bool(eos) and answer.endswith(eos)
-            sides.append([(answer, True)] if has_end else [(answer, True), end])
+        for answer in answers:
+            side = [(answer, True)]
+            if not eos or not answer.endswith(eos):  # some data sets end their answers themselves
+                side.append(end)
+            sides.append(side)
     else:
         kwargs = template_kwargs(row)
         for answer in answers:
@@ -297,23 +276,33 @@ def to_pieces(
             first = 0 if score_prompt else len(prompt)
             score_all = first == 0 and not assistant_only_loss
             if completion_only_loss and not prompt:
-                speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-                first = max(speaks, default=0)
+                first = max(answered(messages), default=0)
             text, spans, is_open = tokenizer.turns(messages, first, **kwargs)
-            flags = [score_all]  # every second piece is an answer
             for i in spans:
-                flags += [messages[i].get("weight", 1) == 1, score_all]
                 if thought_of(messages[i]) not in text:
                     notes.append("turns whose thoughts the template leaves out (see --reasoning)")
-            cuts = [0, *itertools.chain(*spans.values()), len(text)]
-            side = []
-            for (start, stop), scored in zip(itertools.pairwise(cuts), flags):
-                pieces = [text[start:stop]]
-                if scored and REASONING[reasoning]:  # every second one is a thought
-                    pieces = re.split(REASONING[reasoning], pieces[0])
-                side += [(piece, scored and n % 2 == 0) for n, piece in enumerate(pieces)]
-            sides.append(side + [end] if is_open else side)
-    return ([head, *sides] if preference else [head + sides[0]]), notes
+            side = cut_turns(text, spans, messages, score_all, reasoning)
+            if is_open:
+                side.append(end)
+            sides.append(side)
+    if preference:
+        return [head, *sides], notes
+    return [head + sides[0]], notes
+
+
+def cut_turns(text, spans, messages, score_rest, reasoning):
+    """A rendering and the spans of its answers -> [(text, scored), ...] in which each is a piece,
+    or several where `reasoning` leaves its thoughts out."""
+    side, end = [], 0
+    for i, (start, stop) in spans.items():
+        side.append((text[end:start], score_rest))
+        scored, end = messages[i].get("weight", 1) == 1, stop
+        pieces = [text[start:stop]]
+        if scored and REASONING[reasoning]:  # every second one is a thought
+            pieces = re.split(REASONING[reasoning], pieces[0])
+        for n, piece in enumerate(pieces):
+            side.append((piece, scored and n % 2 == 0))
+    return [*side, (text[end:], score_rest)]
 
 
 # --- recipes: plain functions from a data set's own row to a row of a schema above ----------------
@@ -325,14 +314,21 @@ INTRODUCTIONS = (
     "Which of the choices answers this question?",
     "Read the question, then give the one right choice.",
 )
-
-
 RATIONALES = "rationale", "explanation", "taskB", "support"
 
 
 def first_of(row, *keys):
     """The first of these columns that is filled."""
-    return next((row[key] for key in keys if row.get(key) not in (None, "")), "")
+    for key in keys:
+        if row.get(key) not in (None, ""):
+            return row[key]
+    return ""
+
+
+def texts_of(choices):
+    """A row's choices if they are a list of texts, else none."""
+    is_texts = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
+    return choices if is_texts else []
 
 
 def question_of(row):
@@ -346,7 +342,7 @@ def question_of(row):
     labels = list(LETTERS)
     if isinstance(choices, dict):
         labels, choices = choices["label"], choices["text"]
-    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+    if texts_of(choices) != choices:
         raise ValueError("the choices are not a list of texts")
     right = answer = first_of(row, "answerKey", "q_ans", "answer")
     if type(answer) is not int:
@@ -354,7 +350,7 @@ def question_of(row):
         right = next((names.index(answer) for names in order if answer in names), -1)
     if not 0 <= right < len(choices) <= len(LETTERS):
         raise ValueError(f"{answer or 'no answer'} is not one of the choices")
-    rationale = first_of(row, *RATIONALES)
+    rationale = str(first_of(row, *RATIONALES))
     return question, choices, right, rationale.strip()
 
 
@@ -525,8 +521,9 @@ def fit(ids, scored, room, special):
     if len(ids) <= room:
         return ids, scored
     keep = int(int(ids[0]) in special)
-    # nothing is learnt from what follows the last scored token
-    last = int(np.flatnonzero(scored)[-1]) + 1 if scored.any() else len(ids)
+    last = len(ids)
+    if scored.any():  # nothing is learnt from what follows the last scored token
+        last = int(np.flatnonzero(scored)[-1]) + 1
     masked = np.flatnonzero(~scored[:last])
     if not len(masked) or masked[-1] < keep:
         return ids[:room], scored[:room]
@@ -545,11 +542,15 @@ def share_prompt(sides):
     prompt, *answers = sides
     if not answers:
         return sides
-    # a scored token becomes a number that the other answer does not have
-    keys = [np.where(scored, -n, ids).tolist() for n, (ids, scored) in enumerate(answers, 1)]
+    keys = []
+    for n, (ids, scored) in enumerate(answers, 1):
+        # a scored token becomes a number that the other answer does not have
+        keys.append(np.where(scored, -n, ids).tolist())
     same = common_length(*keys)
-    prompt = [np.append(*arrays) for arrays in zip(prompt, [a[:same] for a in answers[0]])]
-    return [prompt, *([array[same:] for array in answer] for answer in answers)]
+    shared = [array[:same] for array in answers[0]]
+    prompt = [np.append(*arrays) for arrays in zip(prompt, shared)]
+    answers = [[array[same:] for array in answer] for answer in answers]
+    return [prompt, *answers]
 
 
 def truncate(sides, tokenizer, max_length=None):
@@ -559,11 +560,13 @@ def truncate(sides, tokenizer, max_length=None):
     for ids, scored in answers or sides:
         if set(ids[scored].tolist()) <= set(tokenizer.end_ids):
             return "nothing scored"
-    room = (max_length or sys.maxsize) - max((len(ids) for ids, _ in answers), default=0)
+    longest = max((len(ids) for ids, _ in answers), default=0)
+    room = (max_length or sys.maxsize) - longest
     fitted = fit(*prompt, room, tokenizer.special_ids)
     if fitted is None or len(fitted[0]) == 0:
         return "answer longer than max_length"
-    first, *rest = [np.where(scored, ids, ~ids) for ids, scored in (fitted, *answers)]
+    sides = fitted, *answers
+    first, *rest = [np.where(scored, ids, ~ids) for ids, scored in sides]
     first[0] = min(first[0], ~first[0])  # nothing predicts a first token
     return [first, *rest]
 
@@ -573,10 +576,8 @@ def to_segments(parts, weight):
     segments = []
     for n, part in enumerate(parts):
         masked = part < 0
-        ids, labels = (
-            np.where(masked, ~part, part),
-            np.where(masked, np.int32(IGNORE), part),
-        )
+        ids = np.where(masked, ~part, part)
+        labels = np.where(masked, np.int32(IGNORE), part)
         prefix, sequence = (0, n - 1) if n else (-1, 0)
         segments.append(Segment(ids, labels, prefix, sequence, weight))
     return segments
@@ -593,12 +594,15 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
             if isinstance(row, str):
                 prepared.append((row, 1.0, []))
                 continue
-            weight, (sides, notes) = weight_of(row), to_pieces(row, tokenizer, **options)
+            weight = weight_of(row)
+            sides, notes = to_pieces(row, tokenizer, **options)
             if not weight:
                 sides = "weight 0"
-            check_texts(sides)
+            if not isinstance(sides, str):
+                check_texts(sides)
         prepared.append((sides, weight, notes))
-    encoded = tokenizer.encode_sides([sides for sides, *_ in prepared if type(sides) is list])
+    kept = [sides for sides, *_ in prepared if not isinstance(sides, str)]
+    encoded = tokenizer.encode_sides(kept)
     for sides, weight, notes in prepared:
         if isinstance(sides, str):
             yield sides, weight, notes, 0, 0
@@ -652,7 +656,8 @@ class Ledger:
         if isinstance(parts, str):
             self.rows_dropped += 1
             self.dropped += tokens
-            reason = self.reasons.setdefault(parts, {"rows": 0, "tokens": 0, "where": []})
+            empty = {"rows": 0, "tokens": 0, "where": []}
+            reason = self.reasons.setdefault(parts, empty)
             reason["rows"] += 1
             reason["tokens"] += tokens
             reason["where"] = [*reason["where"], where][:5]
@@ -721,17 +726,20 @@ class Examples(Sequence):
     def epoch(self, number):
         """As many examples as epoch `number` sees: each of a weighted source as often as fits the
         source's share, the rest drawn."""
-        at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
+        at = self.at
         if self.shares:
+            rng = np.random.default_rng([self.seed, number])
             sources = self.cache.entries["source"][at]
             groups = [at[sources == n] for n in range(len(self.shares))]
-            shares = [share if len(group) else 0 for group, share in zip(groups, self.shares)]
+            shares = []
+            for group, share in zip(groups, self.shares):
+                shares.append(share if len(group) else 0)
             ends = np.cumsum(shares)
-            counts = np.diff(np.round(ends / ends[-1] * len(at)).astype(int), prepend=0)
+            ends = np.round(ends / ends[-1] * len(at)).astype(int)
             chosen = []
-            for group, count in zip(groups, counts):
+            for group, count in zip(groups, np.diff(ends, prepend=0)):
                 times, rest = divmod(count, max(len(group), 1))
-                chosen += [group] * times + [draw(group)[:rest]]
+                chosen += [group] * times + [rng.permutation(group)[:rest]]
             at = np.concatenate(chosen)
         return replace(self, at=at, number=number)
 
@@ -748,7 +756,8 @@ def count_examples(rows, ledger, tokenizer, **options):
     rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=None, leave=False))
     while chunk := list(itertools.islice(rows, 256)):
         rendered = render_rows(chunk, tokenizer, **options)
-        for (where, row, source, number), (parts, weight, *counts) in zip(chunk, rendered):
+        for origin, (parts, weight, *counts) in zip(chunk, rendered):
+            where, row, source, number = origin
             if ledger.rationales is not None:
                 ledger.rationales += bool(str(first_of(row, *RATIONALES)).strip())
             ledger.add(where, parts, *counts, ends)
@@ -790,7 +799,9 @@ def load_examples(
     settings = max_samples, recipe, recipe_args, options, needs_seed and seed, tokenizer.date
     code = map(getfile, (Examples, stream_rows, messages_of, split_row, CheckpointTokenizer))
     files = [*code, *tokenizer.files.values()]
-    folder = cache_folder(settings, files + [path for *_, paths in sources for path in paths])
+    for *_, paths in sources:
+        files += paths
+    folder = cache_folder(settings, files)
     ledger = read_ledger(folder, Ledger)
     if not ledger:
         rows, left_out = sample_rows(sources, max_samples, seed)
@@ -802,9 +813,9 @@ def load_examples(
         rendered = count_examples(rows, ledger, tokenizer, make=make, **options)
         ledger = write_cache(folder, rendered, ledger)
     ledger.check()
-    shares = [
-        weight or entry["examples"] for entry, (_, weight, _) in zip(ledger.sources, sources)
-    ]
+    shares = []
+    for entry, (_, weight, _) in zip(ledger.sources, sources):
+        shares.append(weight or entry["examples"])
     for entry, share in zip(ledger.sources, shares):
         entry["share"] = share / sum(shares)
     shares = shares if sources[0][1] else []
@@ -817,17 +828,18 @@ def load_examples(
 def split_holdout(examples, rows, size, seed=0):
     """-> (examples, rows), (held-out examples, their rows), drawn by `seed`; `size` is a share
     below 1 or a count of the rows that they came from. UserError: nothing would be left."""
-    numbers, row = np.unique(examples.cache.entries["row"][examples.at], return_inverse=True)
+    rows_read = examples.cache.entries["row"][examples.at]
+    numbers, row = np.unique(rows_read, return_inverse=True)
     count = round(size * len(numbers)) if 0 < size < 1 else int(size)
     if not 0 <= count < len(numbers):
         advice = "give a share below 1 or a smaller count"
         raise UserError(f"cannot hold out {size} of {len(numbers)} examples; {advice}")
     order = np.random.default_rng(seed).permutation(len(numbers))
-    splits = [np.flatnonzero(np.isin(row, part)) for part in (order[count:], order[:count])]
-    return [
-        tuple(replace(whole, at=whole.at[split]) for whole in (examples, rows))
-        for split in splits
-    ]
+    splits = []
+    for drawn in (order[count:], order[:count]):
+        at = examples.at[np.isin(row, drawn)]
+        splits.append((replace(examples, at=at), replace(rows, at=at)))
+    return splits
 
 
 # --- what an answer is ----------------------------------------------------------------------------
@@ -852,12 +864,6 @@ def split_prompt(example):
     masked = np.flatnonzero(~scored[:stop])
     start = masked[-1] + 1 if len(masked) else 0
     return ids[:start].tolist(), ids[start:stop].tolist()
-
-
-def texts_of(choices):
-    """A row's choices if they are a list of texts, else none."""
-    is_texts = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
-    return choices if is_texts else []
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -919,7 +925,9 @@ def show(config):
             cuts = np.flatnonzero(np.diff(scored)) + 1
             for run in np.split(np.arange(len(scored)), cuts):
                 text = sanitize(tokenizer.decode(segment.ids[run], skip_special=False))
-                print(start + text + stop if scored[run].any() else text, end="")
+                if scored[run].any():
+                    text = start + text + stop
+                print(text, end="")
         print("\n")
     print(ledger)
 
@@ -949,7 +957,8 @@ def audit_tokens(config):
         prompt, *answers = [len(segment.ids) for segment in example]
         lengths.append(prompt + max(answers, default=0))
         scored.append(sum((segment.labels != IGNORE).sum() for segment in example))
-        distinct.add(hash(b"".join(segment.ids.tobytes() for segment in example)))
+        ids = [segment.ids.tobytes() for segment in example]
+        distinct.add(hash(b"".join(ids)))
     report.print_lengths("tokens", {"example": lengths, "scored": scored})
     fits = int(np.ceil(np.percentile(lengths, 99) / 64)) * 64
     whole = np.mean(np.array(lengths) <= fits)
@@ -983,11 +992,11 @@ def audit_characters(config):
 
 def mix(config):
     """All sources' rows as the recipe makes them, shuffled into one file by their weights."""
-    new_file(config)
+    new_file(config.output)
     *_, rows, ledger = load_rows(config)
     rows = rows.epoch(0)
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    write_rows(config, (rows[i] for i in order), f"{len(rows):,} rows: {ledger}")
+    write_rows(config.output, (rows[i] for i in order), f"{len(rows):,} rows: {ledger}")
 
 
 def pairs(config):
@@ -996,19 +1005,6 @@ def pairs(config):
 
 
 COMMANDS = {command.__name__: (DataConfig, command) for command in (show, audit, mix, pairs)}
-
-
-def new_file(config):
-    """UserError unless --output is a new file. Its folder is made, before the work begins."""
-    if not config.output or Path(config.output).exists():
-        fault = "exists already" if config.output else "is needed"
-        raise UserError(f"--output {config.output}: {fault}; name a new one")
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-
-
-def write_rows(config, rows, summary):
-    write_text(config.output, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"{config.output}: {summary}")
 
 
 def main():

@@ -22,7 +22,12 @@ from support.errors import UserError, as_user_error
 from support.files import locked_folder, read_json, sync
 
 LAYOUT = np.dtype(
-    [("offsets", np.int64, 5), ("weight", float), ("source", np.int64), ("row", np.int64)]
+    [
+        ("offsets", np.int64, 5),
+        ("weight", float),
+        ("source", np.int64),
+        ("row", np.int64),
+    ]
 )
 
 
@@ -40,8 +45,10 @@ class Cache:
     def parts(self, n):
         """(the arrays of example `n`, its weight)."""
         (*offsets, _), weight, *_ = self.entries[n]
-        pairs = itertools.pairwise(offsets)
-        parts = [self.data[start:end].view(np.int32) for start, end in pairs if start < end]
+        parts = []
+        for start, end in itertools.pairwise(offsets):
+            if start < end:
+                parts.append(self.data[start:end].view(np.int32))
         return parts, float(weight)
 
     def row(self, n):
@@ -112,7 +119,8 @@ def write_examples(folder, examples):
         while chunk := list(itertools.islice(examples, 256)):
             entries = []
             for parts, weight, source, number, row in chunk:
-                blobs = [part.tobytes() for part in parts] + [b""] * (3 - len(parts))
+                blobs = [part.tobytes() for part in parts]
+                blobs += [b""] * (3 - len(parts))
                 blobs.append(json.dumps(row, default=str).encode())
                 data.writelines(blobs)
                 *offsets, end = itertools.accumulate(map(len, blobs), initial=end)

@@ -44,8 +44,10 @@ def alpaca_prompt(row):
 
 def common_length(first, second):
     """How many elements two sequences have in common from the start."""
-    pairs = enumerate(zip(first, second))
-    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
+    for n, (a, b) in enumerate(zip(first, second)):
+        if a != b:
+            return n
+    return min(len(first), len(second))
 
 
 def text_of(row, key):
@@ -92,7 +94,8 @@ def schema_of(row, preference=False):
 
 def unread_keys(row, preference=False):
     """The keys of a row that nothing here reads and that are not known as metadata."""
-    known = {*schema_of(row, preference).split(), *FOR_CHATS, *CONTEXT, *KEPT, *METADATA.split()}
+    schema = schema_of(row, preference)
+    known = {*schema.split(), *FOR_CHATS, *CONTEXT, *KEPT, *METADATA.split()}
     return [key for key in row if row[key] and key not in known]
 
 
@@ -177,3 +180,29 @@ def weight_of(row):
     if not is_number or not 0 <= weight < 1e30:
         raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
     return float(weight)
+
+
+def with_completion(row, has_template):
+    """(a row of an own set with its reference as the completion, whether it has a reference).
+    UserError: it has two questions or two references."""
+    row = {key: value for key, value in row.items() if value is not None}
+    if row.keys() >= {"messages", "reference"}:
+        row["prompt"] = row.pop("messages")
+    columns = row.keys() & {"reference", "completion", "chosen"} or row.keys() & {"answer"}
+    for names in (columns, row.keys() & {"prompt", "question"}):
+        if len(names) > 1:
+            raise UserError(f"has {' and '.join(sorted(names))}; leave one of them")
+    if "question" in row:
+        question = text_of(row, "question")
+        row["prompt"] = as_turn("user", question) if has_template else question
+    if "prompt" not in row:
+        if "reference" in row:
+            raise UserError("'reference' needs a 'question', 'prompt' or 'messages'")
+        return row, True
+    for key in columns & {"reference", "answer"}:
+        row["completion"] = text_of(row, key)
+    if not columns:
+        row["completion"] = "?"  # the renderer needs one
+    for key in ("question", "reference", "answer"):
+        row.pop(key, None)
+    return row, bool(columns)

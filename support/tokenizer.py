@@ -21,6 +21,7 @@ from support.sandbox import Overrun, bounded, check_growth
 OPEN, CLOSE = (f"\ue000{secrets.token_hex(8)}\ue001" for _ in range(2))
 
 
+MARK = 10**18 + secrets.randbits(59)  # this number and the next ones stand for contents
 LONGEST_ROW = 2**21  # characters: about 500,000 tokens, and 0.4 GB while they are encoded
 
 
@@ -92,6 +93,7 @@ class CheckpointTokenizer:
         self.backend.no_truncation()  # the file may carry either from an earlier use
         self.backend.no_padding()
         config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
+        self.checked = set()  # shapes of conversations, see check_messages
         self.read_special_tokens(config)
         self.read_templates(config, now or datetime.now())
 
@@ -216,3 +218,35 @@ class CheckpointTokenizer:
         with bounded(fault), as_user_error(fault, Exception):  # untrusted code, untrusted rows
             text = self.templates[name].render(variables)
         return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
+
+    def check_messages(self, messages, /, **kwargs):
+        """UserError: the template leaves out a content or a tool call, as it does where it doesn't
+        know the role. Numbers stand for them, so one rendering checks every conversation of the
+        same shape."""
+        marked, owners = [], []
+
+        def mark(value):
+            if isinstance(value, dict):
+                return {k: v if k in ("type", "id") else mark(v) for k, v in value.items()}
+            if isinstance(value, list):
+                return [*map(mark, value)]
+            if value is None or not str(value).strip():
+                return value
+            owners.append(m)
+            number = MARK + len(owners)
+            return str(number) if isinstance(value, str) else number
+
+        for m in messages:
+            marks = {key: mark(m[key]) for key in ("content", "tool_calls") if key in m}
+            marked.append({"role": m["role"], **marks})
+        shape = hash(repr((marked, kwargs)))
+        if shape in self.checked:
+            return
+        text = self.render([m | marks for m, marks in zip(messages, marked)], **kwargs)
+        for number, m in enumerate(owners, MARK + 1):
+            if str(number) not in text:
+                raise UserError(
+                    f"{self.template_file}: leaves out what this message says, whose role or "
+                    f"form it doesn't know: {brief(m)}"
+                )
+        self.checked.add(shape)
