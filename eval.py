@@ -72,7 +72,7 @@ from support.files import (
     read_json,
     write_rows,
 )
-from support.hub import resolve
+from support.hub import adapter_in, resolve
 from support.memory import keep_freed_memory
 from support.messages import as_turn
 from support.readers import read_rows, read_text
@@ -942,18 +942,17 @@ def find_base(path):
     folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = resolve(path)
-    for adapter in (folder, folder / "adapter"):
-        if (adapter / "adapter_config.json").exists():
-            base = read_adapter_config(adapter)[1].get("base_model_name_or_path")
-            if not base:
-                raise UserError(
-                    f"{adapter}: its config names no base model; merge it and evaluate the result"
-                )
-            file = adapter.parent / "config.json"
-            run = read_json(file) if file.exists() else {}
-            return base, adapter, pick_fields(QuantConfig, run, file)
-    merged = folder / "merged"
-    return str(merged if merged.is_dir() else folder), None, QuantConfig()
+    adapter, merged = adapter_in(folder), folder / "merged"
+    if not adapter:
+        return str(merged if merged.is_dir() else folder), None, QuantConfig()
+    base = read_adapter_config(adapter)[1].get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"{adapter}: its config names no base model; merge it and evaluate the result"
+        )
+    file = adapter.parent / "config.json"
+    run = read_json(file) if file.exists() else {}
+    return base, adapter, pick_fields(QuantConfig, run, file)
 
 
 def attach(model, layers):
