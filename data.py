@@ -5,8 +5,8 @@ may render a turn differently once others follow (Qwen3 drops earlier thoughts),
 rendering turn after turn are wrong. Each turn is replaced by a sentinel instead, which brackets it
 for any template. Texts are tokenized segment by segment and their ids concatenated, so no token
 straddles prompt and answer, and a prompt has the same ids in training and at generation.
-Rendered examples are cached on disk and memory-mapped: the memory used does not grow with the rows,
-and a second start renders nothing.
+Rendered examples are cached on disk and memory-mapped (support/cache.py): the memory used does not
+grow with the rows, and a second start renders nothing.
 
     python data.py show --model Qwen/Qwen3-0.6B --data rows.jsonl --n 3   # scored tokens in colour
     python data.py audit --model Qwen/Qwen3-0.6B --data rows.jsonl        # lengths, duplicates
@@ -14,250 +14,67 @@ and a second start renders nothing.
     python data.py pairs --model Qwen/Qwen3-0.6B --data ecqa.csv --recipe ecqa --output pairs.jsonl
 """
 
-import hashlib
 import itertools
 import json
 import os
 import re
 import runpy
 import secrets
-import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import getfile, signature
 from pathlib import Path
 from typing import ClassVar
 
-import jinja2.ext
 import numpy as np
-import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from model import IGNORE, Segment
-from support.errors import (
-    UserError,
-    as_user_error,
-    brief,
-    nearest,
-    run_command,
-    sanitize,
+from support import report
+from support.cache import Cache, cache_folder, read_ledger, write_cache
+from support.errors import UserError, as_user_error, nearest, run_command, sanitize
+from support.files import new_file, write_rows
+from support.hub import resolve
+from support.messages import as_turn, messages_of, thought_of
+from support.readers import find_sources, sample_rows, stream_rows
+from support.sandbox import bounded
+from support.schemas import (
+    KEPT,
+    alpaca_prompt,
+    common_length,
+    split_row,
+    template_kwargs,
+    turns_of,
+    unread_keys,
+    weight_of,
 )
-from support.files import locked_folder, read_json, regular_file, sync, write_text
-from support.hub import companions, resolve
-from support.messages import messages_of
-from support.readers import find_sources, stream_rows
-from support.sandbox import Overrun, bounded, check_growth
 from support.settings import check_choices, check_range, run_subcommand
-
-
-def as_turn(role, content):
-    return [{"role": role, "content": content}]
-
+from support.tokenizer import CLOSE, OPEN, CheckpointTokenizer, check_texts
 
 # --- the tokenizer and the chat template ----------------------------------------------------------
 
-# Stand for an answer, and for the ends of {% generation %}. Random: a row that contained one could
-# move its own mask.
-SENTINEL, OPEN, CLOSE = (f"\ue000{secrets.token_hex(8)}\ue001" for _ in range(3))
-MARK = 10**18 + secrets.randbits(59)  # this number and the next ones stand for contents
-
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a message
+# Stands for an answer. Random: a row that contained it could move its own mask.
+SENTINEL = f"\ue000{secrets.token_hex(8)}\ue001"
 
 
-class Generation(jinja2.ext.Extension):
-    """The tags `{% generation %} ... {% endgeneration %}`, which mark what the model writes."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
-
-    def mark(self, caller):
-        return OPEN + caller() + CLOSE
+def answered(messages):
+    """The numbers of the assistant's messages."""
+    return [i for i, m in enumerate(messages) if m["role"] == "assistant"]
 
 
-def template_environment(now):
-    """jinja2's sandbox with the functions that transformers gives to chat templates."""
+class Tokenizer(CheckpointTokenizer):
+    """A CheckpointTokenizer that also knows where the assistant's turns are in a rendering."""
 
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, **kwargs):  # jinja's own escapes HTML and sorts keys
-        return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    return environment
-
-
-class Tokenizer:
-    """A checkpoint's `tokenizer.json` with its special tokens, end tokens and chat template.
-
-    `now` (default: the time of the call) is what `strftime_now` formats: Llama 3.2 writes the date
-    into its system turn, so a run that is resumed tomorrow needs the day on which it began.
-    `adapter`: a folder whose tokenizer files go before the checkpoint's.
-    UserError: a file is missing or broken. Source: transformers' PreTrainedTokenizerFast.
-    """
-
-    def __init__(self, folder, now=None, adapter=None):
-        self.folder, self.files = Path(folder), companions(folder, adapter)
-        self.now = now or datetime.now()
-        path = self.files.get("tokenizer.json")
-        if not path:
-            raise UserError(f"{self.folder}: no tokenizer.json in it; give a checkpoint's folder")
-        file = str(regular_file(path, 2**28))
-        with as_user_error(f"{path}: not a tokenizer", Exception):  # the library has no subclass
-            self.backend = tokenizers.Tokenizer.from_file(file)
-        check_growth(self.backend, path)
-        self.backend.no_truncation()  # the file may carry either from an earlier use
-        self.backend.no_padding()
-        config = self.read("special_tokens_map.json") | self.read("tokenizer_config.json")
-        self.read_special_tokens(config)
-        self.read_templates(config)
-        self.checked = set()  # shapes of conversations, see check_messages
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.head = self.encode("", special=True)[:1]  # BOS, where texts begin with one
         self.newline = self.encode("\n")
         # SentencePiece puts a space before every text
         self.prepends = self.encode("\na") != self.newline + self.encode("a")
-
-    def read(self, name):
-        return read_json(self.files[name]) if name in self.files else {}
-
-    def read_special_tokens(self, config):
-        self.special = {}  # {"bos_token": "<s>", ...}
-        for name, token in config.items():
-            if isinstance(token, dict):
-                token = token.get("content")
-            if name.endswith("_token") and isinstance(token, str):
-                self.special[name] = token
-        fault = f"{self.files.get('tokenizer_config.json')}: its tokens are malformed"
-        with as_user_error(fault, Exception):
-            self.add_tokens(config)
-        self.bos_id, eos_id, self.pad_id = (
-            self.backend.token_to_id(self.special.get(name, ""))
-            for name in ("bos_token", "eos_token", "pad_token")
-        )
-        added = self.backend.get_added_tokens_decoder()
-        self.added = {token.content: id for id, token in added.items()}
-        self.special_ids = {id for id, token in added.items() if token.special}
-        ends = [eos_id]
-        for name in ("generation_config.json", "config.json"):
-            ids = self.read(name).get("eos_token_id")
-            ends += ids if isinstance(ids, list) else [ids]
-        ends = [id for id in ends if isinstance(id, int) and 0 <= id < 2**24]
-        self.eos_ids = list(dict.fromkeys(ends))
-
-    def add_tokens(self, config):
-        """Gives those that tokenizer_config.json alone names the next ids, as transformers does."""
-        tokens = config.get("added_tokens_decoder") or {}
-        tokens = [tokenizers.AddedToken(**tokens[id]) for id in sorted(tokens, key=int)]
-        self.backend.add_tokens(tokens)
-        more = config.get("extra_special_tokens") or config.get("additional_special_tokens")
-        more = more.values() if isinstance(more, dict) else more or ()
-        texts = [token["content"] if isinstance(token, dict) else token for token in more]
-        added = self.backend.get_added_tokens_decoder().values()
-        new = dict.fromkeys([*self.special.values(), *texts])
-        known = {token.content for token in added}
-        self.backend.add_special_tokens([text for text in new if text not in known])
-
-    def read_templates(self, config):
-        self.template_file = self.files.get("chat_template.jinja")
-        if self.template_file:
-            file = regular_file(self.template_file, 2**20)
-            templates = file.read_text(encoding="utf-8", errors="replace")
-        else:
-            self.template_file = self.files.get("tokenizer_config.json", self.folder)
-            templates = config.get("chat_template") or []
-        if isinstance(templates, str):
-            templates = [{"name": "default", "template": templates}]
-        self.tells_date = "strftime_now" in str(templates)
-        environment = template_environment(self.now)
-        fault = f"{self.template_file}: not a chat template, nor a list of them by name"
-        with bounded(fault), as_user_error(fault, Exception):
-            self.templates = {
-                t["name"]: environment.from_string(t["template"]) for t in templates
-            }
-        self.has_template = bool(self.templates)
-
-    def __len__(self):
-        return self.backend.get_vocab_size(with_added_tokens=True)
-
-    def encode(self, text, special=False):
-        """str -> list of ids; `special` applies the tokenizer's post-processor (Llama's BOS)."""
-        return next(self.encode_all([text], special))
-
-    def encode_all(self, texts, special=False):
-        """Yields the ids of each text. The library encodes 2^20 characters at once, on every core;
-        that takes 170 bytes per character."""
-        ends = itertools.accumulate(map(len, texts))
-        for _, group in itertools.groupby(zip(texts, ends), lambda pair: pair[1] >> 20):
-            batch = [text for text, _ in group]
-            try:
-                encodings = self.backend.encode_batch_fast(batch, add_special_tokens=special)
-            except BaseException as error:  # the library's panics are no Exception
-                if isinstance(error, (KeyboardInterrupt, Overrun)):
-                    raise
-                message = f"cannot encode {brief(max(batch, key=len))}: {brief(str(error))}"
-                raise UserError(f"{self.files['tokenizer.json']}: {message}") from None
-            for encoding in encodings:
-                yield encoding.ids
-
-    def decode(self, ids, skip_special=True):
-        """Ids -> str, by default without special tokens."""
-        return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
-
-    def render(
-        self,
-        messages,
-        /,
-        add_generation_prompt=False,
-        tools=None,
-        keep_marks=False,
-        **kwargs,
-    ):
-        """Messages -> text by the checkpoint's template, which also gets `kwargs`.
-        UserError: there is no template, or it fails."""
-        if not self.templates:
-            raise UserError(
-                f"{self.folder}: no chat template; "
-                "use prompt/completion or text rows, or a chat model"
-            )
-        name = "tool_use" if tools and "tool_use" in self.templates else "default"
-        if name not in self.templates:
-            names = ", ".join(self.templates)
-            raise UserError(f"{self.template_file}: no template is named 'default': {names}")
-        messages = [
-            {key: value for key, value in m.items() if value is not None} for m in messages
-        ]
-        for m in messages:  # templates know the reasoning by one of two names, rows by three
-            keys = [key for key in THOUGHTS if key in m]
-            if keys and m[keys[0]]:
-                m["reasoning_content"] = m[keys[0]]
-                m.setdefault("thinking", m[keys[0]])
-        variables = self.special | {"tools": tools or None, "documents": None} | kwargs
-        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        fault = f"{self.template_file}: the chat template failed"
-        with (
-            bounded(fault),
-            as_user_error(fault, Exception),
-        ):  # untrusted code, untrusted rows
-            text = self.templates[name].render(variables)
-        return text if keep_marks else text.replace(OPEN, "").replace(CLOSE, "")
 
     @cached_property
     def end_ids(self):
@@ -267,47 +84,17 @@ class Tokenizer:
         with suppress(UserError):  # no template, or one that insists on a system turn, say
             text = self.render(as_turn("user", "a") + as_turn("assistant", SENTINEL))
             tail = text.partition(SENTINEL)[2].lstrip()
-        after = sorted(filter(tail.startswith, self.added), key=len)[-1:]
-        return list(dict.fromkeys(self.eos_ids + [self.added[token] for token in after]))
+        after = max(filter(tail.startswith, self.added), key=len, default=None)
+        ends = self.eos_ids if after is None else [*self.eos_ids, self.added[after]]
+        return list(dict.fromkeys(ends))
 
     @cached_property
     def turn_end(self):
         """A pattern of those tokens, with the space that a template may leave before them."""
-        tokens = sorted(filter(None, map(self.backend.id_to_token, self.end_ids)), key=len)
-        tokens = "|".join(map(re.escape, tokens[::-1]))
+        tokens = filter(None, map(self.backend.id_to_token, self.end_ids))
+        tokens = sorted(tokens, key=len, reverse=True)
+        tokens = "|".join(map(re.escape, tokens))
         return rf"(?:\s*(?:{tokens}))+" if tokens else r"(?!)"
-
-    def check_messages(self, messages, /, **kwargs):
-        """UserError: the template leaves out a content or a tool call, as it does where it doesn't
-        know the role. Numbers stand for them, so one rendering checks every conversation of the
-        same shape."""
-        marked, owners = [], []
-
-        def mark(value):
-            if isinstance(value, dict):
-                return {k: v if k in ("type", "id") else mark(v) for k, v in value.items()}
-            if isinstance(value, list):
-                return [*map(mark, value)]
-            if value is None or not str(value).strip():
-                return value
-            owners.append(m)
-            number = MARK + len(owners)
-            return str(number) if isinstance(value, str) else number
-
-        for m in messages:
-            marks = {key: mark(m[key]) for key in ("content", "tool_calls") if key in m}
-            marked.append({"role": m["role"], **marks})
-        shape = hash(repr((marked, kwargs)))
-        if shape in self.checked:
-            return
-        text = self.render([m | marks for m, marks in zip(messages, marked)], **kwargs)
-        for number, m in enumerate(owners, MARK + 1):
-            if str(number) not in text:
-                raise UserError(
-                    f"{self.template_file}: leaves out what this message says, whose role or "
-                    f"form it doesn't know: {brief(m)}"
-                )
-        self.checked.add(shape)
 
     def turns(self, messages, first=0, /, **kwargs):
         """The full rendering, and where the assistant speaks in it: (text, spans, is_open).
@@ -317,7 +104,7 @@ class Tokenizer:
         with the token that ends the turn; where the template marks every turn by
         `{% generation %}`, the marks decide. is_open: the last answer lacks the end token.
         """
-        speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        speaks = answered(messages)
         spans, is_open, marked, floor = {}, False, {}, 0
         self.check_messages(messages, **kwargs)
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
@@ -325,7 +112,8 @@ class Tokenizer:
             text = "".join(pieces)
             if len(pieces) == 2 * len(speaks) + 1:
                 cuts = list(itertools.accumulate(map(len, pieces)))
-                marked = dict(zip(speaks, zip(cuts[::2], cuts[1::2])))
+                spans_by_mark = zip(cuts[::2], cuts[1::2])
+                marked = dict(zip(speaks, spans_by_mark))
             for i in speaks:
                 if i < first:
                     continue
@@ -353,8 +141,10 @@ class Tokenizer:
             *as_turn("assistant", SENTINEL),
             messages[i] | {"content": SENTINEL},
         ):
+            changed = messages.copy()
+            changed[i] = stand_in
             try:
-                other = self.render([*messages[:i], stand_in, *messages[i + 1 :]], **kwargs)
+                other = self.render(changed, **kwargs)
             except UserError:
                 continue
             before, sentinel, after = other.partition(SENTINEL)
@@ -380,7 +170,8 @@ class Tokenizer:
         assistant, or the longest start of it that is there (an earlier turn may lack the <think>
         that the generation prompt opens). sys.maxsize if `text` does not begin that way."""
         ask = as_turn("user", "a")
-        header = self.render(ask, True, **kwargs).removeprefix(self.render(ask, **kwargs))
+        asked = self.render(ask, **kwargs)
+        header = self.render(ask, True, **kwargs).removeprefix(asked)
         same = common_length(text, before)
         for n in range(len(header), 0, -1):
             offset = before.rfind(header[:n], floor)
@@ -418,151 +209,7 @@ def join_pieces(side, encoded):
     return np.array(ids, np.int32), np.array(scored, bool)
 
 
-def common_length(first, second):
-    """How many elements two sequences have in common from the start."""
-    pairs = enumerate(zip(first, second))
-    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-# --- rows to prompt and answers -------------------------------------------------------------------
-
-SCHEMAS = (
-    "messages",
-    "conversations chosen rejected",
-    "conversations",
-    "prompt completion",
-    "prompt chosen rejected",
-    "instruction output",
-    "instruction chosen rejected",
-    "question chosen rejected",
-    "chosen rejected",
-    "text",
-)
-FOR_CHATS = {"system", "history", "tools", "chat_template_kwargs"}
-CONTEXT = {"functions", "instruction", "input", "question", "query", "context", "documents"}
-KEPT = ("weight", "choices", "answer", "tools", "chat_template_kwargs")
-METADATA = (
-    "id idx index uuid prompt_id conversation_id source dataset subset split "
-    "category topic type tags language lang model score score_chosen score_rejected"
-)
-
-
-def text_of(row, key):
-    if not isinstance(row[key], str):
-        raise UserError(f"'{key}' must be a string, found {brief(row[key])}")
-    return row[key]
-
-
-def turns_of(row, key):
-    """A row's prompt or answer as messages: a string is one turn."""
-    if isinstance(row[key], (list, dict)):
-        return messages_of(row, key)
-    is_answer = key in ("completion", "output", "chosen", "rejected")
-    return as_turn("assistant" if is_answer else "user", text_of(row, key))
-
-
-def context_of(row):
-    """The turns that `system` and `history` ([question, answer] pairs or messages) put before a
-    row's own."""
-    turns, history = [], row.get("history")
-    if row.get("system"):
-        turns = as_turn("system", text_of(row, "system"))
-    if not history:
-        return turns
-    if isinstance(history, list) and all(isinstance(pair, list) for pair in history):
-        roles = itertools.cycle(("user", "assistant"))
-        history = [{"role": next(roles), "content": t} for pair in history for t in pair]
-    return turns + messages_of({"history": history}, "history")
-
-
-def schema_of(row, preference=False):
-    """The first of SCHEMAS that a row fits. UserError: there is none."""
-    filled = {key for key, value in row.items() if value is not None}
-    schemas = [schema for schema in SCHEMAS if "chosen" in schema or not preference]
-    schema = next((schema for schema in schemas if filled.issuperset(schema.split())), None)
-    if schema is None:
-        names = ", ".join(sorted(map(str, filled)))[:200]
-        expected = ", ".join(schema.replace(" ", "+") for schema in schemas)
-        raise UserError(
-            f"fits no schema: it has {names or 'no keys'}; expected one of {expected}"
-        )
-    return schema
-
-
-def split_sides(row, keys, chat):
-    """(prompt, answers) of a row whose schema has several keys: strings, or lists of messages."""
-    first = keys[0]
-    is_chat = any(isinstance(row[key], (list, dict)) for key in keys)
-    if first in CONTEXT or any(map(row.get, FOR_CHATS)):
-        is_chat = is_chat or chat
-    if first == "instruction" and is_chat and row.get("input"):
-        text = text_of(row, "instruction") + "\n" + text_of(row, "input")
-        row = row | {"instruction": text}
-    elif first == "instruction" and not is_chat:
-        row = row | {"instruction": alpaca({"output": ""} | row)["prompt"]}
-    sides = [turns_of(row, key) if is_chat else text_of(row, key) for key in keys]
-    answers, shared = sides[1:], []
-    if "chosen" in keys:  # as in TRL, the prompt is what both begin with
-        answers = sides[-2:]
-        ends = [side[:-1] if is_chat else side for side in answers]
-        shared = ends[0][: common_length(*ends)]
-    prompt = sides[0]
-    if first == "chosen":  # a space before the difference is the answer's
-        prompt = shared if is_chat else shared[: max(shared.rfind(" "), 0)]
-    elif is_chat and all(m in shared for m in prompt):
-        prompt = shared
-    if is_chat or first == "chosen":  # some data sets repeat the prompt in the answers
-        n = len(prompt)
-        answers = [side[n:] if side[:n] == prompt else side for side in answers]
-    return prompt, answers
-
-
-def split_row(row, chat, preference=False):
-    """A row -> (prompt, answers): strings, or lists of messages if the row has them (if `chat`,
-    also where it has a system turn, a history or tools, and Alpaca's rows). The prompt of a text or
-    conversation is empty; answers are one, or chosen and rejected.
-    UserError: it fits none of SCHEMAS, a value is of a wrong type, or a context would be lost."""
-    schema = schema_of(row, preference)
-    keys = schema.split()
-    if schema == "text":
-        prompt, answers = "", [text_of(row, "text")]
-    elif len(keys) == 1:
-        prompt, answers = [], [messages_of(row, schema)]
-    else:
-        prompt, answers = split_sides(row, keys, chat)
-    lost, texts = FOR_CHATS | CONTEXT, [prompt, *answers]
-    if isinstance(prompt, list):
-        if row.get("history") and not preference:  # LLaMA-Factory scores its answers too
-            answers, prompt = [prompt + answer for answer in answers], []
-        context = context_of(row)
-        if context[:1] == (prompt or answers[0])[:1]:
-            del context[:1]
-        answers = answers if prompt else [context + answer for answer in answers]
-        prompt = prompt and context + prompt
-        texts = [str(m["content"]) for m in itertools.chain(prompt, *answers)]
-        lost = CONTEXT
-    for key in lost.difference(keys):
-        value = row.get(key)
-        read = key == "input" and keys[0] == "instruction"
-        if value and not read and str(value) not in "\n".join(texts):
-            advice = "put it into the prompt or the messages, or drop it"
-            raise UserError(f"'{key}' is not read beside {', '.join(keys)}: {advice}")
-    return prompt, answers
-
-
-def template_kwargs(row):
-    """The template's variables that a row sets: `chat_template_kwargs` and `tools`."""
-    kwargs, tools = row.get("chat_template_kwargs") or {}, row.get("tools")
-    reserved = {"messages", "add_generation_prompt", "keep_marks", "self"}
-    if not isinstance(kwargs, dict) or kwargs.keys() & reserved:
-        expected = "must be an object of the template's variables"
-        raise UserError(f"'chat_template_kwargs' {expected}, found {brief(kwargs)}")
-    if tools and isinstance(tools, str):
-        expected = "'tools' must be a list or one in JSON"
-        with as_user_error(expected, ValueError, RecursionError, on=tools):
-            tools = json.loads(tools)
-    return kwargs | {"tools": tools} if tools else kwargs
-
+# --- rows to texts, and which of them are scored --------------------------------------------------
 
 REASONING = {  # --reasoning: what it leaves unscored in an answer
     "last": None,
@@ -570,13 +217,6 @@ REASONING = {  # --reasoning: what it leaves unscored in an answer
     "mask": r"(?s)((?:<think>|\A)(?:(?!<think>).)*?</think>\s*)",
     "mask_empty": r"(<think>\s*</think>\s*)",
 }
-
-
-def thought_of(m):
-    """A message's thought, or "": where templates look for it."""
-    written, end, _ = (m["content"] or "").partition("</think>")
-    thought = next((m[key] for key in THOUGHTS if m.get(key)), written if end else "")
-    return str(thought).rpartition("<think>")[2].strip()
 
 
 def split_turns(row, chat):
@@ -611,10 +251,7 @@ def to_pieces(
     never a turn of weight 0, nor what `reasoning` leaves out.
     """
     prompt, answers = split_row(row, tokenizer.has_template, preference)
-    schema = schema_of(row, preference)
-    known = {*schema.split(), *FOR_CHATS, *CONTEXT, *KEPT, *METADATA.split()}
-    unread = [key for key in row if row[key] and key not in known]
-    notes = [f"rows whose {key!r} is not read" for key in unread]
+    notes = [f"rows whose {key!r} is not read" for key in unread_keys(row, preference)]
     if preference and answers[0] == answers[1]:
         return "chosen and rejected are the same", notes
     if preference and not prompt:
@@ -627,9 +264,11 @@ def to_pieces(
     if isinstance(prompt, str):
         head = [(tokenizer.head, False), (prompt, score_prompt)]
         eos = tokenizer.special.get("eos_token")
-        for answer in answers:  # some data sets end their answers themselves
-            has_end = bool(eos) and answer.endswith(eos)
-            sides.append([(answer, True)] if has_end else [(answer, True), end])
+        for answer in answers:
+            side = [(answer, True)]
+            if not eos or not answer.endswith(eos):  # some data sets end their answers themselves
+                side.append(end)
+            sides.append(side)
     else:
         kwargs = template_kwargs(row)
         for answer in answers:
@@ -637,23 +276,33 @@ def to_pieces(
             first = 0 if score_prompt else len(prompt)
             score_all = first == 0 and not assistant_only_loss
             if completion_only_loss and not prompt:
-                speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-                first = max(speaks, default=0)
+                first = max(answered(messages), default=0)
             text, spans, is_open = tokenizer.turns(messages, first, **kwargs)
-            flags = [score_all]  # every second piece is an answer
             for i in spans:
-                flags += [messages[i].get("weight", 1) == 1, score_all]
                 if thought_of(messages[i]) not in text:
                     notes.append("turns whose thoughts the template leaves out (see --reasoning)")
-            cuts = [0, *itertools.chain(*spans.values()), len(text)]
-            side = []
-            for (start, stop), scored in zip(itertools.pairwise(cuts), flags):
-                pieces = [text[start:stop]]
-                if scored and REASONING[reasoning]:  # every second one is a thought
-                    pieces = re.split(REASONING[reasoning], pieces[0])
-                side += [(piece, scored and n % 2 == 0) for n, piece in enumerate(pieces)]
-            sides.append(side + [end] if is_open else side)
-    return ([head, *sides] if preference else [head + sides[0]]), notes
+            side = cut_turns(text, spans, messages, score_all, reasoning)
+            if is_open:
+                side.append(end)
+            sides.append(side)
+    if preference:
+        return [head, *sides], notes
+    return [head + sides[0]], notes
+
+
+def cut_turns(text, spans, messages, score_rest, reasoning):
+    """A rendering and the spans of its answers -> [(text, scored), ...] in which each is a piece,
+    or several where `reasoning` leaves its thoughts out."""
+    side, end = [], 0
+    for i, (start, stop) in spans.items():
+        side.append((text[end:start], score_rest))
+        scored, end = messages[i].get("weight", 1) == 1, stop
+        pieces = [text[start:stop]]
+        if scored and REASONING[reasoning]:  # every second one is a thought
+            pieces = re.split(REASONING[reasoning], pieces[0])
+        for n, piece in enumerate(pieces):
+            side.append((piece, scored and n % 2 == 0))
+    return [*side, (text[end:], score_rest)]
 
 
 # --- recipes: plain functions from a data set's own row to a row of a schema above ----------------
@@ -665,19 +314,21 @@ INTRODUCTIONS = (
     "Which of the choices answers this question?",
     "Read the question, then give the one right choice.",
 )
-ALPACA = (  # tatsu-lab/stanford_alpaca, train.py
-    "Below is an instruction that describes a task{paired}. "
-    "Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}{input}\n\n### Response:"
-)
-
-
 RATIONALES = "rationale", "explanation", "taskB", "support"
 
 
 def first_of(row, *keys):
     """The first of these columns that is filled."""
-    return next((row[key] for key in keys if row.get(key) not in (None, "")), "")
+    for key in keys:
+        if row.get(key) not in (None, ""):
+            return row[key]
+    return ""
+
+
+def texts_of(choices):
+    """A row's choices if they are a list of texts, else none."""
+    is_texts = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
+    return choices if is_texts else []
 
 
 def question_of(row):
@@ -691,7 +342,7 @@ def question_of(row):
     labels = list(LETTERS)
     if isinstance(choices, dict):
         labels, choices = choices["label"], choices["text"]
-    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+    if texts_of(choices) != choices:
         raise ValueError("the choices are not a list of texts")
     right = answer = first_of(row, "answerKey", "q_ans", "answer")
     if type(answer) is not int:
@@ -699,7 +350,7 @@ def question_of(row):
         right = next((names.index(answer) for names in order if answer in names), -1)
     if not 0 <= right < len(choices) <= len(LETTERS):
         raise ValueError(f"{answer or 'no answer'} is not one of the choices")
-    rationale = first_of(row, *RATIONALES)
+    rationale = str(first_of(row, *RATIONALES))
     return question, choices, right, rationale.strip()
 
 
@@ -741,12 +392,7 @@ def ecqa(row):
 
 def alpaca(row):
     """instruction, output, perhaps input -> Stanford Alpaca's text, whatever template there is."""
-    extra, paired = row.get("input") or "", ""
-    if extra:
-        paired = ", paired with an input that provides further context"
-        extra = f"\n\n### Input:\n{extra}"
-    prompt = ALPACA.format(paired=paired, instruction=row["instruction"], input=extra)
-    return {"prompt": prompt, "completion": row["output"]}
+    return {"prompt": alpaca_prompt(row), "completion": row["output"]}
 
 
 def chatml(row):
@@ -875,8 +521,9 @@ def fit(ids, scored, room, special):
     if len(ids) <= room:
         return ids, scored
     keep = int(int(ids[0]) in special)
-    # nothing is learnt from what follows the last scored token
-    last = int(np.flatnonzero(scored)[-1]) + 1 if scored.any() else len(ids)
+    last = len(ids)
+    if scored.any():  # nothing is learnt from what follows the last scored token
+        last = int(np.flatnonzero(scored)[-1]) + 1
     masked = np.flatnonzero(~scored[:last])
     if not len(masked) or masked[-1] < keep:
         return ids[:room], scored[:room]
@@ -895,11 +542,15 @@ def share_prompt(sides):
     prompt, *answers = sides
     if not answers:
         return sides
-    # a scored token becomes a number that the other answer does not have
-    keys = [np.where(scored, -n, ids).tolist() for n, (ids, scored) in enumerate(answers, 1)]
+    keys = []
+    for n, (ids, scored) in enumerate(answers, 1):
+        # a scored token becomes a number that the other answer does not have
+        keys.append(np.where(scored, -n, ids).tolist())
     same = common_length(*keys)
-    prompt = [np.append(*arrays) for arrays in zip(prompt, [a[:same] for a in answers[0]])]
-    return [prompt, *([array[same:] for array in answer] for answer in answers)]
+    shared = [array[:same] for array in answers[0]]
+    prompt = [np.append(*arrays) for arrays in zip(prompt, shared)]
+    answers = [[array[same:] for array in answer] for answer in answers]
+    return [prompt, *answers]
 
 
 def truncate(sides, tokenizer, max_length=None):
@@ -909,11 +560,13 @@ def truncate(sides, tokenizer, max_length=None):
     for ids, scored in answers or sides:
         if set(ids[scored].tolist()) <= set(tokenizer.end_ids):
             return "nothing scored"
-    room = (max_length or sys.maxsize) - max((len(ids) for ids, _ in answers), default=0)
+    longest = max((len(ids) for ids, _ in answers), default=0)
+    room = (max_length or sys.maxsize) - longest
     fitted = fit(*prompt, room, tokenizer.special_ids)
     if fitted is None or len(fitted[0]) == 0:
         return "answer longer than max_length"
-    first, *rest = [np.where(scored, ids, ~ids) for ids, scored in (fitted, *answers)]
+    sides = fitted, *answers
+    first, *rest = [np.where(scored, ids, ~ids) for ids, scored in sides]
     first[0] = min(first[0], ~first[0])  # nothing predicts a first token
     return [first, *rest]
 
@@ -923,24 +576,11 @@ def to_segments(parts, weight):
     segments = []
     for n, part in enumerate(parts):
         masked = part < 0
-        ids, labels = (
-            np.where(masked, ~part, part),
-            np.where(masked, np.int32(IGNORE), part),
-        )
+        ids = np.where(masked, ~part, part)
+        labels = np.where(masked, np.int32(IGNORE), part)
         prefix, sequence = (0, n - 1) if n else (-1, 0)
         segments.append(Segment(ids, labels, prefix, sequence, weight))
     return segments
-
-
-def weight_of(row):
-    weight = 1.0 if row.get("weight") is None else row["weight"]
-    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not is_number or not 0 <= weight < 1e30:
-        raise UserError(f"'weight' must be a number of at least 0, found {brief(weight)}")
-    return float(weight)
-
-
-LONGEST_ROW = 2**21  # characters: about 500,000 tokens, and 0.4 GB while they are encoded
 
 
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
@@ -948,30 +588,21 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     weight, notes, tokens before truncation, scored tokens before it). `make` is a recipe's,
     `options` as in `to_pieces`. UserError: `where` a row is malformed, and how."""
     prepared = []
-    surrogate = "half a surrogate pair in its text, which was cut inside a character"
     for where, row, *_ in rows:
         with as_user_error(where, UserError):
             row = make(row) if make else row
             if isinstance(row, str):
                 prepared.append((row, 1.0, []))
                 continue
-            weight, (sides, notes) = weight_of(row), to_pieces(row, tokenizer, **options)
+            weight = weight_of(row)
+            sides, notes = to_pieces(row, tokenizer, **options)
             if not weight:
                 sides = "weight 0"
             if not isinstance(sides, str):
-                pieces = itertools.chain(*sides)
-                text = "".join(piece for piece, _ in pieces if isinstance(piece, str))
-                with as_user_error(surrogate, UnicodeEncodeError):
-                    text.encode()
-                if len(text) > LONGEST_ROW:
-                    raise UserError(
-                        f"a row of {len(text):,} characters; split it into rows of at most "
-                        f"{LONGEST_ROW:,}"
-                    )
+                check_texts(sides)
         prepared.append((sides, weight, notes))
-    encoded = tokenizer.encode_sides(
-        [sides for sides, *_ in prepared if not isinstance(sides, str)]
-    )
+    kept = [sides for sides, *_ in prepared if not isinstance(sides, str)]
+    encoded = tokenizer.encode_sides(kept)
     for sides, weight, notes in prepared:
         if isinstance(sides, str):
             yield sides, weight, notes, 0, 0
@@ -1025,7 +656,8 @@ class Ledger:
         if isinstance(parts, str):
             self.rows_dropped += 1
             self.dropped += tokens
-            reason = self.reasons.setdefault(parts, {"rows": 0, "tokens": 0, "where": []})
+            empty = {"rows": 0, "tokens": 0, "where": []}
+            reason = self.reasons.setdefault(parts, empty)
             reason["rows"] += 1
             reason["tokens"] += tokens
             reason["where"] = [*reason["where"], where][:5]
@@ -1044,69 +676,29 @@ class Ledger:
         """UserError where a model could learn nothing, or never to stop."""
         if not self.scored:
             rows = f"no token of {self.rows} rows is scored"
-            raise UserError(f"nothing to train on: {rows}{self.describe_reasons()}")
+            raise UserError(f"nothing to train on: {rows}{report.drop_reasons(self)}")
         if not self.rows_ended:
             raise UserError(
                 "no row scores the end of a turn, so the model would never learn to stop: "
                 "raise max_length"
             )
 
-    def describe_reasons(self):
-        return "".join(
-            f"; {why}: {reason['rows']:,}, as {reason['where'][0]}"
-            for why, reason in self.reasons.items()
-        )
-
     def as_dict(self):
         return asdict(self)
 
-    def __str__(self):
-        text = f"{self.rows:,} rows: {self.examples:,} examples"
-        if self.rows_truncated:
-            text += f", {self.rows_truncated:,} cut to max_length"
-        if self.rows_dropped:
-            text += f", {self.rows_dropped:,} dropped{self.describe_reasons()}"
-        if self.rows_not_sampled:
-            text += f", {self.rows_not_sampled:,} not sampled"
-        seen = self.rows - self.rows_not_sampled
-        if self.rationales is not None and self.rationales < seen:
-            text += f"\nrationales in {self.rationales:,} of {seen:,} rows: no chain of thought"
-            text += " in the others"
-        for note, count in self.notes.items():
-            text += f"\n{count:,} {note}"
-        if len(self.sources) > 1:
-            shares = [
-                f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in self.sources
-            ]
-            text += f"\nof the rows seen {' · '.join(shares)}"
-        counts = []
-        for name in ("scored", "masked", "truncated", "dropped"):
-            count = getattr(self, name)
-            if count:
-                counts.append(f"{count:,} {name} ({count / self.tokens:.1%})")
-        return f"{text}\n{self.tokens:,} tokens: {' · '.join(counts)}"
-
-
-# An example in data.bin: up to three parts as of `truncate`, then [where, row] in JSON. index.bin
-# has where each of the four begins, and where the last ends.
-LAYOUT = np.dtype(
-    [("offsets", np.int64, 5), ("weight", float), ("source", np.int64), ("row", np.int64)]
-)
+    __str__ = report.ledger_text
 
 
 @dataclass(eq=False)
 class Examples(Sequence):
-    """Examples on disk, memory-mapped, as epoch `number` sees them; or the rows they came from.
+    """Examples of a cache, as epoch `number` sees them; or the rows they came from.
 
     Where the recipe draws, an epoch after the first is rendered on access; where that rendering is
     dropped (too long, say), the epoch-0 rendering is used.
     """
 
-    folder: Path
-    # memory-mapped once, so that a run outlives a removed cache
-    entries: np.ndarray  # (examples,) of LAYOUT
-    data: np.ndarray  # the bytes they lie in
-    at: np.ndarray  # (N,) which of the folder's examples
+    cache: Cache
+    at: np.ndarray  # (N,) which of the cache's examples
     shares: list  # expected of the rows seen, by source; [] where every row is seen once
     seed: int
     make: object  # the recipe: (row, epoch) -> row
@@ -1125,98 +717,53 @@ class Examples(Sequence):
             example = row if self.as_rows or isinstance(row, str) else self.render(row)
             if not isinstance(example, str):
                 return example
-        (*offsets, _), weight, *_ = self.entries[self.at[i]]
-        pairs = itertools.pairwise(offsets)
-        parts = [self.data[start:end].view(np.int32) for start, end in pairs if start < end]
-        return to_segments(parts, float(weight))
+        return to_segments(*self.cache.parts(self.at[i]))
 
     def row(self, i):
         """(where it stands, as 'file:line'; the row as it was read) of example `i`."""
-        *_, start, end = self.entries["offsets"][self.at[i]]
-        return json.loads(self.data[start:end].tobytes())
+        return self.cache.row(self.at[i])
 
     def epoch(self, number):
         """As many examples as epoch `number` sees: each of a weighted source as often as fits the
         source's share, the rest drawn."""
-        at, draw = self.at, np.random.default_rng([self.seed, number]).permutation
+        at = self.at
         if self.shares:
-            sources = self.entries["source"][at]
+            rng = np.random.default_rng([self.seed, number])
+            sources = self.cache.entries["source"][at]
             groups = [at[sources == n] for n in range(len(self.shares))]
-            shares = [share if len(group) else 0 for group, share in zip(groups, self.shares)]
+            shares = []
+            for group, share in zip(groups, self.shares):
+                shares.append(share if len(group) else 0)
             ends = np.cumsum(shares)
-            counts = np.diff(np.round(ends / ends[-1] * len(at)).astype(int), prepend=0)
+            ends = np.round(ends / ends[-1] * len(at)).astype(int)
             chosen = []
-            for group, count in zip(groups, counts):
+            for group, count in zip(groups, np.diff(ends, prepend=0)):
                 times, rest = divmod(count, max(len(group), 1))
-                chosen += [group] * times + [draw(group)[:rest]]
+                chosen += [group] * times + [rng.permutation(group)[:rest]]
             at = np.concatenate(chosen)
         return replace(self, at=at, number=number)
 
     @property
     def fingerprint(self):
         """Changes when the examples do."""
-        crc = zlib.crc32(self.at.tobytes(), read_json(self.folder / "ledger.json")["crc"])
-        return f"{len(self)}-{crc:08x}"
+        return f"{len(self)}-{zlib.crc32(self.at.tobytes(), self.cache.crc):08x}"
 
 
-def checksum(folder):
-    """CRC-32 of a folder's examples."""
-    crc = 0
-    for name in ("data.bin", "index.bin"):
-        with open(folder / name, "rb") as file:
-            while block := file.read(2**24):
-                crc = zlib.crc32(block, crc)
-    return crc
-
-
-def read_ledger(folder):
-    """The ledger of a folder of examples; None: it is missing or damaged."""
-    with suppress(OSError, UserError, TypeError):
-        ledger = Ledger(**read_json(folder / "ledger.json"))
-        if ledger.crc == checksum(folder):
-            return ledger
-
-
-def write_examples(folder, rows, ledger, tokenizer, **options):
-    """Renders (where, row, number of its source) into a new folder, renamed into place when it is
-    complete. `ledger` is filled on the way."""
-    end, ends = 0, set(tokenizer.end_ids)
-    for stale in folder.parent.glob("*.partial"):  # a kill's: nobody has its lock
-        with suppress(UserError), locked_folder(stale):
-            shutil.rmtree(stale, ignore_errors=True)
-    quiet = not sys.stderr.isatty()
-    rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=quiet, leave=False))
-    aside = tempfile.TemporaryDirectory(
-        suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
-    )
-    with aside as partial, locked_folder(partial):
-        with (
-            open(f"{partial}/data.bin", "wb") as data,
-            open(f"{partial}/index.bin", "wb") as index,
-        ):
-            while chunk := list(itertools.islice(rows, 256)):
-                blobs, entries = [], []
-                rendered = render_rows(chunk, tokenizer, **options)
-                for (where, row, *numbers), (parts, weight, *counts) in zip(chunk, rendered):
-                    if ledger.rationales is not None:
-                        ledger.rationales += bool(str(first_of(row, *RATIONALES)).strip())
-                    ledger.add(where, parts, *counts, ends)
-                    if isinstance(parts, str):
-                        continue
-                    ledger.sources[numbers[0]]["examples"] += 1
-                    blobs += [part.tobytes() for part in parts] + [b""] * (3 - len(parts))
-                    blobs.append(json.dumps([where, row], default=str).encode())
-                    *offsets, end = itertools.accumulate(map(len, blobs[-4:]), initial=end)
-                    entries.append(([*offsets, end], weight, *numbers))
-                entries = np.array(entries, LAYOUT).tobytes()
-                for file, block in ((data, b"".join(blobs)), (index, entries)):
-                    file.write(block)
-        ledger.crc = checksum(Path(partial))
-        Path(partial, "ledger.json").write_text(json.dumps(ledger.as_dict()))
-        for file in Path(partial).iterdir():
-            sync(file)
-        with suppress(OSError):  # another process may have been first
-            os.rename(partial, folder)
+def count_examples(rows, ledger, tokenizer, **options):
+    """(where, row, source, number) -> yields the examples of these rows, as `write_cache` takes
+    them; every row is counted in the ledger."""
+    ends = set(tokenizer.end_ids)
+    rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=None, leave=False))
+    while chunk := list(itertools.islice(rows, 256)):
+        rendered = render_rows(chunk, tokenizer, **options)
+        for origin, (parts, weight, *counts) in zip(chunk, rendered):
+            where, row, source, number = origin
+            if ledger.rationales is not None:
+                ledger.rationales += bool(str(first_of(row, *RATIONALES)).strip())
+            ledger.add(where, parts, *counts, ends)
+            if not isinstance(parts, str):
+                ledger.sources[source]["examples"] += 1
+                yield parts, weight, source, number, [where, row]
 
 
 def number_rows(rows, tokenizer, make, options):
@@ -1239,23 +786,6 @@ def number_rows(rows, tokenizer, make, options):
             yield where, part, source, number
 
 
-def cache_folder(sources, tokenizer, settings):
-    """The folder that is named by a hash of everything the examples depend on: this code, the
-    tokenizer's files, the settings, the data."""
-    date = tokenizer.tells_date and f"{tokenizer.now:%F}"
-    digest = hashlib.blake2b(repr((settings, date)).encode(), digest_size=16)
-    files = [Path(__file__), Path(getfile(stream_rows)), Path(getfile(messages_of))]
-    files += tokenizer.files.values()
-    for path in itertools.chain(files, *(paths for _, _, paths in sources)):
-        digest.update(str(path).encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    with as_user_error("PLAINTUNE_CACHE: no folder for rendered rows", OSError, RuntimeError):
-        cache = Path(os.environ.get("PLAINTUNE_CACHE") or "~/.cache/plaintune").expanduser()
-        cache.mkdir(parents=True, exist_ok=True)
-    return cache / digest.hexdigest()
-
-
 def load_examples(
     sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options
 ):
@@ -1266,57 +796,50 @@ def load_examples(
     sources = find_sources(sources)
     make, draws = use_recipe(recipe, recipe_args, seed)
     needs_seed = draws or max_samples is not None
-    settings = [max_samples, recipe, recipe_args, options, needs_seed and seed]
-    folder = cache_folder(sources, tokenizer, settings)
-    ledger = read_ledger(folder)
+    settings = max_samples, recipe, recipe_args, options, needs_seed and seed, tokenizer.date
+    code = map(getfile, (Examples, stream_rows, messages_of, split_row, CheckpointTokenizer))
+    files = [*code, *tokenizer.files.values()]
+    for *_, paths in sources:
+        files += paths
+    folder = cache_folder(settings, files)
+    ledger = read_ledger(folder, Ledger)
     if not ledger:
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        ledger = Ledger(sources=[{"name": name, "examples": 0} for name, _, _ in sources])
+        rows, left_out = sample_rows(sources, max_samples, seed)
+        ledger = Ledger(left_out, rows_not_sampled=left_out)
+        ledger.sources = [{"name": name, "examples": 0} for name, *_ in sources]
         if recipe == "ecqa" or recipe == "mcqa" and (recipe_args or {}).get("cot", 1):
             ledger.rationales = 0
-        rows = stream_rows(sources)
-        if max_samples is not None:
-            total = sum(1 for _ in stream_rows(sources))
-            sample = set(np.random.default_rng(seed).permutation(total)[:max_samples].tolist())
-            rows = (row for n, row in enumerate(rows) if n in sample)
-            ledger.rows = ledger.rows_not_sampled = total - len(sample)
         rows = number_rows(rows, tokenizer, make, options)
-        write_examples(folder, rows, ledger, tokenizer, make=make, **options)
-        ledger = read_ledger(folder)
-    if not ledger:
-        raise UserError(f"{folder}: does not read back as written; check the disk")
+        rendered = count_examples(rows, ledger, tokenizer, make=make, **options)
+        ledger = write_cache(folder, rendered, ledger)
     ledger.check()
     shares = []
     for entry, (_, weight, _) in zip(ledger.sources, sources):
         shares.append(weight or entry["examples"])
     for entry, share in zip(ledger.sources, shares):
         entry["share"] = share / sum(shares)
-
-    def render(row):
-        return render_row(row, tokenizer, **options)
-
     shares = shares if sources[0][1] else []
+    render = partial(render_row, tokenizer=tokenizer, **options) if draws else None
     at = np.arange(ledger.examples)
-    entries = np.memmap(folder / "index.bin", LAYOUT, "r")
-    data = np.memmap(folder / "data.bin", np.uint8, "r")
-    examples = Examples(folder, entries, data, at, shares, seed, make, render if draws else None)
+    examples = Examples(Cache(folder, ledger.crc), at, shares, seed, make, render)
     return examples, replace(examples, as_rows=True), ledger
 
 
 def split_holdout(examples, rows, size, seed=0):
     """-> (examples, rows), (held-out examples, their rows), drawn by `seed`; `size` is a share
     below 1 or a count of the rows that they came from. UserError: nothing would be left."""
-    numbers, row = np.unique(examples.entries["row"][examples.at], return_inverse=True)
+    rows_read = examples.cache.entries["row"][examples.at]
+    numbers, row = np.unique(rows_read, return_inverse=True)
     count = round(size * len(numbers)) if 0 < size < 1 else int(size)
     if not 0 <= count < len(numbers):
         advice = "give a share below 1 or a smaller count"
         raise UserError(f"cannot hold out {size} of {len(numbers)} examples; {advice}")
     order = np.random.default_rng(seed).permutation(len(numbers))
-    splits = [np.flatnonzero(np.isin(row, part)) for part in (order[count:], order[:count])]
-    return [
-        tuple(replace(whole, at=whole.at[split]) for whole in (examples, rows))
-        for split in splits
-    ]
+    splits = []
+    for drawn in (order[count:], order[:count]):
+        at = examples.at[np.isin(row, drawn)]
+        splits.append((replace(examples, at=at), replace(rows, at=at)))
+    return splits
 
 
 # --- what an answer is ----------------------------------------------------------------------------
@@ -1341,12 +864,6 @@ def split_prompt(example):
     masked = np.flatnonzero(~scored[:stop])
     start = masked[-1] + 1 if len(masked) else 0
     return ids[:start].tolist(), ids[start:stop].tolist()
-
-
-def texts_of(choices):
-    """A row's choices if they are a list of texts, else none."""
-    is_texts = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
-    return choices if is_texts else []
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -1408,7 +925,9 @@ def show(config):
             cuts = np.flatnonzero(np.diff(scored)) + 1
             for run in np.split(np.arange(len(scored)), cuts):
                 text = sanitize(tokenizer.decode(segment.ids[run], skip_special=False))
-                print(start + text + stop if scored[run].any() else text, end="")
+                if scored[run].any():
+                    text = start + text + stop
+                print(text, end="")
         print("\n")
     print(ledger)
 
@@ -1426,24 +945,8 @@ def audit(config):
         print("\nevaluation rows:")
         lengths.append(measure(replace(config, data=config.eval_data)))
     if config.output:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel=f"{config.by} of an example", ylabel="examples")
-        axes.hist(lengths, bins=60, label=["data", "eval_data"][: len(lengths)])
-        axes.legend()
-        figure.savefig(config.output, dpi=130)
+        report.plot_lengths(config.by, lengths, config.output)
         print(f"histogram: {config.output}")
-
-
-def print_lengths(unit, rows):
-    """rows: {name: lengths}."""
-    percents = [50, 90, 95, 99, 100]
-    names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
-    print(unit.ljust(12), *(f"{name:>8}" for name in names))
-    for name, values in rows.items():
-        row = [min(values), np.mean(values), max(values), *np.percentile(values, percents)]
-        print(name.ljust(12), *(f"{value:8.1f}".replace(".0", "  ") for value in row))
 
 
 def audit_tokens(config):
@@ -1454,8 +957,9 @@ def audit_tokens(config):
         prompt, *answers = [len(segment.ids) for segment in example]
         lengths.append(prompt + max(answers, default=0))
         scored.append(sum((segment.labels != IGNORE).sum() for segment in example))
-        distinct.add(hash(b"".join(segment.ids.tobytes() for segment in example)))
-    print_lengths("tokens", {"example": lengths, "scored": scored})
+        ids = [segment.ids.tobytes() for segment in example]
+        distinct.add(hash(b"".join(ids)))
+    report.print_lengths("tokens", {"example": lengths, "scored": scored})
     fits = int(np.ceil(np.percentile(lengths, 99) / 64)) * 64
     whole = np.mean(np.array(lengths) <= fits)
     print(f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole")
@@ -1482,17 +986,17 @@ def audit_characters(config):
             for side in (prompt, *answers)
         ]
         lengths.append(len(prompt) + max(map(len, answers)))
-    print_lengths("characters", {"row": lengths})
+    report.print_lengths("characters", {"row": lengths})
     return lengths
 
 
 def mix(config):
     """All sources' rows as the recipe makes them, shuffled into one file by their weights."""
-    new_file(config)
+    new_file(config.output)
     *_, rows, ledger = load_rows(config)
     rows = rows.epoch(0)
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    write_rows(config, (rows[i] for i in order), f"{len(rows):,} rows: {ledger}")
+    write_rows(config.output, (rows[i] for i in order), f"{len(rows):,} rows: {ledger}")
 
 
 def pairs(config):
@@ -1501,19 +1005,6 @@ def pairs(config):
 
 
 COMMANDS = {command.__name__: (DataConfig, command) for command in (show, audit, mix, pairs)}
-
-
-def new_file(config):
-    """UserError unless --output is a new file. Its folder is made, before the work begins."""
-    if not config.output or Path(config.output).exists():
-        fault = "exists already" if config.output else "is needed"
-        raise UserError(f"--output {config.output}: {fault}; name a new one")
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-
-
-def write_rows(config, rows, summary):
-    write_text(config.output, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"{config.output}: {summary}")
 
 
 def main():

@@ -19,65 +19,73 @@ tokenization and metrics.
     python eval.py pairs --model output/mine/merged --data ecqa.csv --recipe ecqa --output o.jsonl
 """
 
-import hashlib
 import json
 import math
-import os
 import random
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import astuple, dataclass, field, fields, replace
-from functools import partial
-from itertools import combinations, groupby, pairwise
+from dataclasses import astuple, dataclass, field, replace
+from functools import cache, partial
+from itertools import combinations, groupby, pairwise, product
 from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import (
     DataConfig,
     RecipeConfig,
     Tokenizer,
-    as_turn,
-    common_length,
     find_answer,
     load_tokenizer,
-    new_file,
+    question_of,
     render_row,
     split_prompt,
-    split_row,
-    text_of,
     texts_of,
     use_recipe,
-    write_rows,
 )
 from lora import find_adapter, load_adapter, lora_layers, read_adapter_config
 from model import (
     ATTENTION,
     DTYPES,
-    IGNORE,
     Batch,
-    Segment,
     generate,
     generate_each,
     load_model,
-    pick_device,
+    unscored,
 )
 from qlora import QuantConfig, load_4bit
 from support import report
-from support.distributed import every, gather_each, is_first, join_ranks, on_first, size
-from support.errors import UserError, as_user_error, brief, run_command, sanitize
-from support.files import locked_folder, read_header, read_json, regular_file, write_text
-from support.hub import resolve
+from support.chat import Printer, converse, encode_prompt
+from support.devices import pick_device
+from support.distributed import every, gather_each, is_first, join_ranks, size
+from support.errors import UserError, as_user_error, brief, run_command
+from support.files import (
+    hash_weights,
+    locked_folder,
+    new_file,
+    read_header,
+    read_json,
+    write_rows,
+)
+from support.hub import adapter_in, resolve
 from support.memory import keep_freed_memory
+from support.messages import as_turn
 from support.readers import read_rows, read_text
-from support.settings import check_choices, check_range, convert, parse_config, run_subcommand
+from support.samples import complete_samples, sample_key
+from support.schemas import common_length, split_row, text_of, with_completion
+from support.settings import (
+    by_name,
+    check_choices,
+    check_range,
+    parse_config,
+    pick_fields,
+    run_subcommand,
+)
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 LETTERS = [*"ABCDEFGHIJ"]
@@ -94,40 +102,44 @@ def pack_shared(sequences, device="cpu"):
     once. A sequence's last token predicts nothing and is left out.
     """
     inputs = [ids[:-1] for ids, _ in sequences]
-    segments, stream_length = [], 0
-    positions = [None] * len(inputs)  # of each input's tokens in the stream
+    segments = []
+    ends = [-1] * len(inputs)  # the last segment of each input
 
-    def add(group, depth, parent, path):
+    def add(group, depth, parent):
         """Adds the tokens from `depth` on of a sorted group of inputs that share what is before."""
-        nonlocal stream_length
-        for _, branch in groupby(group, key=lambda n: inputs[n][depth : depth + SHARED]):
+
+        def next_tokens(n):
+            return inputs[n][depth : depth + SHARED]
+
+        for _, branch in groupby(group, key=next_tokens):
             branch = list(branch)
             first, last = inputs[branch[0]], inputs[branch[-1]]
             stop = common_length(first, last)  # sorted: what these two share, all share
-            segment, branch_path = parent, path
+            segment = parent
             if stop > depth:
-                segment, length = len(segments), stop - depth
-                segments.append(
-                    Segment(np.array(first[depth:stop]), np.full(length, IGNORE), parent)
-                )
-                branch_path = np.append(path, np.arange(stream_length, stream_length + length))
-                stream_length += length
+                segment = len(segments)
+                segments.append(unscored(first[depth:stop], parent))
             for n in branch:
-                positions[n] = branch_path
-            add([n for n in branch if len(inputs[n]) > stop], stop, segment, branch_path)
+                ends[n] = segment
+            longer = [n for n in branch if len(inputs[n]) > stop]
+            add(longer, stop, segment)
 
-    add(sorted(range(len(inputs)), key=inputs.__getitem__), 0, -1, np.zeros(0, np.int64))
+    order = sorted(range(len(inputs)), key=inputs.__getitem__)
+    add(order, 0, -1)
+    batch = Batch.pack([segments], device)
     scored, targets, owners = [], [], []
     for n, (ids, start) in enumerate(sequences):
-        scored.append(positions[n][start - 1 :])
+        seen = batch.spans[ends[n]]
+        positions = np.concatenate([np.arange(*span) for span in seen])
+        scored.append(positions[start - 1 : len(ids) - 1])
         targets.append(np.array(ids[start:], np.int64))
         owners.append(np.full(len(ids) - start, n))
+    scored, targets, owners = (
+        torch.from_numpy(np.concatenate(column)).to(device)
+        for column in (scored, targets, owners)
+    )
     return replace(
-        Batch.pack([segments], device),
-        scored=torch.from_numpy(np.concatenate(scored)).to(device),
-        targets=torch.from_numpy(np.concatenate(targets)).to(device),
-        sequence=torch.from_numpy(np.concatenate(owners)).to(device),
-        num_sequences=len(sequences),
+        batch, scored=scored, targets=targets, sequence=owners, num_sequences=len(sequences)
     )
 
 
@@ -144,9 +156,15 @@ def sum_logps(model, sequences):
 def batch_items(items, budget):
     """Yields lists of item numbers, grouped by shared prefix, of about `budget` tokens each."""
     batch, size, previous = [], 0, []
-    for n in sorted(range(len(items)), key=lambda n: items[n][0][0]):
+
+    def first_ids(n):
+        return items[n][0][0]
+
+    for n in sorted(range(len(items)), key=first_ids):
         chain = [previous, *(ids for ids, _ in items[n])]
-        new_tokens = sum(len(b) - common_length(a, b) for a, b in pairwise(chain))
+        new_tokens = 0
+        for before, ids in pairwise(chain):
+            new_tokens += len(ids) - common_length(before, ids)
         if batch and size + new_tokens > budget:
             yield batch
             batch, size = [], 0
@@ -163,14 +181,16 @@ def score(model, items, budget=None):
     the batches of this rank."""
     budget = budget or (2048 if model.device.type == "cpu" else 16384)
     for numbers in every(batch_items(items, budget), model):
-        sums = iter(sum_logps(model, [sequence for n in numbers for sequence in items[n]]))
+        sequences = [sequence for n in numbers for sequence in items[n]]
+        sums = iter(sum_logps(model, sequences))
         for n in numbers:
             yield n, [next(sums) for _ in items[n]]
 
 
 def likeliest(model, context, choices):
     """Index of the choice (ids) with the highest summed log-probability after context (ids)."""
-    sums = sum_logps(model, [(context + choice, len(context)) for choice in choices])
+    sequences = [(context + choice, len(context)) for choice in choices]
+    sums = sum_logps(model, sequences)
     return int(np.argmax(sums))
 
 
@@ -198,9 +218,10 @@ def encode_pairs(tokenizer, pairs, max_length):
     sequences = []
     for context, whole in pairs:
         head = [] if ids[context] else before_text(tokenizer)
-        cut = max(0, len(head) + len(ids[whole]) - max_length - 1)
+        sequence = head + ids[whole]
+        cut = max(0, len(sequence) - max_length - 1)
         start = len(head) + len(ids[context]) - cut
-        sequences.append(((head + ids[whole])[cut:], max(1, start)))
+        sequences.append((sequence[cut:], max(1, start)))
     return sequences
 
 
@@ -216,20 +237,13 @@ class Item(NamedTuple):
 
     def choices(self):
         """[(prompt, answer), ...]."""
-        return list(zip(self.prompts * len(self.answers), self.answers * len(self.prompts)))
+        return [*product(self.prompts, self.answers)]
 
 
 def arc(row):
-    """Own rows too: their choices are a list, the answer one of them, its letter or its index."""
-    choices = row["choices"]
-    answer = row["answerKey"] if "answerKey" in row else row["answer"]
-    if isinstance(choices, dict):
-        texts, labels = choices["text"], choices["label"]
-    else:
-        texts = choices
-        namings = texts, LETTERS[: len(texts)], list(range(len(texts)))
-        labels = next(names for names in namings if answer in names)
-    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], texts, labels.index(answer))
+    """Own rows too, in the forms that `question_of` reads."""
+    _, choices, right, _ = question_of(row)
+    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], choices, right)
 
 
 def commonsense_qa(row):
@@ -250,7 +264,8 @@ def hellaswag(row):
 
     context = f"{text_of(row, 'ctx_a')} {text_of(row, 'ctx_b').capitalize()}"
     prompt = clean(f"{text_of(row, 'activity_label')}: {context}")
-    return Item([prompt], [clean(ending) for ending in row["endings"]], int(row["label"]))
+    endings = [*map(clean, row["endings"])]
+    return Item([prompt], endings, int(row["label"]))
 
 
 def winogrande(row):
@@ -258,7 +273,8 @@ def winogrande(row):
     if not blank:
         raise UserError("'sentence' has no _ in it")
     prompts = [before + row["option1"], before + row["option2"]]
-    return Item(prompts, [after.strip()], ["1", "2"].index(row["answer"]))
+    right = ["1", "2"].index(row["answer"])
+    return Item(prompts, [after.strip()], right)
 
 
 class Task(NamedTuple):
@@ -287,7 +303,7 @@ TASKS = {
     "hellaswag": Task(hellaswag, "Rowan/hellaswag", "validation"),
     "winogrande": Task(winogrande, "allenai/winogrande:winogrande_xl", "validation", ("acc",)),
 }
-ROW_FAULTS = KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration
+ROW_FAULTS = LookupError, TypeError, ValueError, AttributeError
 
 
 def parse_item(where, row, task, name):
@@ -300,7 +316,7 @@ def parse_item(where, row, task, name):
             raise UserError("its answer is none of its choices")
         return item
     except (UserError, *ROW_FAULTS) as error:
-        reason = str(error) or "its answer is none of its choices"
+        reason = str(error)
         if isinstance(error, KeyError):
             reason = f"it has no {error}"
         row = brief(row, 100)
@@ -332,7 +348,8 @@ def read_task(name, config):
         if task.spare:
             examples = [example for example in examples if example[1] != row][:shots]
             if len(examples) < shots:  # the question was sampled more than once
-                examples = rng.sample([example for example in pool if example[1] != row], shots)
+                others = [example for example in pool if example[1] != row]
+                examples = rng.sample(others, shots)
         few_shot = [parse_item(*example, task, name) for example in examples]
         items.append((parse_item(where, row, task, name), few_shot))
     return items
@@ -348,7 +365,9 @@ def add_context(item, few_shot, tokenizer, as_chat):
     turns = []
     for prompt, answer in examples:
         turns += as_turn("user", prompt) + as_turn("assistant", answer)
-    prompts = [tokenizer.render(turns + as_turn("user", text), True) for text in item.prompts]
+    prompts = []
+    for text in item.prompts:
+        prompts.append(tokenizer.render(turns + as_turn("user", text), True))
     return item._replace(prompts=prompts).choices()
 
 
@@ -369,12 +388,13 @@ class Question(NamedTuple):
 def grade_choices(item, metrics, sums):
     """acc: the right choice has the highest log-prob; acc_norm: the highest per character."""
     lengths = [max(len(answer), 1) for _, answer in item.choices()]
-    best, best_norm = np.argmax(sums), np.argmax(np.array(sums) / lengths)
-    right = {"acc": float(best == item.gold), "acc_norm": float(best_norm == item.gold)}
+    per_character = np.array(sums) / lengths
+    best = {"acc": int(np.argmax(sums))}
+    best["acc_norm"] = int(np.argmax(per_character))
     return {
         "logps": sums,
-        "pred": int(best),
-        "metrics": {name: right[name] for name in metrics},
+        "pred": best["acc"],
+        "metrics": {name: float(best[name] == item.gold) for name in metrics},
     }
 
 
@@ -387,14 +407,16 @@ def grade_gsm8k(item, task, tokenizer, ids):
         return answer.lower()
 
     text = tokenizer.decode(ids)
-    text = re.split("|".join(map(re.escape, task.stops)), text)[0]
+    stops = "|".join(map(re.escape, task.stops))
+    text = re.split(stops, text)[0]
     after_mark = re.findall(r"#### (\-?[0-9\.\,]+)", text)
     numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
     strict = after_mark[0] if after_mark else "[invalid]"
     flexible = "".join(numbers[-1]) if numbers else "[invalid]"
     gold = normalize(item.answers[0])
-    right = [float(normalize(number.strip()) == gold) for number in (strict, flexible)]
-    metrics = dict(zip(task.metrics, right))
+    metrics = {}
+    for name, number in zip(task.metrics, (strict, flexible)):
+        metrics[name] = float(normalize(number.strip()) == gold)
     return {"output": text, "strict": strict, "flexible": flexible, "metrics": metrics}
 
 
@@ -410,20 +432,23 @@ def ask_items(items, task, model, tokenizer, config):
         for (item, _), choices in zip(items, contexts):
             prompt = ids[choices[0][0]][-room:]
             grade = partial(grade_gsm8k, item, task, tokenizer)
-            questions.append(Question(item._asdict(), [], prompt, grade, task.stops))
+            question = Question(item._asdict(), [], prompt, grade, task.stops)
+            questions.append(question)
         return questions
     choices = [choice for choices in contexts for choice in choices]
     sequences = iter(encode_pairs(tokenizer, choices, max_length))
     for (item, _), choices in zip(items, contexts):
         grade = partial(grade_choices, item, task.metrics)
-        questions.append(Question(item._asdict(), [next(sequences) for _ in choices], [], grade))
+        own = [next(sequences) for _ in choices]
+        questions.append(Question(item._asdict(), own, [], grade))
     return questions
 
 
 def grade_answer(model, tokenizer, prompt, reference, options, ids):
     """A generated answer (ids): `gold` is the reference's `Answer: X`, `answer` the text's own, or
     where it has none, `forced`, the likeliest option."""
-    text, gold = tokenizer.decode(ids).strip(), find_answer(reference)
+    text = tokenizer.decode(ids).strip()
+    gold = find_answer(reference)
     answer = find_answer(text)
     forced = bool(gold and not answer)
     if forced:
@@ -443,11 +468,13 @@ def grade_answer(model, tokenizer, prompt, reference, options, ids):
 def ask_answers(model, tokenizer, examples, choices):
     """SFT examples -> Questions whose answer is generated. choices: of each, or None; without its
     own choices an example may have the answer of any."""
-    prompts, references = zip(*map(split_prompt, examples)) if examples else ((), ())
-    references = [tokenizer.decode(ids).strip() for ids in references]
-    golds = {find_answer(text) for text in references} - {None}
+    asked = []
+    for example in examples:
+        prompt, reference = split_prompt(example)
+        asked.append((prompt, tokenizer.decode(reference).strip()))
+    golds = {find_answer(reference) for _, reference in asked} - {None}
     questions = []
-    for prompt, reference, own in zip(prompts, references, choices):
+    for (prompt, reference), own in zip(asked, choices):
         options = own if find_answer(reference) in texts_of(own) else sorted(golds)
         grade = partial(grade_answer, model, tokenizer, prompt, reference, options)
         shown = {"prompt": tokenizer.decode(prompt).strip(), "reference": reference}
@@ -458,44 +485,32 @@ def ask_answers(model, tokenizer, examples, choices):
 def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, batch_size=64):
     """Greedy answers to SFT examples, graded by `grade_answer`; arguments as in `ask_answers`."""
     questions = ask_answers(model, tokenizer, examples, choices)
-    options = {"eos_ids": tokenizer.end_ids, "batch_size": batch_size}
-    answers = generate_own(model, questions, max_new_tokens, **options)
     with keep_freed_memory():
-        samples = sorted(gather_each(graded(questions, answers), model), key=itemgetter(0))
-    return [sample for _, sample in samples]
-
-
-def generate_own(model, questions, max_new_tokens, **options):
-    """Yields (number of a question, new ids) for this rank's questions. Options: `generate_each`'s.
-    Other questions in its batches than in one process change the rounding, and nothing else."""
-    own = [*every(range(len(questions)), model)]
-    prompts = [questions[n].prompt for n in own]
-    for row, ids in generate_each(model, prompts, max_new_tokens, **options):
-        yield own[row], ids
-
-
-def graded(questions, answers):
-    """(number of a question, its sums or new ids) -> yields (number, the question's sample)."""
-    for n, answer in answers:
-        yield n, questions[n].shown | questions[n].grade(answer)
+        answers = answer_each(model, questions, tokenizer, max_new_tokens, batch_size)
+        return [sample for _, sample in sorted(answers, key=itemgetter(0))]
 
 
 def ask_choice(tokenizer, example, choices):
     """An SFT example as a forced choice between `choices`, their letters, or Yes and No; None if
     its answer is none of these. A reference's reasoning is left out: its answer alone is scored,
     right after the prompt."""
-    prompt, reference = map(tokenizer.decode, split_prompt(example))
-    marked, choices = find_answer(reference), texts_of(choices)
+    context, answer = split_prompt(example)
+    prompt = tokenizer.decode(context)
+    reference = tokenizer.decode(answer)
+    marked = find_answer(reference)
+    choices = texts_of(choices)
     lines = choices or re.findall(r"(?m)^\(?([A-Z])[.):]", prompt)
     gold = marked or reference.strip().rstrip(".")
     offers = choices, LETTERS[: len(lines)], ["Yes", "No"], ["yes", "no"]
     options = next((offer for offer in offers if gold in offer), None)
     if not options:
         return None
-    context, lead = split_prompt(example)[0], re.match(r"\s*", reference)[0]
+    lead = re.match(r"\s*", reference)[0]
     if marked:
         context, lead = context + tokenizer.encode("Answer:"), " "
-    sequences = [(context + tokenizer.encode(lead + text), len(context)) for text in options]
+    sequences = []
+    for text in options:
+        sequences.append((context + tokenizer.encode(lead + text), len(context)))
 
     def grade(sums):
         answer = options[int(np.argmax(sums))]
@@ -510,8 +525,7 @@ def choice_metrics(model, questions):
     """{'eval_accuracy', 'eval_f1', ...} of forced choices during training; {} without any."""
     training = model.training
     model.eval()
-    scores = score(model, [question.sequences for question in questions])
-    samples = [sample for _, sample in gather_each(graded(questions, scores), model)]
+    samples = [sample for _, sample in answer_each(model, questions)]
     model.train(training)
     means = summarise(samples)
     return {f"eval_{name}": means[name] for name in report.metrics_of(means)}
@@ -528,15 +542,18 @@ def ask_text(text, tokenizer, max_length):
         "bytes": len(text.encode()),
     }
     sequences = []
-    for start, stop in pairwise([*range(1, len(ids), max_length), len(ids)]):
+    cuts = [*range(1, len(ids), max_length), len(ids)]
+    for start, stop in pairwise(cuts):
         window = ids[max(0, stop - max_length - 1) : stop]
         sequences.append((window, len(window) - (stop - start)))
 
     def grade(sums):
         bits = -sum(sums) / math.log(2)
-        return {"logp": sum(sums), "metrics": {"bits_per_byte": bits / counts["bytes"]}}
+        metrics = {"bits_per_byte": bits / counts["bytes"]}
+        return {"logp": sum(sums), "metrics": metrics}
 
-    return Question({"text": text[:200], **counts}, sequences, [], grade)
+    shown = {"text": text[:200], **counts}
+    return Question(shown, sequences, [], grade)
 
 
 def grade_text(tokenizer, reference, ids):
@@ -578,7 +595,9 @@ def ask_own(rows, model, tokenizer, config):
     text, a prompt with a reference (`Answer: X`, a choice, Yes or No, any text), a prompt alone."""
     if all({"question", "choices"} <= row.keys() for _, row in rows):
         task = Task(arc)
-        items = [(parse_item(where, row, task, "choices"), []) for where, row in rows]
+        items = []
+        for where, row in rows:
+            items.append((parse_item(where, row, task, "choices"), []))
         return ask_items(items, task, model, tokenizer, config)
     if all(isinstance(row.get("text"), str) for _, row in rows):
         for where, row in rows:
@@ -587,32 +606,6 @@ def ask_own(rows, model, tokenizer, config):
         max_length = model.config.max_position_embeddings
         return [ask_text(row["text"], tokenizer, max_length) for _, row in rows]
     return ask_prompts(rows, model, tokenizer)
-
-
-def with_completion(row, has_template):
-    """(a row of an own set with its reference as the completion, whether it has a reference).
-    UserError: it has two questions or two references."""
-    row = {key: value for key, value in row.items() if value is not None}
-    if row.keys() >= {"messages", "reference"}:
-        row["prompt"] = row.pop("messages")
-    columns = row.keys() & {"reference", "completion", "chosen"} or row.keys() & {"answer"}
-    for names in (columns, row.keys() & {"prompt", "question"}):
-        if len(names) > 1:
-            raise UserError(f"has {' and '.join(sorted(names))}; leave one of them")
-    if "question" in row:
-        question = text_of(row, "question")
-        row["prompt"] = as_turn("user", question) if has_template else question
-    if "prompt" not in row:
-        if "reference" in row:
-            raise UserError("'reference' needs a 'question', 'prompt' or 'messages'")
-        return row, True
-    for key in columns & {"reference", "answer"}:
-        row["completion"] = text_of(row, key)
-    if not columns:
-        row["completion"] = "?"  # the renderer needs one
-    for key in ("question", "reference", "answer"):
-        row.pop(key, None)
-    return row, bool(columns)
 
 
 def ask_prompts(rows, model, tokenizer):
@@ -632,85 +625,82 @@ def ask_prompts(rows, model, tokenizer):
         reference = question.shown["reference"] if has_reference[n] else None
         if find_answer(reference or ""):
             continue
+        grade = partial(grade_text, tokenizer, reference)
         shown = question.shown | {"reference": reference}
-        written = Question(shown, [], question.prompt, partial(grade_text, tokenizer, reference))
-        choice = ask_choice(tokenizer, examples[n], choices[n]) if has_reference[n] else None
-        questions[n] = choice or written
+        questions[n] = question._replace(shown=shown, grade=grade)
+        if has_reference[n]:
+            choice = ask_choice(tokenizer, examples[n], choices[n])
+            questions[n] = choice or questions[n]
     return questions
 
 
 # --- answering all questions, and summing up ------------------------------------------------------
 
 
-def question_key(question, identity, config):
-    """A hash of everything a sample depends on: the model's files, the question, the settings."""
-    settings = question.prompt and config.max_new_tokens
-    content = repr((identity, question[:3], settings))
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def read_samples(file, keys):
-    """[(number, sample), ...] of the whole lines of a samples file whose key is the question's. The
-    others are taken out of it."""
-    samples = {}
-    if file.exists():
-        text = regular_file(file).read_text(encoding="utf-8", errors="replace")
-        for line in text.split("\n")[:-1]:
-            # a line that is not ours is answered again
-            with suppress(ValueError, KeyError, TypeError, IndexError, RecursionError):
-                sample = json.loads(line)
-                if keys[sample["id"]] == sample["key"]:
-                    samples[sample["id"]] = sample
-    write_samples(file, samples)
-    return [*samples.items()]
-
-
-def write_samples(file, samples):
-    write_text(file, "".join(json.dumps(samples[n]) + "\n" for n in sorted(samples)))
-
-
-def generate_answers(model, tokenizer, questions, config):
-    """Yields (number of the question, new ids)."""
-    stops = questions[0].stops if questions else ()
+def stop_at(tokenizer, stops):
+    """A function of new ids: whether their text has one of `stops` in it. None without any, so that
+    nothing is decoded per token."""
+    if not stops:
+        return None
     # how far lm_eval looks back for a text that stops
-    window = max((len(tokenizer.encode(stop)) + 2 for stop in stops), default=0)
+    window = max(len(tokenizer.encode(stop)) + 2 for stop in stops)
 
     def stop(ids):
         text = tokenizer.decode(ids[-window:], False)
         return any(stop in text for stop in stops)
 
-    return generate_own(
-        model,
-        questions,
-        config.max_new_tokens,
-        eos_ids=tokenizer.eos_ids if stops else tokenizer.end_ids,
-        batch_size=config.batch_size,
-        stop=stop if stops else None,  # without stops, no decoding per token
-    )
+    return stop
+
+
+def answer_each(model, questions, tokenizer=None, max_new_tokens=128, batch_size=64):
+    """Yields (number of a question, its sample) on every rank, as they are answered.
+
+    Each rank answers its share. Other questions in a batch than in one process change the rounding,
+    and nothing else.
+    """
+    to_write = [n for n, question in enumerate(questions) if question.prompt]
+    to_score = [n for n, question in enumerate(questions) if not question.prompt]
+
+    def answers():  # this rank's
+        sequences = [questions[n].sequences for n in to_score]
+        for index, sums in score(model, sequences):
+            yield to_score[index], sums
+        if not to_write:
+            return
+        own = [*every(to_write, model)]
+        stops = questions[to_write[0]].stops
+        ends = tokenizer.eos_ids if stops else tokenizer.end_ids
+        for index, ids in generate_each(
+            model,
+            [questions[n].prompt for n in own],
+            max_new_tokens,
+            eos_ids=ends,
+            batch_size=batch_size,
+            stop=stop_at(tokenizer, stops),
+        ):
+            yield own[index], ids
+
+    def samples():
+        for n, answer in answers():
+            yield n, questions[n].shown | questions[n].grade(answer)
+
+    return gather_each(samples(), model)
 
 
 def answer_all(model, tokenizer, questions, file, identity, config):
-    """Answers questions into a samples file, resuming from its lines; returns them in order."""
-    keys = [question_key(question, identity, config) for question in questions]
-    samples = dict(on_first(read_samples, file, keys))
-    missing = [n for n in range(len(questions)) if n not in samples]
-    to_score = [n for n in missing if not questions[n].prompt]
-    to_write = [n for n in missing if questions[n].prompt]
-    scores = score(model, [questions[n].sequences for n in to_score])
-    texts = generate_answers(model, tokenizer, [questions[n] for n in to_write], config)
-    bar = tqdm(total=len(keys), initial=len(samples), desc=file.stem, leave=False, disable=None)
-    path = file if is_first() else os.devnull
-    with open(path, "a", encoding="utf-8") as out, bar, keep_freed_memory():
-        for numbers, answers in ((to_score, scores), (to_write, texts)):
-            asked = [questions[n] for n in numbers]
-            for index, sample in gather_each(graded(asked, answers), model):
-                n = numbers[index]
-                samples[n] = {"id": n, "key": keys[n], **sample}
-                out.write(json.dumps(samples[n]) + "\n")
-                out.flush()
-                bar.update()
-    on_first(write_samples, file, samples)
-    return [samples[n] for n in range(len(keys))]
+    """Answers questions into a samples file, resuming from its lines; returns them in order.
+    `identity` stands for the model's files."""
+    keys = []
+    for question in questions:
+        length = question.prompt and config.max_new_tokens
+        keys.append(sample_key((identity, question[:3], length)))
+
+    def answer(missing):
+        asked = [questions[n] for n in missing]
+        return answer_each(model, asked, tokenizer, config.max_new_tokens, config.batch_size)
+
+    with keep_freed_memory():
+        return complete_samples(file, keys, answer)
 
 
 def values_by_metric(samples):
@@ -718,8 +708,11 @@ def values_by_metric(samples):
     values = {}
     for sample in samples:
         for name, value in sample["metrics"].items():
-            values.setdefault(name, []).append((value, sample.get("bytes", 1)))
-    return {name: np.array(pairs).T for name, pairs in values.items()}
+            weighted = value, sample.get("bytes", 1)
+            values.setdefault(name, []).append(weighted)
+    for name in values:
+        values[name] = np.array(values[name]).T
+    return values
 
 
 def summarise(samples):
@@ -728,12 +721,14 @@ def summarise(samples):
     summary = {"n": len(samples)}
     for name, (values, weights) in values_by_metric(samples).items():
         mean, n = np.average(values, weights=weights), len(values)
-        spread = ((weights * (values - mean)) ** 2).sum() * n / max(n - 1, 1)
+        squares = (weights * (values - mean)) ** 2
+        spread = squares.sum() * n / max(n - 1, 1)
         summary[name] = float(mean)
         summary[f"{name}_stderr"] = float(spread**0.5 / weights.sum())
         summary[f"{name}_n"] = n
     answered = [s for s in samples if s.get("gold") and "answer" in s]
-    scores = f1_scores([(sample["gold"], sample["answer"]) for sample in answered])
+    answers = [(sample["gold"], sample["answer"]) for sample in answered]
+    scores = f1_scores(answers)
     summary |= scores | {f"{name}_n": len(answered) for name in scores}
     if samples and "logp" in samples[0]:
         total = sum(sample["logp"] for sample in samples)
@@ -748,13 +743,13 @@ def f1_scores(graded):
     its precision and recall."""
     golds = sorted({gold for gold, _ in graded})
     yes = [gold for gold in golds if gold.lower() == "yes" and len(golds) < 3]
-    scores = {}
-    for label in yes or golds:
+    labels, scores = yes or golds, {}
+    for label in labels:
         right = graded.count((label, label))
         actual = sum(gold == label for gold, _ in graded)
         predicted = sum(answer == label for _, answer in graded)
         f1 = 2 * right / (predicted + actual)
-        scores["f1"] = scores.get("f1", 0) + f1 / len(yes or golds)
+        scores["f1"] = scores.get("f1", 0) + f1 / len(labels)
         if yes:
             scores |= {"precision": right / max(predicted, 1), "recall": right / actual}
     return scores
@@ -762,15 +757,8 @@ def f1_scores(graded):
 
 # --- which differences are more than noise --------------------------------------------------------
 
-# the first of these that a set has represents it
-MAIN = "acc_norm", "acc", "exact_match_flexible", "accuracy", "exact_match", "bits_per_byte"
-
 
 FEWEST_DIFFERING = 6  # five that all differ in one way still have p = 2 / 2^5 = 0.06
-
-
-def main_metric(metrics):
-    return next((name for name in MAIN if name in metrics), None)
 
 
 def compare(name, a, b, resamples=2000):
@@ -784,18 +772,23 @@ def compare(name, a, b, resamples=2000):
     have no interval either.
     """
     (x, weights), (y, _) = a, b
-    gained, lost = int((y > x).sum()), int((y < x).sum())
-    delta = float((weights * (y - x)).sum() / weights.sum())
+    gained = int((y > x).sum())
+    lost = int((y < x).sum())
+    differing = gained + lost
+    differences = weights * (y - x)
+    delta = float(differences.sum() / weights.sum())
     result = {"n": len(x), "delta": delta, "low": None, "high": None, "verdict": "too few"}
     if {*x, *y} <= {0.0, 1.0}:
-        tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
-        p = min(1.0, 2 * tail / 2 ** (gained + lost))
+        tail = sum(math.comb(differing, k) for k in range(min(gained, lost) + 1))
+        p = min(1.0, 2 * tail / 2**differing)
         result |= {"gained": gained, "lost": lost, "mcnemar_p": p}
-    if len(x) < report.FEWEST or gained + lost < FEWEST_DIFFERING:
+    if len(x) < report.FEWEST or differing < FEWEST_DIFFERING:
         return result
-    pairs, counts = np.unique(np.stack([weights * (y - x), weights]), axis=1, return_counts=True)
+    pairs = np.stack([differences, weights])
+    pairs, counts = np.unique(pairs, axis=1, return_counts=True)
     rng = np.random.default_rng(0)
-    differences, totals = pairs @ rng.multinomial(len(x), counts / len(x), resamples).T
+    drawn = rng.multinomial(len(x), counts / len(x), resamples)
+    differences, totals = pairs @ drawn.T
     low, high = map(float, np.quantile(differences / totals, (0.025, 0.975)))
     verdict = "noise"
     if (low > 0 or high < 0) and result.get("mcnemar_p", 0) < 0.05:
@@ -810,13 +803,13 @@ def compare_all(samples):
     metric that represents the set."""
     values = {}
     for model, sets in samples.items():
-        values[model] = {task: values_by_metric(rows) for task, rows in sets.items()}
+        values[model] = {task: values_by_metric(sets[task]) for task in sets}
     comparisons = []
     for a, b in combinations(values, 2):
         for task, metrics in values[a].items():
             for name in metrics:
                 about = {"a": a, "b": b, "task": task, "metric": name}
-                about["main"] = name == main_metric(metrics)
+                about["main"] = name == report.main_metric(metrics)
                 result = compare(name, metrics[name], values[b][task][name])
                 comparisons.append(about | result)
     return comparisons
@@ -831,13 +824,17 @@ def pairs(config):
     Chosen is the row's own answer; rejected is the same with a wrong choice in its place or, with
     --generate, a wrong answer of the model.
     """
-    new_file(config)
-    tokenizer, counts, rng = load_tokenizer(config), Counter(), np.random.default_rng(config.seed)
+    new_file(config.output)
+    tokenizer, rng = load_tokenizer(config), np.random.default_rng(config.seed)
     rows = [row for source in config.data for row in read_own(source, config)]
-    rows = [rows[n] for n in sorted(rng.permutation(len(rows))[: config.max_samples])]
-    rows = [with_answer(where, row, tokenizer, config) for where, row in rows]
-    generated = generate_for(config, tokenizer, rows) if config.generate else None
-    pairs = {}
+    drawn = rng.permutation(len(rows))[: config.max_samples]
+    rows = [with_answer(*rows[n], tokenizer, config) for n in sorted(drawn)]
+    if config.generate:
+        model = load_model(config.model, device=pick_device("auto"))
+        options = {"temperature": config.temperature, "seed": config.seed, "batch_size": 32}
+        prompts, ends = [ids for *_, ids in rows], tokenizer.end_ids
+        generated = generate(model, prompts, config.max_new_tokens, eos_ids=ends, **options)
+    pairs, counts = {}, Counter()
     for n, (row, gold, _) in enumerate(rows):
         prompt, (answer, *_) = split_row(row, tokenizer.has_template)
         is_chat = isinstance(answer, list)
@@ -845,7 +842,10 @@ def pairs(config):
             prompt, answer = prompt + answer[:-1], answer[-1]["content"]
         parse_answer = find_answer if find_answer(answer) else str.strip
         gold = gold or parse_answer(answer)
-        wrong = generated[n] if generated else swap_answer(row, answer, gold, rng)
+        if config.generate:
+            wrong = tokenizer.decode(generated[n])
+        else:
+            wrong = swap_answer(row, answer, gold, rng)
         wrong_answer = parse_answer(wrong)
         if not wrong_answer or wrong_answer == gold:
             counts["answered right" if wrong_answer else "no wrong answer known"] += 1
@@ -859,7 +859,7 @@ def pairs(config):
             counts["the same as another"] += 1
         pairs[key] = pair
     skipped = "".join(f"; {reason}: {n:,}" for reason, n in counts.items())
-    write_rows(config, pairs.values(), f"{len(pairs):,} pairs{skipped}")
+    write_rows(config.output, pairs.values(), f"{len(pairs):,} pairs{skipped}")
 
 
 def name_choice(where, row):
@@ -884,16 +884,6 @@ def with_answer(where, row, tokenizer, config):
         if not has_answer or "text" in row or isinstance(example, str):
             raise UserError("it has no answer that could be chosen")
     return row, gold, split_prompt(example)[0]
-
-
-def generate_for(config, tokenizer, rows):
-    """The model's sampled answers to rows, as texts."""
-    model = load_model(config.model, device=pick_device("auto"))
-    prompts, length, ends = [ids for *_, ids in rows], config.max_new_tokens, tokenizer.end_ids
-    outputs = generate(
-        model, prompts, length, config.temperature, eos_ids=ends, seed=config.seed, batch_size=32
-    )
-    return [*map(tokenizer.decode, outputs)]
 
 
 def swap_answer(row, answer, gold, rng):
@@ -952,26 +942,17 @@ def find_base(path):
     folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = resolve(path)
-    for adapter in (folder, folder / "adapter"):
-        if (adapter / "adapter_config.json").exists():
-            base = read_adapter_config(adapter)[1].get("base_model_name_or_path")
-            if not base:
-                raise UserError(
-                    f"{adapter}: its config names no base model; merge it and evaluate the result"
-                )
-            return base, adapter, read_quantization(adapter.parent / "config.json")
-    merged = folder / "merged"
-    return str(merged if merged.is_dir() else folder), None, QuantConfig()
-
-
-def read_quantization(file):
-    """The QuantConfig of a run's config.json; the default where there is none."""
+    adapter, merged = adapter_in(folder), folder / "merged"
+    if not adapter:
+        return str(merged if merged.is_dir() else folder), None, QuantConfig()
+    base = read_adapter_config(adapter)[1].get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"{adapter}: its config names no base model; merge it and evaluate the result"
+        )
+    file = adapter.parent / "config.json"
     run = read_json(file) if file.exists() else {}
-    with as_user_error(f"{file}: not the settings of a run", ValueError, TypeError):
-        settings = {}
-        for f in fields(QuantConfig):
-            settings[f.name] = convert(run.get(f.name, f.default), f.type)
-        return QuantConfig(**settings)
+    return base, adapter, pick_fields(QuantConfig, run, file)
 
 
 def attach(model, layers):
@@ -1009,34 +990,8 @@ def load_evaluated(path, cache, config, keep=False):
     if adapter:
         load_adapter(model, adapter)
         folders.append(adapter)
-    return model.eval(), Tokenizer(model.folder, adapter=adapter), (folders, quant)
-
-
-def hash_weights(folder):
-    """SHA-256 of the content of a folder's weights and configs: sizes and times may be equal where
-    weights are not."""
-    digest = hashlib.sha256()
-    for pattern in ("*.safetensors", "*config.json"):
-        for path in sorted(folder.glob(pattern)):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def by_name(sources, flag):
-    """[NAME=]SOURCE ... -> {name: source}; a source without a name is named after itself."""
-    named = {}
-    for source in sources:
-        name, source = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", source, re.S).groups()
-        if not source.strip():
-            raise UserError(f"--{flag}: {source!r} is empty; give a path, or NAME=PATH")
-        if not name:
-            path = Path(source)
-            name = re.sub(r"[^\w.-]", "_", path.name if flag == "model" else path.stem)
-        if name in named:
-            raise UserError(f"--{flag}: two are named {name}; give names: NAME={source}")
-        named[name] = source
-    return named
+    tokenizer = Tokenizer(model.folder, adapter=adapter)
+    return model.eval(), tokenizer, (folders, quant)
 
 
 def embedded_models():
@@ -1063,22 +1018,22 @@ def read_questions(config, has_models):
             raise UserError(f"--data: {name} is a benchmark's name; give NAME={own[name]}")
     ask = {}
     for name in config.tasks:
-        ask[name] = partial(ask_items, read_task(name, config), TASKS[name], config=config)
+        items = read_task(name, config)
+        ask[name] = partial(ask_items, items, TASKS[name], config=config)
     for name, source in own.items():
-        ask[name] = partial(ask_own, read_own(source, config)[: config.limit], config=config)
+        rows = read_own(source, config)[: config.limit]
+        ask[name] = partial(ask_own, rows, config=config)
     return ask
 
 
 def evaluate(models, ask, config):
     """Every model on every set -> ({model: {set: samples}}, {model: why it failed})."""
-    samples, failed, cache, hashes = {}, {}, {}, {}
+    samples, failed, loaded, hashed = {}, {}, {}, cache(hash_weights)
     folder = Path(config.output_dir)
     for name, path in models.items():
         try:
-            model, tokenizer, (folders, quant) = load_evaluated(path, cache, config)
-            for path in folders:
-                hashes[path] = hashes.get(path) or hash_weights(path)
-            identity = [hashes[path] for path in folders], str(model.dtype), astuple(quant)
+            model, tokenizer, (folders, quant) = load_evaluated(path, loaded, config)
+            identity = [*map(hashed, folders)], str(model.dtype), astuple(quant)
             questions = {
                 task: make(model=model, tokenizer=tokenizer) for task, make in ask.items()
             }
@@ -1091,7 +1046,7 @@ def evaluate(models, ask, config):
             if size() > 1:  # the other ranks may be at another place
                 raise
             failed[name] = str(error).splitlines()[0]
-            cache.clear()
+            loaded.clear()
     return samples, failed
 
 
@@ -1122,7 +1077,8 @@ class ChatConfig(LoadConfig, RecipeConfig):
 def load_speakers(config):
     """{name: (model, tokenizer, its LoRA layers)} of --model. Adapters of one base share it."""
     speakers, cache = {}, {}
-    for name, path in (by_name(config.model, "model") or embedded_models()).items():
+    models = by_name(config.model, "model") or embedded_models()
+    for name, path in models.items():
         model, tokenizer, _ = load_evaluated(path, cache, config, keep=True)
         speakers[name] = model, tokenizer, lora_layers(model)
         print(f"{name}: {path} on {model.device}, {model.dtype}")
@@ -1149,62 +1105,24 @@ def read_prompts(source, config):
     return prompts
 
 
-def encode_prompt(tokenizer, prompt, config):
-    """A conversation by the chat template, a text as it is -> ids. Without a template the turns of
-    a conversation are one text."""
-    if isinstance(prompt, list) and tokenizer.has_template:
-        kwargs = {}
-        if config.enable_thinking is not None:
-            kwargs["enable_thinking"] = config.enable_thinking
-        if config.system and prompt[0]["role"] != "system":
-            prompt = as_turn("system", config.system) + prompt
-        return tokenizer.encode(tokenizer.render(prompt, True, **kwargs))
-    if isinstance(prompt, list):
-        prompt = "".join(m["content"] for m in prompt)
-    return tokenizer.head + tokenizer.encode(prompt)
-
-
 def answer(name, speaker, prompt, config):
     """Prints a model's answer to a conversation or text, token by token, and returns it."""
     model, tokenizer, layers = speaker
     attach(model, layers)
-    ids, printed = encode_prompt(tokenizer, prompt, config), ""
+    ids = encode_prompt(tokenizer, prompt, config)
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
         raise UserError(
             f"{name}: no room for an answer after {len(ids):,} tokens; shorten the prompt"
         )
-
-    def show(new):
-        nonlocal printed
-        # the token before decides about a space; at the end may be half a character
-        before = tokenizer.decode(ids[-1:])
-        text = tokenizer.decode(ids[-1:] + new).removeprefix(before).rstrip("\ufffd")
-        print(sanitize(text[len(printed) :]), end="", flush=True)
-        printed = text
-
     print(f"[{name}] ", end="", flush=True)
+    show = Printer(tokenizer.decode, ids[-1:])
     sampling = config.temperature, config.top_k, config.top_p, tokenizer.end_ids, config.seed
-    (new,) = generate(model, [ids], min(config.max_new_tokens, room), *sampling, show)
+    length = min(config.max_new_tokens, room)
+    (new,) = generate(model, [ids], length, *sampling, show)
     show(new)
     print()
-    return printed
-
-
-def converse(speakers, config):
-    """A conversation on the terminal; each model has its own history."""
-    print("/clear forgets the conversation, /exit leaves")
-    histories = dict.fromkeys(speakers, [])
-    with suppress(EOFError, KeyboardInterrupt):
-        while (line := input("> " if sys.stdin.isatty() else "")).strip() != "/exit":
-            if line.strip() == "/clear":
-                histories = dict.fromkeys(speakers, [])
-                continue
-            for name, speaker in speakers.items():
-                turns = histories[name] + as_turn("user", line)
-                text = answer(name, speaker, turns, config)
-                histories[name] = turns + as_turn("assistant", text)
-    print()
+    return show.text
 
 
 def chat(config):
@@ -1213,12 +1131,16 @@ def chat(config):
     prompts = [as_turn("user", text) for text in config.prompt]
     for source in config.data:
         prompts += read_prompts(source, config)
+
+    def ask(name, prompt):
+        return answer(name, speakers[name], prompt, config)
+
     for prompt in prompts:
         print(f"\n> {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
-        for name, speaker in speakers.items():
-            answer(name, speaker, prompt, config)
+        for name in speakers:
+            ask(name, prompt)
     if not prompts:
-        converse(speakers, config)
+        converse(speakers, ask)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -1240,19 +1162,7 @@ def main(argv=None):
             results = {}
             for name, sets in samples.items():
                 results[name] = {task: summarise(rows) for task, rows in sets.items()}
-            comparisons = compare_all(samples)
-            content = {"models": results, "pairs": comparisons, "failed": failed}
-            write_text(folder / "results.json", json.dumps(content, indent=2))
-            text = report.comparison_report(results, comparisons, samples)
-            write_text(folder / "report.md", text)
-            metrics = next(iter(results.values()))
-            mains = {task: main_metric(summary) for task, summary in metrics.items()}
-            report.plot_comparison(results, mains, comparisons, folder / "results.png")
-            print(
-                report.results_table(results),
-                *report.headlines(results, comparisons),
-                sep="\n",
-            )
+            report.write_comparison(folder, results, compare_all(samples), samples, failed)
         if failed:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
             raise UserError(f"{len(failed)} of {len(models)} models failed: {reasons}")

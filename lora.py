@@ -20,12 +20,12 @@ import json
 import math
 import re
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, Protocol, get_origin, get_type_hints, runtime_checkable
+from typing import ClassVar, Protocol, get_type_hints, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +51,17 @@ from support.files import (
     read_tensor,
     write_tensors,
 )
-from support.hub import HubConfig, push, resolve
+from support.hub import HubConfig, find_adapter, push
 from support.sandbox import bounded
-from support.settings import check_choices, convert, run_subcommand
+from support.settings import check_choices, from_json, run_subcommand
 from support.targets import (
+    EMBEDDING,
+    HEAD,
+    Modules,
     by_pattern,
     is_regex,
-    is_selected,
     matches,
-    setting_faults,
-    unmatched_names,
+    resolve_targets,
     whole_modules,
     within,
 )
@@ -380,9 +381,16 @@ def initialisation(name):
     return re.sub(r"\d+$", "N", name), [int(n) for n in re.findall(r"\d+$", name)]
 
 
-# --- attaching ------------------------------------------------------------------------------------
+def initialisation_faults(config):
+    init = config.init_lora_weights
+    if initialisation(init)[0] not in INITIALISATIONS:
+        return [f"init_lora_weights: {init!r} is not one of {', '.join(INITIALISATIONS)}"]
+    if config.use_dora and init not in ZERO_STARTS:
+        return [f"use_dora does not go with init_lora_weights {init}"]
+    return []
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+# --- attaching ------------------------------------------------------------------------------------
 
 
 def add_lora(model, config, seed=0, strict=True) -> list[str]:
@@ -400,8 +408,12 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     if config.lora_r == 0:
         train_in_fp32(model.parameters())
         return []
+    config = LoRAConfig(**{f.name: getattr(config, f.name) for f in fields(LoRAConfig)})
+    check_choices(config)
+    config.init_lora_weights = config.init_lora_weights.lower()
+    faults = initialisation_faults(config)
     with bounded("matching target_modules and the other patterns", seconds=3):
-        config, paths, notices = resolve_targets(model, config, strict)
+        paths, notices = resolve_targets(config, list_modules(model), faults, strict)
     generator = torch.Generator().manual_seed(seed)
     chosen = [variant for name, variant in VARIANTS.items() if getattr(config, name)]
     layer_class = chosen[0] if chosen else LoRALinear
@@ -454,99 +466,27 @@ def checkpoint_modules(model) -> dict:
     return modules if model.lm_head is not None else modules | {HEAD: None}
 
 
+def list_modules(model) -> Modules:
+    """What a model has to adapt or to train, by path in the checkpoint."""
+    modules = checkpoint_modules(model)
+
+    def paths(is_kind):
+        return [path for path, module in modules.items() if is_kind(module)]
+
+    return Modules(
+        paths=[*modules],
+        linear=paths(lambda module: isinstance(module, AdaptableLinear)),
+        norms=paths(lambda module: isinstance(module, RMSNorm)),
+        quantized=paths(is_quantized),
+        is_tied=model.lm_head is None,
+        num_layers=len(model.model.layers),
+        vocab_size=model.config.vocab_size,
+    )
+
+
 def trains_tied_ends(model, modules_to_save):
     """Whether modules_to_save names the embedding or the head of a model that ties the two."""
     return model.lm_head is None and bool(whole_modules([EMBEDDING, HEAD], modules_to_save))
-
-
-def resolve_targets(model, config, strict=True):
-    """(LoRAConfig in resolved form, paths of the layers to adapt, notices), see add_lora.
-
-    modules_to_save wins over a target; a targeted norm moves there; a tied head and embedding are
-    there together or not at all.
-    """
-    config = LoRAConfig(**{f.name: getattr(config, f.name) for f in fields(LoRAConfig)})
-    check_choices(config)
-    config.init_lora_weights = config.init_lora_weights.lower()
-    modules = checkpoint_modules(model)
-    linear = [path for path, module in modules.items() if isinstance(module, AdaptableLinear)]
-    norms = [path for path, module in modules.items() if isinstance(module, RMSNorm)]
-    if [target.lower() for target in config.target_modules] == ["all-linear"]:
-        config.target_modules = sorted({path.split(".")[-1] for path in linear} - {HEAD})
-    faults, init = setting_faults(config), config.init_lora_weights
-    if initialisation(init)[0] not in INITIALISATIONS:
-        faults.append(f"init_lora_weights: {init!r} is not one of {', '.join(INITIALISATIONS)}")
-    elif config.use_dora and init not in ZERO_STARTS:
-        faults.append(f"use_dora does not go with init_lora_weights {init}")
-    if faults:
-        raise UserError("; ".join(faults))
-
-    saved = whole_modules(modules, config.modules_to_save)
-    selected = [path for path in modules if is_selected(path, config, saved)]
-    hits = {}
-    for target in config.target_modules:
-        hits[target] = [path for path in modules if matches(path, [target])]
-    adapted = [p for p in linear if p in selected and matches(p, config.target_modules)]
-    ends = [*linear, *norms, EMBEDDING, HEAD]
-    unmatched = unmatched_names(config, hits, modules, adapted, ends, len(model.model.layers))
-    if not strict:
-        unmatched, ignored = [], unmatched[:8]
-    faults = unmatched + layer_faults(config, hits, modules, adapted, linear + norms, saved)
-    tokens, size = config.trainable_token_indices, model.config.vocab_size
-    if len({*tokens} & {*range(size)}) < len(tokens):
-        faults.append(f"trainable_token_indices: not different ids from 0 to {size - 1}")
-    if tokens and {EMBEDDING, HEAD} & {*saved, *adapted}:
-        faults.append("trainable_token_indices: embedding or head is trained already")
-    if not (faults or adapted or (saved or tokens) and not strict):
-        faults = ["target_modules: no linear layer is left to adapt"]
-    if faults:
-        raise UserError("; ".join(faults))
-    notices = train_norms_whole(config, hits, modules, norms, selected)
-    if trains_tied_ends(model, config.modules_to_save):
-        config.modules_to_save = [*config.modules_to_save, "embed_tokens", HEAD]
-        notices.append(
-            "modules_to_save: embed_tokens and lm_head are one tied tensor: both train"
-        )
-    config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-    return config, adapted, notices if strict else notices + ignored
-
-
-def layer_faults(config, hits, modules, adapted, layers, saved):
-    """What these layers can't do."""
-    faults = []
-    for paths in hits.values():
-        others = [path for path in paths if path not in layers and not within(path, saved)]
-        if others:
-            faults.append(
-                f"target_modules: LoRA has no form for {others[0]}; modules_to_save trains it whole"
-            )
-    quantized = [path for path, module in modules.items() if is_quantized(module)]
-    if frozen := whole_modules(quantized, config.modules_to_save):
-        faults.append(
-            f"modules_to_save: {frozen[0]} is held in 4 bit, which can't be trained; "
-            "give it as a target"
-        )
-    if config.init_lora_weights == "loftq" and not set(adapted) <= set(quantized):
-        faults.append("init_lora_weights: loftq corrects 4-bit weights; give --load_in_4bit too")
-    return faults
-
-
-def train_norms_whole(config, hits, modules, norms, selected):
-    """Moves targeted norms to modules_to_save, by the target's name if that means no other module.
-
-    Returns notices.
-    """
-    notices = []
-    for target, paths in hits.items():
-        targeted = [path for path in paths if path in norms and path in selected]
-        if targeted:
-            same = whole_modules(modules, [target]) == targeted
-            config.modules_to_save = config.modules_to_save + ([target] if same else targeted)
-            notices.append(
-                f"target_modules: {target} has no low-rank form, so it is trained whole"
-            )
-    config.target_modules = [target for target, paths in hits.items() if set(paths) - set(norms)]
-    return notices
 
 
 # --- PEFT's files ---------------------------------------------------------------------------------
@@ -658,35 +598,6 @@ def save_adapter(model, folder, base_model=None):
     """`write_adapter` into a temporary folder, which is then renamed to `folder`."""
     with atomic_folder(folder) as temporary:
         write_adapter(model, temporary, base_model)
-
-
-def find_adapter(name) -> Path:
-    """The folder of an adapter: itself, a run folder's adapter/, or a hub id, downloaded."""
-    folder = Path(name).expanduser()
-    folder = folder if folder.is_dir() else resolve(name, kind="adapter")
-    for adapter in (folder, folder / "adapter"):
-        if (adapter / "adapter_config.json").exists():
-            break
-    else:
-        raise UserError(
-            f"{folder}: not an adapter in PEFT's layout: no adapter_config.json in it"
-        )
-    if not (adapter / "adapter_model.safetensors").exists():
-        raise UserError(
-            f"{adapter}: no adapter_model.safetensors; adapter_model.bin is a pickle and never "
-            "read: if you trust it, load it in PEFT and save it again"
-        )
-    return adapter
-
-
-def from_json(value, kind):
-    """A JSON value as a dataclass field's type; None if it has another one."""
-    if get_origin(kind) is list and isinstance(value, (int, str)):
-        value = [value]
-    with suppress(ValueError, TypeError, RecursionError):
-        converted = convert(value, kind)
-        if converted == value:  # "8" is no number here
-            return converted
 
 
 def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:

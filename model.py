@@ -24,7 +24,6 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,16 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from support.errors import UserError, as_user_error, brief, nearest
-from support.files import (
-    atomic_folder,
-    finite,
-    read_header,
-    read_json,
-    read_tensor,
-    write_tensors,
-)
+from support.config_json import as_list, rope_settings, setting_faults
+from support.devices import pick_dtype
+from support.errors import UserError, as_user_error, brief
+from support.files import atomic_folder, finite, read_json, read_tensor
 from support.hub import companions, resolve
+from support.settings import check_choice
+from support.weights import check_names, checkpoint_tensors, write_shards
 
 # --- the packed batch -----------------------------------------------------------------------------
 
@@ -93,66 +89,67 @@ class Batch:
         """examples: a list of lists of Segment. A segment's first token is scored only if a prefix
         predicts it."""
         segments, rows = [], []
-        stops, lengths = (
-            {-1: 0},
-            {-1: 0},
-        )  # of segments; lengths with all that they continue
+        stops = {-1: 0}  # of segments
+        lengths = {-1: 0}  # with all that they continue
         start = num_sequences = 0
         for example in examples:
             first = len(segments)
             for segment in example:
                 stop = start + len(segment.ids)
                 prefix = first + segment.prefix if segment.prefix >= 0 else -1
-                length = lengths[prefix] + stop - start
+                length = lengths[prefix] + len(segment.ids)
                 predictors = np.arange(start - 1, stop - 1)
                 predictors[:1] = stops[prefix] - 1
                 labels = np.asarray(segment.labels)
                 scored = (labels != IGNORE) & (predictors >= 0)
-                stops[len(segments)], lengths[len(segments)] = stop, length
-                segments.append((start, stop, prefix))
-                per_token = (
-                    num_sequences + segment.sequence,
-                    segment.weight,
-                    segment.reference,
-                )
+                count = scored.sum()
                 rows.append(
                     (
                         segment.ids,
                         np.arange(lengths[prefix], length),
                         predictors[scored],
                         labels[scored],
-                        *(np.full(scored.sum(), value) for value in per_token),
+                        np.full(count, num_sequences + segment.sequence),
+                        np.full(count, segment.weight),
+                        np.full(count, segment.reference),
                     )
                 )
+                stops[len(segments)] = stop
+                lengths[len(segments)] = length
+                segments.append((start, stop, prefix))
                 start = stop
             num_sequences += 1 + max(segment.sequence for segment in example)
         columns = [np.concatenate(column) for column in zip(*rows)]
+        largest = int(columns[0].max())
         dtypes = [torch.int64] * 5 + [torch.float32] * 2
         tokens, positions, *per_score = (
             to_device(torch.from_numpy(column).to(dtype), device)
             for column, dtype in zip(columns, dtypes)
         )
-        return cls(tokens, positions, segments, *per_score, num_sequences, int(columns[0].max()))
+        return cls(tokens, positions, segments, *per_score, num_sequences, largest)
 
     @cached_property
     def spans(self):
         """Per segment the ranges (start, stop) that it sees, oldest first, adjacent ones merged."""
         spans = []
         for start, stop, prefix in self.segments:
-            *before, last = spans[prefix] if prefix >= 0 else [(start, start)]
-            merged = [(last[0], stop)] if last[1] == start else [last, (start, stop)]
-            spans.append(before + merged)
+            seen = list(spans[prefix]) if prefix >= 0 else []
+            own = start, stop
+            if seen and seen[-1][1] == start:
+                own = seen.pop()[0], stop
+            spans.append([*seen, own])
         return spans
 
     @cached_property
     def lengths(self):
         """Per segment the length of the longest sequence that shares its beginning, as if these
         were a batch of transformers'."""
-        longest = {}  # {where a tree begins: its length}
-        for ((root, _), *_), (start, stop, _) in zip(self.spans, self.segments):
-            length = max(self.positions[start:stop].tolist(), default=-1) + 1
-            longest[root] = max(length, longest.get(root, 0))
-        return [longest[root] for (root, _), *_ in self.spans]
+        roots = [spans[0][0] for spans in self.spans]  # where a tree of segments begins
+        longest = dict.fromkeys(roots, 0)
+        for root, (start, stop, _) in zip(roots, self.segments):
+            last = max(self.positions[start:stop].tolist(), default=-1)
+            longest[root] = max(last + 1, longest[root])
+        return [longest[root] for root in roots]
 
     def indices(self, spans):
         """The positions (n,) in these ranges."""
@@ -162,14 +159,18 @@ class Batch:
     @cached_property
     def keys(self):
         """Per segment the positions it sees: a slice if they are adjacent, else an index (n,)."""
-        return [
-            slice(*spans[0]) if len(spans) == 1 else self.indices(spans) for spans in self.spans
-        ]
+        keys = []
+        for spans in self.spans:
+            adjacent = len(spans) == 1
+            keys.append(slice(*spans[0]) if adjacent else self.indices(spans))
+        return keys
 
     @cached_property
     def mask(self):
         """(T, T) bool: whether a query (row) sees a key (column)."""
-        sees = torch.zeros(2 * [len(self.tokens)], dtype=torch.bool, device=self.tokens.device)
+        shape = 2 * [len(self.tokens)]
+        device = self.tokens.device
+        sees = torch.zeros(shape, dtype=torch.bool, device=device)
         for (start, stop, _), keys in zip(self.segments, self.keys):
             sees[start:stop, keys] = True
         return sees & (self.positions <= self.positions[:, None])
@@ -178,7 +179,8 @@ class Batch:
         """(own, seen): -inf where one of the last `own` of `seen` tokens would see a later one."""
         key = own, seen, dtype
         if key not in self.biases:
-            future = torch.full((own, seen), -torch.inf, dtype=dtype, device=self.tokens.device)
+            device = self.tokens.device
+            future = torch.full((own, seen), -torch.inf, dtype=dtype, device=device)
             self.biases[key] = future.triu(seen - own + 1)
         return self.biases[key]
 
@@ -191,12 +193,13 @@ class Batch:
         gather = None
         if keys != queries:
             gather = self.indices([span for spans in self.spans for span in spans])
-        cu_q, cu_k = (
-            to_device(
-                torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), self.tokens.device
-            )
-            for lengths in (queries, keys)
-        )
+
+        def cumulative(lengths):
+            ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+            return to_device(ends, self.tokens.device)
+
+        cu_q = cumulative(queries)
+        cu_k = cumulative(keys)
         return gather, cu_q, cu_k, max(queries), max(keys)
 
 
@@ -209,8 +212,10 @@ def eager_attention(q, k, v, batch):
     k = k.repeat_interleave(group, 1)
     v = v.repeat_interleave(group, 1)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    scores = (q @ k.transpose(1, 2)).float() / math.sqrt(q.shape[-1])  # (H, T, T)
-    weights = scores.masked_fill(~batch.mask, -torch.inf).softmax(-1)
+    scores = (q @ k.transpose(1, 2)).float()  # (H, T, T)
+    scores = scores / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~batch.mask, -torch.inf)
+    weights = scores.softmax(-1)
     return (weights.to(v.dtype) @ v).transpose(0, 1)
 
 
@@ -218,7 +223,9 @@ def sdpa_attention(q, k, v, batch):
     """One segment at a time over what it sees, never with a (T, T) mask."""
     outputs = []
     for (start, stop, _), seen in zip(batch.segments, batch.keys):
-        queries, keys, values = q[start:stop], k[seen], v[seen]
+        queries = q[start:stop]
+        keys = k[seen]
+        values = v[seen]
         past = len(keys) - len(queries)
         if q.is_cpu and (len(keys) <= 512 or not torch.is_grad_enabled()):
             for block in queries.split(512):  # a block is not multiplied with what comes after it
@@ -226,7 +233,9 @@ def sdpa_attention(q, k, v, batch):
                 bias = batch.bias(len(block), past, q.dtype)
                 outputs.append(product_attention(block, keys[:past], values[:past], bias))
             continue
-        mask = batch.bias(len(queries), len(keys), q.dtype) if past else None
+        mask = None
+        if past:
+            mask = batch.bias(len(queries), len(keys), q.dtype)
         heads = (
             x.transpose(0, 1)[None] for x in (queries, keys, values)
         )  # (1, heads, tokens, D)
@@ -241,11 +250,20 @@ def product_attention(q, k, v, bias):
     """One segment as plain matrix products, a group's query heads stacked on their key head. On a
     CPU with 16-bit products up to 2.8 times as fast, forward and backward, as the flash kernel,
     which is made for long sequences."""
-    (own, H, D), K = q.shape, k.shape[1]
-    q = q.view(own, K, H // K, D).permute(1, 2, 0, 3).reshape(K, -1, D)  # (K, H/K · own, D)
-    scores = torch.baddbmm(bias.repeat(H // K, 1), q, k.permute(1, 2, 0), alpha=D**-0.5)
-    out = (scores.softmax(-1) @ v.transpose(0, 1)).view(K, H // K, own, D)
-    return out.permute(2, 0, 1, 3).reshape(own, H, D)
+    own, H, D = q.shape
+    K = k.shape[1]
+    group = H // K
+    q = q.view(own, K, group, D)
+    q = q.permute(1, 2, 0, 3)
+    q = q.reshape(K, -1, D)  # (K, H/K · own, D)
+    k = k.permute(1, 2, 0)
+    bias = bias.repeat(group, 1)
+    scores = torch.baddbmm(bias, q, k, alpha=D**-0.5)
+    weights = scores.softmax(-1)
+    out = weights @ v.transpose(0, 1)
+    out = out.view(K, group, own, D)
+    out = out.permute(2, 0, 1, 3)
+    return out.reshape(own, H, D)
 
 
 def varlen_attention(q, k, v, batch):
@@ -286,13 +304,6 @@ def choose_attention(wanted, config, dtype, device):
         return "sdpa", f"attention: varlen does not work here ({reason[:80]}); using sdpa"
 
 
-def check_choice(key, value, choices):
-    if value not in choices:
-        raise UserError(
-            f"{key}: {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}"
-        )
-
-
 # --- the network ----------------------------------------------------------------------------------
 
 
@@ -312,8 +323,10 @@ class Linear(nn.Linear):
         self.weight.copy_(weight)
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        weight, bias = self.weight.to(x.dtype), self.bias
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        return F.linear(x, weight, bias)
 
 
 class Normalise(torch.autograd.Function):
@@ -322,7 +335,8 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        mean_square = wide.square().mean(-1, keepdim=True)
+        scale = torch.rsqrt(mean_square + eps)
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale * weight).to(x.dtype)
 
@@ -332,9 +346,11 @@ class Normalise(torch.autograd.Function):
         unit, grad = x.float() * scale, grad.float()
         d_weight = None
         if ctx.needs_input_grad[1]:
-            d_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+            d_weight = (grad * unit).flatten(0, -2).sum(0)
+            d_weight = d_weight.to(weight.dtype)
         grad = grad * weight
-        d_x = scale * (grad - unit * (grad * unit).mean(-1, keepdim=True))
+        along = (grad * unit).mean(-1, keepdim=True)
+        d_x = scale * (grad - unit * along)
         return d_x.to(x.dtype), d_weight, None
 
 
@@ -344,11 +360,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x):
         if x.is_cuda:  # one kernel each way
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+            weight = self.weight.to(x.dtype)
+            return F.rms_norm(x, weight.shape, weight, self.eps)
         return Normalise.apply(x, self.weight, self.eps)
 
 
@@ -360,17 +378,17 @@ class Rotate(torch.autograd.Function):
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
         a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+        rotated = a * cos - b * sin, b * cos + a * sin
+        rotated = torch.cat(rotated, dim=-1)
+        return rotated.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         a, b = grad.chunk(2, dim=-1)
-        return (
-            torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(grad.dtype),
-            None,
-            None,
-        )
+        back = a * cos + b * sin, b * cos - a * sin
+        d_x = torch.cat(back, dim=-1)
+        return d_x.to(grad.dtype), None, None
 
 
 class SwiGLU(torch.autograd.Function):
@@ -384,7 +402,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return d_gate, F.silu(gate).mul_(grad)
 
 
 class Attention(nn.Module):
@@ -403,11 +422,17 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
     def forward(self, x, rope, attend):
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in projections)
+        heads = -1, self.head_dim
+        q = self.q_proj(x).unflatten(-1, heads)
+        k = self.k_proj(x).unflatten(-1, heads)
+        v = self.v_proj(x).unflatten(-1, heads)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v).flatten(-2))
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = Rotate.apply(q, *rope)
+        k = Rotate.apply(k, *rope)
+        out = attend(q, k, v).flatten(-2)
+        return self.o_proj(out)
 
 
 class MLP(nn.Module):
@@ -418,19 +443,24 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        return self.down_proj(SwiGLU.apply(gate, up))
 
 
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, rope, attend):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, rope, attend)
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -463,7 +493,8 @@ class Transformer(nn.Module):
 
     def head_weight(self):
         """(V, C): the matrix that turns hidden states into logits, whoever owns it."""
-        return (self.lm_head if self.lm_head is not None else self.model.embed_tokens).weight
+        owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return owner.weight
 
     def forward(self, batch, attend=None):
         """Final, normalised hidden states (T, C). attend(layer, q, k, v) replaces the attention
@@ -504,7 +535,8 @@ class Transformer(nn.Module):
 
     def logps(self, batch):
         """Log-probabilities (S,) fp32 of the scored tokens. The head sees their positions alone."""
-        return token_logps(self(batch)[batch.scored], self.head_weight(), batch.targets)
+        hidden = self(batch)[batch.scored]
+        return token_logps(hidden, self.head_weight(), batch.targets)
 
 
 # --- the one primitive that scores tokens ---------------------------------------------------------
@@ -518,11 +550,14 @@ def log_softmax_(logits, targets, keep_grad):
     """Log-probabilities (n,) fp32 of targets under logits (n, V). keep_grad: logits become
     d logp / d logits, in place. On a CPU a few rows at a time, so that their fp32 copy stays in
     cache: all at once, half the head's time would go there."""
-    rows = max(1, 2**21 // logits.shape[1]) if logits.is_cpu else len(logits)
+    rows = len(logits)
+    if logits.is_cpu:
+        rows = max(1, 2**21 // logits.shape[1])
     results = []
     for block, target in zip(logits.split(rows), targets.split(rows)):
         logps = F.log_softmax(block, -1, dtype=torch.float32)
-        results.append(logps.gather(1, target[:, None])[:, 0])
+        picked = logps.gather(1, target[:, None])
+        results.append(picked[:, 0])
         if keep_grad:
             torch.exp(logps, out=block).neg_()
     results = torch.cat(results)
@@ -539,7 +574,8 @@ class FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        keep_grad, weight = ctx.needs_input_grad[0], weight.to(hidden.dtype)
+        keep_grad = ctx.needs_input_grad[0]
+        weight = weight.to(hidden.dtype)
         rows = torch.empty_like(hidden) if keep_grad else None
         wide = {}
         if hidden.is_cuda and hidden.dtype != torch.float32:
@@ -557,7 +593,8 @@ class FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
-        return (grad[:, None] * rows).to(rows.dtype), None, None
+        d_hidden = grad[:, None] * rows
+        return d_hidden.to(rows.dtype), None, None
 
 
 def token_logps(hidden, weight, targets):
@@ -571,18 +608,23 @@ def token_logps(hidden, weight, targets):
         return FrozenHead.apply(hidden, weight, targets)
 
     def score(hidden, targets):
-        logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+        logits = F.linear(hidden, weight.to(hidden.dtype))
+        logits = logits.float()
         return -F.cross_entropy(logits, targets, reduction="none")
 
-    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK))
-    return torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
+    logps = []
+    for chunk in zip(hidden.split(CHUNK), targets.split(CHUNK)):
+        logps.append(checkpoint(score, *chunk, use_reentrant=False))
+    return torch.cat(logps)
 
 
 # --- generation -----------------------------------------------------------------------------------
 
 
 def unscored(ids, prefix=-1):
-    return Segment(np.asarray(ids, np.int32), np.full(len(ids), IGNORE), prefix)
+    labels = np.full(len(ids), IGNORE)
+    ids = np.asarray(ids, np.int32)
+    return Segment(ids, labels, prefix)
 
 
 class KVCache:
@@ -610,37 +652,46 @@ class KVCache:
         batch = Batch.pack([header + prompts], device)
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
         rows = torch.tensor(rows, device=device).repeat_interleave(lengths)
-        tokens, positions = batch.tokens[head:], batch.positions[head:]
+        tokens = batch.tokens[head:]
+        positions = batch.positions[head:]
         within_batch = ATTENTION[self.model.attention]
 
         def attend(layer, q, k, v):
             keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, positions], values[rows, :, positions] = k, v
+            keys[rows, :, positions] = k
+            values[rows, :, positions] = v
             # the batch begins with the header: its keys are cached, its queries are left blank
             q = F.pad(q, (0, 0, 0, 0, head, 0))
-            k = torch.cat([keys[0, :, :head].transpose(0, 1), k])
-            v = torch.cat([values[0, :, :head].transpose(0, 1), v])
+            cached = keys[0, :, :head].transpose(0, 1)
+            k = torch.cat([cached, k])
+            cached = values[0, :, :head].transpose(0, 1)
+            v = torch.cat([cached, v])
             return within_batch(q, k, v, batch)[head:]
 
         self.batch = replace(batch, tokens=tokens, positions=positions)
-        return self.model(self.batch, attend)[lengths.cumsum(0) - 1]
+        hidden = self.model(self.batch, attend)
+        return hidden[lengths.cumsum(0) - 1]
 
     def add_tokens(self, tokens, positions):
         """Stores one more token in each row and returns their hidden states (B, C)."""
         tokens, positions = torch.tensor([tokens, positions], device=self.model.device)
         rows = torch.arange(len(tokens), device=tokens.device)
-        mask = torch.arange(self.keys.shape[3], device=tokens.device) <= positions[:, None]
+        columns = torch.arange(self.keys.shape[3], device=tokens.device)
+        mask = columns <= positions[:, None]
         mask = mask[:, None, None]  # (B, 1, 1, N)
 
         def attend(layer, q, k, v):
             keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, positions], values[rows, :, positions] = k, v
+            keys[rows, :, positions] = k
+            values[rows, :, positions] = v
             q = q.unflatten(1, (keys.shape[1], -1))  # (B, K, H/K, D)
             if not q.is_cpu:
                 out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             else:  # plain products: a tenth of the kernel's time
-                scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
-                out = scores.masked_fill_(~mask, -torch.inf).softmax(-1) @ values
+                scores = q @ keys.transpose(2, 3)
+                scores = scores * q.shape[-1] ** -0.5
+                scores.masked_fill_(~mask, -torch.inf)
+                out = scores.softmax(-1) @ values
             return out.flatten(1, 2)
 
         segments = [(row, row + 1, -1) for row in range(len(tokens))]
@@ -649,7 +700,8 @@ class KVCache:
 
     def keep(self, rows):
         """Drops all other rows."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
 
 
 def sample(logits, uniform, temperature, top_k, top_p):
@@ -658,15 +710,18 @@ def sample(logits, uniform, temperature, top_k, top_p):
     smallest set of them whose mass reaches top_p (Holtzman et al. 2020, arXiv:1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    probs = (logits / temperature).softmax(-1)
+    probs, order = probs.sort(-1, descending=True)
     if top_k:
         probs[:, top_k:] = 0
         probs /= probs.sum(-1, keepdim=True)
     if top_p < 1:
         probs[probs.cumsum(-1) - probs >= top_p] = 0
     mass = probs.cumsum(-1)
-    below = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1)
-    choice = below.minimum((probs > 0).sum(-1) - 1)  # rounding must not leave the set
+    drawn = uniform[:, None] * mass[:, -1:]
+    below = (mass <= drawn).sum(-1)
+    last = (probs > 0).sum(-1) - 1
+    choice = below.minimum(last)  # rounding must not leave the set
     return order.gather(1, choice[:, None])[:, 0]
 
 
@@ -675,6 +730,16 @@ def generate(model, prompts, max_new_tokens=128, *args, **options):
     `generate_each`."""
     outputs = dict(generate_each(model, prompts, max_new_tokens, *args, **options))
     return [outputs[row] for row in range(len(prompts))]
+
+
+def header_length(model, prompts):
+    """How many tokens all prompts begin with, if to compute them once is worth it; else 0."""
+    shared = len(os.path.commonprefix(prompts))
+    shared = min(shared, min(map(len, prompts)) - 1)
+    by_length = model.config.rope["rope_type"] in ROPE_BY_LENGTH  # differs by prompt
+    if shared < 16 or len(prompts) == 1 or by_length:
+        return 0
+    return shared
 
 
 @torch.inference_mode()
@@ -703,25 +768,25 @@ def generate_each(
     ends = set(model.config.eos_token_id if eos_ids is None else eos_ids)
     draws = [np.random.default_rng((seed, row)) for row in waiting]
     lengths = [len(prompt) for prompt in prompts]
-    shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
-    by_length = model.config.rope["rope_type"] in ROPE_BY_LENGTH
-    if shared < 16 or len(prompts) == 1 or by_length:  # costs more than it saves, or differs
-        shared = 0
+    shared = header_length(model, prompts)
     slots = [None] * min(batch_size, len(prompts))  # the row in each row of the cache
-    cache = KVCache(model, len(slots), max(lengths) + max_new_tokens, prompts[0][:shared])
+    longest = max(lengths) + max_new_tokens
+    cache = KVCache(model, len(slots), longest, prompts[0][:shared])
     while waiting or slots.count(None) < len(slots):
         free = [slot for slot, row in enumerate(slots) if row is None]
         if free and waiting:
             sizes = np.cumsum([lengths[row] - shared for row in waiting[: len(free)]])
             count = max(1, int((sizes <= 4096).sum()))  # tokens a pass
-            rows, waiting, active = waiting[:count], waiting[count:], free[:count]
+            rows, waiting = waiting[:count], waiting[count:]
+            active = free[:count]
             for slot, row in zip(active, rows):
                 slots[slot] = row
             hidden = cache.add_prompts([prompts[row][shared:] for row in rows], active)
         else:
             if free:
-                cache.keep([slot for slot, row in enumerate(slots) if row is not None])
-                slots = [row for row in slots if row is not None]
+                kept = [slot for slot, row in enumerate(slots) if row is not None]
+                cache.keep(kept)
+                slots = [slots[slot] for slot in kept]
             rows, active = list(slots), range(len(slots))
             hidden = cache.add_tokens(
                 [outputs[row][-1] for row in rows],
@@ -729,7 +794,8 @@ def generate_each(
             )
         uniform = [draws[row].random(dtype=np.float32) for row in rows]
         uniform = torch.tensor(uniform, device=model.device)
-        tokens = sample(model.logits(hidden), uniform, temperature, top_k, top_p).tolist()
+        logits = model.logits(hidden)
+        tokens = sample(logits, uniform, temperature, top_k, top_p).tolist()
         for slot, row, token in zip(active, rows, tokens):
             ids = outputs[row]
             if token not in ends:
@@ -762,7 +828,6 @@ DEFAULTS = {
     "max_window_layers": 28,
     "eos_token_id": [],
 }
-LIMIT = 2**20  # of every size: larger ones would overflow a tensor's byte count
 
 
 @dataclass
@@ -796,7 +861,8 @@ class ModelConfig:
         raw = read_json(file)
         if not (raw.get("dtype") or raw.get("torch_dtype")):
             stored = [dtype for _, _, dtype in checkpoint_tensors(folder).values()]
-            raw["dtype"] = next((FLOATS[name] for name in stored if name in FLOATS), "float32")
+            known = [FLOATS[name] for name in stored if name in FLOATS]
+            raw["dtype"] = known[0] if known else "float32"
         return cls.from_dict(raw, file)
 
     @classmethod
@@ -820,8 +886,8 @@ class ModelConfig:
         with suppress(KeyError, TypeError, ZeroDivisionError):  # reported below
             values["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
         values |= FAMILIES[kind] | raw
-        rope, faults = rope_settings(values)
-        faults += unsupported(values)
+        rope, faults = rope_settings(values, ROPE_TYPES)
+        faults += setting_faults(values, cls.__annotations__, DTYPES)
         if faults:
             raise UserError(f"{where}: " + "; ".join(faults))
         values |= {
@@ -842,74 +908,6 @@ class ModelConfig:
         return config
 
 
-def unsupported(values):
-    """A line for each setting that is malformed, or that this code does not compute."""
-    faults = []
-
-    def expect(key, valid, expected):
-        if not valid:
-            faults.append(f"{key} is {str(values.get(key))[:40]!r}, not {expected}")
-
-    types = ModelConfig.__annotations__ | {"attention_bias": bool}
-    del types["quantized"]
-    for key, kind in types.items():
-        value = values.get(key)
-        if kind is int:
-            most = 2**31 if key == "max_position_embeddings" else LIMIT
-            valid = type(value) is int and 1 <= value <= most
-            expect(key, valid, f"a whole number from 1 to {most}")
-        if kind is bool:
-            expect(key, isinstance(value, bool), "true or false")
-    expect("rms_norm_eps", positive(values["rms_norm_eps"]), "a positive number")
-    swish = values["hidden_act"] in ("silu", "swish")
-    expect("hidden_act", swish, "silu (swish), the only one supported")
-    tokens = as_list(values["eos_token_id"])
-    expect(
-        "eos_token_id",
-        all(type(token) is int for token in tokens),
-        "a token id or a list of them",
-    )
-    if str(values["dtype"]).removeprefix("torch.") not in DTYPES:
-        faults.append(f"dtype {brief(values['dtype'])} is not one of {', '.join(DTYPES)}")
-    quantization = values.get("quantization_config") or {"load_in_4bit": True}
-    if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
-        faults.append("quantization_config: only bitsandbytes' 4-bit weights can be read")
-    if not faults:
-        if slides(values):
-            faults.append(
-                "sliding-window attention (use_sliding_window, max_window_layers, layer_types) is "
-                "not supported"
-            )
-        heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
-        if heads % kv_heads:
-            faults.append(
-                f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-            )
-        if values["head_dim"] % 2:
-            faults.append(
-                f"head_dim {values['head_dim']} is odd; rotary positions need an even one"
-            )
-    return faults
-
-
-def slides(values):
-    """Whether a layer's attention slides, as Qwen2Config and Qwen3Config of transformers decide."""
-    if "layer_types" in values:
-        return any(layer != "full_attention" for layer in as_list(values["layer_types"]))
-    if not values.get("use_sliding_window") or values["sliding_window"] is None:
-        return False
-    first = values["max_window_layers"]
-    return type(first) is not int or first < values["num_hidden_layers"]
-
-
-def as_list(value):
-    return value if isinstance(value, list) else [value]
-
-
-def positive(value):
-    return type(value) in (int, float) and 0 < value < 1e30
-
-
 # --- rotary frequencies ---------------------------------------------------------------------------
 # A rope type: a function (plain frequencies (D/2,), length of the sequence, rope_theta, the type's
 # own numbers in the names of config.json) -> (frequencies (D/2,), factor on cos and sin).
@@ -917,7 +915,9 @@ def positive(value):
 
 def wavelengths(base, count):
     """(count,) fp32, in tokens per radian."""
-    return base ** (torch.arange(0, 2 * count, 2, dtype=torch.float32) / (2 * count))
+    size = 2 * count
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+    return base**exponents
 
 
 def default_rope(plain, length, rope_theta):
@@ -975,10 +975,11 @@ def yarn_rope(
     low, high = dimension(beta_fast), dimension(beta_slow)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * len(plain) - 1)
+    low = max(low, 0)
+    high = min(high, 2 * len(plain) - 1)
     # beta_fast < beta_slow makes it a ramp down, as in transformers
-    ramp = (torch.arange(len(plain), dtype=torch.float32) - low) / (high - low or 0.001)
-    ramp = ramp.clamp(0, 1)
+    ramp = torch.arange(len(plain), dtype=torch.float32) - low
+    ramp = (ramp / (high - low or 0.001)).clamp(0, 1)
     if attention_factor is None:
         attention_factor = magnitude(1.0)
         if mscale and mscale_all_dim:
@@ -991,7 +992,8 @@ def dynamic_rope(plain, length, rope_theta, factor, max_position_embeddings):
     dim = 2 * len(plain)
     length = torch.tensor(max(length, max_position_embeddings))
     growth = factor * length / max_position_embeddings - (factor - 1)
-    return 1.0 / wavelengths(rope_theta * growth ** (dim / (dim - 2)), len(plain)), 1.0
+    base = rope_theta * growth ** (dim / (dim - 2))
+    return 1.0 / wavelengths(base, len(plain)), 1.0
 
 
 def longrope(
@@ -1024,39 +1026,6 @@ ROPE_TYPES = {
 ROPE_BY_LENGTH = "dynamic", "longrope"
 
 
-def rope_settings(values):
-    """(rope_type and the arguments of its function, faults) of config.json in both dialects:
-    `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-    raw = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(raw, dict):
-        return {}, ["rope_parameters / rope_scaling is not an object"]
-    raw = {"rope_theta": values.get("rope_theta", 10000.0)} | {
-        key: value for key, value in raw.items() if value is not None
-    }
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        types = ", ".join(ROPE_TYPES)
-        return {}, [f"rope type {brief(kind)} is not supported ({types} are)"]
-    original = "original_max_position_embeddings"
-    longest = raw["max_position_embeddings"] = values["max_position_embeddings"]
-    raw[original] = values.get(original, raw.get(original, longest))
-    with suppress(TypeError, ZeroDivisionError):  # reported below
-        if kind in ("yarn", "longrope"):
-            raw.setdefault("factor", longest / raw[original])
-    rope, faults = {"rope_type": kind}, []
-    share = raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if share != 1.0 and kind != "default":  # where transformers does not look at it
-        faults.append(f"partial_rotary_factor is not supported with rope type {kind}")
-    for key, parameter in list(signature(ROPE_TYPES[kind]).parameters.items())[2:]:
-        if key not in raw and parameter.default is not parameter.empty:
-            continue
-        value = rope[key] = raw.get(key)
-        valid = all(map(positive, as_list(value)))
-        if not valid and not isinstance(parameter.default, bool):
-            faults.append(f"rope {key} is {str(value)[:40]!r}, not a positive number")
-    return rope, faults
-
-
 def rope_frequencies(config, length=0):
     """(inv_freq (D/2,) fp32, the factor on cos and sin) for a sequence of this length."""
     rope = dict(config.rope)
@@ -1066,89 +1035,6 @@ def rope_frequencies(config, length=0):
 
 
 # --- checkpoints: read strictly, a tensor at a time -----------------------------------------------
-
-
-def pick_device(name):
-    """torch.device of a device's name; 'auto' is the accelerator that PyTorch was built for (CUDA,
-    MPS, XPU, ...), the CPU if none is there. UserError if it can't be used."""
-    if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with as_user_error(f"device: {name} can't be used here", RuntimeError, AssertionError):
-        torch.zeros(1, device=name).item()
-    return torch.device(name)
-
-
-SHORT = {"bfloat16": "bf16", "float16": "fp16"}  # in the names of a CPU's capabilities
-
-
-def pick_dtype(dtype, stored, device):
-    """The name of the dtype to compute in. 'auto' is the checkpoint's, `stored`, if the device has
-    products in it: on a CPU without (AVX2 alone) float32 is 6 to 80 times faster, on a GPU without
-    bfloat16 (a T4) it is float16. A line on stderr says so."""
-    if dtype != "auto":
-        return dtype
-    device, choice = torch.device(device), stored
-    if device.type == "cpu" and stored in SHORT:
-        capabilities = torch.cpu.get_capabilities().items()
-        if not any(has for name, has in capabilities if SHORT[stored] in name):
-            choice = "float32"
-    if device.type == "cuda" and stored == "bfloat16":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            choice = "float16"
-    if choice != stored:
-        print(f"dtype: no {stored} products on this {device.type}; {choice}", file=sys.stderr)
-    return choice
-
-
-def checkpoint_tensors(folder):
-    """{tensor name: (file, shape, dtype name)} from the headers of a checkpoint, one file or
-    sharded."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.exists():
-        return read_header(single)
-    if not index.exists():
-        hint = ""
-        if list(folder.glob("*.bin")):
-            hint = " (pickle files are never read: convert them to safetensors)"
-        raise UserError(f"{folder}: neither {single.name} nor {index.name} in it{hint}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: no weight_map in it")
-    tensors = {}
-    for file in sorted(set(map(str, weight_map.values()))):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(
-                f"{index}: names {file!r}; a shard is a .safetensors file of the same folder"
-            )
-        if not (folder / file).exists():
-            raise UserError(f"{index}: names {file}, which is not there")
-        for name, entry in read_header(folder / file).items():
-            if weight_map.get(name) == file:
-                tensors[name] = entry
-    if missing := sorted(weight_map.keys() - tensors):
-        raise UserError(
-            f"{index}: {len(missing)} tensors are not in the files it names, first: {missing[0]}"
-        )
-    return tensors
-
-
-def check_names(expected, actual, where):
-    """Raises one UserError for all missing, unexpected and misshapen tensors; expected and actual
-    are {name: shape}."""
-    missing = [name for name in expected if name not in actual]
-    unexpected = [name for name in actual if name not in expected]
-    faults = [f"missing {name}" for name in missing]
-    for n, name in enumerate(missing[:8]):
-        faults[n] += nearest(name, unexpected[:1000])
-    faults += [f"unexpected {name}" for name in unexpected]
-    for name, shape in expected.items():
-        if name in actual and tuple(actual[name]) != tuple(shape):
-            faults.append(f"{name} is {list(actual[name])}, expected {list(shape)}")
-    if faults:
-        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-        shown = "; ".join(faults[:8])
-        raise UserError(f"{where}: {len(faults)} tensor(s) do not fit: {shown}{more}")
 
 
 def open_model(name, revision=None, swap_layers=None):
@@ -1182,13 +1068,14 @@ def open_model(name, revision=None, swap_layers=None):
     if swap_layers:
         swap_layers(model, tensors)
     expected = model.state_dict()
-    shapes = {key: shape for key, (_, shape, _) in tensors.items()}
-    check_names({key: tensor.shape for key, tensor in expected.items()}, shapes, folder)
-    wrong = [
-        f"{key} ({dtype})"
-        for key, (_, _, dtype) in tensors.items()
-        if dtype not in (FLOATS if expected[key].is_floating_point() else ["U8"])
-    ]
+    stored = {key: shape for key, (_, shape, _) in tensors.items()}
+    needed = {key: expected[key].shape for key in expected}
+    check_names(needed, stored, folder)
+    wrong = []
+    for key, (_, _, dtype) in tensors.items():
+        usable = FLOATS if expected[key].is_floating_point() else ["U8"]
+        if dtype not in usable:
+            wrong.append(f"{key} ({dtype})")
     if wrong:
         raise UserError(
             f"{folder}: {len(wrong)} tensors have another dtype than the model needs, first: "
@@ -1222,14 +1109,16 @@ def load_model(
     and one tensor."""
     check_choice("dtype", dtype, ("auto", *DTYPES))
     model, tensors = open_model(name, revision, swap_layers)
-    model.dtype = DTYPES[pick_dtype(dtype, model.config.dtype, device)]
+    dtype = pick_dtype(dtype, model.config.dtype, device)
+    model.dtype = DTYPES[dtype]
     model.attention, notice = choose_attention(
         attn_implementation, model.config, model.dtype, device
     )
     if notice:
         print(notice, file=sys.stderr)
     for key, (file, _, _) in tensors.items():
-        set_tensor(model, key, read_tensor(file, key), device, model.dtype)
+        tensor = read_tensor(file, key)
+        set_tensor(model, key, tensor, device, model.dtype)
     return model
 
 
@@ -1250,7 +1139,8 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, adapter=None,
         for name, tensor in tensors:
             # other names and dtypes belong to 4-bit weights
             plain = tensor.is_floating_point() and name.endswith((".weight", ".bias"))
-            tensor = tensor.detach().to(device="cpu", dtype=dtype if plain else tensor.dtype)
+            stored = dtype if plain else tensor.dtype
+            tensor = tensor.detach().to(device="cpu", dtype=stored)
             if not finite(tensor):
                 raise UserError(
                     f"{folder}: not written, {name} would hold NaN or infinity (in {tensor.dtype})"
@@ -1258,38 +1148,13 @@ def save_model(tensors, folder, source, max_shard_bytes=2 * 10**9, adapter=None,
             yield name, tensor
 
     with atomic_folder(folder) as aside:
-        names, total = [], 0  # of each shard; bytes of all
-        for shard in in_shards(converted(), max_shard_bytes):
-            names.append(list(shard))
-            total += sum(tensor.nbytes for tensor in shard.values())
-            write_tensors(shard, aside / f"shard-{len(names)}")
-        weight_map = {}
-        for n, shard_names in enumerate(names, 1):
-            file = f"model-{n:05d}-of-{len(names):05d}.safetensors"
-            file = file if len(names) > 1 else "model.safetensors"
-            (aside / f"shard-{n}").rename(aside / file)
-            weight_map |= dict.fromkeys(shard_names, file)
-        if len(names) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        write_shards(converted(), aside, max_shard_bytes)
         for name, file in companions(source, adapter).items():
             shutil.copyfile(file, aside / name)
         if changes:
             raw = read_json(aside / "config.json") | changes
-            removed = {key for key, value in changes.items() if value is None}
-            raw = {key: value for key, value in raw.items() if key not in removed}
-            (aside / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
-
-
-def in_shards(tensors, max_bytes):
-    """The (name, tensor) pairs as dicts of up to max_bytes. One dict, filled again and again: the
-    last shard's memory is free before the next one fills."""
-    shard, size = {}, 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_bytes:
-            yield shard
-            shard.clear()
-            size = 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+            for key, value in changes.items():
+                if value is None:
+                    del raw[key]
+            text = json.dumps(raw, indent=2)
+            (aside / "config.json").write_text(text, encoding="utf-8")

@@ -52,8 +52,6 @@ from model import (
     checkpoint_tensors,
     choose_attention,
     open_model,
-    pick_device,
-    pick_dtype,
     save_model,
 )
 from qlora import (
@@ -75,6 +73,7 @@ from support.checkpoints import (
     update_best,
     write_run_config,
 )
+from support.devices import pick_device, pick_dtype
 from support.distributed import (
     agree,
     divide,

@@ -471,8 +471,9 @@ def make_parser(description, shown="(default: %(default)s)", **defaults):
 
 
 def usual_dtype():
-    """bfloat16, or another where the device has no products in it: see `model.pick_dtype`"""
-    code = "from model import *; print(pick_dtype('auto', 'bfloat16', pick_device('auto')))"
+    """bfloat16, or another where the device has no products in it: see support/devices.py"""
+    code = "from support.devices import *; device = pick_device('auto'); "
+    code += "print(pick_dtype('auto', 'bfloat16', device))"
     command = [sys.executable, "-c", code]
     return subprocess.check_output(command, cwd=HERE.parents[1], text=True).strip()
 

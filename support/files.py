@@ -5,6 +5,7 @@ and leaves no file behind; `filelock` locks a file of its own, which stays.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -230,3 +231,28 @@ def new_folder(path):
         if not is_free(path):
             raise taken
         yield path
+
+
+def new_file(path):
+    """UserError unless --output is a new file. Its folder is made, before the work begins."""
+    if not path or Path(path).exists():
+        fault = "exists already" if path else "is needed"
+        raise UserError(f"--output {path}: {fault}; name a new one")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_rows(path, rows, summary):
+    """Writes rows as JSON lines and says so."""
+    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{path}: {summary}")
+
+
+def hash_weights(folder):
+    """SHA-256 of the content of a folder's weights and configs: sizes and times may be equal where
+    weights are not."""
+    digest = hashlib.sha256()
+    for pattern in ("*.safetensors", "*config.json"):
+        for path in sorted(folder.glob(pattern)):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -224,3 +224,27 @@ def push(run, flags=HubConfig()):
         pushed[name] = {"commit": ask(f"push to {name}", commit).oid, "files": files}
         write_text(record, json.dumps(pushed, indent=2))
         print(f"pushed {folder}/ to {name}", flush=True)
+
+
+def adapter_in(folder):
+    """The adapter that a folder is, or holds as a run does; else None."""
+    for adapter in (folder, folder / "adapter"):
+        if (adapter / "adapter_config.json").exists():
+            return adapter
+
+
+def find_adapter(name) -> Path:
+    """The folder of an adapter: itself, a run folder's adapter/, or a hub id, downloaded."""
+    folder = Path(name).expanduser()
+    folder = folder if folder.is_dir() else resolve(name, kind="adapter")
+    adapter = adapter_in(folder)
+    if not adapter:
+        raise UserError(
+            f"{folder}: not an adapter in PEFT's layout: no adapter_config.json in it"
+        )
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise UserError(
+            f"{adapter}: no adapter_model.safetensors; adapter_model.bin is a pickle and never "
+            "read: if you trust it, load it in PEFT and save it again"
+        )
+    return adapter

@@ -18,6 +18,13 @@ UNSCORED = {"weight": 0, "loss_weight": 0, "train": 0, "training": 0, "loss": 0}
 UNSCORED |= {"mask": 1, "masked": 1}
 
 
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a message
+
+
+def as_turn(role, content):
+    return [{"role": role, "content": content}]
+
+
 def join_texts(content):
     """A list of text parts as one string; anything else as it is."""
     with suppress(AttributeError, TypeError, LookupError):
@@ -84,3 +91,10 @@ def messages_of(row, key):
                 m["weight"] = 0
         messages.append(m)
     return messages
+
+
+def thought_of(m):
+    """A message's thought, or "": where templates look for it."""
+    written, end, _ = (m["content"] or "").partition("</think>")
+    thought = next((m[key] for key in THOUGHTS if m.get(key)), written if end else "")
+    return str(thought).rpartition("<think>")[2].strip()

@@ -12,6 +12,8 @@ import re
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 from support.errors import UserError, as_user_error, brief, nearest
 from support.files import regular_file, unique_keys
 from support.hub import hub_files
@@ -244,6 +246,17 @@ def stream_rows(sources):
                 yield where, row, number
         if where is None:
             raise UserError(f"{name}: no rows in it")
+
+
+def sample_rows(sources, count, seed):
+    """(rows of `stream_rows`, how many are left out): `count` drawn by `seed`, in their order; all
+    if it is None."""
+    rows = stream_rows(sources)
+    if count is None:
+        return rows, 0
+    total = sum(1 for _ in stream_rows(sources))
+    sample = set(np.random.default_rng(seed).permutation(total)[:count].tolist())
+    return (row for n, row in enumerate(rows) if n in sample), total - len(sample)
 
 
 def read_rows(source):

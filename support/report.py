@@ -3,9 +3,12 @@
 import json
 import math
 import re
+from collections import defaultdict
 from statistics import fmean
 
 import numpy as np
+
+from support.files import write_text
 
 
 def aligned_columns(*rows):
@@ -14,7 +17,8 @@ def aligned_columns(*rows):
     lines = []
     for first, *others in rows:
         cells = [first.ljust(widths[0])]
-        cells += [word.rjust(width) for word, width in zip(others, widths[1:])]
+        for word, width in zip(others, widths[1:]):
+            cells.append(word.rjust(width))
         lines.append("  ".join(cells))
     return "\n".join(lines)
 
@@ -40,8 +44,12 @@ def show_answers(before, after, num_samples):
     gold = [n for n, row in enumerate(after) if row["gold"]]
     if not gold:
         return {}
-    was = fmean(before[n]["answer"] == before[n]["gold"] for n in gold)
-    now = fmean(after[n]["answer"] == after[n]["gold"] for n in gold)
+
+    def share_right(rows):
+        return fmean(rows[n]["answer"] == rows[n]["gold"] for n in gold)
+
+    was = share_right(before)
+    now = share_right(after)
     chance = fmean(1 / len(after[n]["choices"]) for n in gold)
     print(
         f"\nanswers right on {len(gold)} evaluation questions: {was:.1%} before, {now:.1%} after "
@@ -50,14 +58,83 @@ def show_answers(before, after, num_samples):
     return {"eval_answers_before": was, "eval_answers": now}
 
 
-FEWEST = 20  # rows: of fewer a standard error or an interval says little
+# --- data: what became of the rows (a Ledger), and their lengths ----------------------------------
+
+
+def drop_reasons(ledger):
+    return "".join(
+        f"; {why}: {reason['rows']:,}, as {reason['where'][0]}"
+        for why, reason in ledger.reasons.items()
+    )
+
+
+def ledger_text(ledger):
+    """Rows and tokens in a few lines."""
+    text = f"{ledger.rows:,} rows: {ledger.examples:,} examples"
+    if ledger.rows_truncated:
+        text += f", {ledger.rows_truncated:,} cut to max_length"
+    if ledger.rows_dropped:
+        text += f", {ledger.rows_dropped:,} dropped{drop_reasons(ledger)}"
+    if ledger.rows_not_sampled:
+        text += f", {ledger.rows_not_sampled:,} not sampled"
+    seen = ledger.rows - ledger.rows_not_sampled
+    if ledger.rationales is not None and ledger.rationales < seen:
+        text += f"\nrationales in {ledger.rationales:,} of {seen:,} rows: no chain of thought"
+        text += " in the others"
+    for note, count in ledger.notes.items():
+        text += f"\n{count:,} {note}"
+    if len(ledger.sources) > 1:
+        shares = [
+            f"{s['share']:.1%} from {s['name']} ({s['examples']:,})" for s in ledger.sources
+        ]
+        text += f"\nof the rows seen {' · '.join(shares)}"
+    counts = []
+    for name in ("scored", "masked", "truncated", "dropped"):
+        if count := getattr(ledger, name):
+            counts.append(f"{count:,} {name} ({count / ledger.tokens:.1%})")
+    return f"{text}\n{ledger.tokens:,} tokens: {' · '.join(counts)}"
+
+
+def print_lengths(unit, rows):
+    """rows: {name: lengths}."""
+    percents = [50, 90, 95, 99, 100]
+    names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
+    print(unit.ljust(12), *(f"{name:>8}" for name in names))
+    for name, values in rows.items():
+        row = [min(values), np.mean(values), max(values)]
+        row += [*np.percentile(values, percents)]
+        cells = [f"{value:8.1f}".replace(".0", "  ") for value in row]
+        print(name.ljust(12), *cells)
+
+
+def plot_lengths(unit, lengths, file):
+    """A histogram of one or two lists of lengths: of the training and the evaluation rows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"{unit} of an example", ylabel="examples")
+    labels = ["data", "eval_data"]
+    axes.hist(lengths, bins=60, label=labels[: len(lengths)])
+    axes.legend()
+    figure.savefig(file, dpi=130)
+
 
 # --- evaluations: results are {model: {set: summary}}, comparisons those of eval.compare_all ------
+
+FEWEST = 20  # rows: of fewer a standard error or an interval says little
 
 
 def metrics_of(summary):
     """The names of the metrics in a set's summary."""
     return [name for name in summary if not re.search(r"^n$|_n$|_stderr$", name)]
+
+
+# the first of these that a set has represents it
+MAIN = "acc_norm", "acc", "exact_match_flexible", "accuracy", "exact_match", "bits_per_byte"
+
+
+def main_metric(metrics):
+    return next((name for name in MAIN if name in metrics), None)
 
 
 def spread(summary, name):
@@ -75,10 +152,12 @@ def results_table(results):
         return f"{summary.get(name, math.nan):.4f}{error}"
 
     rows = []
-    for task, summary in next(iter(results.values())).items():
+    first, *_ = results.values()
+    for task, summary in first.items():
         for name in metrics_of(summary):
             cells = [cell(sets[task], name) for sets in results.values()]
-            rows.append([task, name, summary.get(f"{name}_n", summary["n"]), *cells])
+            count = summary.get(f"{name}_n", summary["n"])
+            rows.append([task, name, count, *cells])
     return markdown_table(["set", "metric", "n", *results], *rows)
 
 
@@ -94,8 +173,10 @@ VERDICTS = {
 def headlines(results, comparisons):
     """Of every two models: what each metric did, and whether the average hides what fell."""
     lines = []
-    for a, b in dict.fromkeys((c["a"], c["b"]) for c in comparisons):
-        pair = [c for c in comparisons if (c["a"], c["b"]) == (a, b)]
+    of_pair = defaultdict(list)
+    for c in comparisons:
+        of_pair[c["a"], c["b"]].append(c)
+    for (a, b), pair in of_pair.items():
         names = {words: [] for words in VERDICTS.values()}
         for task, summary in results[a].items():
             verdicts = {c["metric"]: c["verdict"] for c in pair if c["task"] == task}
@@ -105,7 +186,8 @@ def headlines(results, comparisons):
         parts = [f"{words}: {', '.join(names[words])}" for words in names if names[words]]
         line = f"{a} → {b}: {'; '.join(parts)}."
         mains = [c for c in pair if c["main"] and c["n"] >= FEWEST]
-        points = [100 * c["delta"] for c in mains if c["metric"] != "bits_per_byte"]
+        scores = [c for c in mains if c["metric"] != "bits_per_byte"]
+        points = [100 * c["delta"] for c in scores]
         if points:
             average = fmean(points)
             line += f" {average:+.2f} points on average of {len(points)} sets' main metrics."
@@ -123,7 +205,8 @@ def comparison_report(results, comparisons, samples):
         interval = "" if c["low"] is None else f"{c['low']:+.4f} to {c['high']:+.4f}"
         p = f"{c['mcnemar_p']:.3g}" if "mcnemar_p" in c else ""
         names = c["a"], c["b"], c["task"], c["metric"], c["n"]
-        rows.append([*names, f"{c['delta']:+.4f}", interval, p, c["verdict"]])
+        difference = f"{c['delta']:+.4f}"
+        rows.append([*names, difference, interval, p, c["verdict"]])
     paragraphs = [
         "# Evaluation",
         results_table(results),
@@ -133,7 +216,8 @@ def comparison_report(results, comparisons, samples):
         "is no more than noise.",
         markdown_table(head, *rows),
     ]
-    for task, own in next(iter(samples.values())).items():
+    first, *_ = samples.values()
+    for task, own in first.items():
         for n, row in enumerate(own[:20]):
             if "output" not in row:
                 continue
@@ -145,22 +229,28 @@ def comparison_report(results, comparisons, samples):
     return "\n\n".join(paragraphs) + "\n"
 
 
-def plot_comparison(results, mains, comparisons, file):
-    """Bars of each set's main metric, mains[set], by model; below, the paired differences with
+def plot_comparison(results, comparisons, file):
+    """Bars of each set's main metric, by model; below, the paired differences with
     their intervals."""
     from matplotlib.figure import Figure
 
-    mains = {task: metric for task, metric in mains.items() if metric}
+    mains, (sets, *_) = {}, results.values()
+    for task, summary in sets.items():
+        if metric := main_metric(summary):
+            mains[task] = metric
     comparisons = [c for c in comparisons if c["main"]][::-1]
     height = 0.25 * len(comparisons)
-    figure = Figure(figsize=(max(7, 3 + 1.3 * len(mains)), 4 + height), layout="constrained")
+    width = max(7, 3 + 1.3 * len(mains))
+    figure = Figure(figsize=(width, 4 + height), layout="constrained")
     bars, intervals = figure.subplots(2, height_ratios=(4, 1 + height))
     width = 0.8 / len(results)
     for n, (name, sets) in enumerate(results.items()):
         offset = (n - (len(results) - 1) / 2) * width
         x = np.arange(len(mains)) + offset
-        values = [sets[task][metric] for task, metric in mains.items()]
-        errors = [spread(sets[task], metric) or 0 for task, metric in mains.items()]
+        values, errors = [], []
+        for task, metric in mains.items():
+            values.append(sets[task][metric])
+            errors.append(spread(sets[task], metric) or 0)
         bars.bar(x, values, width, yerr=errors, label=name, capsize=2)
     labels = [f"{task}\n{metric}" for task, metric in mains.items()]
     bars.set_xticks(range(len(mains)), labels, fontsize=8)
@@ -170,7 +260,8 @@ def plot_comparison(results, mains, comparisons, file):
         colour = colours.get(c["verdict"], "lightgray")
         intervals.plot(c["delta"], n, "o", color=colour)
         if c["low"] is not None:
-            intervals.plot([c["low"], c["high"]], [n, n], color=colour)
+            ends = c["low"], c["high"]
+            intervals.plot(ends, [n, n], color=colour)
     labels = [f"{c['a']} → {c['b']}, {c['task']}" for c in comparisons]
     intervals.set_yticks(range(len(comparisons)), labels, fontsize=8)
     intervals.margins(y=0.3)
@@ -178,3 +269,12 @@ def plot_comparison(results, mains, comparisons, file):
     intervals.axvline(0, color="black", linewidth=0.8)
     intervals.set_visible(bool(comparisons))
     figure.savefig(file, dpi=130)
+
+
+def write_comparison(folder, results, comparisons, samples, failed):
+    """results.json, report.md and results.png; prints the table and the sentences."""
+    content = {"models": results, "pairs": comparisons, "failed": failed}
+    write_text(folder / "results.json", json.dumps(content, indent=2))
+    write_text(folder / "report.md", comparison_report(results, comparisons, samples))
+    plot_comparison(results, comparisons, folder / "results.png")
+    print(results_table(results), *headlines(results, comparisons), sep="\n")

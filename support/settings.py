@@ -11,9 +11,11 @@ import re
 import sys
 import types
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib.metadata import version
 from inspect import formatannotation, getsource
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import yaml
@@ -323,3 +325,45 @@ def run_subcommand(commands, description, argv):
     raise UserError(
         f"unknown command {name!r}{nearest(name, commands)}; one of {names} is needed"
     )
+
+
+def by_name(sources, flag):
+    """[NAME=]SOURCE ... -> {name: source}; a source without a name is named after itself."""
+    named = {}
+    for source in sources:
+        name, source = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", source, re.S).groups()
+        if not source.strip():
+            raise UserError(f"--{flag}: {source!r} is empty; give a path, or NAME=PATH")
+        if not name:
+            path = Path(source)
+            name = re.sub(r"[^\w.-]", "_", path.name if flag == "model" else path.stem)
+        if name in named:
+            raise UserError(f"--{flag}: two are named {name}; give names: NAME={source}")
+        named[name] = source
+    return named
+
+
+def pick_fields(kind, values, file):
+    """A dataclass `kind` from those of its fields that a run's settings have; else its defaults."""
+    with as_user_error(f"{file}: not the settings of a run", ValueError, TypeError):
+        settings = {}
+        for f in fields(kind):
+            settings[f.name] = convert(values.get(f.name, f.default), f.type)
+        return kind(**settings)
+
+
+def check_choice(key, value, choices):
+    if value not in choices:
+        raise UserError(
+            f"{key}: {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}"
+        )
+
+
+def from_json(value, kind):
+    """A JSON value as a dataclass field's type; None if it has another one."""
+    if get_origin(kind) is list and isinstance(value, (int, str)):
+        value = [value]
+    with suppress(ValueError, TypeError, RecursionError):
+        converted = convert(value, kind)
+        if converted == value:  # "8" is no number here
+            return converted

@@ -4,10 +4,24 @@
 """
 
 import re
+from typing import NamedTuple
 
-from support.errors import brief, nearest
+from support.errors import UserError, brief, nearest
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 PATTERNS = "rank_pattern", "alpha_pattern"
+
+
+class Modules(NamedTuple):
+    """A model's modules, as paths in the checkpoint."""
+
+    paths: list  # all of them, a tied head too
+    linear: list  # those that can be adapted
+    norms: list
+    quantized: list  # those whose weight is no parameter
+    is_tied: bool  # embedding and head are one tensor
+    num_layers: int
+    vocab_size: int
 
 
 def is_regex(names):
@@ -117,3 +131,87 @@ def resembling(name, options):
     name = name.rpartition(".")[2]
     close = [option for option in options if letters(name) in letters(option)]
     return nearest(name, close or options) or f" (there are: {', '.join(options)})"
+
+
+def resolve_targets(config, modules, faults, strict=True):
+    """(paths of the layers to adapt, notices), see lora.add_lora. `config` becomes the resolved
+    form: no all-linear, norms in modules_to_save. UserError: all faults, those given first.
+
+    modules_to_save wins over a target; a targeted norm moves there; a tied head and embedding are
+    there together or not at all.
+    """
+    paths, linear, norms = modules[:3]
+    if [target.lower() for target in config.target_modules] == ["all-linear"]:
+        config.target_modules = sorted({path.split(".")[-1] for path in linear} - {HEAD})
+    stop_at(setting_faults(config) + faults)
+    saved = whole_modules(paths, config.modules_to_save)
+    selected = [path for path in paths if is_selected(path, config, saved)]
+    hits = {}
+    for target in config.target_modules:
+        hits[target] = [path for path in paths if matches(path, [target])]
+    adapted = [p for p in linear if p in selected and matches(p, config.target_modules)]
+    ends = [*linear, *norms, EMBEDDING, HEAD]
+    unmatched = unmatched_names(config, hits, paths, adapted, ends, modules.num_layers)
+    ignored = []
+    if not strict:
+        unmatched, ignored = [], unmatched[:8]
+    faults = unmatched + layer_faults(config, hits, modules, adapted, saved)
+    tokens, size = config.trainable_token_indices, modules.vocab_size
+    if len({*tokens} & {*range(size)}) < len(tokens):
+        faults.append(f"trainable_token_indices: not different ids from 0 to {size - 1}")
+    if tokens and {EMBEDDING, HEAD} & {*saved, *adapted}:
+        faults.append("trainable_token_indices: embedding or head is trained already")
+    if not (faults or adapted or (saved or tokens) and not strict):
+        faults = ["target_modules: no linear layer is left to adapt"]
+    stop_at(faults)
+    notices = train_norms_whole(config, hits, paths, norms, selected)
+    if modules.is_tied and whole_modules([EMBEDDING, HEAD], config.modules_to_save):
+        config.modules_to_save = [*config.modules_to_save, "embed_tokens", HEAD]
+        notices.append(
+            "modules_to_save: embed_tokens and lm_head are one tied tensor: both train"
+        )
+    config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    return adapted, notices + ignored
+
+
+def stop_at(faults):
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def layer_faults(config, hits, modules, adapted, saved):
+    """What these layers can't do."""
+    faults, layers = [], modules.linear + modules.norms
+    for paths in hits.values():
+        others = [path for path in paths if path not in layers and not within(path, saved)]
+        if others:
+            faults.append(
+                f"target_modules: LoRA has no form for {others[0]}; modules_to_save trains it whole"
+            )
+    quantized = modules.quantized
+    if frozen := whole_modules(quantized, config.modules_to_save):
+        faults.append(
+            f"modules_to_save: {frozen[0]} is held in 4 bit, which can't be trained; "
+            "give it as a target"
+        )
+    if config.init_lora_weights == "loftq" and not set(adapted) <= set(quantized):
+        faults.append("init_lora_weights: loftq corrects 4-bit weights; give --load_in_4bit too")
+    return faults
+
+
+def train_norms_whole(config, hits, all_paths, norms, selected):
+    """Moves targeted norms to modules_to_save, by the target's name if that means no other module.
+
+    Returns notices.
+    """
+    notices = []
+    for target, paths in hits.items():
+        targeted = [path for path in paths if path in norms and path in selected]
+        if targeted:
+            same = whole_modules(all_paths, [target]) == targeted
+            config.modules_to_save = config.modules_to_save + ([target] if same else targeted)
+            notices.append(
+                f"target_modules: {target} has no low-rank form, so it is trained whole"
+            )
+    config.target_modules = [target for target, paths in hits.items() if set(paths) - set(norms)]
+    return notices

@@ -960,7 +960,7 @@ def test_every_turn_is_trained_as_it_is_asked_for(tmp_path):
     (kept, kept_rows), (held, held_rows) = split_holdout(examples, rows, 2, seed=3)
     prompts = [{row.get("prompt", row.get("messages"))[0]["content"] for row in side}
                for side in (kept_rows, held_rows)]  # fmt: skip
-    numbers = [set(side.entries["row"][side.at].tolist()) for side in (kept, held)]
+    numbers = [set(side.cache.entries["row"][side.at].tolist()) for side in (kept, held)]
     assert not numbers[0] & numbers[1] and len(numbers[1]) == 2 and prompts
     for options in ({"assistant_only_loss": False}, {"completion_only_loss": True}):
         with pytest.raises(UserError, match="every_turn scores each answer"):
@@ -1423,7 +1423,7 @@ def test_a_second_start_renders_nothing(chatml, tmp_path, monkeypatch):
     monkeypatch.setenv("PLAINTUNE_CACHE", str(tmp_path / "cache"))
 
     def folder(*args, **options):
-        return load_examples(*args, **options)[0].folder
+        return load_examples(*args, **options)[0].cache.folder
 
     other = Tokenizer(write_tokenizer(tmp_path / "other", THINK))
     cut, drawn = {"max_length": 9}, {"max_samples": 5, "seed": 7}
@@ -1452,7 +1452,8 @@ def test_a_date_in_the_template_is_part_of_the_key(tmp_path):
             load_examples(tmp_path / "rows.jsonl", Tokenizer(folder, datetime(2026, 1, day)))[0]
             for day in (1, 2)
         )
-        assert (one.folder == two.folder) == same == ((one[0][0].ids == two[0][0].ids).all())
+        one_folder, two_folder = one.cache.folder, two.cache.folder
+        assert (one_folder == two_folder) == same == ((one[0][0].ids == two[0][0].ids).all())
 
 
 # --- recipes --------------------------------------------------------------------------------------
