@@ -342,9 +342,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
         update_best({}, metrics, 0, config)  # refuses an unknown metric_for_best_model now
         log.write({"step": 0, "epoch": 0.0, **metrics})
     model.train()
-    gradient = partial(
-        sum_gradients, model, parameters, loss_fn=loss_fn, config=config, scale=scaler.scale
-    )
+    gradient = partial(sum_gradients, model, parameters, config=config, scale=scaler.scale)
     bar = tqdm(total=len(steps), initial=state.step, unit="step", leave=False, disable=None)
     with stop_signals() as signals, keep_freed_memory(), bar:
         while True:
@@ -357,7 +355,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
                 clock.enter("forward and backward")
                 step, examples = state.step + 1, steps[state.step]
                 count = sum(map(steps.count, examples))
-                loss, sums = gradient(examples, count, seed=[config.seed, step])
+                step_loss = steps.prepare(loss_fn, examples)
+                loss, sums = gradient(examples, count, step_loss, seed=[config.seed, step])
 
             clock.enter("optimizer")
             scaler.unscale_(optimizer)
@@ -649,6 +648,11 @@ class Plan:
         examples, order = self.epoch(epoch)
         return examples, order[n * self.batch_size : (n + 1) * self.batch_size]
 
+    def prepare(self, loss_fn, examples):
+        """The loss_fn of a step, or evaluation set, of these examples, for a loss that depends on
+        all of them, whatever micro-batch it is of; before_training may put another in its place."""
+        return loss_fn
+
     def place(self, step):
         """Where a run is after `step` steps."""
         return {"step": step, "epoch": round(step / self.steps_per_epoch, 4)}
@@ -915,9 +919,12 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     on_first(write_run_config, config, began, report)
 
     # 4. training, between two rounds of answers
-    forced = [*filter(None, map(partial(ask_choice, tokenizer), eval_examples, choices))]
-    asked = count_questions(steps, eval_examples, config)
-    rows = eval_examples[:asked], choices[:asked]
+    # an answer of sequence 1 is one to avoid (KTO): not what a question asks for
+    right = [n for n, example in enumerate(eval_examples) if not example[:2][-1].sequence]
+    rows = [eval_examples[n] for n in right], [choices[n] for n in right]
+    forced = [*filter(None, map(partial(ask_choice, tokenizer), *rows))]
+    asked = count_questions(steps, right, config)
+    rows = [column[:asked] for column in rows]
 
     def ask():
         clock.enter("answers")
@@ -925,7 +932,8 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
 
     def evaluate():
-        losses = evaluate_loss(model, eval_examples, loss_fn, config, count)
+        step_loss = steps.prepare(loss_fn, eval_examples)
+        losses = evaluate_loss(model, eval_examples, step_loss, config, count)
         return losses | choice_metrics(model, forced)
 
     before = ask()
