@@ -175,6 +175,8 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
+    selective_checkpointing: bool = False  # recompute their MLPs alone: less slow, 0.6 of it
+    activation_offloading: bool = False  # on a GPU: activations wait for backward in CPU memory
     sharding: str = "no"  # with torchrun: base divides the frozen weights among the processes
     cpu_offload: bool = False  # of sharding: its weights wait in CPU memory
     micro_batch_tokens: int = (
@@ -275,6 +277,11 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
         with as_user_error("lr_scheduler_kwargs", TypeError, KeyError, ZeroDivisionError):
             timing = Timing(1, 0, 2, self.learning_rate)
             SCHEDULES[self.lr_scheduler_type](timing, **self.lr_scheduler_kwargs)
+        savings = [name for name in SAVINGS if getattr(self, name)]
+        if self.gradient_checkpointing and len(savings) > 1:
+            raise UserError(f"{savings[1]}: gradient_checkpointing leaves it nothing; give one")
+        if self.activation_offloading and self.sharding == "base":
+            raise UserError("activation_offloading: is for whole weights; leave sharding out")
         if self.adapter and not self.lora_r:
             raise UserError(
                 "lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)"
@@ -1031,6 +1038,8 @@ def load_to_train(config, source, steps, device, dtype):
     )
     for notice in attach_adapter(model, config):
         print(notice)
+    if config.activation_offloading and device.type != "cuda":
+        print("activation_offloading: without a GPU activations stay where they are")
     if config.neftune_noise_alpha:
         add_embedding_noise(model, config.neftune_noise_alpha)
     trained, total = count_parameters(model)
@@ -1046,9 +1055,14 @@ def load_to_train(config, source, steps, device, dtype):
     return model
 
 
+# how activations take less memory: settings, and attributes of a model
+SAVINGS = "gradient_checkpointing", "selective_checkpointing", "activation_offloading"
+
+
 def attach_adapter(model, config):
     """Makes a model, which may be on `meta`, the one that trains; returns notices for the user."""
-    model.gradient_checkpointing = config.gradient_checkpointing
+    for name in SAVINGS:
+        setattr(model, name, getattr(config, name))
     if not config.adapter:
         return add_lora(model, config, config.seed)
     tied = model.config.tie_word_embeddings
