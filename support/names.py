@@ -73,6 +73,9 @@ target_modules all -> = all-linear
 lora_target_linear true -> target_modules all-linear
 use_peft false -> lora_r 0
 use_peft true ->
+stage|rl kto -> loss_type kto
+rl ipo|orpo|simpo -> loss_type *
+rl dpo ->
 finetuning_type full -> lora_r 0
 finetuning_type lora ->
 adapter lora ->
@@ -165,7 +168,9 @@ REFUSALS = {
         dataset_config dataset_train_split=train dataset_test_split=test dataset_dir=data datasets
         cv_weight arxiv_weight interleave_probs""",
     "--recipe reads a data set's own columns": "dataset_text_field=text dataset_kwargs",
-    "a set is read whole; --max_samples draws from it": "dataset_streaming streaming",
+    "a set is read whole, onto disk; --max_samples draws from it": """
+        dataset_streaming streaming buffer_size""",
+    "README.md's `Where to change what` has a teacher's loss": "teacher_model_name_or_path",
     "--init_lora_weights names a start": """
         loftq_config eva_config corda_config lora_ga_config velora_config layer_replication""",
     "steps are counted: --logging_steps, --eval_steps, --save_steps": """
