@@ -36,7 +36,7 @@ from tqdm import tqdm
 from model import IGNORE, Segment
 from support import report
 from support.cache import Cache, cache_folder, read_ledger, write_cache
-from support.errors import UserError, as_user_error, nearest, run_command, sanitize
+from support.errors import UserError, as_user_error, brief, nearest, run_command, sanitize
 from support.files import new_file, write_rows
 from support.hub import resolve
 from support.messages import as_turn, messages_of, thought_of
@@ -234,6 +234,32 @@ def split_turns(row, chat):
     return [] if rows and rows[0]["completion"] is messages[-1] else rows
 
 
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def unpair(row, chat):
+    """A row -> rows of prompt, completion and label (true: desirable): its own, or one for each
+    side of a pair, as TRL's unpair_preference_dataset. UserError: there is no label."""
+    rest = {key: row[key] for key in KEPT if key in row}
+    if {"chosen", "rejected"} <= row.keys():
+        prompt, answers = split_row(row, chat, preference=True)
+        labels = True, False
+        if not prompt:
+            return [row]  # which is dropped
+    else:
+        prompt, answers = split_row(row, chat, preference="unpaired")
+        labels = [LABELS.get(str(row.get("label")).lower())]
+        if labels == [None]:
+            fault = f"'label' must be true or false, found {brief(row.get('label'))}"
+            raise UserError(f"{fault}; or give chosen and rejected")
+        if prompt == []:  # a conversation: its last turn is the answer
+            prompt, answers = answers[0][:-1], [answers[0][-1:]]
+    rows = []
+    for answer, label in zip(answers, labels):
+        rows.append(rest | {"prompt": prompt, "completion": answer, "label": label})
+    return rows
+
+
 def to_pieces(
     row,
     tokenizer,
@@ -243,7 +269,8 @@ def to_pieces(
     reasoning="last",
 ):
     """A row -> (its sides, notes for the ledger). Each side is [(text or ids, scored), ...]: one,
-    or prompt, chosen and rejected if `preference`; or the reason why it is dropped (str).
+    or prompt, chosen and rejected if `preference`, prompt and answer if that is "unpaired"; or the
+    reason why it is dropped (str).
 
     Scored are, in TRL's names, every assistant turn of a conversation (`assistant_only_loss`, here
     the default) or its last alone (`completion_only_loss` true), a completion without its prompt
@@ -252,10 +279,10 @@ def to_pieces(
     """
     prompt, answers = split_row(row, tokenizer.has_template, preference)
     notes = [f"rows whose {key!r} is not read" for key in unread_keys(row, preference)]
-    if preference and answers[0] == answers[1]:
+    if preference and answers[:1] == answers[1:]:
         return "chosen and rejected are the same", notes
     if preference and not prompt:
-        return "chosen and rejected share no prompt", notes
+        return "chosen and rejected share no prompt" if answers[1:] else "no prompt", notes
     if not preference:
         del answers[1:]
     score_prompt = completion_only_loss is False and not preference
@@ -538,12 +565,12 @@ def fit(ids, scored, room, special):
 
 
 def share_prompt(sides):
-    """Moves the unscored tokens that both answers of an encoded pair begin with to the prompt."""
+    """Moves the unscored tokens that all answers of an encoded row begin with to the prompt."""
     prompt, *answers = sides
     if not answers:
         return sides
     keys = []
-    for n, (ids, scored) in enumerate(answers, 1):
+    for n, (ids, scored) in enumerate((answers[0], answers[-1]), 1):
         # a scored token becomes a number that the other answer does not have
         keys.append(np.where(scored, -n, ids).tolist())
     same = common_length(*keys)
@@ -571,14 +598,20 @@ def truncate(sides, tokenizer, max_length=None):
     return [first, *rest]
 
 
+UNPAIRED = [True, True, False], [True, False, True]  # prompt, desirable, undesirable
+
+
 def to_segments(parts, weight):
-    """An example's parts -> its Segments: one, or a prompt and what continues it."""
-    segments = []
+    """An example's parts -> its Segments: one, or a prompt and what continues it. Where one of a
+    pair's answers is empty, the prompt counts for two sequences all the same."""
+    segments, filled = [], [len(part) > 0 for part in parts]
     for n, part in enumerate(parts):
+        if not filled[n]:
+            continue
         masked = part < 0
         ids = np.where(masked, ~part, part)
         labels = np.where(masked, np.int32(IGNORE), part)
-        prefix, sequence = (0, n - 1) if n else (-1, 0)
+        prefix, sequence = (0, n - 1) if n else (-1, int(filled in UNPAIRED))
         segments.append(Segment(ids, labels, prefix, sequence, weight))
     return segments
 
@@ -592,7 +625,7 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
         with as_user_error(where, UserError):
             row = make(row) if make else row
             if isinstance(row, str):
-                prepared.append((row, 1.0, []))
+                prepared.append((row, 1.0, [], None))
                 continue
             weight = weight_of(row)
             sides, notes = to_pieces(row, tokenizer, **options)
@@ -600,10 +633,11 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
                 sides = "weight 0"
             if not isinstance(sides, str):
                 check_texts(sides)
-        prepared.append((sides, weight, notes))
+        label = row.get("label") if options.get("preference") == "unpaired" else None
+        prepared.append((sides, weight, notes, label))
     kept = [sides for sides, *_ in prepared if not isinstance(sides, str)]
     encoded = tokenizer.encode_sides(kept)
-    for sides, weight, notes in prepared:
+    for sides, weight, notes, label in prepared:
         if isinstance(sides, str):
             yield sides, weight, notes, 0, 0
             continue
@@ -611,7 +645,10 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
         tokens = sum(len(ids) for ids, _ in sides)
         scored = sum(int(flags.sum()) for _, flags in sides)
         scored -= int(sides[0][1][:1].sum())  # nothing predicts a first token
-        yield truncate(sides, tokenizer, max_length), weight, notes, tokens, scored
+        parts = truncate(sides, tokenizer, max_length)
+        if label is not None and not isinstance(parts, str):
+            parts.insert(2 if label else 1, parts[0][:0])
+        yield parts, weight, notes, tokens, scored
 
 
 def render_row(row, tokenizer, max_length=None, where="row", **options):
@@ -768,7 +805,7 @@ def count_examples(rows, ledger, tokenizer, **options):
 
 def number_rows(rows, tokenizer, make, options):
     """(where, row, source) -> yields these and the row's number; with `reasoning` every_turn a row
-    for each turn of a conversation."""
+    for each turn of a conversation, with `preference` unpaired one for each answer."""
     by_turns = options.get("reasoning") == "every_turn" and not options.get("preference")
     scores_more = not options.get("assistant_only_loss", True)
     if by_turns and (scores_more or options.get("completion_only_loss") is not None):
@@ -782,6 +819,8 @@ def number_rows(rows, tokenizer, make, options):
             made = make(row) if by_turns else ""
             if not isinstance(made, str):
                 parts = split_turns(made, tokenizer.has_template)
+            if options.get("preference") == "unpaired":
+                parts = unpair(row, tokenizer.has_template)
         for part in parts or [row]:
             yield where, part, source, number
 
@@ -797,8 +836,8 @@ def load_examples(
     make, draws = use_recipe(recipe, recipe_args, seed)
     needs_seed = draws or max_samples is not None
     settings = max_samples, recipe, recipe_args, options, needs_seed and seed, tokenizer.date
-    code = map(getfile, (Examples, stream_rows, messages_of, split_row, CheckpointTokenizer))
-    files = [*code, *tokenizer.files.values()]
+    code = (Cache, Examples, stream_rows, messages_of, split_row, CheckpointTokenizer)
+    files = [*map(getfile, code), *tokenizer.files.values()]
     for *_, paths in sources:
         files += paths
     folder = cache_folder(settings, files)

@@ -9,7 +9,8 @@ packing), for the runs of a sweep and for a resume.
 
 A pair is one prompt with two continuations (see model.py): the prompt is computed once. A step's
 loss is the mean over its pairs, also where TRL's is a mean over a batch's tokens (sft): there it
-equals TRL's with per_device_train_batch_size 1.
+equals TRL's with per_device_train_batch_size 1. KTO takes answers without a counterpart, and
+averages its estimate of the KL over the step, where TRL does over the batch of a forward pass.
 
 DPO: Rafailov et al. 2023, arXiv:2305.18290. Names and definitions are those of TRL's DPOConfig,
 unless stated otherwise.
@@ -44,10 +45,12 @@ from model import CHUNK, IGNORE, Batch, checkpoint_tensors, token_logps
 from qlora import load_4bit
 from sft import (
     SFTConfig,
+    accumulate,
     read_config,
     shares_of,
     split_by_tokens,
     token_budget,
+    weightless,
 )
 from support.checkpoints import sample_weights
 from support.distributed import (
@@ -56,6 +59,7 @@ from support.distributed import (
     join_ranks,
     rank,
     size,
+    sum_numbers,
     sum_tensors,
 )
 from support.errors import UserError, as_user_error, run_command
@@ -75,6 +79,7 @@ class Pairs(NamedTuple):
     ref_rejected: Tensor
     chosen_tokens: Tensor  # number of tokens
     rejected_tokens: Tensor
+    nll: Tensor  # the chosen answer's mean token loss
     config: "DPOConfig"
 
     @property
@@ -239,7 +244,7 @@ def discopop(pairs):
 
 def nll(pairs):
     """The chosen answer's mean token loss (RPO): Pang et al. 2024, arXiv:2404.19733, eq. 1."""
-    return -pairs.chosen / pairs.chosen_tokens
+    return pairs.nll
 
 
 def cpo(pairs):
@@ -262,14 +267,21 @@ def orpo(pairs):
     return nll(pairs) - pairs.config.beta * logsigmoid(odds_ratio)
 
 
+def kto(lead, config):
+    """1 - σ(β lead) of N answers; lead: log π(y)/π_ref(y) - KL of a desirable one, KL - log-ratio
+    of another. Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7."""
+    return (-config.beta * lead).sigmoid()
+
+
 class Loss(NamedTuple):
     """A value of --loss_type."""
 
-    function: Callable  # Pairs -> losses (P,)
+    function: Callable  # Pairs -> losses (P,); if unpaired, as kto
     reference_free: bool = False  # does not use the reference's log-probs
     averaged: bool = False  # its rewards and log-probs are logged as means over tokens
     by_margin: bool = False  # sees the ratios in the margin alone: any f_divergence_type goes
     whole_step: bool = False  # compares all pairs of a step, so a step is one micro-batch
+    unpaired: bool = False  # of answers without a counterpart
 
 
 LOSSES = {
@@ -292,7 +304,12 @@ LOSSES = {
     "simpo": Loss(simpo, reference_free=True, averaged=True),
     "orpo": Loss(orpo, reference_free=True, averaged=True),
     "cpo": Loss(cpo, reference_free=True),
+    "kto": Loss(kto, unpaired=True),
+    "apo_zero_unpaired": Loss(kto, unpaired=True),  # with a KL of 0
 }
+# settings that the losses of pairs alone have, and those of unpaired answers alone
+FOR_PAIRS = "label_smoothing", "f_divergence_type", "ld_alpha", "use_weighting"
+FOR_ANSWERS = "desirable_weight", "undesirable_weight"
 
 
 # --- the settings ---------------------------------------------------------------------------------
@@ -300,7 +317,7 @@ LOSSES = {
 
 @dataclass
 class DPOConfig(SFTConfig):
-    """The settings of SFT, and those of TRL's DPOConfig and CPOConfig."""
+    """The settings of SFT, and those of TRL's DPOConfig, CPOConfig and KTOConfig."""
 
     # preferences
     output_dir: str = "output/dpo"  # the run folder
@@ -311,16 +328,16 @@ class DPOConfig(SFTConfig):
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # one loss, or several
     loss_weights: list[float] = field(default_factory=list)  # of several losses; none: 1 each
     label_smoothing: float = 0.0  # assumed label-noise rate, below 0.5
-    rpo_alpha: float = 0.0  # weight of an added sft loss (RPO)
+    rpo_alpha: float = 0.0  # weight of an added sft loss (RPO), of desirable answers with kto
     simpo_gamma: float = 0.5  # simpo: target margin of the mean log-probs times beta
     cpo_alpha: float = 1.0  # cpo: weight of the chosen answer's mean token loss
     discopop_tau: float = 0.05  # discopop: temperature of the blend
     f_divergence_type: str = "reverse_kl"  # what keeps the policy near the reference
     f_alpha_divergence_coef: float = 0.5  # alpha_divergence: its alpha
-    ld_alpha: float | None = (
-        None  # weight of tokens beyond the shorter answer's (LD-DPO), sft's too
-    )
+    ld_alpha: float | None = None  # weight of tokens beyond the shorter answer's (LD-DPO)
     use_weighting: bool = False  # weight pairs by how probable the policy finds them (WPO)
+    desirable_weight: float = 1.0  # kto: of the losses of answers labelled true
+    undesirable_weight: float = 1.0  # kto: and of those labelled false
     ref_model: str = ""  # another reference than the model training starts from: folder or hub id
     reference_free: bool = False  # a reference to which all answers are equally likely
     ref_cache: str = "output/reference"  # folder of cached reference log-probs
@@ -344,6 +361,7 @@ class DPOConfig(SFTConfig):
             raise UserError(
                 f"loss_weights, rpo_alpha: {weights}; none may be below 0, and one must be above"
             )
+        self.check_unpaired()
         check_range(self, 0, "cpo_alpha", "simpo_gamma")
         check_range(self, 0, "ld_alpha", most=1)
         others = [name for name in self.loss_type if not LOSSES[name].by_margin]
@@ -363,6 +381,27 @@ class DPOConfig(SFTConfig):
             if self.use_weighting:
                 raise UserError("use_weighting: does not go with losses that sort a step's pairs")
             self.micro_batch_tokens = sys.maxsize
+
+    @property
+    def unpaired(self):
+        """Whether rows are answers without a counterpart."""
+        return any(LOSSES[name].unpaired for name in self.loss_type)
+
+    def check_unpaired(self):
+        """UserError: a loss of unpaired answers is beside another, or beside settings of the
+        others, or the other way round."""
+        if self.unpaired and len(self.loss_type) > 1:
+            raise UserError("loss_type: kto and apo_zero_unpaired are used alone")
+        if self.unpaired and self.recipe:
+            raise UserError(
+                "recipe: not with loss_type kto, which reads labels; write its rows with "
+                "python data.py mix --recipe, then give these"
+            )
+        names = (*FOR_PAIRS, "reference_free") if self.unpaired else FOR_ANSWERS
+        wrong = [name for name in names if getattr(self, name) != getattr(DPOConfig, name)]
+        if wrong:
+            losses = " ".join(self.loss_type)
+            raise UserError(f"{', '.join(wrong)}: not with loss_type {losses}; leave it out")
 
 
 # --- the loss of a batch --------------------------------------------------------------------------
@@ -404,7 +443,9 @@ def dpo_loss(model, batch, config):
     tokens, shares = by_answer(torch.ones_like(logps)), membership
     if config.ld_alpha is not None:
         shares = discount_tails(membership, config.ld_alpha)
-    pairs = Pairs(*by_answer(logps, shares), *by_answer(batch.reference, shares), *tokens, config)
+    sums = *by_answer(logps, shares), *by_answer(batch.reference, shares)
+    mean_nll = -by_answer(logps)[0] / tokens[0]
+    pairs = Pairs(*sums, *tokens, mean_nll, config)
     weighted = [*zip(config.loss_type, config.loss_weights), ("sft", config.rpo_alpha)]
     loss = sum(weight * LOSSES[name].function(pairs) for name, weight in weighted if weight)
     if config.use_weighting:  # WPO: Zhou et al. 2024, arXiv:2406.11827, eq. 2
@@ -430,8 +471,69 @@ def dpo_loss(model, batch, config):
     return (pair_weights * loss).sum(), sums
 
 
+def unpaired_loss(model, batch, config, kl=0.0, shares=(1.0, 1.0)):
+    """As `dpo_loss`, of prompts with one answer each: the first of two sequences if it is
+    desirable, else the second. kl: the step's; shares: of the step's weight, the desirable answers'
+    and the others', so that rewards and log-probs become means over their own kind, as in TRL.
+
+    rewards/accuracies: the share of answers whose reward is on the right side of β KL."""
+    logps = model.logps(batch)
+    answers = torch.arange(batch.num_sequences // 2, device=logps.device)
+    membership = (batch.sequence // 2 == answers[:, None]).float()  # (N, S)
+    desirable = membership @ (batch.sequence % 2).float() == 0
+    logp, tokens = membership @ logps, membership.sum(1)
+    weights = membership @ batch.weights / tokens
+    log_ratio = logp - membership @ batch.reference
+    lead = torch.where(desirable, log_ratio - kl, kl - log_ratio)
+    losses = config.loss_weights[0] * kto(lead, config)
+    losses *= torch.where(desirable, config.desirable_weight, config.undesirable_weight)
+    losses -= config.rpo_alpha * desirable * logp / tokens
+    metrics = {"kl": weights.sum() * kl, "rewards/accuracies": weights @ (lead > 0).float()}
+    for name, kind, share in zip(("chosen", "rejected"), (desirable, ~desirable), shares):
+        own = weights * kind / share
+        metrics[f"rewards/{name}"] = own @ (config.beta * log_ratio)
+        metrics[f"logps/{name}"] = own @ logp
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return weights @ losses, {name: value.detach() for name, value in metrics.items()}
+
+
+def sum_log_ratios(model, batch):
+    """(Σ weight · log π/π_ref over the sequences; no metrics)."""
+    return ((model.logps(batch) - batch.reference) * batch.weights).sum(), {}
+
+
+def mismatch(examples, max_length):
+    """{id of an example: its prompt with the answer of the example before it}, of at most
+    max_length tokens. The KL of KTO is estimated on such answers (section 4.1)."""
+    others = {}
+    for example, (_, answer) in zip(examples, examples[-1:] + examples[:-1]):
+        prompt, own = example
+        room = slice(max_length - len(prompt.ids))
+        ids, labels = answer.ids[room], answer.labels[room]
+        others[id(example)] = [prompt, own._replace(ids=ids, labels=labels)]
+    return others
+
+
+@torch.no_grad()
+def with_step_values(model, mismatched, config, loss_fn, examples):
+    """Plan.prepare: `loss_fn` with what it needs of all examples of a step. The KL is the mean
+    log-ratio of the mismatched answers, without dropout, where it is above 0."""
+    total = sum(map(count_pairs, examples))
+    desirable = sum(answer.weight for _, answer in examples if answer.sequence == 0)
+    shares = [max(weight / total, 1e-9) for weight in (desirable, total - desirable)]
+    if not mismatched:
+        return partial(loss_fn, shares=shares)
+    own = [mismatched[id(example)] for example in shares_of(examples)[rank()]]
+    own = own or weightless(mismatched[id(examples[0])])
+    model.eval()
+    ratios, _ = accumulate(model, own, 1, sum_log_ratios, token_budget(config, model.device))
+    model.train()
+    kl = sum_numbers({"kl": ratios})["kl"] / total
+    return partial(loss_fn, kl=max(0.0, kl), shares=shares)
+
+
 def count_pairs(example):
-    """What a pair contributes to the loss denominator of its step: its weight."""
+    """What a pair, or an answer, contributes to the loss denominator of its step: its weight."""
     return example[1].weight
 
 
@@ -508,14 +610,21 @@ def write_reference(path, logps):
         print(f"reference: kept in {path}")
 
 
-def add_reference(model, steps, eval_examples, config):
-    """Gives every segment of the plan and of the evaluation set, in place, the log-probs of its
-    scored tokens under `model`: from the cache, or from one pass over the first epoch's batches."""
+def first_epoch(steps):
+    """The examples of each step of the first epoch."""
+    return [steps[n] for n in range(min(len(steps), steps.steps_per_epoch))]
+
+
+def add_reference(model, steps, eval_examples, config, mismatched=None):
+    """Gives every segment of the plan, of the evaluation set and of `mismatched`, in place, the
+    log-probs of its scored tokens under `model`: from the cache, or from one pass over the first
+    epoch's batches."""
     budget = token_budget(config, model.device)
-    first_epoch = range(min(len(steps), steps.steps_per_epoch))
-    groups = [share for step in first_epoch for share in shares_of(steps[step])]
+    groups = [share for examples in first_epoch(steps) for share in shares_of(examples)]
     if eval_examples and config.eval_strategy != "no":
         groups.append(eval_examples)
+    if mismatched:
+        groups += [[mismatched[id(example)] for example in group] for group in groups]
     path = Path(config.ref_cache) / f"{content_hash(model, groups, budget)}.safetensors"
     logps = read_reference(path)
     if not agree(logps is None):
@@ -536,11 +645,34 @@ def add_reference(model, steps, eval_examples, config):
                 offset = end
 
 
+def prepare_unpaired(model, steps, eval_examples, config):
+    """Sets Plan.prepare, and returns what `mismatch` makes for kto: in later epochs a prompt keeps
+    the other answer that it has in the first."""
+    mismatched = {}
+    examples = [example for step in first_epoch(steps) for example in step]
+    if config.loss_type == ["kto"]:
+        if len(examples) < 2:
+            raise UserError("loss_type: kto needs two answers or more to estimate a KL")
+        for group in (examples, eval_examples):
+            mismatched |= mismatch(group, config.max_length)
+    steps.prepare = partial(with_step_values, model, mismatched, config)
+    desirable = sum(answer.sequence == 0 for _, answer in examples)
+    print(f"{desirable:,} of {len(examples):,} answers are desirable")
+    least = (len(examples) - desirable) * config.undesirable_weight / max(desirable, 1)
+    if least and not least <= config.desirable_weight <= 4 / 3 * least:
+        print(
+            f"for these the paper (eq. 8) advises a desirable_weight of {least:.2g} to "
+            f"{4 / 3 * least:.2g}, or an undesirable_weight that has the same effect"
+        )
+    return mismatched
+
+
 def before_training(model, steps, eval_examples, config):
     """sft.run's hook, called with the model that training starts from: dropout, the reference."""
     if config.disable_dropout:
         for layer in lora_layers(model).values():
             layer.dropout = 0.0
+    policy = model
     if config.ref_model:
         model = load_4bit(
             config.ref_model,
@@ -550,26 +682,33 @@ def before_training(model, steps, eval_examples, config):
             attn_implementation=config.attn_implementation,
         )
         steps.origin["weights of --ref_model"] = sample_weights(checkpoint_tensors(model.folder))
+    mismatched = {}
+    if config.unpaired:
+        mismatched = prepare_unpaired(policy, steps, eval_examples, config)
     if not config.reference_free:
         with as_user_error(f"ref_model: {config.ref_model or config.model}", UserError):
-            add_reference(model, steps, eval_examples, config)
+            add_reference(model, steps, eval_examples, config, mismatched)
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
 def print_rankings(path):
-    """Prints how many pairs of the evaluation set were ranked right, at first and by the model that
-    is kept: the last step's, or the best."""
+    """Prints how many pairs of the evaluation set were ranked right (of unpaired answers, how many
+    moved the right way), at first and by the model that is kept: the last step's, or the best."""
     lines = read_log(path)
     last = lines[-1].get("best_step", math.inf) if lines else 0
     lines = [line for line in lines if "eval_rewards/margins" in line and line["step"] <= last]
     for line in lines[:1] + lines[1:][-1:]:
-        print(
+        text = (
             f"evaluation pairs at step {line['step']}: {line['eval_rewards/accuracies']:.1%} "
-            f"ranked right by reward (margin {line['eval_rewards/margins']:.3f}), "
-            f"{line['eval_logps/accuracies']:.1%} by log-prob"
+            f"ranked right by reward (margin {line['eval_rewards/margins']:.3f})"
         )
+        if "eval_logps/accuracies" in line:
+            text += f", {line['eval_logps/accuracies']:.1%} by log-prob"
+        else:
+            text = text.replace("pairs", "answers").replace("ranked right", "on the right side")
+        print(text)
 
 
 def main(argv=None):
@@ -584,11 +723,11 @@ def main(argv=None):
     with join_ranks(config.device, locked_folder(folder), copy_output(folder)):
         if size() > 1 and any(LOSSES[name].whole_step for name in config.loss_type):
             raise UserError("loss_type: aot compares all pairs of a step; it runs in one process")
-        loss_fn, hook = (
-            partial(dpo_loss, config=config),
-            partial(before_training, config=config),
-        )
-        sft.run(config, loss_fn, count_pairs, hook, preference=True)
+        loss_fn, rows = dpo_loss, True
+        if config.unpaired:
+            loss_fn, rows = unpaired_loss, "unpaired"
+        loss_fn, hook = partial(loss_fn, config=config), partial(before_training, config=config)
+        sft.run(config, loss_fn, count_pairs, hook, preference=rows)
         if is_first() and not config.dry_run:
             print_rankings(folder / "log.jsonl")
 

@@ -21,9 +21,10 @@ import os
 import re
 import shutil
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ from support.devices import pick_dtype
 from support.errors import UserError, as_user_error, brief
 from support.files import atomic_folder, finite, read_json, read_tensor
 from support.hub import companions, resolve
+from support.memory import offload_activations
 from support.settings import check_choice
 from support.weights import check_names, checkpoint_tensors, write_shards
 
@@ -456,11 +458,14 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, rope, attend):
-        normed = self.input_layernorm(x)
-        x = x + self.self_attn(normed, rope, attend)
-        normed = self.post_attention_layernorm(x)
-        return x + self.mlp(normed)
+    def forward(self, x, rope, attend, recompute_mlp=False):
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        if recompute_mlp:
+            return x + checkpoint(self.feed_forward, x, use_reentrant=False)
+        return x + self.feed_forward(x)
+
+    def feed_forward(self, x):
+        return self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -484,7 +489,9 @@ class Transformer(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dtype = torch.float32  # of hidden states and matrix products
         self.attention = "sdpa"
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # these three: see SFTConfig
+        self.selective_checkpointing = False
+        self.activation_offloading = False
         self.folder = None  # where config and tokenizer came from
 
     @property
@@ -515,15 +522,18 @@ class Transformer(nn.Module):
         angles = batch.positions[:, None, None].float() * inv_freq  # (T, 1, D/2)
         rope = angles.cos() * scale, angles.sin() * scale
         within_batch = partial(ATTENTION[self.attention], batch=batch)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        trains = torch.is_grad_enabled()
+        recompute_mlp = self.selective_checkpointing and trains
         x = self.model.embed_tokens(batch.tokens).to(self.dtype)
-        for index, layer in enumerate(self.model.layers):
-            attention = partial(attend, index) if attend else within_batch
-            if recompute:
-                x = checkpoint(layer, x, rope, attention, use_reentrant=False)
-            else:
-                x = layer(x, rope, attention)
-        return self.model.norm(x)
+        offloads = self.activation_offloading and trains and x.is_cuda
+        with offload_activations(self) if offloads else nullcontext():
+            for index, layer in enumerate(self.model.layers):
+                attention = partial(attend, index) if attend else within_batch
+                if self.gradient_checkpointing and trains:
+                    x = checkpoint(layer, x, rope, attention, use_reentrant=False)
+                else:
+                    x = layer(x, rope, attention, recompute_mlp)
+            return self.model.norm(x)
 
     def logits(self, hidden):
         """fp32 logits (..., V) of hidden states (..., C). Training never calls it: see

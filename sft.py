@@ -174,6 +174,8 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
+    selective_checkpointing: bool = False  # recompute their MLPs alone: less slow, 0.6 of it
+    activation_offloading: bool = False  # on a GPU: activations wait for backward in CPU memory
     sharding: str = "no"  # with torchrun: base divides the frozen weights among the processes
     cpu_offload: bool = False  # of sharding: its weights wait in CPU memory
     micro_batch_tokens: int = (
@@ -274,6 +276,11 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
         with as_user_error("lr_scheduler_kwargs", TypeError, KeyError, ZeroDivisionError):
             timing = Timing(1, 0, 2, self.learning_rate)
             SCHEDULES[self.lr_scheduler_type](timing, **self.lr_scheduler_kwargs)
+        savings = [name for name in SAVINGS if getattr(self, name)]
+        if self.gradient_checkpointing and len(savings) > 1:
+            raise UserError(f"{savings[1]}: gradient_checkpointing leaves it nothing; give one")
+        if self.activation_offloading and self.sharding == "base":
+            raise UserError("activation_offloading: is for whole weights; leave sharding out")
         if self.adapter and not self.lora_r:
             raise UserError(
                 "lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)"
@@ -341,9 +348,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
         update_best({}, metrics, 0, config)  # refuses an unknown metric_for_best_model now
         log.write({"step": 0, "epoch": 0.0, **metrics})
     model.train()
-    gradient = partial(
-        sum_gradients, model, parameters, loss_fn=loss_fn, config=config, scale=scaler.scale
-    )
+    gradient = partial(sum_gradients, model, parameters, config=config, scale=scaler.scale)
     bar = tqdm(total=len(steps), initial=state.step, unit="step", leave=False, disable=None)
     with stop_signals() as signals, keep_freed_memory(), bar:
         while True:
@@ -356,7 +361,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
                 clock.enter("forward and backward")
                 step, examples = state.step + 1, steps[state.step]
                 count = sum(map(steps.count, examples))
-                loss, sums = gradient(examples, count, seed=[config.seed, step])
+                step_loss = steps.prepare(loss_fn, examples)
+                loss, sums = gradient(examples, count, step_loss, seed=[config.seed, step])
 
             clock.enter("optimizer")
             scaler.unscale_(optimizer)
@@ -648,6 +654,11 @@ class Plan:
         examples, order = self.epoch(epoch)
         return examples, order[n * self.batch_size : (n + 1) * self.batch_size]
 
+    def prepare(self, loss_fn, examples):
+        """The loss_fn of a step, or evaluation set, of these examples, for a loss that depends on
+        all of them, whatever micro-batch it is of; before_training may put another in its place."""
+        return loss_fn
+
     def place(self, step):
         """Where a run is after `step` steps."""
         return {"step": step, "epoch": round(step / self.steps_per_epoch, 4)}
@@ -914,9 +925,12 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     on_first(write_run_config, config, began, report)
 
     # 4. training, between two rounds of answers
-    forced = [*filter(None, map(partial(ask_choice, tokenizer), eval_examples, choices))]
-    asked = count_questions(steps, eval_examples, config)
-    rows = eval_examples[:asked], choices[:asked]
+    # an answer of sequence 1 is one to avoid (KTO): not what a question asks for
+    right = [n for n, example in enumerate(eval_examples) if not example[:2][-1].sequence]
+    rows = [eval_examples[n] for n in right], [choices[n] for n in right]
+    forced = [*filter(None, map(partial(ask_choice, tokenizer), *rows))]
+    asked = count_questions(steps, right, config)
+    rows = [column[:asked] for column in rows]
 
     def ask():
         clock.enter("answers")
@@ -924,7 +938,8 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
 
     def evaluate():
-        losses = evaluate_loss(model, eval_examples, loss_fn, config, count)
+        step_loss = steps.prepare(loss_fn, eval_examples)
+        losses = evaluate_loss(model, eval_examples, step_loss, config, count)
         return losses | choice_metrics(model, forced)
 
     before = ask()
@@ -1022,6 +1037,8 @@ def load_to_train(config, source, steps, device, dtype):
     )
     for notice in attach_adapter(model, config):
         print(notice)
+    if config.activation_offloading and device.type != "cuda":
+        print("activation_offloading: without a GPU activations stay where they are")
     if config.neftune_noise_alpha:
         add_embedding_noise(model, config.neftune_noise_alpha)
     trained, total = count_parameters(model)
@@ -1037,9 +1054,14 @@ def load_to_train(config, source, steps, device, dtype):
     return model
 
 
+# how activations take less memory: settings, and attributes of a model
+SAVINGS = "gradient_checkpointing", "selective_checkpointing", "activation_offloading"
+
+
 def attach_adapter(model, config):
     """Makes a model, which may be on `meta`, the one that trains; returns notices for the user."""
-    model.gradient_checkpointing = config.gradient_checkpointing
+    for name in SAVINGS:
+        setattr(model, name, getattr(config, name))
     if not config.adapter:
         return add_lora(model, config, config.seed)
     tied = model.config.tie_word_embeddings

@@ -66,6 +66,7 @@ from model import (
 )
 from qlora import Linear4bit, load_4bit, swap_linear4bit
 from sft import (
+    SAVINGS,
     SFTConfig,
     accumulate,
     compute_gradient,
@@ -192,7 +193,8 @@ def random_model(shape, config, device):
             weight = torch.randn(size, device=device, dtype=model.dtype) * 0.02
             set_tensor(model, name, weight + ("norm" in name), device, model.dtype)
     add_lora(model, config)
-    model.gradient_checkpointing = config.gradient_checkpointing
+    for name in SAVINGS:
+        setattr(model, name, getattr(config, name))
     return model
 
 
@@ -557,18 +559,6 @@ def compile_blocks(model):
     return model
 
 
-def offload_activations(model):
-    """What is saved for backward waits in pinned memory of the CPU."""
-    forward = model.forward
-
-    def offloaded(*args):
-        with torch.autograd.graph.save_on_cpu(pin_memory=True):
-            return forward(*args)
-
-    model.forward = offloaded
-    return model
-
-
 def use_attention(name, model):
     model.attention = name
     return model
@@ -581,10 +571,11 @@ def options(device):
     run = partial(train_steps, shape, "LoRA", rows, device, flops)
     yield "as it is", run
     yield "gradient checkpointing", partial(run, gradient_checkpointing=True)
+    yield "selective checkpointing", partial(run, selective_checkpointing=True)
     if device == "cuda":
         yield "sdpa attention", partial(run, prepare=partial(use_attention, "sdpa"))
         yield "8-bit AdamW", partial(run, optim="adamw_8bit")
-        yield "activations on the CPU", partial(run, prepare=offload_activations)
+        yield "activations on the CPU", partial(run, activation_offloading=True)
         yield "compiled blocks", partial(run, prepare=compile_blocks)
 
 

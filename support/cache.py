@@ -45,11 +45,8 @@ class Cache:
     def parts(self, n):
         """(the arrays of example `n`, its weight)."""
         (*offsets, _), weight, *_ = self.entries[n]
-        parts = []
-        for start, end in itertools.pairwise(offsets):
-            if start < end:
-                parts.append(self.data[start:end].view(np.int32))
-        return parts, float(weight)
+        pairs = itertools.pairwise(offsets)
+        return [self.data[start:end].view(np.int32) for start, end in pairs], float(weight)
 
     def row(self, n):
         """(where it stands, as 'file:line'; the row as it was read) of example `n`."""

@@ -277,6 +277,8 @@ FREE = {
     "device",
     "micro_batch_tokens",
     "gradient_checkpointing",
+    "selective_checkpointing",
+    "activation_offloading",
     "report_to",
     "attn_implementation",
     "ref_cache",

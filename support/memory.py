@@ -51,6 +51,28 @@ def keep_freed_memory():
         free_cached_memory()
 
 
+def offload_activations(model):
+    """A context in which what is saved for backward, weights aside, waits in memory of the CPU.
+
+    From pinned memory a GPU copies it back without the host waiting. Source:
+    torch.autograd.graph.save_on_cpu, which would copy the weights at each use too.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def pack(x):
+        if x.untyped_storage()._cdata in weights:
+            return x, x.device
+        copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        return copy.copy_(x, non_blocking=True), x.device
+
+    def unpack(packed):
+        x, device = packed
+        return x.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 def free_cached_memory():
     """Returns to the system the freed memory that CUDA's allocator or glibc holds."""
     if torch.cuda.is_initialized():

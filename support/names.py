@@ -42,6 +42,8 @@ bnb_4bit_compute_dtype: compute_dtype
 beta: pref_beta
 loss_type: pref_loss
 rpo_alpha: pref_ftx
+desirable_weight: kto_chosen_weight kto_desirable_weight
+undesirable_weight: kto_rejected_weight kto_undesirable_weight
 ref_model: ref_model_name_or_path
 adapter: adapter_name_or_path
 hub_model_id: push_to_hub_model_id
@@ -71,12 +73,15 @@ target_modules all -> = all-linear
 lora_target_linear true -> target_modules all-linear
 use_peft false -> lora_r 0
 use_peft true ->
+stage|rl kto -> loss_type kto
+rl ipo|orpo|simpo -> loss_type *
+rl dpo ->
 finetuning_type full -> lora_r 0
 finetuning_type lora ->
 adapter lora ->
 adapter qlora -> load_in_4bit true
 quantization_bit 4 -> load_in_4bit true
-gradient_checkpointing unsloth -> = true
+gradient_checkpointing unsloth|offload -> = true
 use_cpu|no_cuda true -> device cpu
 use_cpu|no_cuda|lora_target_linear|flash_attention|use_flash_attention_2 false|none ->
 sdp_attention|eager_attention|project|wandb_project|trackio_project false|none ->
@@ -121,7 +126,6 @@ ANSWERS = {
     "the last step of an epoch takes the rows that are left": "dataloader_drop_last drop_last",
     "the reference is scored once, before training": """
         precompute_ref_log_probs precompute_ref_batch_size""",
-    "gradient_checkpointing holds less": "activation_offloading",
     "a checkpoint's code is never run": "trust_remote_code",
     "recomputing a block needs no choice": """
         gradient_checkpointing_kwargs activation_checkpointing_kwargs use_cache""",
@@ -164,7 +168,9 @@ REFUSALS = {
         dataset_config dataset_train_split=train dataset_test_split=test dataset_dir=data datasets
         cv_weight arxiv_weight interleave_probs""",
     "--recipe reads a data set's own columns": "dataset_text_field=text dataset_kwargs",
-    "a set is read whole; --max_samples draws from it": "dataset_streaming streaming",
+    "a set is read whole, onto disk; --max_samples draws from it": """
+        dataset_streaming streaming buffer_size""",
+    "README.md's `Where to change what` has a teacher's loss": "teacher_model_name_or_path",
     "--init_lora_weights names a start": """
         loftq_config eva_config corda_config lora_ga_config velora_config layer_replication""",
     "steps are counted: --logging_steps, --eval_steps, --save_steps": """

@@ -52,6 +52,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = op(*args, **kwargs)
+        if kwargs.get("pin_memory"):  # of the CPU, beside a GPU
+            return result
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if not isinstance(tensor, torch.Tensor):
                 continue

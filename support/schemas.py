@@ -81,7 +81,7 @@ def context_of(row):
 def schema_of(row, preference=False):
     """The first of SCHEMAS that a row fits. UserError: there is none."""
     filled = {key for key, value in row.items() if value is not None}
-    schemas = [schema for schema in SCHEMAS if "chosen" in schema or not preference]
+    schemas = [schema for schema in SCHEMAS if "chosen" in schema or preference is not True]
     schema = next((schema for schema in schemas if filled.issuperset(schema.split())), None)
     if schema is None:
         names = ", ".join(sorted(map(str, filled)))[:200]
@@ -96,6 +96,8 @@ def unread_keys(row, preference=False):
     """The keys of a row that nothing here reads and that are not known as metadata."""
     schema = schema_of(row, preference)
     known = {*schema.split(), *FOR_CHATS, *CONTEXT, *KEPT, *METADATA.split()}
+    if preference == "unpaired":
+        known.add("label")
     return [key for key in row if row[key] and key not in known]
 
 

@@ -249,6 +249,33 @@ def dpo_losses(place):
     return max(errors)
 
 
+def kto_loss(place):
+    """Loss and gradients of labelled answers, beside KTOTrainer's, whose mismatched answers follow
+    the rows' order as ours do the plan's."""
+    import test_dpo
+    from trl import KTOConfig, KTOTrainer
+
+    from lora import add_lora
+
+    folder, rows = place.chat_model(), place.folder / "rows.jsonl"
+    lines = [json.dumps(test_dpo.answer(n)) for n in range(test_dpo.COUNT)]
+    rows.write_text("\n".join(lines))
+    net, examples = ours(folder, place), test_dpo.load_answers(folder, rows)
+    settings = test_dpo.config(loss_type=["kto"])
+    add_lora(net, settings, seed=1)
+    plan, step_loss = test_dpo.prepare(net, examples, settings, place.folder)
+    rows.write_text("\n".join(lines[n] for n in plan.select(0)[1]))
+    twin = test_dpo.peft_twin(folder, net).to(place.device)
+    work, on_cpu = (folder, rows, twin, place.folder), place.device == "cpu"
+    trainer = test_dpo.trl_trainer(KTOTrainer, KTOConfig, *work, use_cpu=on_cpu)
+    test_dpo.move(net)
+    test_dpo.copy_adapter(net, trainer.model)
+    loss, _, gradient = test_dpo.unpaired_gradient(net, examples, step_loss())
+    their_loss, _, found = test_dpo.trl_gradient(trainer, test_dpo.WHOLE)
+    their_gradient = {name: g for name, g in found.items() if ".ref." not in name}
+    return max(error(loss, their_loss), error(gradient, their_gradient))
+
+
 def quantized(place):
     """(our model in NF4 with double quantisation, transformers' with bitsandbytes)."""
     from transformers import BitsAndBytesConfig
@@ -330,6 +357,7 @@ CHECKS |= {
     "merge, weights": Check("peft", 1e-6, merged_weights),
     "SFT, loss and gradients": Check("trl", 1e-5, sft_loss),
     "DPO, losses and gradients": Check("trl", 1e-5, dpo_losses),
+    "KTO, loss and gradients": Check("trl", 1e-5, kto_loss),
     "NF4, bytes": Check("bitsandbytes", 0, nf4_bits),
     "NF4, logits": Check("bitsandbytes", 1e-5, nf4_logits),
     "log-likelihoods, nats": Check("lm_eval", 1e-4, partial(benchmarks, metrics=False)),

@@ -18,7 +18,7 @@ from test_sft import base, same_tensors, without_times, write_tokenizer  # noqa:
 
 import dpo
 import sft
-from data import render_row
+from data import render_row, unpair
 from lora import adapter_parameters, add_lora, load_adapter, lora_layers, write_adapter
 from model import Segment, load_model
 from support import tracking
@@ -234,6 +234,7 @@ VARIANTS = {
     "alpha_1": dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0),
     "js_norm": dict(f_divergence_type="js_divergence", loss_type=["sigmoid_norm", "hinge"]),
     "ld_alpha": dict(ld_alpha=0.4, loss_type=["sigmoid", "bco_pair"]),
+    "ld_alpha_sft": dict(ld_alpha=0.4, loss_type=["sigmoid", "sft"]),
     "wpo": dict(use_weighting=True, loss_type=["sigmoid", "ipo"]),
 }
 
@@ -260,7 +261,7 @@ def test_divergences_and_weights_are_trls(variant, trained, base, rows, tmp_path
         setattr(trainer, name, getattr(settings, name))
     trainer.loss_types = settings.loss_type
     loss, metrics, found = gradient(model, examples, settings)
-    theirs = trl_gradient(trainer, WHOLE)
+    theirs = trl_gradient(trainer, ONE_BY_ONE if "sft" in settings.loss_type else WHOLE)
     vars(trainer).update(before)
     assert loss == pytest.approx(theirs[0], rel=1e-5, abs=1e-5)
     close(found, theirs[2])
@@ -384,6 +385,156 @@ def test_twenty_steps_are_trls(base, rows, tmp_path):
         },
         1e-4,
     )
+
+
+# --- KTO ------------------------------------------------------------------------------------------
+
+
+def answer(i):
+    """A labelled answer; every third one is desirable, and their lengths differ."""
+    sides = pair(i)
+    return {"prompt": sides["prompt"], "completion": sides["chosen"], "label": i % 3 == 0}
+
+
+def load_answers(base, file, **options):
+    options = {"preference": "unpaired", **options}
+    return [*sft.load_examples([str(file)], sft.Tokenizer(base), **options)[0]]
+
+
+def prepare(model, examples, settings, tmp_path):
+    """The loss of a step of all examples, which have their reference from now on."""
+    settings.ref_cache = str(tmp_path / "reference")
+    settings.per_device_train_batch_size = len(examples)
+    plan = sft.Plan(examples, settings, dpo.count_pairs)
+    dpo.before_training(model, plan, [], settings)
+    return plan, partial(plan.prepare, partial(dpo.unpaired_loss, config=settings), examples)
+
+
+@pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired"])
+@pytest.mark.filterwarnings("ignore")
+def test_losses_of_unpaired_answers_are_trls(kind, base, tmp_path):
+    """KTOTrainer on the same rows in the plan's order, which its mismatched answers follow; loss,
+    gradient, KL and rewards to 1e-5."""
+    from trl import KTOConfig, KTOTrainer
+
+    ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"
+    lines = [json.dumps(answer(i)) for i in range(COUNT)]
+    ours.write_text("\n".join(lines))
+    weights = dict(desirable_weight=1.7, undesirable_weight=0.6, beta=0.3)
+    settings, examples = config(loss_type=[kind], **weights), load_answers(base, ours)
+    model = load_model(base)
+    add_lora(model, settings, seed=1)
+    plan, step_loss = prepare(model, examples, settings, tmp_path)
+    theirs.write_text("\n".join(lines[i] for i in plan.select(0)[1]))
+    twin = peft_twin(base, model)
+    options = dict(loss_type=kind, **weights)
+    trainer = trl_trainer(KTOTrainer, KTOConfig, base, theirs, twin, tmp_path, **options)
+    for seed in (0, 1):  # a mean log-ratio above 0, and one below
+        move(model, seed)
+        copy_adapter(model, trainer.model)
+        loss, metrics, found = unpaired_gradient(model, examples, step_loss())
+        their_loss, their_metrics, their_gradient = trl_gradient(trainer, WHOLE)
+        assert loss == pytest.approx(their_loss, rel=1e-5, abs=1e-6)
+        close(found, {n: g for n, g in their_gradient.items() if ".ref." not in n})
+        assert len(metrics.keys() & their_metrics.keys()) == 6
+        for name in metrics.keys() & their_metrics.keys():
+            assert metrics[name] == pytest.approx(their_metrics[name], rel=1e-5, abs=2e-5), name
+        assert (metrics["kl"] > 1) == (kind == "kto" and seed == 0) == (metrics["kl"] != 0)
+
+
+def unpaired_gradient(model, examples, loss_fn, budget=10**6):
+    model.zero_grad()
+    loss, sums = sft.accumulate(model, examples, len(examples), loss_fn, budget)
+    found = {name: p.grad.clone() for name, p in adapter_parameters(model).items()}
+    sums = {name: value / len(examples) for name, value in sums.items()}
+    return loss / len(examples), sums, found
+
+
+def test_any_cut_of_unpaired_answers_gives_the_same_gradient(base, tmp_path, monkeypatch):
+    """1×8 = 8×1 with the step's KL, and the ranks' shares of it add up to it."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(answer(i)) for i in range(COUNT)))
+    settings, examples = config(loss_type=["kto"]), load_answers(base, file)
+    model = load_model(base)
+    add_lora(model, settings, seed=1)
+    _, step_loss = prepare(model, examples, settings, tmp_path)
+    move(model)
+    loss_fn = step_loss()
+    assert loss_fn.keywords["kl"] > 1
+    loss, metrics, found = unpaired_gradient(model, examples, loss_fn)
+    again, same, cut = unpaired_gradient(model, examples, loss_fn, budget=1)
+    assert loss == pytest.approx(again, rel=1e-6)
+    assert metrics == pytest.approx(same, rel=1e-5, abs=1e-6)
+    close(found, cut, 2e-6)
+    settings.micro_batch_tokens = 1
+    parts = []
+    for number in range(3):
+        monkeypatch.setattr(dpo, "rank", lambda number=number: number)
+        monkeypatch.setattr(dpo, "shares_of", lambda examples: sft.shares_of(examples, 3))
+        monkeypatch.setattr(dpo, "sum_numbers", lambda sums: parts.append(sums["kl"]) or sums)
+        step_loss()
+    assert sum(parts) / COUNT == pytest.approx(loss_fn.keywords["kl"], rel=1e-5)
+
+
+def test_pairs_are_split_as_in_trl_and_labels_are_read(base, tmp_path):
+    """unpair_preference_dataset's rows; labels as words and numbers, conversations, and a prompt
+    with what its answer of another length left of it."""
+    from datasets import Dataset
+    from trl import unpair_preference_dataset
+
+    pairs = [pair(i) for i in range(3)]
+    theirs = unpair_preference_dataset(Dataset.from_list(pairs))
+    expected = sorted((row["prompt"], row["completion"], row["label"]) for row in theirs)
+    own = [row for one in pairs for row in unpair(one, True)]
+    assert sorted((row["prompt"], row["completion"], row["label"]) for row in own) == expected
+    turns = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
+    rows = [{"messages": turns, "label": "False"}, {"prompt": "a", "completion": "b", "label": 1}]
+    rows.append({"prompt": turns[:3], "completion": turns[3:], "label": False})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*rows, pairs[0]])))
+    examples = load_answers(base, file)
+    assert [example[1].sequence for example in examples] == [1, 0, 1, 0, 1]
+    assert all(example[0].sequence == 1 and example[1].prefix == 0 for example in examples)
+    first, _, third, *_ = examples
+    for mine, same in zip(first, third):
+        assert (mine.ids == same.ids).all() and (mine.labels == same.labels).all()
+    (prompt, chosen), (_, rejected) = examples[3:]
+    whole, *sides = load_pairs(base, write_lines(tmp_path / "pair.jsonl", pairs[:1]))[0]
+    for part, side in zip((chosen, rejected), sides):
+        assert (
+            np.concatenate([prompt.ids, part.ids]) == np.concatenate([whole.ids, side.ids])
+        ).all()
+    others = dpo.mismatch(examples, max_length=len(first[0].ids) + 1)
+    assert len(others[id(first)][1].ids) == 1 and others[id(first)][1].ids[0] == rejected.ids[0]
+
+
+def write_lines(file, rows):
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_kto_starts_at_one_half_resumes_bit_for_bit_and_learns(base, many, tmp_path):
+    """On pairs, split: KL and rewards are 0 at first and the loss 1/2, to the last bit, in
+    micro-batches of a few answers; then desirable answers gain on the others."""
+    settings = dict(loss_type="kto", num_train_epochs=4, learning_rate=2e-3, eval_data=many)
+    settings |= dict(micro_batch_tokens=150, save_steps=10)
+    for name in ("whole", "halves"):
+        dpo.main(flags(base, many, tmp_path / name, **settings))
+    held, first, *_, last = [
+        line for line in tracking.read_log(tmp_path / "whole" / "log.jsonl") if "step" in line
+    ][:-1]
+    for prefix, line in (("eval_", held), ("", first)):
+        names = ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
+        assert all(line[prefix + name] == 0.0 for name in names)
+        assert line[prefix + "loss"] == 0.5
+    assert last["eval_loss"] < 0.4 and last["eval_rewards/margins"] > 0.8 and last["eval_kl"] > 1
+    for name in ("checkpoint-000020", "checkpoint-000024", "adapter"):
+        shutil.rmtree(tmp_path / "halves" / name)
+    log = tmp_path / "halves" / "log.jsonl"
+    kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= 10]
+    log.write_text("\n".join(kept) + "\n")
+    dpo.main(flags(base, many, tmp_path / "halves", **settings))
+    assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(log)
 
 
 # --- the reference --------------------------------------------------------------------------------
@@ -637,7 +788,7 @@ def test_a_shared_prompt_has_the_gradient_of_two(kind, trained):
     close(shared, apart, 2e-6)
 
 
-@pytest.mark.parametrize("kind", dpo.LOSSES)
+@pytest.mark.parametrize("kind", [name for name in dpo.LOSSES if not dpo.LOSSES[name].unpaired])
 def test_any_cut_into_micro_batches_gives_the_same_gradient(kind, trained):
     """1×8 = 8×1 for every loss. Those that sort the step's pairs have it in one micro-batch,
     whatever is asked for."""
@@ -957,6 +1108,11 @@ MISTAKES = {
     "no such adapter": (dict(adapter="nowhere/at/all"), ["nowhere/at/all"]),
     "full from an adapter": (dict(adapter="a", lora_r=0), ["lora_r", "merge"]),
     "unknown flag": (dict(bta=1), ["--bta", "beta"]),
+    "kto and another": (dict(loss_type="kto,sigmoid"), ["loss_type", "alone"]),
+    "not for kto": (dict(loss_type="kto", ld_alpha=0.5), ["ld_alpha", "kto", "leave it out"]),
+    "for kto": (dict(desirable_weight=2), ["desirable_weight", "sigmoid"]),
+    "kto's recipe": (dict(loss_type="kto", recipe="ultrafeedback"), ["recipe", "data.py mix"]),
+    "no label": (dict(loss_type="kto", data="sft.jsonl"), ["sft.jsonl:1", "label", "chosen"]),
     "sft rows": (dict(data="sft.jsonl"), ["sft.jsonl:1", "chosen"]),
 }
 
@@ -966,7 +1122,7 @@ def test_a_mistake_is_named_and_costs_nothing(case, base, rows, tmp_path, capsys
     settings, names = MISTAKES[case]
     if "data" in settings:
         (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}')
-        settings = {"data": tmp_path / "sft.jsonl"}
+        settings = settings | {"data": tmp_path / "sft.jsonl"}
     error = refuse(flags(base, rows, tmp_path / "run", **settings), capsys)
     assert all(name in error for name in names), error
     assert not list((tmp_path / "run").glob("*"))

@@ -35,6 +35,7 @@ from model import (
 )
 from support import errors
 from support.errors import UserError
+from support.memory import offload_activations
 
 # --- helpers --------------------------------------------------------------------------------------
 
@@ -618,10 +619,14 @@ def test_attention_flag_falls_back_with_one_line(tiny_checkpoint, capsys):
 def test_gradient_checkpointing_changes_memory_not_gradients(tiny_checkpoint):
     """Bit-equal gradients, each block run twice, and far less saved for backward."""
     found = {}
-    for on in (False, True):
+    for on in (False, True, "mlp"):
         model, calls, saved = load_model(tiny_checkpoint(f"c{on}")), [], []
-        model.gradient_checkpointing = on
-        model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        model.gradient_checkpointing = on is True
+        model.selective_checkpointing = on == "mlp"
+        block = model.model.layers[0]
+        (block.mlp if on == "mlp" else block).register_forward_pre_hook(
+            lambda *_: calls.append(1)
+        )
 
         def logps(model, batch):
             with torch.autograd.graph.saved_tensors_hooks(
@@ -630,9 +635,31 @@ def test_gradient_checkpointing_changes_memory_not_gradients(tiny_checkpoint):
                 return model.logps(batch)
 
         found[on] = *gradients(model, [Batch.pack(trees())], logps), len(calls), sum(saved)
-    assert torch.equal(found[True][1], found[False][1])
-    assert all(torch.equal(found[True][0][n], g) for n, g in found[False][0].items())
-    assert (found[False][2], found[True][2]) == (1, 2) and found[True][3] < 0.4 * found[False][3]
+    for on, most in ((True, 0.4), ("mlp", 0.8)):
+        assert torch.equal(found[on][1], found[False][1])
+        assert all(torch.equal(found[on][0][n], g) for n, g in found[False][0].items())
+        assert (found[False][2], found[on][2]) == (1, 2) and found[on][3] < most * found[False][3]
+
+
+def test_offloading_changes_no_gradient_and_leaves_weights(tiny_checkpoint, monkeypatch):
+    """On a CPU a copy: bit-equal gradients, and no weight among what is copied."""
+    model, copied = load_model(tiny_checkpoint()), []
+    weights = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    kept = torch.Tensor.copy_
+
+    def copy(own, other, **options):
+        copied.append(other.untyped_storage().data_ptr())
+        return kept(own, other, **options)
+
+    def logps(model, batch):
+        with offload_activations(model):
+            return model.logps(batch)
+
+    plain, _ = gradients(model, [Batch.pack(trees())], lambda model, batch: model.logps(batch))
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    found, _ = gradients(model, [Batch.pack(trees())], logps)
+    assert all(torch.equal(found[name], g) for name, g in plain.items())
+    assert len(copied) > 20 and not set(copied) & set(weights)
 
 
 def test_gradient_checkpointing_reaches_what_trains_above_frozen_layers(tiny_checkpoint):

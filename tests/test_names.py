@@ -24,13 +24,14 @@ def library_fields():
     """[(class name, field, default)] of the dataclasses that users write configs for."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, TrainingArguments
-    from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+    from trl import DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
     entries = []
     for cls in (
         TrainingArguments,
         SFTConfig,
         DPOConfig,
+        KTOConfig,
         ModelConfig,
         ScriptArguments,
         LoraConfig,
@@ -90,6 +91,8 @@ TRANSLATED = [  # a file's lines, what they mean
     ("quantization_bit: 4", dict(load_in_4bit=True)),
     ("warmup_steps: 0.05", dict(warmup_ratio=0.05, warmup_steps=0)),
     ("warmup_steps: 20", dict(warmup_steps=20)),
+    ("gradient_checkpointing: offload", dict(gradient_checkpointing=True)),
+    ("activation_offloading: true", dict(activation_offloading=True)),
     ("hub_strategy: checkpoint", dict(hub_strategy="every_save")),
     ("cot_prob: 0.5\nrecipe: mcqa", dict(recipe_args={"cot": 0.5})),
     ("lr_scheduler_kwargs: {min_lr: 1e-5}\nlr_scheduler_type: cosine_with_min_lr",
@@ -98,9 +101,18 @@ TRANSLATED = [  # a file's lines, what they mean
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, meaning", TRANSLATED)
+TRANSLATED_FOR_DPO = [
+    ("stage: kto\nkto_chosen_weight: 2", dict(loss_type=["kto"], desirable_weight=2.0)),
+    ("rl: kto\nkto_undesirable_weight: 0.5", dict(loss_type=["kto"], undesirable_weight=0.5)),
+    ("rl: dpo", dict(loss_type=["sigmoid"])),
+    ("rl: simpo\npref_ftx: 0.1", dict(loss_type=["simpo"], rpo_alpha=0.1)),
+]
+
+
+@pytest.mark.parametrize("text, meaning", TRANSLATED + TRANSLATED_FOR_DPO)
 def test_values_of_other_tools_are_translated(text, meaning, tmp_path):
-    config = read(text, tmp_path)
+    cls = DPOConfig if (text, meaning) in TRANSLATED_FOR_DPO else SFTConfig
+    config = read(text, tmp_path, cls)
     assert {key: getattr(config, key) for key in meaning} == meaning
 
 
@@ -117,6 +129,8 @@ REFUSED_SETTINGS = [
     ("load_in_8bit: true", "load_in_8bit true: --load_in_4bit"),
     ("cv_weight: 2.0", "cv_weight 2.0: write it behind the source"),
     ("finetuning_type: freeze", "finetuning_type freeze: it has no counterpart"),
+    ("streaming: true", "streaming true: a set is read whole"),
+    ("teacher_model_name_or_path: x", "teacher_model_name_or_path x: README"),
     ("foo: 1", "unknown key 'foo';"),
 ]
 

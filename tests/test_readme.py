@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import make_dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -93,6 +94,7 @@ def test_every_change_has_its_block():
     assert list(BLOCKS) == [
         "loss",
         "loss with a parameter",
+        "loss from a teacher",
         "LoRA variant",
         "recipe",
         "schedule",
@@ -112,6 +114,28 @@ def test_a_loss(change, base, tmp_path, monkeypatch):
     dpo.main(flags(base, rows, tmp_path / "run", **more))
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert line["loss"] == pytest.approx(first, abs=1e-5)
+
+
+@pytest.mark.parametrize("change", ["loss from a teacher"], indirect=True)
+def test_a_loss_from_a_teacher(change, base, tmp_path, monkeypatch):
+    """Over the whole vocabulary it is the KL of the two models, and 0 to the model itself; a run
+    comes nearer to the teacher."""
+    other = write_checkpoint(tmp_path / "teacher", seed=5, vocab_size=259)
+    student, teacher = load_model(base), load_model(other)
+    ids = np.arange(20)
+    batch = Batch.pack([[Segment(ids, ids)]])
+    p, q = (net.logits(net(batch)[batch.scored]).log_softmax(-1) for net in (teacher, student))
+    kl = (p.exp() * (p - q)).sum()
+    assert kl > 0.1 and abs(sft.distill_loss(student, batch, teacher, k=259)[0] - kl) < 1e-4 * kl
+    assert abs(sft.distill_loss(student, batch, student, k=259)[0]) < 1e-4
+    rows = [{"prompt": f"{n}? ", "completion": "yes"} for n in range(8)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    argv = flags(base, file, tmp_path / "run", max_steps=6, learning_rate=1e-2)
+    monkeypatch.setattr(sft, "sft_loss", partial(sft.distill_loss, teacher=teacher))
+    sft.main(argv)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("change", ["LoRA variant"], indirect=True)

@@ -1295,6 +1295,7 @@ def plan_of(base, rows, **settings):
 KINDS = {
     "lora": dict(),
     "checkpointing": dict(gradient_checkpointing=True),
+    "selective": dict(selective_checkpointing=True),
     "full": dict(lora_r=0),
     "dora": dict(use_dora=True),
     "dropout": dict(lora_dropout=0.1),
