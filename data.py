@@ -484,7 +484,8 @@ def schema_of(row, preference=False):
         names = ", ".join(sorted(map(str, filled)))[:200]
         expected = ", ".join(schema.replace(" ", "+") for schema in schemas)
         raise UserError(
-            f"fits no schema: it has {names or 'no keys'}; expected one of {expected}"
+            f"fits no schema: it has {names or 'no keys'}; expected one of {expected}; "
+            "--recipe reads other columns"
         )
     return schema
 
@@ -1053,7 +1054,7 @@ class Ledger:
 
     def describe_reasons(self):
         return "".join(
-            f"; {why}: {reason['rows']:,}, as {reason['where'][0]}"
+            f"; {why}: {reason['rows']:,}, first {reason['where'][0]}"
             for why, reason in self.reasons.items()
         )
 
@@ -1492,7 +1493,7 @@ def mix(config):
     *_, rows, ledger = load_rows(config)
     rows = rows.epoch(0)
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    write_rows(config, (rows[i] for i in order), f"{len(rows):,} rows: {ledger}")
+    write_rows(config, (rows[i] for i in order), f"{len(rows):,} rows, of {ledger}")
 
 
 def pairs(config):

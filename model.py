@@ -85,7 +85,7 @@ class Batch:
     weights: Tensor  # (S,) fp32
     reference: Tensor  # (S,) fp32
     num_sequences: int
-    largest: int = 0  # token id of the batch
+    largest: int = 0  # the largest token id
     biases: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -1096,7 +1096,7 @@ def pick_dtype(dtype, stored, device):
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             choice = "float16"
     if choice != stored:
-        print(f"dtype: no {stored} products on this {device.type}; {choice}", file=sys.stderr)
+        print(f"dtype: {choice}, no {stored} products on this {device.type}", file=sys.stderr)
     return choice
 
 
