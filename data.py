@@ -1035,7 +1035,7 @@ def mix(config):
     *_, rows, ledger = load_rows(config)
     rows = rows.epoch(0)
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    write_rows(config.output, (rows[i] for i in order), f"{len(rows):,} rows: {ledger}")
+    write_rows(config.output, (rows[i] for i in order), f"{len(rows):,} rows, of {ledger}")
 
 
 def pairs(config):

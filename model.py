@@ -83,7 +83,7 @@ class Batch:
     weights: Tensor  # (S,) fp32
     reference: Tensor  # (S,) fp32
     num_sequences: int
-    largest: int = 0  # token id of the batch
+    largest: int = 0  # the largest token id
     biases: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod

@@ -34,5 +34,5 @@ def pick_dtype(dtype, stored, device):
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             choice = "float16"
     if choice != stored:
-        print(f"dtype: no {stored} products on this {device.type}; {choice}", file=sys.stderr)
+        print(f"dtype: {choice}, no {stored} products on this {device.type}", file=sys.stderr)
     return choice

@@ -39,7 +39,8 @@ def show_answers(before, after, num_samples):
     """Prints the first questions with the answer before and after training, and the share right.
     Returns the shares for the log: {} where no row has a gold answer."""
     for old, new in list(zip(before, after))[:num_samples]:
-        print(f"\n{old['prompt'][-400:]}")
+        cut = "…" if len(old["prompt"]) > 400 else ""
+        print(f"\n{cut}{old['prompt'][-400:]}")
         print(f"  before: {old['output'][:200]!r}\n  after:  {new['output'][:200]!r}")
     gold = [n for n, row in enumerate(after) if row["gold"]]
     if not gold:
@@ -63,7 +64,7 @@ def show_answers(before, after, num_samples):
 
 def drop_reasons(ledger):
     return "".join(
-        f"; {why}: {reason['rows']:,}, as {reason['where'][0]}"
+        f"; {why}: {reason['rows']:,}, first {reason['where'][0]}"
         for why, reason in ledger.reasons.items()
     )
 
@@ -166,7 +167,7 @@ VERDICTS = {
     "fell": "fell beyond noise",
     "noise": "no more than noise",
     "too few": "too few rows differ for a verdict",
-    None: "no value of each row to compare",
+    None: "no interval for a score of the whole set",
 }
 
 
@@ -190,7 +191,7 @@ def headlines(results, comparisons):
         points = [100 * c["delta"] for c in scores]
         if points:
             average = fmean(points)
-            line += f" {average:+.2f} points on average of {len(points)} sets' main metrics."
+            line += f" Main metrics on average: {average:+.2f} points (sets: {len(points)})."
             if average >= 0 and any(c["verdict"] == "fell" for c in mains):
                 line += " The average hides what fell."
         lines.append(line)

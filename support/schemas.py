@@ -87,7 +87,8 @@ def schema_of(row, preference=False):
         names = ", ".join(sorted(map(str, filled)))[:200]
         expected = ", ".join(schema.replace(" ", "+") for schema in schemas)
         raise UserError(
-            f"fits no schema: it has {names or 'no keys'}; expected one of {expected}"
+            f"fits no schema: it has {names or 'no keys'}; expected one of {expected}; "
+            "--recipe reads other columns"
         )
     return schema
 

@@ -1385,8 +1385,8 @@ def test_the_sentence_covers_every_metric_that_is_shown(tmp_path):
             assert f"{task} {name}" in line
     assert "rose beyond noise: s acc;" in line and "fell beyond noise: s acc_norm;" in line
     assert "too few rows differ for a verdict: t acc;" in line
-    assert "no value of each row to compare: t f1, t precision, t recall" in line
-    assert "on average of 1 sets' main metrics" in line  # three rows are no set
+    assert "no interval for a score of the whole set: t f1, t precision, t recall" in line
+    assert "points (sets: 1)" in line  # three rows are no set
     report.plot_comparison(results, pairs, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 

@@ -661,7 +661,7 @@ def test_dtype_is_the_devices_matter(monkeypatch, bases, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     cuda = torch.device("cuda")
     assert pick_dtype("auto", "bfloat16", cuda) == "float16"
-    line = "dtype: no bfloat16 products on this cuda; float16\n"
+    line = "dtype: float16, no bfloat16 products on this cuda\n"
     assert capsys.readouterr().err == line
     assert pick_dtype("auto", "float32", cuda) == "float32"
     assert pick_dtype("bfloat16", "bfloat16", cuda) == "bfloat16"
