@@ -234,30 +234,20 @@ def split_turns(row, chat):
     return [] if rows and rows[0]["completion"] is messages[-1] else rows
 
 
-LABELS = {"true": True, "1": True, "false": False, "0": False}
-
-
 def unpair(row, chat):
     """A row -> rows of prompt, completion and label (true: desirable): its own, or one for each
     side of a pair, as TRL's unpair_preference_dataset. UserError: there is no label."""
-    rest = {key: row[key] for key in KEPT if key in row}
-    if {"chosen", "rejected"} <= row.keys():
-        prompt, answers = split_row(row, chat, preference=True)
-        labels = True, False
-        if not prompt:
-            return [row]  # which is dropped
-    else:
-        prompt, answers = split_row(row, chat, preference="unpaired")
-        labels = [LABELS.get(str(row.get("label")).lower())]
-        if labels == [None]:
-            fault = f"'label' must be true or false, found {brief(row.get('label'))}"
-            raise UserError(f"{fault}; or give chosen and rejected")
-        if prompt == []:  # a conversation: its last turn is the answer
-            prompt, answers = answers[0][:-1], [answers[0][-1:]]
-    rows = []
-    for answer, label in zip(answers, labels):
-        rows.append(rest | {"prompt": prompt, "completion": answer, "label": label})
-    return rows
+    is_pair = {"chosen", "rejected"} <= row.keys()
+    prompt, answers = split_row(row, chat, is_pair or "unpaired")
+    labels = [True, False] if is_pair else [row.get("label")]
+    if labels[0] not in (True, False):
+        fault = f"'label' must be true or false, found {brief(labels[0])}"
+        raise UserError(f"{fault}; or give chosen and rejected")
+    if prompt == [] and not is_pair:  # a conversation: its last turn is the answer
+        prompt, answers = answers[0][:-1], [answers[0][-1:]]
+    rest = {key: row[key] for key in KEPT if key in row} | {"prompt": prompt}
+    rows = [rest | {"completion": a, "label": label} for a, label in zip(answers, labels)]
+    return rows if prompt else [row]  # which is dropped
 
 
 def to_pieces(
@@ -268,9 +258,8 @@ def to_pieces(
     preference=False,
     reasoning="last",
 ):
-    """A row -> (its sides, notes for the ledger). Each side is [(text or ids, scored), ...]: one,
-    or prompt, chosen and rejected if `preference`, prompt and answer if that is "unpaired"; or the
-    reason why it is dropped (str).
+    """A row -> (its sides, notes for the ledger). A side is [(text or ids, scored), ...]: one; with
+    `preference` prompt and answers, two or one ("unpaired"). Or why the row is dropped (str).
 
     Scored are, in TRL's names, every assistant turn of a conversation (`assistant_only_loss`, here
     the default) or its last alone (`completion_only_loss` true), a completion without its prompt
@@ -283,8 +272,7 @@ def to_pieces(
         return "chosen and rejected are the same", notes
     if preference and not prompt:
         return "chosen and rejected share no prompt" if answers[1:] else "no prompt", notes
-    if not preference:
-        del answers[1:]
+    answers = answers if preference else answers[:1]
     score_prompt = completion_only_loss is False and not preference
     end = (tokenizer.eos_ids[:1], True)
     head, sides = [], []

@@ -308,7 +308,8 @@ LOSSES = {
     "apo_zero_unpaired": Loss(kto, unpaired=True),  # with a KL of 0
 }
 # settings that the losses of pairs alone have, and those of unpaired answers alone
-FOR_PAIRS = "label_smoothing", "f_divergence_type", "ld_alpha", "use_weighting"
+FOR_PAIRS = "label_smoothing", "f_divergence_type", "ld_alpha", "use_weighting", "reference_free"
+FOR_PAIRS += ("recipe",)  # labels are read from rows as they are: make these by data.py mix
 FOR_ANSWERS = "desirable_weight", "undesirable_weight"
 
 
@@ -361,7 +362,12 @@ class DPOConfig(SFTConfig):
             raise UserError(
                 f"loss_weights, rpo_alpha: {weights}; none may be below 0, and one must be above"
             )
-        self.check_unpaired()
+        others = FOR_PAIRS if self.unpaired else FOR_ANSWERS
+        wrong = [name for name in others if getattr(self, name) != getattr(DPOConfig, name)]
+        if self.unpaired and len(losses) > 1:
+            wrong.append("another loss")
+        if wrong:
+            raise UserError(f"loss_type: {self.loss_type[0]} does not go with {', '.join(wrong)}")
         check_range(self, 0, "cpo_alpha", "simpo_gamma")
         check_range(self, 0, "ld_alpha", most=1)
         others = [name for name in self.loss_type if not LOSSES[name].by_margin]
@@ -386,22 +392,6 @@ class DPOConfig(SFTConfig):
     def unpaired(self):
         """Whether rows are answers without a counterpart."""
         return any(LOSSES[name].unpaired for name in self.loss_type)
-
-    def check_unpaired(self):
-        """UserError: a loss of unpaired answers is beside another, or beside settings of the
-        others, or the other way round."""
-        if self.unpaired and len(self.loss_type) > 1:
-            raise UserError("loss_type: kto and apo_zero_unpaired are used alone")
-        if self.unpaired and self.recipe:
-            raise UserError(
-                "recipe: not with loss_type kto, which reads labels; write its rows with "
-                "python data.py mix --recipe, then give these"
-            )
-        names = (*FOR_PAIRS, "reference_free") if self.unpaired else FOR_ANSWERS
-        wrong = [name for name in names if getattr(self, name) != getattr(DPOConfig, name)]
-        if wrong:
-            losses = " ".join(self.loss_type)
-            raise UserError(f"{', '.join(wrong)}: not with loss_type {losses}; leave it out")
 
 
 # --- the loss of a batch --------------------------------------------------------------------------
@@ -645,28 +635,6 @@ def add_reference(model, steps, eval_examples, config, mismatched=None):
                 offset = end
 
 
-def prepare_unpaired(model, steps, eval_examples, config):
-    """Sets Plan.prepare, and returns what `mismatch` makes for kto: in later epochs a prompt keeps
-    the other answer that it has in the first."""
-    mismatched = {}
-    examples = [example for step in first_epoch(steps) for example in step]
-    if config.loss_type == ["kto"]:
-        if len(examples) < 2:
-            raise UserError("loss_type: kto needs two answers or more to estimate a KL")
-        for group in (examples, eval_examples):
-            mismatched |= mismatch(group, config.max_length)
-    steps.prepare = partial(with_step_values, model, mismatched, config)
-    desirable = sum(answer.sequence == 0 for _, answer in examples)
-    print(f"{desirable:,} of {len(examples):,} answers are desirable")
-    least = (len(examples) - desirable) * config.undesirable_weight / max(desirable, 1)
-    if least and not least <= config.desirable_weight <= 4 / 3 * least:
-        print(
-            f"for these the paper (eq. 8) advises a desirable_weight of {least:.2g} to "
-            f"{4 / 3 * least:.2g}, or an undesirable_weight that has the same effect"
-        )
-    return mismatched
-
-
 def before_training(model, steps, eval_examples, config):
     """sft.run's hook, called with the model that training starts from: dropout, the reference."""
     if config.disable_dropout:
@@ -684,7 +652,13 @@ def before_training(model, steps, eval_examples, config):
         steps.origin["weights of --ref_model"] = sample_weights(checkpoint_tensors(model.folder))
     mismatched = {}
     if config.unpaired:
-        mismatched = prepare_unpaired(policy, steps, eval_examples, config)
+        examples = [example for step in first_epoch(steps) for example in step]
+        desirable = sum(answer.sequence == 0 for _, answer in examples)
+        print(f"{desirable:,} of {len(examples):,} answers are desirable")
+        if config.loss_type == ["kto"]:  # in later epochs a prompt keeps its other answer
+            for group in (examples, eval_examples):
+                mismatched |= mismatch(group, config.max_length)
+        steps.prepare = partial(with_step_values, policy, mismatched, config)
     if not config.reference_free:
         with as_user_error(f"ref_model: {config.ref_model or config.model}", UserError):
             add_reference(model, steps, eval_examples, config, mismatched)
@@ -694,20 +668,18 @@ def before_training(model, steps, eval_examples, config):
 
 
 def print_rankings(path):
-    """Prints how many pairs of the evaluation set were ranked right (of unpaired answers, how many
-    moved the right way), at first and by the model that is kept: the last step's, or the best."""
+    """Prints how many pairs of the evaluation set, or answers, were ranked right, at first and by
+    the model that is kept: the last step's, or the best."""
     lines = read_log(path)
     last = lines[-1].get("best_step", math.inf) if lines else 0
     lines = [line for line in lines if "eval_rewards/margins" in line and line["step"] <= last]
     for line in lines[:1] + lines[1:][-1:]:
         text = (
-            f"evaluation pairs at step {line['step']}: {line['eval_rewards/accuracies']:.1%} "
+            f"evaluation set at step {line['step']}: {line['eval_rewards/accuracies']:.1%} "
             f"ranked right by reward (margin {line['eval_rewards/margins']:.3f})"
         )
         if "eval_logps/accuracies" in line:
             text += f", {line['eval_logps/accuracies']:.1%} by log-prob"
-        else:
-            text = text.replace("pairs", "answers").replace("ranked right", "on the right side")
         print(text)
 
 

@@ -21,6 +21,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, partial
+from itertools import starmap
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -924,13 +925,10 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         before_training(model, steps, eval_examples)
     on_first(write_run_config, config, began, report)
 
-    # 4. training, between two rounds of answers
-    # an answer of sequence 1 is one to avoid (KTO): not what a question asks for
-    right = [n for n, example in enumerate(eval_examples) if not example[:2][-1].sequence]
-    rows = [eval_examples[n] for n in right], [choices[n] for n in right]
-    forced = [*filter(None, map(partial(ask_choice, tokenizer), *rows))]
-    asked = count_questions(steps, right, config)
-    rows = [column[:asked] for column in rows]
+    # 4. training, between two rounds of answers, where these are not to be avoided (KTO)
+    rows = [row for row in zip(eval_examples, choices) if not row[0][:2][-1].sequence]
+    forced = [*filter(None, starmap(partial(ask_choice, tokenizer), rows))]
+    rows = [*zip(*rows[: count_questions(steps, rows, config)])] or [(), ()]
 
     def ask():
         clock.enter("answers")

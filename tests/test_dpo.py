@@ -477,7 +477,7 @@ def test_any_cut_of_unpaired_answers_gives_the_same_gradient(base, tmp_path, mon
 
 
 def test_pairs_are_split_as_in_trl_and_labels_are_read(base, tmp_path):
-    """unpair_preference_dataset's rows; labels as words and numbers, conversations, and a prompt
+    """unpair_preference_dataset's rows; labels as numbers, conversations, and a prompt
     with what its answer of another length left of it."""
     from datasets import Dataset
     from trl import unpair_preference_dataset
@@ -488,7 +488,7 @@ def test_pairs_are_split_as_in_trl_and_labels_are_read(base, tmp_path):
     own = [row for one in pairs for row in unpair(one, True)]
     assert sorted((row["prompt"], row["completion"], row["label"]) for row in own) == expected
     turns = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
-    rows = [{"messages": turns, "label": "False"}, {"prompt": "a", "completion": "b", "label": 1}]
+    rows = [{"messages": turns, "label": 0}, {"prompt": "a", "completion": "b", "label": 1}]
     rows.append({"prompt": turns[:3], "completion": turns[3:], "label": False})
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, [*rows, pairs[0]])))
@@ -666,7 +666,7 @@ def test_the_rankings_are_those_of_the_model_that_is_kept(tmp_path, capsys):
         log.write_text("\n".join(map(json.dumps, [*lines, {"step": 4, **results}])))
         dpo.print_rankings(log)
         printed = capsys.readouterr().out.splitlines()
-        expected = [f"evaluation pairs at step {step}: {step / 8:.1%}" for step in {0, kept}]
+        expected = [f"evaluation set at step {step}: {step / 8:.1%}" for step in {0, kept}]
         assert [line.partition(" ranked")[0] for line in printed] == expected
 
 
@@ -935,7 +935,7 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
     assert wanted <= lines[1].keys() and {f"eval_{name}" for name in wanted} <= lines[0].keys()
     assert (
         "answers right on 4 evaluation questions" in output
-        and "evaluation pairs at step 1" in output
+        and "evaluation set at step 1" in output
     )
     assert "r 4, alpha 8" in output and "eval_answers" in lines[-1]
     plain, merged = load_model(base), load_model(run / "merged")
@@ -1108,10 +1108,10 @@ MISTAKES = {
     "no such adapter": (dict(adapter="nowhere/at/all"), ["nowhere/at/all"]),
     "full from an adapter": (dict(adapter="a", lora_r=0), ["lora_r", "merge"]),
     "unknown flag": (dict(bta=1), ["--bta", "beta"]),
-    "kto and another": (dict(loss_type="kto,sigmoid"), ["loss_type", "alone"]),
-    "not for kto": (dict(loss_type="kto", ld_alpha=0.5), ["ld_alpha", "kto", "leave it out"]),
-    "for kto": (dict(desirable_weight=2), ["desirable_weight", "sigmoid"]),
-    "kto's recipe": (dict(loss_type="kto", recipe="ultrafeedback"), ["recipe", "data.py mix"]),
+    "kto and another": (dict(loss_type="kto,sigmoid"), ["loss_type", "another"]),
+    "not for kto": (dict(loss_type="kto", ld_alpha=0.5), ["kto does not go with ld_alpha"]),
+    "for kto": (dict(desirable_weight=2), ["sigmoid does not go with desirable_weight"]),
+    "kto's recipe": (dict(loss_type="kto", recipe="ultrafeedback"), ["kto", "recipe"]),
     "no label": (dict(loss_type="kto", data="sft.jsonl"), ["sft.jsonl:1", "label", "chosen"]),
     "sft rows": (dict(data="sft.jsonl"), ["sft.jsonl:1", "chosen"]),
 }
