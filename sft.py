@@ -81,16 +81,22 @@ from support.distributed import (
     every,
     first_of_node,
     gather_each,
+    is_divided,
     is_first,
     is_sharded,
     join_ranks,
     on_first,
     rank,
-    shard_base,
+    reshard,
+    shard,
     size,
     sum_numbers,
     sum_tensors,
+    use_shards,
     wait,
+    whole,
+    write_on_first,
+    write_whole,
 )
 from support.errors import UserError, as_user_error, run_command
 from support.files import (
@@ -98,7 +104,6 @@ from support.files import (
     locked_folder,
     read_header,
     read_tensor,
-    write_tensors,
 )
 from support.hub import (
     HubConfig,
@@ -175,8 +180,10 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
-    sharding: str = "no"  # with torchrun: base divides the frozen weights among the processes
-    cpu_offload: bool = False  # of sharding: its weights wait in CPU memory
+    sharding: str = (
+        "no"  # what torchrun's processes divide: base, the frozen weights; see configs
+    )
+    cpu_offload: bool = False  # of base: its weights wait in CPU memory
     micro_batch_tokens: int = (
         0  # tokens per forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
     )
@@ -233,7 +240,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
         "loss_type": ("nll", "dft"),
         "dtype": ("auto", *DTYPES),
         "attn_implementation": ("auto", "flash", *ATTENTION),
-        "sharding": ("no", "base"),
+        "sharding": ("no", "base", "grad_op", "full"),
         "report_to": (*TRACKERS, "all", "none"),
         "eval_strategy": STRATEGIES,
         "save_strategy": (*STRATEGIES, "best"),
@@ -280,8 +287,17 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
                 "lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)"
             )
         if self.sharding == "base" and not self.lora_r:
-            raise UserError("sharding: with lora_r 0 no weight is frozen; give a rank, or no")
-        if self.cpu_offload and self.sharding == "no":
+            raise UserError("sharding: with lora_r 0 no weight is frozen; give grad_op or full")
+        if self.sharding in ("grad_op", "full"):
+            if self.lora_r:
+                raise UserError("sharding: is base for a LoRA; grad_op and full are for lora_r 0")
+            optimizer = OPTIMIZERS[self.optim]
+            if getattr(optimizer, "func", optimizer) in (from_bitsandbytes, adafactor):
+                raise UserError(
+                    f"optim: {self.optim} has states for whole blocks or rows, which can't be "
+                    "divided; give adamw, or --sharding no"
+                )
+        if self.cpu_offload and self.sharding != "base":
             raise UserError("cpu_offload: is for divided weights; give --sharding base")
         if self.load_in_4bit and not self.lora_r:
             raise UserError(
@@ -349,7 +365,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     with stop_signals() as signals, keep_freed_memory(), bar:
         while True:
             with save_on_error(save):  # up to the next update the state is a whole step's
-                if state.unreported and report_step(state, steps, log, evaluate, config, clock):
+                due = state.unreported and report_step(state, steps, log, evaluate, config, clock)
+                if agree(bool(due)):
                     save()
                 stop = agree(max(signals, default=0))  # a signal's number
                 if state.step >= len(steps) or stop or state.best.get("stop"):
@@ -361,7 +378,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
 
             clock.enter("optimizer")
             scaler.unscale_(optimizer)
-            norm = float(clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+            norm = float(whole(clip_grad_norm_(parameters, config.max_grad_norm or math.inf)))
             lr = set_learning_rate(optimizer, state.step, len(steps), config)
             if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
                 scaler.step(optimizer)  # skips an overflow of float16 by itself
@@ -386,7 +403,9 @@ def set_up(model, steps, config, clock):
     """What `train` works with, as the last checkpoint left it: state, trained parameters,
     optimizer, gradient scaler, log and save()."""
     clock.enter("evaluation")
+    reshard(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    divided = any(map(is_divided, parameters.values()))
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     trained = trained_tensors(model, config)
@@ -402,8 +421,10 @@ def set_up(model, steps, config, clock):
         trackers = start_trackers(config, state.step and state.step + (not state.unreported))
     log = Log(Path(config.output_dir), state.log_bytes, trackers)
 
-    def save():
-        if not is_first():
+    def save(alone=False):
+        if divided and alone:
+            raise UserError("its parts are on other ranks too, which may have ended")
+        if not (is_first() or divided):
             return
         clock.enter("checkpoints")
         if config.micro_batch_tokens != asked:
@@ -496,6 +517,7 @@ def finish_training(model, state, stop, config, clock, began):
 
 def trained_tensors(model, config):
     """{name in a checkpoint's file: trained parameter}."""
+    reshard(model)
     return adapter_parameters(model) if config.lora_r else dict(model.named_parameters())
 
 
@@ -504,7 +526,7 @@ def write_trained(model, config, folder):
     if config.lora_r:
         write_adapter(model, folder, config.model)
     else:
-        write_tensors(trained_tensors(model, config), folder / "model.safetensors")
+        write_whole(trained_tensors(model, config), folder, "model.safetensors")
 
 
 def accumulate(model, examples, count, loss_fn, budget, scale=lambda loss: loss):
@@ -566,6 +588,7 @@ def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, sca
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+    reshard(model)
     sum_tensors([p.grad for p in parameters])
     sums = sum_numbers({"loss": loss, **sums})
     return sums.pop("loss"), sums
@@ -1011,15 +1034,16 @@ def load_data(config, tokenizer, options):
 
 def load_to_train(config, source, steps, device, dtype):
     """The model of a run, with what trains in place."""
-    shards = config.sharding == "base" and size() > 1
-    if config.sharding == "base" and size() == 1:
+    shards = config.sharding != "no" and size() > 1
+    if config.sharding != "no" and size() == 1:
         print("sharding: one process has the whole model; torchrun starts more")
     model = load_4bit(
         source,
         config,
         dtype=dtype,
-        device="cpu" if shards and not config.load_in_4bit else device,
+        device=device,
         attn_implementation=config.attn_implementation,
+        divide=partial(divide_model, config, device) if shards else None,
     )
     for notice in attach_adapter(model, config):
         print(notice)
@@ -1027,15 +1051,34 @@ def load_to_train(config, source, steps, device, dtype):
         add_embedding_noise(model, config.neftune_noise_alpha)
     trained, total = count_parameters(model)
     if shards:
-        shard_base(model, model.model.layers, device, config.cpu_offload)
-        model.attention, _ = choose_attention(
-            config.attn_implementation, model.config, model.dtype, device
-        )
+        if config.lora_r and any(p.requires_grad for p in model.parameters() if is_divided(p)):
+            raise UserError(
+                "modules_to_save: --sharding base divides layers of the blocks, frozen"
+            )
+        use_shards(model, device)
     print(
         f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of "
         f"{steps.batch_size} examples on {device} ({model.attention} attention, {model.dtype})"
     )
     return model
+
+
+def divide_model(config, device, model):
+    """Divides a model on `meta` among the ranks. A LoRA is added when the weights are there, whose
+    values it may need."""
+    prepare_layers(model)
+    if not config.lora_r:
+        attach_adapter(model, config)
+    shard(model, model.model.layers, config.sharding, device, config.cpu_offload)
+
+
+def prepare_layers(model):
+    """Gives a model on `meta` the dtypes and 4-bit buffers that it has when it is loaded."""
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit) and not hasattr(layer, "state"):
+            layer.expect_own(model.dtype)
+    for p in model.parameters():
+        p.data = p.data.to(model.dtype)
 
 
 def attach_adapter(model, config):
@@ -1066,8 +1109,8 @@ def export(model, config, examples, held_out=True):
     """
     folder, figures, swap = Path(config.output_dir), {}, None
     if not config.lora_r:
-        tensors = merge_lora(model).state_dict().items()
-        on_first(save_model, tensors, folder / "merged", model.folder)
+        tensors = merge_lora(model).state_dict()
+        write_on_first(save_model, tensors, folder / "merged", model.folder)
         return figures
     on_first(export_adapter, model, config, folder / "adapter")
     if not config.merge:
@@ -1117,11 +1160,7 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
     model.attention, _ = choose_attention(
         config.attn_implementation, model.config, model.dtype, device
     )
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit) and not hasattr(layer, "state"):
-            layer.expect_own(model.dtype)  # it is quantised when it is loaded
-    for p in model.parameters():
-        p.data = p.data.to(model.dtype)
+    prepare_layers(model)
     attach_adapter(model, config)
 
     def length(group):

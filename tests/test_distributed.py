@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, write_checkpoint
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import dpo
 import eval as evaluation
@@ -29,6 +30,11 @@ from support.tracking import read_log
 
 QLORA = {"load_in_4bit": True, "merge": True}
 SHARDED = {"sharding": "base", "gradient_checkpointing": True, "micro_batch_tokens": 150}
+GENTLE = {
+    "lora_r": 0,
+    "learning_rate": 1e-4,
+}  # at 1e-3 rounding grows to 3e-6, on one process too
+FULL = {"sharding": "full", "lora_r": 0}
 SCRIPTS = {"sft": sft, "dpo": dpo, "eval": evaluation}
 CLOSE = dict(rel=1e-6, abs=1e-6)
 
@@ -141,6 +147,7 @@ def make_cases(inputs, folder):
         "lora": training(inputs, "sft", folder / "lora"),
         "full": training(inputs, "sft", folder / "full", lora_r=0),
         "dpo": training(inputs, "dpo", folder / "dpo"),
+        "full-dpo": training(inputs, "dpo", folder / "full-dpo", **GENTLE),
         "4bit": training(inputs, "sft", folder / "4bit", **QLORA),
         "eval": ["eval", flags(**asking)],
     }
@@ -154,12 +161,16 @@ def runs(inputs, tmp_path_factory):
     cases = make_cases(inputs, together)
     cases["sharded-dpo"] = training(inputs, "dpo", together / "sharded-dpo", **SHARDED)
     cases["sharded-dpo"][1] += flags(ref_cache=together / "other-reference")
-    del cases["4bit"]
+    del cases["4bit"], cases["full-dpo"]
     cases["sharded-4bit"] = training(inputs, "sft", together / "sharded-4bit", **QLORA, **SHARDED)
+    for name, mode in {"full": "grad_op", "full-dpo": "full", "stopped-full": "full"}.items():
+        script, settings = ("dpo", GENTLE) if "dpo" in name else ("sft", {"lora_r": 0})
+        name, settings = f"sharded-{name}", {**SHARDED, **settings, "sharding": mode}
+        cases[name] = training(inputs, script, together / name, **settings)
     for name in ("stopped", "failing"):
         cases[name] = training(inputs, "sft", together / name)
     ended = start_ranks(together, cases)
-    assert ended.stdout.count("step 1  ") == 7, ended.stderr  # printed by the first rank alone
+    assert ended.stdout.count("step 1  ") == 10, ended.stderr  # printed by the first rank alone
     return alone, together, ended.stderr
 
 
@@ -194,19 +205,26 @@ def test_two_ranks_train_as_one_process(runs, name):
     assert_same_run(alone, together)
 
 
-@pytest.mark.parametrize("name", ["4bit", "dpo"])
-def test_a_divided_base_trains_as_a_whole_one(runs, name):
-    """With other micro-batches than in one process, of which one rank has more than the other. What
-    merging 4-bit weights changes is measured alike too."""
+@pytest.mark.parametrize("name", ["4bit", "dpo", "full", "full-dpo"])
+def test_divided_weights_train_as_whole_ones(runs, name):
+    """A frozen base, and all that trains in both ways. With other micro-batches than in one
+    process, of which one rank has more than the other. What merging 4-bit weights changes is
+    measured alike too; merged/ is the same."""
     alone, together, _ = runs
-    assert_same_run(alone / name, together / f"sharded-{name}")
-    merged = [folder / "merged" for folder in (alone / name, together / f"sharded-{name}")]
-    assert [folder.exists() for folder in merged] == [name == "4bit"] * 2
+    folders = alone / name, together / f"sharded-{name}"
+    assert_same_run(*folders)
+    merged = [folder / "merged" for folder in folders]
+    assert [folder.exists() for folder in merged] == [name not in ("dpo",)] * 2
+    if merged[0].exists():
+        first, second = (load_file(folder / "model.safetensors") for folder in merged)
+        assert first.keys() == second.keys()
+        for key, tensor in first.items():
+            assert_close(second[key], tensor, rtol=0, atol=2e-6)
 
 
 def test_dpo_starts_at_margin_zero(runs):
     """The reference pass walks the micro-batches of every rank's part."""
-    for name in ("dpo", "sharded-dpo"):
+    for name in ("dpo", "sharded-dpo", "sharded-full-dpo"):
         first, *_ = [line for line in read_log(runs[1] / name / "log.jsonl") if "loss" in line]
         assert first["rewards/margins"] == 0
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
@@ -220,6 +238,15 @@ def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(runs, inputs):
     run_cases({"again": training(inputs, "sft", stopped)})
     (stopped / "checkpoint-000004").rename(stopped / "old")
     assert_same_run(alone / "lora", stopped)
+
+
+def test_one_process_goes_on_with_weights_that_were_divided(runs, inputs):
+    """Their checkpoint has the files of one process."""
+    alone, together, _ = runs
+    stopped = together / "sharded-stopped-full"
+    run_cases({"again": training(inputs, "sft", stopped, lora_r=0)})
+    (stopped / "checkpoint-000004").rename(stopped / "old")
+    assert_same_run(alone / "full", stopped)
 
 
 def test_evaluation_is_divided_and_comes_out_the_same(runs):
@@ -279,10 +306,16 @@ def test_what_several_ranks_cannot_do_is_refused(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "size", lambda: 2)
     with pytest.raises(UserError, match="loss_type: aot compares all pairs"):
         dpo.main(training(inputs, "dpo", tmp_path / "run", loss_type="aot")[1])
-    with pytest.raises(UserError, match="cpu_offload: is for divided weights"):
-        sft.SFTConfig(cpu_offload=True)
-    with pytest.raises(UserError, match="sharding: with lora_r 0 no weight is frozen"):
-        sft.SFTConfig(sharding="base", lora_r=0)
+    refusals = {
+        "cpu_offload: is for divided weights": {"cpu_offload": True},
+        "sharding: with lora_r 0 no weight is frozen": {"sharding": "base", "lora_r": 0},
+        "sharding: is base for a LoRA": {"sharding": "full"},
+        "optim: adamw_8bit has states for": {"optim": "adamw_8bit"} | FULL,
+        "optim: adafactor has states for": {"optim": "adafactor"} | FULL,
+    }
+    for message, settings in refusals.items():
+        with pytest.raises(UserError, match=message):
+            sft.SFTConfig(**settings)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="device: cuda:1 would be every rank's; give cuda"):
