@@ -78,6 +78,7 @@ from support.checkpoints import (
 from support.distributed import (
     agree,
     divide,
+    end_pass,
     every,
     first_of_node,
     gather_each,
@@ -535,8 +536,7 @@ def accumulate(model, examples, count, loss_fn, budget, scale=lambda loss: loss)
     losses, sums = [], Counter()
     groups = [*split_by_tokens(examples, budget)]
     if is_sharded(model):  # each pass gathers weights from all ranks
-        shortest = min(examples, key=count_tokens)
-        groups += [weightless(shortest)] * (agree(len(groups)) - len(groups))
+        groups += [lightest(examples)] * (model.exchange.agree_passes(len(groups)) - len(groups))
     for group in groups:
         loss, metrics = loss_fn(model, Batch.pack(group, model.device))
         if torch.is_grad_enabled():
@@ -553,30 +553,37 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
     the gradient is the same. UserError where the examples are alone in their micro-batches."""
     asked = config.micro_batch_tokens
     while True:
-        budget = token_budget(config, model.device)
+        budget, message = token_budget(config, model.device), ""
         try:
             torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-            return accumulate(model, examples, count, loss_fn, budget, scale)
+            result = accumulate(model, examples, count, loss_fn, budget, scale)
         except (RuntimeError, MemoryError) as error:  # not every device has a class for it
             message = f"{type(error).__name__}: {error}".partition("\n")[0]
             if not re.search("memory|create a primitive", message, re.IGNORECASE):
                 raise
-        model.zero_grad()  # backward may have got halfway; out here its graph is freed
-        free_cached_memory()
-        sizes = [*map(count_tokens, examples)]
-        groups = [*split_by_tokens(examples, budget)]
-        if is_sharded(model) or budget == sys.maxsize or len(groups) == len(examples):
-            config.micro_batch_tokens = asked
-            raise UserError(
-                f"out of memory at {max(sizes):,} tokens that can't be split ({message}); run "
-                "again with --gradient_checkpointing, else --load_in_4bit or a smaller --max_length"
+        if message:  # out here the graph is freed
+            sizes = [*map(count_tokens, examples)]
+            groups = [*split_by_tokens(examples, budget)]
+            if budget == sys.maxsize or len(groups) == len(examples):
+                config.micro_batch_tokens = asked
+                raise UserError(
+                    f"out of memory at {max(sizes):,} tokens that can't be split ({message}); run "
+                    "again with --gradient_checkpointing, else --load_in_4bit or a smaller "
+                    "--max_length"
+                )
+            budget = min(budget, sum(sizes))
+            config.micro_batch_tokens = budget // 2
+            tqdm.write(
+                f"out of memory at {budget:,} tokens in a micro-batch; retrying with "
+                f"{budget // 2:,}, which gives the same gradient"
             )
-        budget = min(budget, sum(sizes))
-        config.micro_batch_tokens = budget // 2
-        tqdm.write(
-            f"out of memory at {budget:,} tokens in a micro-batch; retrying with {budget // 2:,}, "
-            "which gives the same gradient"
-        )
+            if is_sharded(model):
+                end_pass(model, accumulate, lightest(examples), count, loss_fn, budget)
+        if not (agree(bool(message)) if is_sharded(model) else message):
+            return result
+        reshard(model)
+        model.zero_grad()  # backward may have got halfway
+        free_cached_memory()
 
 
 def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, scale):
@@ -597,6 +604,11 @@ def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, sca
 def weightless(example):
     """A micro-batch without influence, for a rank that has no other."""
     return [[segment._replace(weight=0.0) for segment in example]]
+
+
+def lightest(examples):
+    """A micro-batch without influence, of the shortest example."""
+    return weightless(min(examples, key=count_tokens))
 
 
 def evaluate_loss(model, examples, loss_fn, config, count):
@@ -1174,9 +1186,11 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
     largest = max(split, key=length)
     micro = len(steps) * sum(map(len, splits)) / len(splits)
     pack = partial(Batch.pack, largest, device)
-    estimate = estimate_memory(model, pack, device, loss_fn, config, len(split) == 1, micro)
-    ranks = plan_ranks(model, model.model.layers, estimate[0], config.nproc, micro / len(steps))
-    return by_module(model), *estimate, largest, ranks
+    first = len(split) == 1
+    memory, meter = estimate_memory(model, pack, device, loss_fn, config, first, micro)
+    plan = memory, meter.busy / 1e9, config.nproc, micro / len(steps)
+    ranks = plan_ranks(model, model.model.layers, *plan)
+    return by_module(model), memory, meter.flops, largest, ranks
 
 
 def dry_run(config, source, steps, loss_fn, device, dtype):

@@ -11,6 +11,7 @@ these, and the tensors of a CPU; NCCL those of a GPU. Only the first rank writes
 import json
 import os
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, groupby, islice
 
@@ -266,11 +267,57 @@ def shard(model, blocks, mode, device, cpu_offload):
     if base:
         undivided |= {p for p in model.parameters() if not is_divided(p)}
     fully_shard(model, reshard_after_forward=False, **options)
+    model.exchange = Exchange()
     for module in (model, *blocks):
+        module.set_custom_all_gather(Collective(model.exchange, dist.all_gather_single))
+        module.set_custom_reduce_scatter(Collective(model.exchange, dist.reduce_scatter_single))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
         module.set_reshard_after_backward(not keep, recurse=False)
     (blocks if base else model).to_empty(device="cpu" if cpu_offload else device)
+
+
+@dataclass
+class Exchange:
+    """FSDP's collectives in a step, of which every rank makes the same ones in the same order."""
+
+    passes: int = 0  # forward and backward, as many on each rank
+    made: int = 0
+    skip: int = 0
+    ending: bool = False
+
+    def agree_passes(self, number):
+        """The largest of the ranks' numbers of micro-batches; from here on collectives count."""
+        if not self.ending:
+            self.passes, self.made = agree(number), 0
+        return self.passes
+
+
+class Collective:
+    """One of FSDP's collectives, counted (torch.distributed.fsdp's interface for own ones)."""
+
+    def __init__(self, exchange, function):
+        self.exchange, self.function = exchange, function
+
+    def allocate(self, shape, **options):
+        return torch.empty(*shape, **options)
+
+    def __call__(self, output_tensor, input_tensor, group, **options):
+        if self.exchange.skip:
+            self.exchange.skip -= 1
+            return
+        self.exchange.made += 1
+        return self.function(output_tensor, input_tensor, group=group, **options)
+
+
+def end_pass(model, accumulate, *args):
+    """accumulate(model, *args) where the same failed on this rank, while the others wait in its
+    collectives. Those that were made before are left out, so the result is worthless."""
+    exchange = model.exchange
+    model.reset_iter_state()
+    exchange.skip, exchange.ending = exchange.made, True
+    accumulate(model, *args)
+    exchange.ending = False
 
 
 def use_shards(model, device):

@@ -19,7 +19,13 @@ from safetensors.torch import save_file
 
 from support.errors import UserError, as_user_error, brief
 
-CODES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}  # safetensors' names
+# safetensors' names
+CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 
 
 def regular_file(path, most=math.inf):

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,10 @@ GENTLE = {
     "learning_rate": 1e-4,
 }  # at 1e-3 rounding grows to 3e-6, on one process too
 FULL = {"sharding": "full", "lora_r": 0}
+POOR = {  # by the hook that a lack of memory comes from
+    "register_forward_pre_hook": FULL,
+    "register_full_backward_hook": {"sharding": "base"},
+}
 SCRIPTS = {"sft": sft, "dpo": dpo, "eval": evaluation}
 CLOSE = dict(rel=1e-6, abs=1e-6)
 
@@ -49,6 +54,22 @@ def disturb_step(number, disturb):
         return get(plan, step)
 
     sft.Plan.__getitem__ = patched
+
+
+def run_out_of_memory(register):
+    """The next micro-batch of a rank ends in its first block, forward or backward."""
+    accumulate = sft.accumulate
+
+    def poor(model, *args, **options):
+        def fail(*_):
+            hook.remove()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        sft.accumulate = accumulate
+        hook = getattr(model.model.layers[0].mlp, register)(fail)
+        return accumulate(model, *args, **options)
+
+    sft.accumulate = poor
 
 
 def no_figure(*_):
@@ -69,6 +90,8 @@ def run_cases(cases):
             disturb_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         if "failing" in name:
             disturb_step(3, fail)
+        if name.startswith("register"):
+            disturb_step(2, partial(run_out_of_memory, name))
         try:
             SCRIPTS[script].main(argv)
             statuses[name] = 0
@@ -167,10 +190,12 @@ def runs(inputs, tmp_path_factory):
         script, settings = ("dpo", GENTLE) if "dpo" in name else ("sft", {"lora_r": 0})
         name, settings = f"sharded-{name}", {**SHARDED, **settings, "sharding": mode}
         cases[name] = training(inputs, script, together / name, **settings)
+    for name, settings in POOR.items():
+        cases[name] = training(inputs, "sft", together / name, **settings)
     for name in ("stopped", "failing"):
         cases[name] = training(inputs, "sft", together / name)
     ended = start_ranks(together, cases)
-    assert ended.stdout.count("step 1  ") == 10, ended.stderr  # printed by the first rank alone
+    assert ended.stdout.count("step 1  ") == 12, ended.stderr  # printed by the first rank alone
     return alone, together, ended.stderr
 
 
@@ -240,6 +265,14 @@ def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(runs, inputs):
     assert_same_run(alone / "lora", stopped)
 
 
+@pytest.mark.parametrize("name", POOR)
+def test_a_rank_out_of_memory_splits_though_others_wait_for_its_part(runs, name):
+    """In the midst of a pass that gathers weights from all ranks: the step is done again by all,
+    with micro-batches of half the tokens on that rank."""
+    alone, together, _ = runs
+    assert_same_run(alone / ("full" if POOR[name] == FULL else "lora"), together / name)
+
+
 def test_one_process_goes_on_with_weights_that_were_divided(runs, inputs):
     """Their checkpoint has the files of one process."""
     alone, together, _ = runs
@@ -277,7 +310,10 @@ def test_items_are_spread_evenly_whatever_their_order(monkeypatch):
 @pytest.mark.parametrize("settings", [{}, {"load_in_4bit": True}, {"lora_r": 0}])
 def test_the_plan_of_many_ranks_by_hand(inputs, settings, tmp_path, capsys):
     """Four ranks send 2 · 3/4 of the gradients to add them up. With a divided base, of which each
-    keeps a quarter and two whole blocks, they send 3/4 of the blocks twice for each micro-batch."""
+    keeps a quarter and two whole blocks, they send 3/4 of the blocks twice for each micro-batch.
+    Full fine-tuning sends 3/4 of the weights once and of the gradients each time, or both each
+    time, and the blocks' twice. A rank keeps a quarter of both and of AdamW's states, with what is
+    gathered."""
     script, argv = training(inputs, "sft", tmp_path / "run", nproc=4, dry_run=True, **settings)
     config = sft.SFTConfig(model=str(inputs / "model"), data=["rows"], lora_r=4)
     vars(config).update(settings)
@@ -288,14 +324,25 @@ def test_the_plan_of_many_ranks_by_hand(inputs, settings, tmp_path, capsys):
     for block in model.model.layers:
         layers = [layer for layer in block.modules() if hasattr(layer, "weight")]
         weights = {id(layer.weight): layer.weight for layer in layers}.values()
-        frozen.append(sum(w.nbytes for w in weights if not w.requires_grad))
+        frozen.append(sum(w.nbytes for w in weights if not w.requires_grad and w.dim() > 1))
     sft.main(argv)
     table = capsys.readouterr().out.partition("each of 4 processes:")[2]
     assert float(re.search(r"no +[\d.]+ +([\d.]+)", table)[1]) == round(1.5 * 4e-9 * trained, 4)
     assert ("base" in table) == (settings != {"lora_r": 0})
-    memory = {"weights": 1.0}
-    modes = planner.plan_ranks(model, model.model.layers, memory, 4, 3)
-    if "base" in modes:
+    memory = {"weights": 4e-9 * trained, "optimizer": 8e-9 * trained}
+    memory["activations"] = 1.0 - sum(memory.values())
+    modes = planner.plan_ranks(model, model.model.layers, memory, 0.5, 4, 3)
+    if "base" not in modes:
+        blocks = [sum(4e-9 * p.numel() for p in b.parameters()) for b in model.model.layers]
+        gb, block = 4e-9 * trained, blocks[0]
+        root = gb - sum(blocks)
+        kept, sent = modes["grad_op"]
+        assert kept == pytest.approx(0.5 + gb + gb + root + max(root, 2 * block))
+        assert sent == pytest.approx(0.75 * gb * 4)
+        kept, sent = modes["full"]
+        assert kept == pytest.approx(0.5 + gb + 2 * root + max(root, 4 * block))
+        assert sent == pytest.approx(0.75 * 3 * (2 * gb + sum(blocks)))
+    else:
         kept, sent = modes["base"]
         gathered = 0.75e-9 * sum(frozen)
         assert kept == pytest.approx(1.0 - gathered + 2e-9 * max(frozen))
