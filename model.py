@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.config_json import as_list, rope_settings, setting_faults
 from support.devices import pick_dtype
+from support.distributed import assign, is_divided, read_into, whole
 from support.errors import UserError, as_user_error, brief
 from support.files import atomic_folder, finite, read_json, read_tensor
 from support.hub import companions, resolve
@@ -316,13 +317,13 @@ class Linear(nn.Linear):
     quantized = False
 
     def dense_weight(self):
-        return self.weight
+        return whole(self.weight)
 
     def original_weight(self):
-        return self.weight
+        return whole(self.weight)
 
     def replace_weight(self, weight):
-        self.weight.copy_(weight)
+        assign(self.weight, weight)
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias
@@ -1113,10 +1114,11 @@ def load_model(
     attn_implementation="auto",
     revision=None,
     swap_layers=None,
+    divide=None,
 ):
     """A Transformer with the weights of folder or hub id `name`, frozen, in dtype (see
     `pick_dtype`). Checked by `open_model`, then filled a tensor at a time: peak memory is the model
-    and one tensor."""
+    and one tensor. divide(model) may divide it among ranks first, each of which reads its part."""
     check_choice("dtype", dtype, ("auto", *DTYPES))
     model, tensors = open_model(name, revision, swap_layers)
     dtype = pick_dtype(dtype, model.config.dtype, device)
@@ -1126,9 +1128,14 @@ def load_model(
     )
     if notice:
         print(notice, file=sys.stderr)
-    for key, (file, _, _) in tensors.items():
-        tensor = read_tensor(file, key)
-        set_tensor(model, key, tensor, device, model.dtype)
+    if divide:
+        divide(model)
+    empty = model.state_dict(keep_vars=True)
+    for key, (file, shape, _) in tensors.items():
+        if is_divided(empty[key]) and empty[key].shape == shape:
+            read_into(empty[key], file, key)
+        else:
+            set_tensor(model, key, read_tensor(file, key), device, model.dtype)
     return model
 
 

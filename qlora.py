@@ -33,6 +33,7 @@ from lora import (
     merged_layer,
 )
 from model import CHUNK, DTYPES, Linear, ModelConfig, load_model, save_model
+from support.distributed import assign, is_divided, whole
 from support.errors import UserError, as_user_error, run_command
 from support.files import new_folder, read_tensor, unique_keys
 from support.hub import resolve
@@ -138,12 +139,16 @@ class Linear4bit(nn.Module):
 
     def replace_weight(self, weight):
         """Quantises `weight` (out, in), 16- or 32-bit, in place of the present one."""
-        self._buffers["weight"], state = bitsandbytes().functional.quantize_4bit(
+        packed, state = bitsandbytes().functional.quantize_4bit(
             weight.contiguous(),
             blocksize=BLOCK,
             compress_statistics=self.quant.bnb_4bit_use_double_quant,
             quant_type=self.quant.bnb_4bit_quant_type,
         )
+        if is_divided(self.weight):
+            assign(self.weight, packed)
+        else:
+            self._buffers["weight"] = packed
         self.state = state.as_dict()
         for leaf, tensor in state.as_dict(packed=True).items():
             self._buffers[f"weight.{leaf}"] = tensor
@@ -168,7 +173,7 @@ class Linear4bit(nn.Module):
             quant_type=state["quant_type"],
             dtype=DTYPES[state["dtype"]],
         )
-        return functional.dequantize_4bit(self.weight, blocks)
+        return functional.dequantize_4bit(whole(self.weight), blocks)
 
     def original_weight(self):
         """W as in the checkpoint, in the model's dtype; UserError if that holds 4 bits."""

@@ -78,19 +78,26 @@ from support.devices import pick_device, pick_dtype
 from support.distributed import (
     agree,
     divide,
+    end_pass,
     every,
     first_of_node,
     gather_each,
+    is_divided,
     is_first,
     is_sharded,
     join_ranks,
     on_first,
     rank,
-    shard_base,
+    reshard,
+    shard,
     size,
     sum_numbers,
     sum_tensors,
+    use_shards,
     wait,
+    whole,
+    write_on_first,
+    write_whole,
 )
 from support.errors import UserError, as_user_error, run_command
 from support.files import (
@@ -98,7 +105,6 @@ from support.files import (
     locked_folder,
     read_header,
     read_tensor,
-    write_tensors,
 )
 from support.hub import (
     HubConfig,
@@ -177,8 +183,10 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
     selective_checkpointing: bool = False  # recompute their MLPs alone: less slow, 0.6 of it
     activation_offloading: bool = False  # on a GPU: activations wait for backward in CPU memory
-    sharding: str = "no"  # with torchrun: base divides the frozen weights among the processes
-    cpu_offload: bool = False  # of sharding: its weights wait in CPU memory
+    sharding: str = (
+        "no"  # what torchrun's processes divide: base, the frozen weights; see configs
+    )
+    cpu_offload: bool = False  # of base: its weights wait in CPU memory
     micro_batch_tokens: int = (
         0  # tokens per forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
     )
@@ -235,7 +243,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
         "loss_type": ("nll", "dft"),
         "dtype": ("auto", *DTYPES),
         "attn_implementation": ("auto", "flash", *ATTENTION),
-        "sharding": ("no", "base"),
+        "sharding": ("no", "base", "grad_op", "full"),
         "report_to": (*TRACKERS, "all", "none"),
         "eval_strategy": STRATEGIES,
         "save_strategy": (*STRATEGIES, "best"),
@@ -287,8 +295,17 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
                 "lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)"
             )
         if self.sharding == "base" and not self.lora_r:
-            raise UserError("sharding: with lora_r 0 no weight is frozen; give a rank, or no")
-        if self.cpu_offload and self.sharding == "no":
+            raise UserError("sharding: with lora_r 0 no weight is frozen; give grad_op or full")
+        if self.sharding in ("grad_op", "full"):
+            if self.lora_r:
+                raise UserError("sharding: is base for a LoRA; grad_op and full are for lora_r 0")
+            optimizer = OPTIMIZERS[self.optim]
+            if getattr(optimizer, "func", optimizer) in (from_bitsandbytes, adafactor):
+                raise UserError(
+                    f"optim: {self.optim} has states for whole blocks or rows, which can't be "
+                    "divided; give adamw, or --sharding no"
+                )
+        if self.cpu_offload and self.sharding != "base":
             raise UserError("cpu_offload: is for divided weights; give --sharding base")
         if self.load_in_4bit and not self.lora_r:
             raise UserError(
@@ -354,7 +371,8 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     with stop_signals() as signals, keep_freed_memory(), bar:
         while True:
             with save_on_error(save):  # up to the next update the state is a whole step's
-                if state.unreported and report_step(state, steps, log, evaluate, config, clock):
+                due = state.unreported and report_step(state, steps, log, evaluate, config, clock)
+                if agree(bool(due)):
                     save()
                 stop = agree(max(signals, default=0))  # a signal's number
                 if state.step >= len(steps) or stop or state.best.get("stop"):
@@ -367,7 +385,7 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
 
             clock.enter("optimizer")
             scaler.unscale_(optimizer)
-            norm = float(clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+            norm = float(whole(clip_grad_norm_(parameters, config.max_grad_norm or math.inf)))
             lr = set_learning_rate(optimizer, state.step, len(steps), config)
             if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):
                 scaler.step(optimizer)  # skips an overflow of float16 by itself
@@ -392,7 +410,9 @@ def set_up(model, steps, config, clock):
     """What `train` works with, as the last checkpoint left it: state, trained parameters,
     optimizer, gradient scaler, log and save()."""
     clock.enter("evaluation")
+    reshard(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    divided = any(map(is_divided, parameters.values()))
     optimizer = make_optimizer(parameters, config)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     trained = trained_tensors(model, config)
@@ -408,8 +428,10 @@ def set_up(model, steps, config, clock):
         trackers = start_trackers(config, state.step and state.step + (not state.unreported))
     log = Log(Path(config.output_dir), state.log_bytes, trackers)
 
-    def save():
-        if not is_first():
+    def save(alone=False):
+        if divided and alone:
+            raise UserError("its parts are on other ranks too, which may have ended")
+        if not (is_first() or divided):
             return
         clock.enter("checkpoints")
         if config.micro_batch_tokens != asked:
@@ -502,6 +524,7 @@ def finish_training(model, state, stop, config, clock, began):
 
 def trained_tensors(model, config):
     """{name in a checkpoint's file: trained parameter}."""
+    reshard(model)
     return adapter_parameters(model) if config.lora_r else dict(model.named_parameters())
 
 
@@ -510,7 +533,7 @@ def write_trained(model, config, folder):
     if config.lora_r:
         write_adapter(model, folder, config.model)
     else:
-        write_tensors(trained_tensors(model, config), folder / "model.safetensors")
+        write_whole(trained_tensors(model, config), folder, "model.safetensors")
 
 
 def accumulate(model, examples, count, loss_fn, budget, scale=lambda loss: loss):
@@ -519,8 +542,7 @@ def accumulate(model, examples, count, loss_fn, budget, scale=lambda loss: loss)
     losses, sums = [], Counter()
     groups = [*split_by_tokens(examples, budget)]
     if is_sharded(model):  # each pass gathers weights from all ranks
-        shortest = min(examples, key=count_tokens)
-        groups += [weightless(shortest)] * (agree(len(groups)) - len(groups))
+        groups += [lightest(examples)] * (model.exchange.agree_passes(len(groups)) - len(groups))
     for group in groups:
         loss, metrics = loss_fn(model, Batch.pack(group, model.device))
         if torch.is_grad_enabled():
@@ -537,30 +559,37 @@ def compute_gradient(model, examples, count, loss_fn, config, seed, scale):
     the gradient is the same. UserError where the examples are alone in their micro-batches."""
     asked = config.micro_batch_tokens
     while True:
-        budget = token_budget(config, model.device)
+        budget, message = token_budget(config, model.device), ""
         try:
             torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-            return accumulate(model, examples, count, loss_fn, budget, scale)
+            result = accumulate(model, examples, count, loss_fn, budget, scale)
         except (RuntimeError, MemoryError) as error:  # not every device has a class for it
             message = f"{type(error).__name__}: {error}".partition("\n")[0]
             if not re.search("memory|create a primitive", message, re.IGNORECASE):
                 raise
-        model.zero_grad()  # backward may have got halfway; out here its graph is freed
-        free_cached_memory()
-        sizes = [*map(count_tokens, examples)]
-        groups = [*split_by_tokens(examples, budget)]
-        if is_sharded(model) or budget == sys.maxsize or len(groups) == len(examples):
-            config.micro_batch_tokens = asked
-            raise UserError(
-                f"out of memory at {max(sizes):,} tokens that can't be split ({message}); run "
-                "again with --gradient_checkpointing, else --load_in_4bit or a smaller --max_length"
+        if message:  # out here the graph is freed
+            sizes = [*map(count_tokens, examples)]
+            groups = [*split_by_tokens(examples, budget)]
+            if budget == sys.maxsize or len(groups) == len(examples):
+                config.micro_batch_tokens = asked
+                raise UserError(
+                    f"out of memory at {max(sizes):,} tokens that can't be split ({message}); run "
+                    "again with --gradient_checkpointing, else --load_in_4bit or a smaller "
+                    "--max_length"
+                )
+            budget = min(budget, sum(sizes))
+            config.micro_batch_tokens = budget // 2
+            tqdm.write(
+                f"out of memory at {budget:,} tokens in a micro-batch; retrying with "
+                f"{budget // 2:,}, which gives the same gradient"
             )
-        budget = min(budget, sum(sizes))
-        config.micro_batch_tokens = budget // 2
-        tqdm.write(
-            f"out of memory at {budget:,} tokens in a micro-batch; retrying with {budget // 2:,}, "
-            "which gives the same gradient"
-        )
+            if is_sharded(model):
+                end_pass(model, accumulate, lightest(examples), count, loss_fn, budget)
+        if not (agree(bool(message)) if is_sharded(model) else message):
+            return result
+        reshard(model)
+        model.zero_grad()  # backward may have got halfway
+        free_cached_memory()
 
 
 def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, scale):
@@ -572,6 +601,7 @@ def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, sca
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+    reshard(model)
     sum_tensors([p.grad for p in parameters])
     sums = sum_numbers({"loss": loss, **sums})
     return sums.pop("loss"), sums
@@ -580,6 +610,11 @@ def sum_gradients(model, parameters, examples, count, loss_fn, config, seed, sca
 def weightless(example):
     """A micro-batch without influence, for a rank that has no other."""
     return [[segment._replace(weight=0.0) for segment in example]]
+
+
+def lightest(examples):
+    """A micro-batch without influence, of the shortest example."""
+    return weightless(min(examples, key=count_tokens))
 
 
 def evaluate_loss(model, examples, loss_fn, config, count):
@@ -1023,15 +1058,16 @@ def load_data(config, tokenizer, options):
 
 def load_to_train(config, source, steps, device, dtype):
     """The model of a run, with what trains in place."""
-    shards = config.sharding == "base" and size() > 1
-    if config.sharding == "base" and size() == 1:
+    shards = config.sharding != "no" and size() > 1
+    if config.sharding != "no" and size() == 1:
         print("sharding: one process has the whole model; torchrun starts more")
     model = load_4bit(
         source,
         config,
         dtype=dtype,
-        device="cpu" if shards and not config.load_in_4bit else device,
+        device=device,
         attn_implementation=config.attn_implementation,
+        divide=partial(divide_model, config, device) if shards else None,
     )
     for notice in attach_adapter(model, config):
         print(notice)
@@ -1041,10 +1077,11 @@ def load_to_train(config, source, steps, device, dtype):
         add_embedding_noise(model, config.neftune_noise_alpha)
     trained, total = count_parameters(model)
     if shards:
-        shard_base(model, model.model.layers, device, config.cpu_offload)
-        model.attention, _ = choose_attention(
-            config.attn_implementation, model.config, model.dtype, device
-        )
+        if config.lora_r and any(p.requires_grad for p in model.parameters() if is_divided(p)):
+            raise UserError(
+                "modules_to_save: --sharding base divides layers of the blocks, frozen"
+            )
+        use_shards(model, device)
     print(
         f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of "
         f"{steps.batch_size} examples on {device} ({model.attention} attention, {model.dtype})"
@@ -1054,6 +1091,24 @@ def load_to_train(config, source, steps, device, dtype):
 
 # how activations take less memory: settings, and attributes of a model
 SAVINGS = "gradient_checkpointing", "selective_checkpointing", "activation_offloading"
+
+
+def divide_model(config, device, model):
+    """Divides a model on `meta` among the ranks. A LoRA is added when the weights are there, whose
+    values it may need."""
+    prepare_layers(model)
+    if not config.lora_r:
+        attach_adapter(model, config)
+    shard(model, model.model.layers, config.sharding, device, config.cpu_offload)
+
+
+def prepare_layers(model):
+    """Gives a model on `meta` the dtypes and 4-bit buffers that it has when it is loaded."""
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit) and not hasattr(layer, "state"):
+            layer.expect_own(model.dtype)
+    for p in model.parameters():
+        p.data = p.data.to(model.dtype)
 
 
 def attach_adapter(model, config):
@@ -1085,8 +1140,8 @@ def export(model, config, examples, held_out=True):
     """
     folder, figures, swap = Path(config.output_dir), {}, None
     if not config.lora_r:
-        tensors = merge_lora(model).state_dict().items()
-        on_first(save_model, tensors, folder / "merged", model.folder)
+        tensors = merge_lora(model).state_dict()
+        write_on_first(save_model, tensors, folder / "merged", model.folder)
         return figures
     on_first(export_adapter, model, config, folder / "adapter")
     if not config.merge:
@@ -1136,11 +1191,7 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
     model.attention, _ = choose_attention(
         config.attn_implementation, model.config, model.dtype, device
     )
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit) and not hasattr(layer, "state"):
-            layer.expect_own(model.dtype)  # it is quantised when it is loaded
-    for p in model.parameters():
-        p.data = p.data.to(model.dtype)
+    prepare_layers(model)
     attach_adapter(model, config)
 
     def length(group):
@@ -1154,9 +1205,11 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
     largest = max(split, key=length)
     micro = len(steps) * sum(map(len, splits)) / len(splits)
     pack = partial(Batch.pack, largest, device)
-    estimate = estimate_memory(model, pack, device, loss_fn, config, len(split) == 1, micro)
-    ranks = plan_ranks(model, model.model.layers, estimate[0], config.nproc, micro / len(steps))
-    return by_module(model), *estimate, largest, ranks
+    first = len(split) == 1
+    memory, meter = estimate_memory(model, pack, device, loss_fn, config, first, micro)
+    plan = memory, meter.busy / 1e9, config.nproc, micro / len(steps)
+    ranks = plan_ranks(model, model.model.layers, *plan)
+    return by_module(model), memory, meter.flops, largest, ranks
 
 
 def dry_run(config, source, steps, loss_fn, device, dtype):

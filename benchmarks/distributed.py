@@ -3,7 +3,8 @@
 Every case trains the embedded model in one process and on 2 and 4 ranks over gloo, with the same
 command and without dropout. Compared: every logged loss, metric and gradient norm (the largest
 difference, relative to the number where that is above 1), and the tensors of the last checkpoint
-(absolute). Then a run is stopped and goes on with another number of ranks; a rank is killed with
+(absolute). One process with micro-batches of half the tokens shows what rounding alone does. Then
+a run is stopped and goes on with another number of ranks; a rank is killed with
 SIGKILL under `torchrun --max-restarts 1`; and one of the ranks runs out of memory.
 
     python benchmarks/distributed.py [--ranks 2,4] [--cases sft-lora,dpo-4bit-base]
@@ -13,11 +14,14 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -30,8 +34,10 @@ import torch.distributed as dist  # noqa: E402
 
 import dpo  # noqa: E402
 import sft  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 from support import distributed  # noqa: E402
 from support.errors import run_command  # noqa: E402
+from support.files import write_stream  # noqa: E402
 
 DATA = ROOT / "examples" / "mcqa"
 COMMON = """
@@ -40,17 +46,23 @@ COMMON = """
     --micro_batch_tokens 512 --report_to none --adam_epsilon 1e-5 --learning_rate 1e-3
 """
 TRAINED = {"lora": "", "4bit": "--load_in_4bit true", "full": "--lora_r 0"}
-MODES = {"replicas": "", "base": "--sharding base --gradient_checkpointing true"}
+MODES = {
+    "replicas": "",
+    "base": "--sharding base --gradient_checkpointing true",
+    "grad_op": "--sharding grad_op --gradient_checkpointing true",
+    "full": "--sharding full --gradient_checkpointing true",
+}
+RANKS = re.compile(r"^(no|base|grad_op|full) +([\d.]+) +([\d.]+)$", re.MULTILINE)
 CASES = {
     f"{script}-{trained}-{mode}": (script, f"{TRAINED[trained]} {MODES[mode]}")
     for script in ("sft", "dpo")
     for trained in TRAINED
     for mode in MODES
-    if (trained, mode) != ("full", "base")
+    if mode == "replicas" or (trained == "full") == (mode != "base")
 }
 
 
-def command(case, out):
+def command(case, out, *more):
     script, settings = CASES[case]
     pairs = "_pairs" if script == "dpo" else ""
     flags = ["--model", ROOT / "examples" / "tiny-qwen3", "--output_dir", out]
@@ -58,7 +70,7 @@ def command(case, out):
     flags += ["--eval_data", DATA / f"validation{pairs}.jsonl"]
     if pairs:
         flags += ["--ref_cache", f"{out}-reference"]
-    return [script, *map(str, flags), *COMMON.split(), *settings.split()]
+    return [script, *map(str, flags), *COMMON.split(), *settings.split(), *more]
 
 
 def start(commands, ranks, restarts=0, **env):
@@ -111,8 +123,10 @@ def compare(folder, cases, numbers):
         ended = start([command(case, folder / case / str(ranks)) for case in cases], ranks)
         check(ended)
         sent[ranks] = re.findall(r"bytes a step: ([\d,]+)", ended.stderr)
+    half = "--micro_batch_tokens", "256"
+    check(start([command(case, folder / case / "half", *half) for case in cases], 1))
     for n, case in enumerate(cases):
-        row = [case]
+        row = [case, differences(folder / case / "1", folder / case / "half")]
         for ranks in numbers:
             row += [differences(folder / case / "1", folder / case / str(ranks)), sent[ranks][n]]
         print(f"| {' | '.join(row)} |", flush=True)
@@ -121,7 +135,7 @@ def compare(folder, cases, numbers):
 def resume(folder, case, numbers):
     """Stops the run after step 2 with the first number of ranks, after 4 with the second, and ends
     it with the last."""
-    alone, out = folder / case / "1", folder / "-".join(map(str, numbers))
+    alone, out = folder / case / "1", folder / f"{case}-{'-'.join(map(str, numbers))}"
     for n, ranks in enumerate(numbers):
         last = n == len(numbers) - 1
         env = {} if last else {"STOP_AT": str(2 * n + 2)}
@@ -131,8 +145,84 @@ def resume(folder, case, numbers):
     print(f"| {case}, {name} ranks | {differences(alone, out)} |", flush=True)
 
 
+def measure_memory(folder, model, kinds):
+    """Memory of the first of two ranks beside what --dry_run --nproc 2 foresees: peak resident set
+    in GB while loading and in the steps."""
+    print("| run | loading | steps | foreseen | bytes sent in a step, foreseen |")
+    for trained in kinds:
+        plan = None
+        for mode, settings in MODES.items():
+            case = f"sft-{trained}-{mode}"
+            if case not in CASES:
+                continue
+            more = (
+                f"--gradient_checkpointing true --model {model} --eval_strategy no --max_steps 3"
+            )
+            more = [*more.split(), *"--eval_answers 0 --save_strategy no".split()]
+            out = folder / case
+            if plan is None:
+                dry = start([command(case, out, *more, "--dry_run", "--nproc", "2")], 1)
+                check(dry)
+                plan = {mode: numbers for mode, *numbers in RANKS.findall(dry.stdout)}
+            ended = start([command(case, out, *more)], 2)
+            check(ended)
+            loading = re.search(r"loading +[\d.]+ +([\d.]+)", ended.stdout)[1]
+            steps = re.search(r"peak memory of the steps: ([\d.]+)", ended.stdout)[1]
+            memory, sent = plan["no" if mode == "replicas" else mode]
+            print(f"| {case} | {loading} | {steps} | {memory} | {sent} GB |", flush=True)
+            shutil.rmtree(out)
+
+
+# layers, hidden and intermediate size, heads, vocabulary, whether the head is tied; 8 key heads
+SHAPES = {
+    "Qwen3-4B": (36, 2560, 9728, 32, 151936, True),
+    "Qwen3-8B": (36, 4096, 12288, 32, 151936, False),
+    "Qwen3-32B": (64, 5120, 25600, 64, 151936, False),
+    "Llama-3.3-70B": (80, 8192, 28672, 64, 128256, False),
+}
+KEYS = """num_hidden_layers hidden_size intermediate_size num_attention_heads vocab_size
+    tie_word_embeddings""".split()
+
+
+def write_shape(name, folder):
+    """A checkpoint of a real shape in bf16, of which the weights are a hole in the file."""
+    shutil.copytree(ROOT / "examples" / "tiny-qwen3", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict(zip(KEYS, SHAPES[name]))
+    config |= {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 8192}
+    if name.startswith("Llama"):
+        config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        tensors = Transformer(ModelConfig.read(folder)).bfloat16().state_dict()
+    file = folder / "model.safetensors"
+    write_stream([], file, tensors)
+    os.truncate(file, file.stat().st_size + sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def print_table(folder, numbers):
+    """What --dry_run --nproc foresees of a rank: GB of memory, and GB that it sends in a step."""
+    rows = folder / "rows.jsonl"
+    rows.write_text((json.dumps({"text": "the " * 4080}) + "\n") * 64)
+    common = f"--data {rows} --output_dir {folder / 'run'} --dry_run true --dtype bfloat16"
+    common += " --max_length 4096 --micro_batch_tokens 16384 --per_device_train_batch_size 64"
+    print(f"| model | trains | --sharding | {' | '.join(f'{n} GPUs' for n in numbers)} |")
+    for name in SHAPES:
+        write_shape(name, folder / name)
+        for trained, settings in TRAINED.items():
+            flags = f"{common} --model {folder / name} --gradient_checkpointing true {settings}"
+            table = {}
+            for ranks in numbers:
+                with redirect_stdout(StringIO()) as out:
+                    sft.main([*flags.split(), "--nproc", str(ranks)])
+                for mode, memory, sent in RANKS.findall(out.getvalue()):
+                    table.setdefault(mode, []).append(f"{float(memory):.0f} / {float(sent):.3g}")
+            for mode, cells in table.items():
+                print(f"| {name} | {trained} | {mode} | {' | '.join(cells)} |", flush=True)
+
+
 def disturb(folder, case, what, label):
-    alone, out = folder / case / "1", folder / what
+    alone, out = folder / case / "1", folder / f"{case}-{what}"
     ended = start([command(case, out)], 2, restarts=1, **{what: "3"})
     check(ended)
     print(f"| {case}, {label} | {differences(alone, out)} |", flush=True)
@@ -171,10 +261,9 @@ def run_out_of_memory():
 
 def count_bytes():
     """Prints, on the first rank, the bytes that it sends in the first step, as a ring does: adding
-    up 2 (N-1)/N of a tensor, gathering N-1 times its own share."""
+    up 2 (N-1)/N of a tensor, gathering N-1 times its own share, scattering sums (N-1)/N."""
     sent, all_reduce, sum_gradients = [0], dist.all_reduce, sft.sum_gradients
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    all_gather = getattr(dist, name)
+    all_gather, reduce_scatter = dist.all_gather_single, dist.reduce_scatter_single
 
     def reduce(tensor, *args, **options):
         sent[0] += 2 * tensor.nbytes * (distributed.size() - 1) // distributed.size()
@@ -184,6 +273,10 @@ def count_bytes():
         sent[0] += share.nbytes * (distributed.size() - 1)
         return all_gather(output, share, *args, **options)
 
+    def scatter(output, input, *args, **options):
+        sent[0] += output.nbytes * (distributed.size() - 1)
+        return reduce_scatter(output, input, *args, **options)
+
     def step(*args, **options):
         before = sent[0]
         result = sum_gradients(*args, **options)
@@ -192,7 +285,7 @@ def count_bytes():
         return result
 
     dist.all_reduce, sft.sum_gradients = reduce, step
-    setattr(dist, name, gather)
+    dist.all_gather_single, dist.reduce_scatter_single = gather, scatter
 
 
 def rank():
@@ -212,17 +305,26 @@ def main():
     )
     parser.add_argument("--ranks", default="2,4")
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--disturbed", default="sft-lora-replicas,sft-lora-base,sft-full-full")
+    parser.add_argument("--table", action="store_true", help="print what is foreseen instead")
+    parser.add_argument("--memory", metavar="MODEL", help="measure memory instead, of this model")
+    parser.add_argument("--trained", default=",".join(TRAINED), help="of --memory")
     args = parser.parse_args()
     cases, numbers = args.cases.split(","), [*map(int, args.ranks.split(","))]
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         os.environ["PLAINTUNE_CACHE"] = str(folder / "cache")
+        if args.table:
+            return print_table(folder, numbers)
+        if args.memory:
+            return measure_memory(folder, Path(args.memory).resolve(), args.trained.split(","))
         compare(folder, cases, numbers)
-        for path in ([4, 2, 1], [1, 3]):
-            resume(folder, cases[0], path)
-        disturb(folder, cases[0], "KILL_AT", "a rank of two is killed at step 3")
-        disturb(folder, cases[0], "MEMORY_AT", "a rank of two is out of memory at step 3")
+        for case in args.disturbed.split(","):
+            for path in ([4, 2, 1], [1, 3]):
+                resume(folder, case, path)
+            disturb(folder, case, "KILL_AT", "a rank of two is killed at step 3")
+            disturb(folder, case, "MEMORY_AT", "a rank of two is out of memory at step 3")
     print(f"{time.time() - began:.0f} s")
 
 

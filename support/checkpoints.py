@@ -7,23 +7,17 @@ import os
 import re
 import shutil
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
+from support.distributed import is_divided, is_first, read_into, write_whole
 from support.errors import UserError, as_user_error, nearest
-from support.files import (
-    atomic_folder,
-    clear_folder,
-    read_json,
-    read_tensor,
-    write_tensors,
-)
+from support.files import atomic_folder, clear_folder, read_header, read_json, read_tensor
 from support.hub import HubConfig
 from support.tracking import read_log, warn_on_error
 
@@ -77,10 +71,11 @@ def checkpoint_path(config, step):
 def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_weights):
     """checkpoint-000500/: the trained tensors in fp32, which write_weights(folder) writes, the
     optimizer's, state.json, and manifest.json with every file's hash. Returns its path; None, and
-    nothing is written, where the step is saved already, or with save_strategy no."""
+    nothing is written, where the step is saved already, or with save_strategy no. Where what trains
+    is divided, all ranks call it, and the first one writes."""
     if state.saved == state.step or config.save_strategy == "no":
         return
-    size = log.sync()
+    size = log.sync() if is_first() else 0
     if not state.unreported:
         state.log_bytes = size
     state.saved, state.scaler = state.step, scaler.state_dict()
@@ -90,10 +85,12 @@ def save_checkpoint(state, parameters, optimizer, scaler, log, config, write_wei
             if not key.startswith("qmap"):  # bitsandbytes' constant tables
                 tensors[f"{name}:{key}"] = torch.as_tensor(value)
     path = checkpoint_path(config, state.step)
-    with atomic_folder(path) as folder:
+    with atomic_folder(path) if is_first() else nullcontext() as folder:
         write_weights(folder)
         if not config.save_only_model:
-            write_tensors(tensors, folder / "optimizer.safetensors")
+            write_whole(tensors, folder, "optimizer.safetensors")
+        if folder is None:
+            return
         (folder / "state.json").write_text(json.dumps(vars(state), indent=2))
         (folder / "manifest.json").write_text(json.dumps(hash_files(folder), indent=2))
     if config.save_total_limit:
@@ -113,7 +110,7 @@ def save_on_error(save):
         yield
     except BaseException:
         with warn_on_error("the last step is not saved"):
-            save()
+            save(alone=True)
         raise
 
 
@@ -224,9 +221,16 @@ def resume(config, trained, parameters, optimizer, scaler, steps, origin):
         for g, group in enumerate(optimizer.param_groups):
             for n, p in enumerate(group["params"]):
                 optimizer.init_state(group, p, g, n)
-    for key, value in load_file(path / "optimizer.safetensors").items():
+    file = path / "optimizer.safetensors"
+    for key, (_, shape, _) in read_header(file).items():
         name, _, slot = key.rpartition(":")
-        slots = optimizer.state[parameters[name]]
+        p = parameters[name]
+        slots = optimizer.state[p]
+        if is_divided(p) and shape == p.shape:
+            slots.setdefault(slot, torch.empty_like(p))
+            read_into(slots[slot], file, key)
+            continue
+        value = read_tensor(file, key)
         if slot == "step":
             slots[slot] = type(slots.get(slot, value))(value)
         elif slot in slots:
@@ -237,15 +241,11 @@ def resume(config, trained, parameters, optimizer, scaler, steps, origin):
     return state
 
 
-@torch.no_grad()
 def load_trained(path, trained):
     """Puts a checkpoint's trained tensors, {name in its file: parameter}, back."""
     (file,) = path.glob("*model.safetensors")
-    for (
-        name,
-        parameter,
-    ) in trained.items():  # PiSSA's start is written behind what was trained
-        parameter.copy_(read_tensor(file, name)[tuple(map(slice, parameter.shape))])
+    for name, parameter in trained.items():
+        read_into(parameter, file, name)
 
 
 def load_best(config, best, trained):

@@ -11,6 +11,7 @@ these, and the tensors of a CPU; NCCL those of a GPU. Only the first rank writes
 import json
 import os
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, groupby, islice
 
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from support.errors import UserError, as_user_error
+from support.files import read_tensor, write_stream, write_tensors
 
 LONGEST_WAIT = timedelta(hours=1)  # of a rank for the others: rendering data, writing checkpoints
 BUCKET = 2**24  # values that one reduction adds up
@@ -134,9 +136,10 @@ def first_of_node():
 
 
 def sum_tensors(tensors):
-    """Adds up each tensor over the ranks, in place."""
+    """Adds up each tensor over the ranks, in place; FSDP has added up what is divided."""
     if size() == 1:
         return
+    tensors = [tensor for tensor in tensors if not is_divided(tensor)]
     ends = accumulate(tensor.numel() for tensor in tensors)
     for _, bucket in groupby(zip(tensors, ends), lambda pair: pair[1] // BUCKET):
         bucket = [tensor for tensor, _ in bucket]
@@ -171,19 +174,83 @@ def every(items, model):
     return items if is_sharded(model) else islice(items, rank(), None, size())
 
 
-# --- the frozen base, divided among the ranks -----------------------------------------------------
+# --- weights, divided among the ranks -------------------------------------------------------------
 
 
 def is_sharded(model):
     return getattr(model, "sharded", False)
 
 
-def shard_base(model, blocks, device, cpu_offload):
-    """Divides the blocks' frozen weights among the ranks (FSDP2: Zhao et al. 2023,
-    arXiv:2304.11277): a block is gathered when it runs, forward and backward, and dropped. What
-    trains stays whole on every rank, on `device`, so optimizer, clipping and checkpoints see plain
+def is_divided(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor):
+    """A tensor, gathered where it is divided: then every rank has to call this."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def own_rows(tensor):
+    """The rows of a divided tensor that this rank has, as FSDP deals them out: blocks of one size,
+    of which the last may be shorter or empty."""
+    block = -(-len(tensor) // size())
+    start, stop = (min(n * block, len(tensor)) for n in (rank(), rank() + 1))
+    return slice(start, stop)
+
+
+@torch.no_grad()
+def assign(tensor, values):
+    """Copies the values of a whole tensor into what this rank has of it."""
+    if is_divided(tensor):
+        tensor, values = tensor.to_local(), values[own_rows(tensor)]
+    tensor.copy_(values)
+
+
+@torch.no_grad()
+def read_into(tensor, file, name):
+    """Fills what this rank has of a tensor from a stored one, of which it reads no other rows. That
+    may have more columns or rows: PiSSA's start is written behind what was trained."""
+    rows, local = None, tensor
+    if is_divided(tensor):
+        rows, local = own_rows(tensor), tensor.to_local()
+    local.copy_(read_tensor(file, name, rows)[tuple(map(slice, local.shape))])
+
+
+def write_on_first(write, tensors, *args):
+    """write((name, tensor) pairs, *args) on the first rank. A divided tensor is gathered when it is
+    its turn, so that no rank ever has more than one."""
+    pairs = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+    if is_first():
+        write(pairs, *args)
+    for _ in pairs:  # the others take part
+        pass
+    wait()
+
+
+def write_whole(tensors, folder, name):
+    """Writes tensors as one process does, from divided ones too: then every rank calls this. So a
+    checkpoint resumes on any number of ranks, and holds no pickle, which
+    torch.distributed.checkpoint's has for its index."""
+    if any(map(is_divided, tensors.values())):
+        write_on_first(write_stream, tensors, folder and folder / name, tensors)
+    elif is_first():
+        write_tensors(tensors, folder / name)
+
+
+def shard(model, blocks, mode, device, cpu_offload):
+    """Divides weights among the ranks (FSDP2: Zhao et al. 2023, arXiv:2304.11277) while they are on
+    `meta`, and gives each rank's part memory: it is filled by `read_share`.
+
+    base: the blocks' frozen matrices; a block is gathered when it runs, forward and backward, and
+    dropped. What trains stays whole on every rank, so optimizer, clipping and checkpoints see plain
     tensors. Packed 4-bit weights become uint8 parameters: FSDP divides no buffers, and storage in
-    16 bit would change the bits of NaN patterns. cpu_offload: the parts lie in CPU memory."""
+    16 bit would change the bits of NaN patterns.
+    full: every weight, with its gradient and the optimizer's states (ZeRO-3: Rajbhandari et al.
+    2020, arXiv:1910.02054). grad_op: blocks stay gathered until the step's last micro-batch is
+    through (ZeRO-2). Gradients are summed. In both the embedding, which may be the head too, stays
+    gathered from forward to the end of backward: the loss uses it outside of any block.
+    cpu_offload: the blocks' parts lie in CPU memory.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
@@ -191,18 +258,85 @@ def shard_base(model, blocks, device, cpu_offload):
         if "weight" in layer._buffers:
             weight = layer._buffers.pop("weight")
             layer.weight = nn.Parameter(weight, requires_grad=False)
-        if getattr(layer, "start", None):  # PiSSA's
-            layer.start = tuple(tensor.to(device) for tensor in layer.start)
     policy = CPUOffloadPolicy(device.type == "cuda") if cpu_offload else OffloadPolicy()
-    options = {"mesh": init_device_mesh(device.type, (size(),)), "offload_policy": policy}
-    trained = {p for p in model.parameters() if p.requires_grad}
+    mesh, base, keep = init_device_mesh(device.type, (size(),)), mode == "base", mode == "grad_op"
+    undivided = {p for p in model.parameters() if base and p.dim() == 1}
+    options = {"mesh": mesh, "ignored_params": undivided}
     for block in blocks:
-        fully_shard(block, ignored_params=trained, **options)
-    whole = {p for p in model.parameters() if not hasattr(p, "full_tensor")}
-    for p in whole:
-        p.data = p.data.to(device)
-    fully_shard(model, ignored_params=whole, **options)  # the blocks' order, to gather ahead
-    for block in blocks:  # makes the buffers to gather into, not in inference mode
-        block.unshard()
-        block.reshard()
+        fully_shard(block, reshard_after_forward=not keep, offload_policy=policy, **options)
+    if base:
+        undivided |= {p for p in model.parameters() if not is_divided(p)}
+    fully_shard(model, reshard_after_forward=False, **options)
+    model.exchange = Exchange()
+    for module in (model, *blocks):
+        module.set_custom_all_gather(Collective(model.exchange, dist.all_gather_single))
+        module.set_custom_reduce_scatter(Collective(model.exchange, dist.reduce_scatter_single))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        module.set_reshard_after_backward(not keep, recurse=False)
+    (blocks if base else model).to_empty(device="cpu" if cpu_offload else device)
+
+
+@dataclass
+class Exchange:
+    """FSDP's collectives in a step, of which every rank makes the same ones in the same order."""
+
+    passes: int = 0  # forward and backward, as many on each rank
+    made: int = 0
+    skip: int = 0
+    ending: bool = False
+
+    def agree_passes(self, number):
+        """The largest of the ranks' numbers of micro-batches; from here on collectives count."""
+        if not self.ending:
+            self.passes, self.made = agree(number), 0
+        return self.passes
+
+
+class Collective:
+    """One of FSDP's collectives, counted (torch.distributed.fsdp's interface for own ones)."""
+
+    def __init__(self, exchange, function):
+        self.exchange, self.function = exchange, function
+
+    def allocate(self, shape, **options):
+        return torch.empty(*shape, **options)
+
+    def __call__(self, output_tensor, input_tensor, group, **options):
+        if self.exchange.skip:
+            self.exchange.skip -= 1
+            return
+        self.exchange.made += 1
+        return self.function(output_tensor, input_tensor, group=group, **options)
+
+
+def end_pass(model, accumulate, *args):
+    """accumulate(model, *args) where the same failed on this rank, while the others wait in its
+    collectives. Those that were made before are left out, so the result is worthless."""
+    exchange = model.exchange
+    model.reset_iter_state()
+    exchange.skip, exchange.ending = exchange.made, True
+    accumulate(model, *args)
+    exchange.ending = False
+
+
+def use_shards(model, device):
+    """Called when a divided model is loaded, with what trains in place."""
+    for p in model.parameters():
+        if not is_divided(p):
+            p.data = p.data.to(device)
+    for module in model.modules():
+        if getattr(module, "start", None):  # PiSSA's
+            module.start = tuple(tensor.to(device) for tensor in module.start)
+        if hasattr(module, "unshard"):  # makes the buffers to gather into, not in inference mode
+            module.unshard()
+            module.reshard()
     model.sharded = True
+
+
+def reshard(model):
+    """Drops what is gathered, before the parts themselves are used or changed."""
+    if is_sharded(model):
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()

@@ -14,10 +14,19 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.errors import UserError, as_user_error, brief
+
+# safetensors' names
+CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 
 
 def regular_file(path, most=math.inf):
@@ -68,13 +77,13 @@ def read_header(file):
     return header
 
 
-def read_tensor(file, name):
-    """One tensor; UserError: it holds NaN or infinity.
+def read_tensor(file, name, rows=None):
+    """One tensor, or a slice of its rows; UserError: it holds NaN or infinity.
 
     The file is opened anew: a mapping kept open would count every page read so far as memory.
     """
     with safe_open(file, "pt") as tensors:
-        tensor = tensors.get_tensor(name)
+        tensor = tensors.get_slice(name)[rows] if rows else tensors.get_tensor(name)
     if not finite(tensor):
         raise UserError(
             f"{file}: {name} holds NaN or infinity; it is damaged, or its run diverged"
@@ -94,6 +103,22 @@ def write_tensors(tensors, file):
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with as_user_error(f"{file}: could not be written", SafetensorError):
         save_file(tensors, file, metadata={"format": "pt"})
+
+
+def write_stream(pairs, file, headers):
+    """`write_tensors` of (name, tensor) pairs, taken one at a time in the order of headers, {name:
+    tensor of that dtype and shape}. Source: safetensors' description of its format."""
+    table, end = {}, 0
+    for name, tensor in headers.items():
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        table[name] = {"dtype": CODES[tensor.dtype], "shape": [*tensor.shape]}
+        table[name]["data_offsets"] = start, end
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in pairs:
+            out.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def aside_of(path):

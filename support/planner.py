@@ -33,6 +33,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.vocab_size = vocab_size
         self.flops = 0
+        self.busy = 0  # bytes of activations and logits at the peak of forward and backward
         self.kinds = {}  # of the storages alive
         self.live = Counter()
         self.peak = Counter()
@@ -69,10 +70,10 @@ class Meter(TorchDispatchMode):
 
 
 def estimate_memory(model, pack, device, loss_fn, config, first, micro_batches):
-    """({part: GB} at the peak of a run's steps, FLOPs of its largest micro-batch), from headers,
+    """({part: GB} at the peak of a run's steps, Meter of its largest micro-batch), from headers,
     settings and examples alone: that micro-batch runs forward and backward under FakeTensorMode.
     model: on meta, with what trains in place; pack() -> the micro-batch on `device`; first: whether
-    it is the first of its step; micro_batches: of the run. ({}, 0) where the loss needs values."""
+    it is the first of its step; micro_batches: of the run. No parts where the loss needs values."""
     meter = Meter(model.config.vocab_size)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), meter:
@@ -93,10 +94,10 @@ def estimate_memory(model, pack, device, loss_fn, config, first, micro_batches):
             loss_fn(model, pack())[0].backward()  # packed here: all of it is fake
     except Exception as error:  # the run itself may still work
         print(f"memory: can't be estimated here ({brief(str(error), 80)})")
-        return {}, 0
+        return {}, meter
     memory = {part: meter.peak[part] for part in PARTS}
     gradients = sum(p.nbytes for p in trained)
-    busy = memory["activations"] + memory["logits"]
+    meter.busy = busy = memory["activations"] + memory["logits"]
     if gradients > busy + memory["gradients"]:  # then the optimizer's step is the peak
         memory["gradients"] = gradients
         memory["activations"] = 0
@@ -104,7 +105,7 @@ def estimate_memory(model, pack, device, loss_fn, config, first, micro_batches):
     memory["optimizer"] = sum(optimizer_bytes(p, config) for p in trained)
     if device.type != "cuda":
         memory |= process_bytes(model, busy, meter.peak["logits"], micro_batches)
-    return {part: size / 1e9 for part, size in memory.items()}, meter.flops
+    return {part: size / 1e9 for part, size in memory.items()}, meter
 
 
 def process_bytes(model, busy, logits, micro_batches):
@@ -175,22 +176,39 @@ def print_hint(config, batch_size):
     )
 
 
-def plan_ranks(model, blocks, memory, ranks, micro_batches):
+def plan_ranks(model, blocks, memory, busy, ranks, micro_batches):
     """{what --sharding divides: (GB of memory, GB sent in a step of so many micro-batches)}, each
-    of a rank. Adding up sends 2 (N-1)/N of the gradients, gathering (N-1)/N of the blocks, forward
-    and backward; two blocks are whole at a time, the next one being gathered ahead."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sizes = []
+    of a rank. Adding up sends 2 (N-1)/N of the gradients, gathering (N-1)/N of the weights, forward
+    and backward, scattering sums (N-1)/N of the gradients. Two blocks are whole at a time, the next
+    one being gathered ahead. busy: GB of activations and logits, where the optimizer's step is the
+    peak of `memory`."""
+    away, total = (ranks - 1) / ranks, sum(memory.values())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad) / 1e9
+    adapted, sizes = hasattr(model, "adapter"), []  # GB of what is divided of each block
     for block in blocks:
         tensors = block.state_dict(keep_vars=True).items()
-        frozen = [x.nbytes for key, x in tensors if not (x.requires_grad or ".weight." in key)]
-        sizes.append(sum(frozen))  # less the scales of 4-bit weights
-    away, whole = (ranks - 1) / ranks, sum(memory.values())
-    added, gathered = 2 * away * trained * 4e-9, away * sum(sizes) / 1e9
-    modes = {"no": (whole, added)}
-    if sum(sizes):
-        kept = whole - gathered + 2 * max(sizes) / 1e9
-        modes["base"] = kept, added + 2 * micro_batches * gathered
+        if adapted:  # less norms, biases and the scales of 4-bit weights
+            frozen = [(key, x) for key, x in tensors if not x.requires_grad and x.dim() > 1]
+            tensors = [(key, x) for key, x in frozen if ".weight." not in key]
+        sizes.append(sum(x.nbytes for _, x in tensors) / 1e9)
+    modes = {"no": (total, 2 * away * trained)}
+    if adapted:
+        kept = total - away * sum(sizes) + 2 * max(sizes)
+        modes["base"] = kept, 2 * away * (trained + micro_batches * sum(sizes))
+        return modes
+    kept = sum(memory.get(part, 0) for part in ("process", "kernels and holes")) + busy
+    kept += (memory.get("weights", 0) + trained + memory.get("optimizer", 0)) / ranks
+    # the embedding and the head, and their gradient, are whole; so is a block's gradient, twice
+    # while it is sent
+    root = trained - sum(sizes)
+    modes["grad_op"] = (
+        kept + trained + root + max(root, 2 * max(sizes)),
+        away * trained * (1 + micro_batches),
+    )
+    modes["full"] = (
+        kept + 2 * root + max(root, 4 * max(sizes)),
+        away * micro_batches * (2 * trained + sum(sizes)),
+    )
     return modes
 
 

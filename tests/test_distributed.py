@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, write_checkpoint
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import dpo
 import eval as evaluation
@@ -29,6 +31,15 @@ from support.tracking import read_log
 
 QLORA = {"load_in_4bit": True, "merge": True}
 SHARDED = {"sharding": "base", "gradient_checkpointing": True, "micro_batch_tokens": 150}
+GENTLE = {
+    "lora_r": 0,
+    "learning_rate": 1e-4,
+}  # at 1e-3 rounding grows to 3e-6, on one process too
+FULL = {"sharding": "full", "lora_r": 0}
+POOR = {  # by the hook that a lack of memory comes from
+    "register_forward_pre_hook": FULL,
+    "register_full_backward_hook": {"sharding": "base"},
+}
 SCRIPTS = {"sft": sft, "dpo": dpo, "eval": evaluation}
 CLOSE = dict(rel=1e-6, abs=1e-6)
 
@@ -43,6 +54,22 @@ def disturb_step(number, disturb):
         return get(plan, step)
 
     sft.Plan.__getitem__ = patched
+
+
+def run_out_of_memory(register):
+    """The next micro-batch of a rank ends in its first block, forward or backward."""
+    accumulate = sft.accumulate
+
+    def poor(model, *args, **options):
+        def fail(*_):
+            hook.remove()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        sft.accumulate = accumulate
+        hook = getattr(model.model.layers[0].mlp, register)(fail)
+        return accumulate(model, *args, **options)
+
+    sft.accumulate = poor
 
 
 def no_figure(*_):
@@ -63,6 +90,8 @@ def run_cases(cases):
             disturb_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         if "failing" in name:
             disturb_step(3, fail)
+        if name.startswith("register"):
+            disturb_step(2, partial(run_out_of_memory, name))
         try:
             SCRIPTS[script].main(argv)
             statuses[name] = 0
@@ -141,6 +170,7 @@ def make_cases(inputs, folder):
         "lora": training(inputs, "sft", folder / "lora"),
         "full": training(inputs, "sft", folder / "full", lora_r=0),
         "dpo": training(inputs, "dpo", folder / "dpo"),
+        "full-dpo": training(inputs, "dpo", folder / "full-dpo", **GENTLE),
         "4bit": training(inputs, "sft", folder / "4bit", **QLORA),
         "eval": ["eval", flags(**asking)],
     }
@@ -154,12 +184,18 @@ def runs(inputs, tmp_path_factory):
     cases = make_cases(inputs, together)
     cases["sharded-dpo"] = training(inputs, "dpo", together / "sharded-dpo", **SHARDED)
     cases["sharded-dpo"][1] += flags(ref_cache=together / "other-reference")
-    del cases["4bit"]
+    del cases["4bit"], cases["full-dpo"]
     cases["sharded-4bit"] = training(inputs, "sft", together / "sharded-4bit", **QLORA, **SHARDED)
+    for name, mode in {"full": "grad_op", "full-dpo": "full", "stopped-full": "full"}.items():
+        script, settings = ("dpo", GENTLE) if "dpo" in name else ("sft", {"lora_r": 0})
+        name, settings = f"sharded-{name}", {**SHARDED, **settings, "sharding": mode}
+        cases[name] = training(inputs, script, together / name, **settings)
+    for name, settings in POOR.items():
+        cases[name] = training(inputs, "sft", together / name, **settings)
     for name in ("stopped", "failing"):
         cases[name] = training(inputs, "sft", together / name)
     ended = start_ranks(together, cases)
-    assert ended.stdout.count("step 1  ") == 7, ended.stderr  # printed by the first rank alone
+    assert ended.stdout.count("step 1  ") == 12, ended.stderr  # printed by the first rank alone
     return alone, together, ended.stderr
 
 
@@ -194,19 +230,26 @@ def test_two_ranks_train_as_one_process(runs, name):
     assert_same_run(alone, together)
 
 
-@pytest.mark.parametrize("name", ["4bit", "dpo"])
-def test_a_divided_base_trains_as_a_whole_one(runs, name):
-    """With other micro-batches than in one process, of which one rank has more than the other. What
-    merging 4-bit weights changes is measured alike too."""
+@pytest.mark.parametrize("name", ["4bit", "dpo", "full", "full-dpo"])
+def test_divided_weights_train_as_whole_ones(runs, name):
+    """A frozen base, and all that trains in both ways. With other micro-batches than in one
+    process, of which one rank has more than the other. What merging 4-bit weights changes is
+    measured alike too; merged/ is the same."""
     alone, together, _ = runs
-    assert_same_run(alone / name, together / f"sharded-{name}")
-    merged = [folder / "merged" for folder in (alone / name, together / f"sharded-{name}")]
-    assert [folder.exists() for folder in merged] == [name == "4bit"] * 2
+    folders = alone / name, together / f"sharded-{name}"
+    assert_same_run(*folders)
+    merged = [folder / "merged" for folder in folders]
+    assert [folder.exists() for folder in merged] == [name not in ("dpo",)] * 2
+    if merged[0].exists():
+        first, second = (load_file(folder / "model.safetensors") for folder in merged)
+        assert first.keys() == second.keys()
+        for key, tensor in first.items():
+            assert_close(second[key], tensor, rtol=0, atol=2e-6)
 
 
 def test_dpo_starts_at_margin_zero(runs):
     """The reference pass walks the micro-batches of every rank's part."""
-    for name in ("dpo", "sharded-dpo"):
+    for name in ("dpo", "sharded-dpo", "sharded-full-dpo"):
         first, *_ = [line for line in read_log(runs[1] / name / "log.jsonl") if "loss" in line]
         assert first["rewards/margins"] == 0
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
@@ -220,6 +263,23 @@ def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(runs, inputs):
     run_cases({"again": training(inputs, "sft", stopped)})
     (stopped / "checkpoint-000004").rename(stopped / "old")
     assert_same_run(alone / "lora", stopped)
+
+
+@pytest.mark.parametrize("name", POOR)
+def test_a_rank_out_of_memory_splits_though_others_wait_for_its_part(runs, name):
+    """In the midst of a pass that gathers weights from all ranks: the step is done again by all,
+    with micro-batches of half the tokens on that rank."""
+    alone, together, _ = runs
+    assert_same_run(alone / ("full" if POOR[name] == FULL else "lora"), together / name)
+
+
+def test_one_process_goes_on_with_weights_that_were_divided(runs, inputs):
+    """Their checkpoint has the files of one process."""
+    alone, together, _ = runs
+    stopped = together / "sharded-stopped-full"
+    run_cases({"again": training(inputs, "sft", stopped, lora_r=0)})
+    (stopped / "checkpoint-000004").rename(stopped / "old")
+    assert_same_run(alone / "full", stopped)
 
 
 def test_evaluation_is_divided_and_comes_out_the_same(runs):
@@ -250,7 +310,10 @@ def test_items_are_spread_evenly_whatever_their_order(monkeypatch):
 @pytest.mark.parametrize("settings", [{}, {"load_in_4bit": True}, {"lora_r": 0}])
 def test_the_plan_of_many_ranks_by_hand(inputs, settings, tmp_path, capsys):
     """Four ranks send 2 · 3/4 of the gradients to add them up. With a divided base, of which each
-    keeps a quarter and two whole blocks, they send 3/4 of the blocks twice for each micro-batch."""
+    keeps a quarter and two whole blocks, they send 3/4 of the blocks twice for each micro-batch.
+    Full fine-tuning sends 3/4 of the weights once and of the gradients each time, or both each
+    time, and the blocks' twice. A rank keeps a quarter of both and of AdamW's states, with what is
+    gathered."""
     script, argv = training(inputs, "sft", tmp_path / "run", nproc=4, dry_run=True, **settings)
     config = sft.SFTConfig(model=str(inputs / "model"), data=["rows"], lora_r=4)
     vars(config).update(settings)
@@ -261,14 +324,25 @@ def test_the_plan_of_many_ranks_by_hand(inputs, settings, tmp_path, capsys):
     for block in model.model.layers:
         layers = [layer for layer in block.modules() if hasattr(layer, "weight")]
         weights = {id(layer.weight): layer.weight for layer in layers}.values()
-        frozen.append(sum(w.nbytes for w in weights if not w.requires_grad))
+        frozen.append(sum(w.nbytes for w in weights if not w.requires_grad and w.dim() > 1))
     sft.main(argv)
     table = capsys.readouterr().out.partition("each of 4 processes:")[2]
     assert float(re.search(r"no +[\d.]+ +([\d.]+)", table)[1]) == round(1.5 * 4e-9 * trained, 4)
     assert ("base" in table) == (settings != {"lora_r": 0})
-    memory = {"weights": 1.0}
-    modes = planner.plan_ranks(model, model.model.layers, memory, 4, 3)
-    if "base" in modes:
+    memory = {"weights": 4e-9 * trained, "optimizer": 8e-9 * trained}
+    memory["activations"] = 1.0 - sum(memory.values())
+    modes = planner.plan_ranks(model, model.model.layers, memory, 0.5, 4, 3)
+    if "base" not in modes:
+        blocks = [sum(4e-9 * p.numel() for p in b.parameters()) for b in model.model.layers]
+        gb, block = 4e-9 * trained, blocks[0]
+        root = gb - sum(blocks)
+        kept, sent = modes["grad_op"]
+        assert kept == pytest.approx(0.5 + gb + gb + root + max(root, 2 * block))
+        assert sent == pytest.approx(0.75 * gb * 4)
+        kept, sent = modes["full"]
+        assert kept == pytest.approx(0.5 + gb + 2 * root + max(root, 4 * block))
+        assert sent == pytest.approx(0.75 * 3 * (2 * gb + sum(blocks)))
+    else:
         kept, sent = modes["base"]
         gathered = 0.75e-9 * sum(frozen)
         assert kept == pytest.approx(1.0 - gathered + 2e-9 * max(frozen))
@@ -279,10 +353,16 @@ def test_what_several_ranks_cannot_do_is_refused(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "size", lambda: 2)
     with pytest.raises(UserError, match="loss_type: aot compares all pairs"):
         dpo.main(training(inputs, "dpo", tmp_path / "run", loss_type="aot")[1])
-    with pytest.raises(UserError, match="cpu_offload: is for divided weights"):
-        sft.SFTConfig(cpu_offload=True)
-    with pytest.raises(UserError, match="sharding: with lora_r 0 no weight is frozen"):
-        sft.SFTConfig(sharding="base", lora_r=0)
+    refusals = {
+        "cpu_offload: is for divided weights": {"cpu_offload": True},
+        "sharding: with lora_r 0 no weight is frozen": {"sharding": "base", "lora_r": 0},
+        "sharding: is base for a LoRA": {"sharding": "full"},
+        "optim: adamw_8bit has states for": {"optim": "adamw_8bit"} | FULL,
+        "optim: adafactor has states for": {"optim": "adafactor"} | FULL,
+    }
+    for message, settings in refusals.items():
+        with pytest.raises(UserError, match=message):
+            sft.SFTConfig(**settings)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="device: cuda:1 would be every rank's; give cuda"):
