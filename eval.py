@@ -500,12 +500,12 @@ def ask_choice(tokenizer, example, choices):
     marked = find_answer(reference)
     choices = texts_of(choices)
     lines = choices or re.findall(r"(?m)^\(?([A-Z])[.):]", prompt)
-    gold = marked or reference.strip().rstrip(".")
+    lead = re.match(r"\s*(<think>\s*</think>\s*)?", reference)[0]  # Qwen3's template writes this
+    gold = marked or reference.removeprefix(lead).strip().rstrip(".")
     offers = choices, LETTERS[: len(lines)], ["Yes", "No"], ["yes", "no"]
     options = next((offer for offer in offers if gold in offer), None)
     if not options:
         return None
-    lead = re.match(r"\s*", reference)[0]
     if marked:
         context, lead = context + tokenizer.encode("Answer:"), " "
     sequences = []

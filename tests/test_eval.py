@@ -694,6 +694,18 @@ def test_forced_choices_in_training(base):
     assert evaluation.choice_metrics(model, []) == {}
 
 
+def test_a_choice_after_the_empty_thought_of_a_template(shared):
+    """Qwen3's template writes one; the choices are scored after it."""
+    tokenizer = Tokenizer(shared / "tokenizers" / "qwen3")
+    row = {"prompt": [{"role": "user", "content": "Is it?"}], "completion": "No"}
+    example = evaluation.render_row(row, tokenizer)
+    prompt, reference = split_prompt(example)
+    assert tokenizer.decode(reference).startswith("<think>")
+    question = evaluation.ask_choice(tokenizer, example, None)
+    assert question.shown["gold"] == "No" and question.shown["choices"] == ["Yes", "No"]
+    assert question.sequences[1] == (prompt + reference[:-1], len(prompt))
+
+
 # --- what differs ---------------------------------------------------------------------------------
 
 
