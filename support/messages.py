@@ -14,8 +14,15 @@ ROLES = {  # a template's role: the names that ShareGPT, OpenAI, Llama and other
 }
 ROLE_OF = {name: role for role in ROLES for name in (role, *ROLES[role].split())}
 # keys by which OpenAI, Axolotl, ms-swift and others leave a message unscored: the value that does
-UNSCORED = {"weight": 0, "loss_weight": 0, "train": 0, "training": 0, "loss": 0}
-UNSCORED |= {"mask": 1, "masked": 1}
+UNSCORED = {
+    "weight": 0,
+    "loss_weight": 0,
+    "train": 0,
+    "training": 0,
+    "loss": 0,
+    "mask": 1,
+    "masked": 1,
+}
 
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a message
@@ -37,7 +44,9 @@ def read_calls(calls, where):
     """Tool calls, perhaps in JSON, as templates want them: objects with their arguments as one."""
 
     def read(value):
-        return json.loads(value or "{}") if isinstance(value, str) else value
+        if isinstance(value, str):
+            return json.loads(value or "{}")
+        return value
 
     expected = f"{where}: a tool call is an object (or its JSON) with name and arguments"
     faults = ValueError, TypeError, LookupError, AttributeError, RecursionError
@@ -58,7 +67,9 @@ def messages_of(row, key):
     """A row's messages as templates want them: other tools' names mapped, lists of text parts
     joined, `weight` 0 where a message is not scored, values of None left out.
     UserError: no message, nor a list of them, or one without role or text."""
-    sources = [row[key]] if isinstance(row[key], dict) else row[key]
+    sources = row[key]
+    if isinstance(sources, dict):
+        sources = [sources]
     if not isinstance(sources, list) or not sources:
         raise UserError(f"'{key}' must be a list of messages, found {brief(row[key])}")
     messages = []
@@ -96,5 +107,8 @@ def messages_of(row, key):
 def thought_of(m):
     """A message's thought, or "": where templates look for it."""
     written, end, _ = (m["content"] or "").partition("</think>")
-    thought = next((m[key] for key in THOUGHTS if m.get(key)), written if end else "")
-    return str(thought).rpartition("<think>")[2].strip()
+    thoughts = [m[key] for key in THOUGHTS if m.get(key)]
+    if end:
+        thoughts.append(written)
+    thought = str(thoughts[0]) if thoughts else ""
+    return thought.rpartition("<think>")[2].strip()
