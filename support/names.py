@@ -129,7 +129,8 @@ ANSWERS = {
     "a checkpoint's code is never run": "trust_remote_code",
     "recomputing a block needs no choice": """
         gradient_checkpointing_kwargs activation_checkpointing_kwargs use_cache""",
-    "blocks run uncompiled": "torch_compile torch_compile_backend torch_compile_mode",
+    "uncompiled: on a CPU 4 % of a step was won, for minutes of compilation": """
+        torch_compile torch_compile_backend torch_compile_mode""",
     "4-bit weights are bitsandbytes' uint8": """
         bnb_4bit_quant_storage=uint8 quantization_method llm_int8_threshold=6.0
         llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight""",
