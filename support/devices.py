@@ -1,6 +1,7 @@
 """Which device a run uses, and which dtype that device multiplies."""
 
 import sys
+from functools import cache
 
 import torch
 
@@ -22,17 +23,26 @@ def pick_device(name):
 def pick_dtype(dtype, stored, device):
     """The name of the dtype to compute in. 'auto' is the checkpoint's, `stored`, if the device has
     products in it: on a CPU without (AVX2 alone) float32 is 6 to 80 times faster, on a GPU without
-    bfloat16 (a T4) it is float16. A line on stderr says so."""
-    if dtype != "auto":
-        return dtype
-    device, choice = torch.device(device), stored
-    if device.type == "cpu" and stored in SHORT:
+    bfloat16 (a T4) it is float16. A line on stderr says so, or that `dtype` is slow here."""
+    device, asked = torch.device(device), stored if dtype == "auto" else dtype
+    choice = asked
+    if device.type == "cpu" and asked in SHORT:
         capabilities = torch.cpu.get_capabilities().items()
-        if not any(has for name, has in capabilities if SHORT[stored] in name):
+        if not any(has for name, has in capabilities if SHORT[asked] in name):
             choice = "float32"
-    if device.type == "cuda" and stored == "bfloat16":
+    if device.type == "cuda" and asked == "bfloat16":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             choice = "float16"
-    if choice != stored:
-        print(f"dtype: {choice}, no {stored} products on this {device.type}", file=sys.stderr)
-    return choice
+    if choice == asked:
+        return asked
+    if dtype == "auto":
+        notice(f"dtype: {choice}, no {asked} products on this {device.type}")
+        return choice
+    notice(f"dtype: {asked} is slow, no products in it on this {device.type}; auto is {choice}")
+    return asked
+
+
+@cache
+def notice(line):
+    """Prints a line to stderr, once however many models are loaded."""
+    print(line, file=sys.stderr)

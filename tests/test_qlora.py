@@ -664,8 +664,10 @@ def test_dtype_is_the_devices_matter(monkeypatch, bases, capsys):
     line = "dtype: float16, no bfloat16 products on this cuda\n"
     assert capsys.readouterr().err == line
     assert pick_dtype("auto", "float32", cuda) == "float32"
-    assert pick_dtype("bfloat16", "bfloat16", cuda) == "bfloat16"
     assert capsys.readouterr().err == ""
+    assert pick_dtype("bfloat16", "bfloat16", cuda) == "bfloat16"
+    line = "dtype: bfloat16 is slow, no products in it on this cuda; auto is float16\n"
+    assert capsys.readouterr().err == line
 
 
 def test_4_bit_follows_the_cpu_and_files_the_checkpoint(monkeypatch, bases, tmp_path):

@@ -43,6 +43,7 @@ TABLES = [
 ]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Where to change what")[2].partition("\n## ")[0]
+SECTION += (ROOT / "examples" / "README.md").read_text(encoding="utf-8").partition("\n## ")[2]
 BLOCKS = dict(re.findall(r"\*\*An? ([\w ]+)\*\*(?:(?!```).)*```python\n(.*?)```", SECTION, re.S))
 
 
@@ -94,12 +95,12 @@ def test_every_change_has_its_block():
     assert list(BLOCKS) == [
         "loss",
         "loss with a parameter",
-        "loss from a teacher",
         "LoRA variant",
         "recipe",
         "schedule",
         "evaluation task",
         "model family",
+        "loss from a teacher",
     ]
 
 
