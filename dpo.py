@@ -674,10 +674,10 @@ def print_rankings(path):
     last = lines[-1].get("best_step", math.inf) if lines else 0
     lines = [line for line in lines if "eval_rewards/margins" in line and line["step"] <= last]
     for line in lines[:1] + lines[1:][-1:]:
-        text = (
-            f"evaluation set at step {line['step']}: {line['eval_rewards/accuracies']:.1%} "
-            f"ranked right by reward (margin {line['eval_rewards/margins']:.3f})"
-        )
+        margin = line["eval_rewards/margins"]
+        text = f"evaluation set at step {line['step']}: margin {margin:.3f}"
+        if margin:
+            text += f", {line['eval_rewards/accuracies']:.1%} ranked right by reward"
         if "eval_logps/accuracies" in line:
             text += f", {line['eval_logps/accuracies']:.1%} by log-prob"
         print(text)

@@ -556,16 +556,21 @@ def ask_text(text, tokenizer, max_length):
     return Question(shown, sequences, [], grade)
 
 
+THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+
+
 def grade_text(tokenizer, reference, ids):
-    """A generated text against its reference, if any: exact match, and ROUGE F-measures."""
+    """A generated text against its reference, if any, both without their thoughts: exact match, and
+    ROUGE F-measures."""
     text = tokenizer.decode(ids).strip()
     if reference is None:
         return {"output": text, "metrics": {}}
     from rouge_score.rouge_scorer import RougeScorer  # imports a language toolkit, slowly
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    metrics = {"exact_match": float(text == reference)}
-    for name, rouge in scorer.score(reference, text).items():
+    answer, reference = THOUGHT.sub("", text), THOUGHT.sub("", reference)
+    metrics = {"exact_match": float(answer == reference)}
+    for name, rouge in scorer.score(reference, answer).items():
         metrics[name] = rouge.fmeasure
     return {"output": text, "metrics": metrics}
 
@@ -835,6 +840,7 @@ def pairs(config):
         prompts, ends = [ids for *_, ids in rows], tokenizer.end_ids
         generated = generate(model, prompts, config.max_new_tokens, eos_ids=ends, **options)
     pairs, counts = {}, Counter()
+    unknown = "no answer in the text" if config.generate else "no wrong answer known"
     for n, (row, gold, _) in enumerate(rows):
         prompt, (answer, *_) = split_row(row, tokenizer.has_template)
         is_chat = isinstance(answer, list)
@@ -848,9 +854,11 @@ def pairs(config):
             wrong = swap_answer(row, answer, gold, rng)
         wrong_answer = parse_answer(wrong)
         if not wrong_answer or wrong_answer == gold:
-            counts["answered right" if wrong_answer else "no wrong answer known"] += 1
+            counts["answered right" if wrong_answer else unknown] += 1
             continue
         pair = {"prompt": prompt, "chosen": answer, "rejected": wrong}
+        if "choices" in row:
+            pair["choices"] = row["choices"]
         if is_chat:
             for side in ("chosen", "rejected"):
                 pair[side] = as_turn("assistant", pair[side])
@@ -859,6 +867,8 @@ def pairs(config):
             counts["the same as another"] += 1
         pairs[key] = pair
     skipped = "".join(f"; {reason}: {n:,}" for reason, n in counts.items())
+    if not pairs:
+        raise UserError(f"{', '.join(config.data)}: no pairs{skipped}")
     write_rows(config.output, pairs.values(), f"{len(pairs):,} pairs{skipped}")
 
 

@@ -351,7 +351,8 @@ def merge_command(config):
     """Merges an adapter into 4-bit weights."""
     config.load_in_4bit, swap_layers = True, partial(swap_linear4bit, config)
     with new_folder(config.output_dir) as folder:
-        print(*merge(config.adapter, folder, config.model, swap_layers), sep="\n")
+        for notice in merge(config.adapter, folder, config.model, swap_layers):
+            print(notice)
     print(f"merge: wrote {folder}")
 
 

@@ -121,7 +121,10 @@ def write_card(config, ledger, results, figures, hidden=()):
                 tags=["plaintune", method],
                 datasets=sorted(datasets) or None,
             ).to_yaml()
-            use = f'from {library} import {opener}\n\nmodel = {opener}.from_pretrained("{name}")'
+            source = name if config.hub_model_id else f"{name}/{part}"
+            use = (
+                f'from {library} import {opener}\n\nmodel = {opener}.from_pretrained("{source}")'
+            )
             card = (
                 f"---\n{front}\n---\n\n# {name}\n\n{method.upper()} of `{base}`{by} with plaintune."
                 f"\n\n```python\n{use}\n```\n\n{body}\n"

@@ -4,7 +4,7 @@ Nothing that a row says is lost in silence."""
 import itertools
 import json
 
-from support.errors import UserError, as_user_error, brief
+from support.errors import UserError, as_user_error, brief, nearest
 from support.messages import as_turn, messages_of
 
 SCHEMAS = (
@@ -84,7 +84,9 @@ def schema_of(row, preference=False):
     schemas = [schema for schema in SCHEMAS if "chosen" in schema or preference is not True]
     schema = next((schema for schema in schemas if filled.issuperset(schema.split())), None)
     if schema is None:
-        names = ", ".join(sorted(map(str, filled)))[:200]
+        known = {key for schema in schemas for key in schema.split()}
+        names = [f"{key}{'' if key in known else nearest(key, known)}" for key in filled]
+        names = ", ".join(sorted(names))[:200]
         expected = ", ".join(schema.replace(" ", "+") for schema in schemas)
         raise UserError(
             f"fits no schema: it has {names or 'no keys'}; expected one of {expected}; "
