@@ -361,14 +361,14 @@ def train(model, steps, loss_fn, config, evaluate=None, clock=None):
     began, clock = time.perf_counter(), clock or Clock(model.device)
     state, parameters, optimizer, scaler, log, save = set_up(model, steps, config, clock)
     if evaluate and config.eval_strategy != "no" and state.step == 0:
-        with keep_freed_memory():
+        with keep_freed_memory(not is_sharded(model)):
             metrics = evaluate()
         update_best({}, metrics, 0, config)  # refuses an unknown metric_for_best_model now
         log.write({"step": 0, "epoch": 0.0, **metrics})
     model.train()
     gradient = partial(sum_gradients, model, parameters, config=config, scale=scaler.scale)
     bar = tqdm(total=len(steps), initial=state.step, unit="step", leave=False, disable=None)
-    with stop_signals() as signals, keep_freed_memory(), bar:
+    with stop_signals() as signals, keep_freed_memory(not is_sharded(model)), bar:
         while True:
             with save_on_error(save):  # up to the next update the state is a whole step's
                 due = state.unreported and report_step(state, steps, log, evaluate, config, clock)

@@ -195,9 +195,13 @@ def write_shape(name, folder):
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         tensors = Transformer(ModelConfig.read(folder)).bfloat16().state_dict()
-    file = folder / "model.safetensors"
-    write_stream([], file, tensors)
-    os.truncate(file, file.stat().st_size + sum(tensor.nbytes for tensor in tensors.values()))
+    (folder / "model.safetensors").unlink()
+    files = {}
+    for number, (key, tensor) in enumerate(tensors.items()):  # no file is larger than the memory
+        files[key] = f"{number}.safetensors"
+        write_stream([], folder / files[key], {key: tensor})
+        os.truncate(folder / files[key], os.path.getsize(folder / files[key]) + tensor.nbytes)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
 def print_table(folder, numbers):
@@ -249,12 +253,17 @@ def at_step(variable, act):
 
 
 def run_out_of_memory():
-    """The next micro-batch raises as CUDA does."""
+    """The next micro-batch raises as CUDA does, in the first block's backward pass."""
     accumulate = sft.accumulate
 
-    def poor(*args, **options):
+    def poor(model, *args, **options):
+        def fail(*_):
+            hook.remove()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
         sft.accumulate = accumulate
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        hook = model.model.layers[0].mlp.register_full_backward_hook(fail)
+        return accumulate(model, *args, **options)
 
     sft.accumulate = poor
 

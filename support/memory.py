@@ -38,12 +38,13 @@ def set_malloc_threshold(size):
 
 
 @contextmanager
-def keep_freed_memory():
+def keep_freed_memory(keep=True):
     """While the block runs, glibc keeps freed memory of any size.
 
-    Getting it back from the system page by page takes 4 % of a training step on a CPU.
+    Getting it back from the system page by page takes 4 % of a training step on a CPU. Weights that
+    are gathered and dropped block by block would leave holes: over 2 GB at the Qwen3-0.6B shape.
     """
-    set_malloc_threshold(2**30)
+    set_malloc_threshold(2**30 if keep else 2**22)
     try:
         yield
     finally:
