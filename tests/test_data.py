@@ -1167,7 +1167,7 @@ def test_what_could_teach_nothing_stops_the_run(chatml, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": as_turn("only asked")}))
     with pytest.raises(
-        UserError, match=r"nothing to train on: .*nothing scored: 1, as .*rows.jsonl:1"
+        UserError, match=r"nothing to train on: .*nothing scored: 1, first .*rows.jsonl:1"
     ):
         load_examples(path, chatml)
     path.write_text(json.dumps({"text": "a cat sat on the mat and said"}))
