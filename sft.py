@@ -294,6 +294,15 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
             raise UserError(
                 "lora_r: 0 trains the model itself; merge --adapter first (python lora.py merge)"
             )
+        self.check_sharding()
+        if self.load_in_4bit and not self.lora_r:
+            raise UserError(
+                "lora_r: 0 trains every weight, which 4-bit weights can't be; "
+                "give a rank, or drop load_in_4bit"
+            )
+
+    def check_sharding(self):
+        """UserError: what is to be divided does not go with what trains."""
         if self.sharding == "base" and not self.lora_r:
             raise UserError("sharding: with lora_r 0 no weight is frozen; give grad_op or full")
         if self.sharding in ("grad_op", "full"):
@@ -307,11 +316,6 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
                 )
         if self.cpu_offload and self.sharding != "base":
             raise UserError("cpu_offload: is for divided weights; give --sharding base")
-        if self.load_in_4bit and not self.lora_r:
-            raise UserError(
-                "lora_r: 0 trains every weight, which 4-bit weights can't be; "
-                "give a rank, or drop load_in_4bit"
-            )
 
 
 def sft_loss(model, batch):
