@@ -268,9 +268,12 @@ def shard(model, blocks, mode, device, cpu_offload):
         undivided |= {p for p in model.parameters() if not is_divided(p)}
     fully_shard(model, reshard_after_forward=False, **options)
     model.exchange = Exchange()
+    # their names until torch 2.12
+    gather_all = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    scatter_sums = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
     for module in (model, *blocks):
-        module.set_custom_all_gather(Collective(model.exchange, dist.all_gather_single))
-        module.set_custom_reduce_scatter(Collective(model.exchange, dist.reduce_scatter_single))
+        module.set_custom_all_gather(Collective(model.exchange, gather_all))
+        module.set_custom_reduce_scatter(Collective(model.exchange, scatter_sums))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
         module.set_reshard_after_backward(not keep, recurse=False)
@@ -312,8 +315,14 @@ class Collective:
 
 def end_pass(model, accumulate, *args):
     """accumulate(model, *args) where the same failed on this rank, while the others wait in its
-    collectives. Those that were made before are left out, so the result is worthless."""
+    collectives. Those that were made before are left out, so the result is worthless.
+    UserError before torch 2.13, whose FSDP can't begin a pass anew."""
     exchange = model.exchange
+    if not hasattr(model, "reset_iter_state"):
+        raise UserError(
+            f"sharding: torch {torch.__version__} can't go on where memory ran out, 2.13 can; "
+            "give a smaller --micro_batch_tokens"
+        )
     model.reset_iter_state()
     exchange.skip, exchange.ending = exchange.made, True
     accumulate(model, *args)
