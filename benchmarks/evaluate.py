@@ -250,7 +250,9 @@ def compare_scoring(name, sizes, repeats, env, **task):
 def compare_generation(sizes, repeats, env, **task):
     sides, rates = {}, {}
     for side in ("ours_generating", "theirs_generating"):
-        sides[side] = best_size(side, [s for s in sizes if s <= task["limit"]], env, **task)
+        sides[side] = best_size(
+            side, [s for s in sizes if s <= task["limit"]] or [task["limit"]], env, **task
+        )
         rates[side] = []
     for _ in range(repeats):
         for side, size in sides.items():

@@ -242,7 +242,7 @@ def main():
                 f"{space:.2f} x the memory",
                 flush=True,
             )
-    plot(curves, args.output)
+        plot(curves, args.output)  # what there is so far
     print(f"saved {args.output}")
 
 

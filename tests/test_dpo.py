@@ -666,8 +666,11 @@ def test_the_rankings_are_those_of_the_model_that_is_kept(tmp_path, capsys):
         log.write_text("\n".join(map(json.dumps, [*lines, {"step": 4, **results}])))
         dpo.print_rankings(log)
         printed = capsys.readouterr().out.splitlines()
-        expected = [f"evaluation set at step {step}: {step / 8:.1%}" for step in {0, kept}]
-        assert [line.partition(" ranked")[0] for line in printed] == expected
+        expected = ["evaluation set at step 0: margin 0.000, 0.0% by log-prob"]
+        if kept:  # before, no pair has another reward than its counterpart
+            ranked = f"{kept / 8:.1%} ranked right by reward, {kept / 8:.1%} by log-prob"
+            expected.append(f"evaluation set at step {kept}: margin {kept / 8:.3f}, {ranked}")
+        assert printed == expected
 
 
 def test_the_reference_is_kept_by_what_it_hangs_on(base, adapter, many, tmp_path, capsys):

@@ -2040,7 +2040,14 @@ def test_the_notebook_in_examples_runs_from_its_data_to_the_merged_model(tmp_pat
         [sys.executable, "-c", NOTEBOOK], cwd=tmp_path, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    for part in ("⟦", "[base] ", "[sft] ", "ranked right", "| accuracy | 3 |", "[merged] "):
+    for part in (
+        "⟦",
+        "[base] ",
+        "[sft] ",
+        "at step 0: margin 0.000",
+        "| accuracy | 3 |",
+        "[merged] ",
+    ):
         assert part in ran.stdout, part
     assert "damaged" not in ran.stdout
 
