@@ -271,7 +271,8 @@ def product_attention(q, k, v, bias):
 
 def varlen_attention(q, k, v, batch):
     """PyTorch's variable-length flash attention (CUDA, 16 bit). It is causal from the bottom right,
-    so a prefix is just more keys. torch 2.11 groups query heads without being told to."""
+    so a prefix is just more keys. Before
+    `enable_gqa` it grouped query heads unasked."""
     from torch.nn.attention.varlen import varlen_attn
 
     gather, *lengths = batch.varlen

@@ -138,6 +138,7 @@ def test_pairs_read_what_an_evaluation_reads(run, chatml, tmp_path):  # noqa: F8
         assert pair["prompt"] == [{"role": "user", "content": row["question"]}]
         assert pair["chosen"] == [{"role": "assistant", "content": right}]
         assert pair["rejected"][0]["content"] in set(choices) - {right}
+        assert pair["choices"] == choices  # a held-out pair is asked among them
         assert not isinstance(render_row(pair, chatml, preference=True), str)
     for row, message in (
         ({"question": "why"}, "no answer that could be chosen"),

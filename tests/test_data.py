@@ -603,6 +603,7 @@ def test_pieces_join_as_one_text_where_a_space_is_prepended(tmp_path):
     ({}, "fits no schema: it has no keys"),
     ({"question": "q", "answer": "a"}, "fits no schema: it has answer, question; expected one of messages"),  # noqa: E501
     ({"prompt": "p", "completion": None}, "fits no schema: it has prompt"),
+    ({"promt": "p", "completion": "c"}, r"it has completion, promt \(nearest: prompt\)"),
     ({"prompt": 3, "completion": "c"}, "'prompt' must be a string, found '3'"),
     ({"prompt": "p", "completion": {"a": 1}}, r"completion\[0\] has no role"),
     ({"text": ["a"]}, "'text' must be a string"),

@@ -1535,3 +1535,18 @@ def test_the_same_weights_in_another_folder_are_not_asked_again(base, tmp_path):
 
     shutil.copytree(base, tmp_path / "copy")
     assert evaluation.hash_weights(base) == evaluation.hash_weights(tmp_path / "copy")
+
+
+def test_thoughts_are_not_graded():
+    """What a template or a model writes before the answer counts on neither side."""
+
+    class Ids:
+        decode = staticmethod(str)
+
+    reference, thought = "<think>\n\n</think>\n\nthe cat", "<think>a dog?</think> "
+    for text in ("the cat", reference, f"{thought}the cat"):
+        graded = evaluation.grade_text(Ids, reference, text)
+        assert [*graded["metrics"].values()] == [1.0] * 4 and graded["output"] == text
+    assert (
+        evaluation.grade_text(Ids, reference, f"{thought}an owl")["metrics"]["exact_match"] == 0
+    )
