@@ -271,8 +271,7 @@ def product_attention(q, k, v, bias):
 
 def varlen_attention(q, k, v, batch):
     """PyTorch's variable-length flash attention (CUDA, 16 bit). It is causal from the bottom right,
-    so a prefix is just more keys. Before
-    `enable_gqa` it grouped query heads unasked."""
+    so a prefix is just more keys. Versions without `enable_gqa` group query heads unasked."""
     from torch.nn.attention.varlen import varlen_attn
 
     gather, *lengths = batch.varlen
