@@ -239,7 +239,7 @@ def write_whole(tensors, folder, name):
 
 def shard(model, blocks, mode, device, cpu_offload):
     """Divides weights among the ranks (FSDP2: Zhao et al. 2023, arXiv:2304.11277) while they are on
-    `meta`, and gives each rank's part memory: it is filled by `read_share`.
+    `meta`, and gives each rank's part memory: it is filled by `read_into`.
 
     base: the blocks' frozen matrices; a block is gathered when it runs, forward and backward, and
     dropped. What trains stays whole on every rank, so optimizer, clipping and checkpoints see plain
