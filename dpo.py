@@ -494,7 +494,12 @@ def sum_log_ratios(model, batch):
 
 def mismatch(examples, max_length):
     """{id of an example: its prompt with the answer of the example before it}, of at most
-    max_length tokens. The KL of KTO is estimated on such answers (section 4.1)."""
+    max_length tokens. The KL of KTO is estimated on such answers (section 4.1).
+    UserError: one answer alone has no other."""
+    if len(examples) == 1:
+        raise UserError(
+            "loss_type: kto estimates its KL on other rows' answers; give 2 rows or more"
+        )
     others = {}
     for example, (_, answer) in zip(examples, examples[-1:] + examples[:-1]):
         prompt, own = example

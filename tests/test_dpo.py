@@ -450,6 +450,12 @@ def unpaired_gradient(model, examples, loss_fn, budget=10**6):
     return loss / len(examples), sums, found
 
 
+def test_one_answer_has_no_other_to_estimate_a_kl_on():
+    with pytest.raises(UserError, match="give 2 rows or more"):
+        dpo.mismatch([["prompt", "answer"]], 8)
+    assert dpo.mismatch([], 8) == {}
+
+
 def test_any_cut_of_unpaired_answers_gives_the_same_gradient(base, tmp_path, monkeypatch):
     """1×8 = 8×1 with the step's KL, and the ranks' shares of it add up to it."""
     file = tmp_path / "rows.jsonl"
