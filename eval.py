@@ -129,8 +129,7 @@ def pack_shared(sequences, device="cpu"):
     batch = Batch.pack([segments], device)
     scored, targets, owners = [], [], []
     for n, (ids, start) in enumerate(sequences):
-        seen = batch.spans[ends[n]]
-        positions = np.concatenate([np.arange(*span) for span in seen])
+        positions = batch.positions_seen(ends[n])
         scored.append(positions[start - 1 : len(ids) - 1])
         targets.append(np.array(ids[start:], np.int64))
         owners.append(np.full(len(ids) - start, n))

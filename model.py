@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -132,41 +133,29 @@ class Batch:
         return cls(tokens, positions, segments, *per_score, num_sequences, largest)
 
     @cached_property
-    def spans(self):
-        """Per segment the ranges (start, stop) that it sees, oldest first, adjacent ones merged."""
-        spans = []
-        for start, stop, prefix in self.segments:
-            seen = list(spans[prefix]) if prefix >= 0 else []
-            own = start, stop
-            if seen and seen[-1][1] == start:
-                own = seen.pop()[0], stop
-            spans.append([*seen, own])
-        return spans
+    def paths(self):
+        """Per segment the indices of the segments that it sees: its prefixes, oldest first, and
+        itself."""
+        paths = []
+        for index, (_, _, prefix) in enumerate(self.segments):
+            seen = paths[prefix] if prefix >= 0 else []
+            paths.append([*seen, index])
+        return paths
+
+    def positions_seen(self, segment):
+        """The positions (n,) of the tokens that the segment of this index sees, numpy."""
+        spans = [self.segments[index][:2] for index in self.paths[segment]]
+        return np.concatenate([np.arange(*span) for span in spans])
 
     @cached_property
     def lengths(self):
         """Per segment the length of the longest sequence that shares its beginning, as if these
         were a batch of transformers'."""
-        roots = [spans[0][0] for spans in self.spans]  # where a tree of segments begins
-        longest = dict.fromkeys(roots, 0)
-        for root, (start, stop, _) in zip(roots, self.segments):
+        longest = Counter()
+        for (root, *_), (start, stop, _) in zip(self.paths, self.segments):
             last = max(self.positions[start:stop].tolist(), default=-1)
             longest[root] = max(last + 1, longest[root])
-        return [longest[root] for root in roots]
-
-    def indices(self, spans):
-        """The positions (n,) in these ranges."""
-        positions = np.concatenate([np.arange(*span) for span in spans])
-        return to_device(torch.from_numpy(positions), self.tokens.device)
-
-    @cached_property
-    def keys(self):
-        """Per segment the positions it sees: a slice if they are adjacent, else an index (n,)."""
-        keys = []
-        for spans in self.spans:
-            adjacent = len(spans) == 1
-            keys.append(slice(*spans[0]) if adjacent else self.indices(spans))
-        return keys
+        return [longest[root] for root, *_ in self.paths]
 
     @cached_property
     def mask(self):
@@ -174,8 +163,8 @@ class Batch:
         shape = 2 * [len(self.tokens)]
         device = self.tokens.device
         sees = torch.zeros(shape, dtype=torch.bool, device=device)
-        for (start, stop, _), keys in zip(self.segments, self.keys):
-            sees[start:stop, keys] = True
+        for index, (start, stop, _) in enumerate(self.segments):
+            sees[start:stop, self.positions_seen(index)] = True
         return sees & (self.positions <= self.positions[:, None])
 
     def bias(self, own, seen, dtype):
@@ -192,10 +181,12 @@ class Batch:
         """Arguments of varlen_attn: key positions (None: the stream itself), cu_q, cu_k, max_q,
         max_k."""
         queries = [stop - start for start, stop, _ in self.segments]
-        keys = [sum(stop - start for start, stop in spans) for spans in self.spans]
+        seen = [self.positions_seen(index) for index in range(len(queries))]
+        keys = [len(positions) for positions in seen]
         gather = None
         if keys != queries:
-            gather = self.indices([span for spans in self.spans for span in spans])
+            gather = torch.from_numpy(np.concatenate(seen))
+            gather = to_device(gather, self.tokens.device)
 
         def cumulative(lengths):
             ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
@@ -225,10 +216,14 @@ def eager_attention(q, k, v, batch):
 def sdpa_attention(q, k, v, batch):
     """One segment at a time over what it sees, never with a (T, T) mask."""
     outputs = []
-    for (start, stop, _), seen in zip(batch.segments, batch.keys):
-        queries = q[start:stop]
-        keys = k[seen]
-        values = v[seen]
+    lengths = [stop - start for start, stop, _ in batch.segments]
+    all_keys = k.split(lengths)  # backward joins the parts in one copy, where slices add up
+    all_values = v.split(lengths)
+    for queries, path in zip(q.split(lengths), batch.paths):
+        keys, values = all_keys[path[-1]], all_values[path[-1]]
+        if len(path) > 1:
+            keys = torch.cat([all_keys[index] for index in path])
+            values = torch.cat([all_values[index] for index in path])
         past = len(keys) - len(queries)
         if q.is_cpu and (len(keys) <= 512 or not torch.is_grad_enabled()):
             for block in queries.split(512):  # a block is not multiplied with what comes after it
@@ -346,14 +341,14 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        unit, grad = x.float() * scale, grad.float()
+        wide, grad = x.float(), grad.float()
         d_weight = None
         if ctx.needs_input_grad[1]:
-            d_weight = (grad * unit).flatten(0, -2).sum(0)
+            d_weight = (grad * wide * scale).flatten(0, -2).sum(0)
             d_weight = d_weight.to(weight.dtype)
         grad = grad * weight
-        along = (grad * unit).mean(-1, keepdim=True)
-        d_x = scale * (grad - unit * along)
+        along = (grad * wide).mean(-1, keepdim=True)
+        d_x = grad.mul_(scale).addcmul_(wide, along * scale**3, value=-1)
         return d_x.to(x.dtype), d_weight, None
 
 
@@ -373,25 +368,27 @@ class RMSNorm(nn.Module):
         return Normalise.apply(x, self.weight, self.eps)
 
 
+def rotate(x, cos, sin):
+    """x (T, heads, D), halves paired, turned in fp32 and rounded once to its own dtype."""
+    a, b = x.float().chunk(2, dim=-1)
+    first = (a * cos).addcmul_(b, sin, value=-1)
+    second = (b * cos).addcmul_(a, sin)
+    return torch.cat([first, second], dim=-1).to(x.dtype)
+
+
 class Rotate(torch.autograd.Function):
-    """Rotary positions on x (T, heads, D), halves paired; cos and sin (T, 1, D/2) fp32, the product
-    rounded once to x.dtype. A rotation's gradient is the rotation back, so x need not be saved."""
+    """Rotary positions on x (T, heads, D); cos and sin (T, 1, D/2) fp32. A rotation's gradient is
+    the rotation back, so x need not be saved."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, dim=-1)
-        rotated = a * cos - b * sin, b * cos + a * sin
-        rotated = torch.cat(rotated, dim=-1)
-        return rotated.to(x.dtype)
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        a, b = grad.chunk(2, dim=-1)
-        back = a * cos + b * sin, b * cos - a * sin
-        d_x = torch.cat(back, dim=-1)
-        return d_x.to(grad.dtype), None, None
+        return rotate(grad, cos, -sin), None, None
 
 
 class SwiGLU(torch.autograd.Function):
