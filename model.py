@@ -327,6 +327,12 @@ class Linear(nn.Linear):
         return F.linear(x, weight, bias)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # where drawing it would import torch's compiler, a second
+            super().reset_parameters()
+
+
 class Normalise(torch.autograd.Function):
     """x / rms(x) * weight in fp32. Saves x and 1 / rms, where autograd saves two fp32 copies."""
 
@@ -469,7 +475,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
