@@ -710,8 +710,8 @@ def cross_entropy(hidden, weight, targets):
 @pytest.mark.parametrize("S, V", [(1, 997), (256, 997), (300, 997), (515, 997), (300, 20011)])
 def test_token_logps_equal_cross_entropy(S, V, trains):
     """Value and both gradients in fp32 against float64 cross entropy; S on, off and below the
-    chunk, an upstream gradient that differs by row, a vocabulary large enough that the CPU splits a
-    chunk's rows."""
+    chunk, an upstream gradient that differs by row, a vocabulary large enough that the CPU splits
+    it, and a chunk's rows."""
     case = head_case(S, V)
     ours = head_gradients(token_logps, *case, trains)
     truth = head_gradients(
