@@ -22,7 +22,7 @@ import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import ClassVar, Protocol, get_type_hints, runtime_checkable
@@ -152,9 +152,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, device=device))
 
-    def forward(self, x):  # (..., in) -> (..., out)
-        if x.dim() != 2:
-            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+    def forward(self, x):  # (T, in) -> (T, out)
         y = self.base_layer(x)
         if not self.enabled:
             return y
@@ -181,11 +179,6 @@ class LoRALinear(nn.Module):
         A, B = self.start
         return torch.addmm(W.float(), B, A, alpha=-self.scaling).to(W.dtype)
 
-    @torch.no_grad()
-    def merge(self):
-        """The plain Linear that computes the same, whatever the base is."""
-        return plain_linear(self.weight, self.base_layer.bias)
-
 
 class DoRALinear(LoRALinear):
     """LoRA in which row i of W + s·B A is scaled to a trained length m_i. arXiv:2402.09353 eq. 5.
@@ -200,7 +193,7 @@ class DoRALinear(LoRALinear):
         m = torch.empty_like(self.lora_B[:, 0]) if self.lora_B.is_meta else self.lengths()
         self.lora_magnitude_vector = nn.Parameter(m)
 
-    def forward(self, x):  # (..., in) -> (..., out)
+    def forward(self, x):  # (T, in) -> (T, out)
         y = self.base_layer(x)
         if not self.enabled:
             return y
@@ -209,24 +202,16 @@ class DoRALinear(LoRALinear):
         Wx = y if dropped is x else self.base_layer(dropped)
         if self.base_layer.bias is not None:
             Wx = Wx - self.base_layer.bias.to(x.dtype)
-        h = F.linear(dropped, self.lora_A.to(x.dtype))  # (..., R)
+        h = F.linear(dropped, self.lora_A.to(x.dtype))  # (T, R)
         BAx = F.linear(h, self.lora_B.to(x.dtype))
         ratio = (self.lora_magnitude_vector / self.lengths()).to(x.dtype)  # (out,)
         return y + (ratio - 1) * Wx + ratio * self.scaling * BAx
 
-    @cached_property
-    def squares(self):
-        """(out,) fp32: the squared lengths of W's rows."""
-        return self.base_layer.dense_weight().float().square().sum(1)
-
     @torch.no_grad()
     def lengths(self):
-        """(out,) fp32: the row lengths of W + s·B A, from |W|² + 2s W·BA + s²|BA|², without BA."""
-        A, B, W = self.lora_A, self.lora_B, self.base_layer.dense_weight()
-        WA = F.linear(A.to(W.dtype), W).t().float()  # (out, R)
-        BAA = B @ (A @ A.t())
-        products = ((WA + self.scaling / 2 * BAA) * B).sum(1)
-        return (self.squares + 2 * self.scaling * products).sqrt()
+        """(out,) fp32: the row lengths of W + s·B A."""
+        W = self.base_layer.dense_weight()
+        return super().merged_weight(W.float()).norm(dim=1)
 
     def merged_weight(self, W):
         updated = super().merged_weight(W.float())
@@ -255,10 +240,6 @@ class TokenRows(nn.Module):
         tokens = torch.tensor(self.tokens, device=W.device)
         return W.index_copy(0, tokens, self.trainable_tokens_delta.to(W.dtype))
 
-    @torch.no_grad()
-    def merge(self):
-        return nn.Embedding.from_pretrained(self.weight)
-
 
 VARIANTS = {"use_dora": DoRALinear}  # the field of LoRAConfig that selects it: layer class
 
@@ -271,13 +252,16 @@ def plain_linear(weight, bias=None):
 
 
 def is_quantized(module):
-    return isinstance(module, AdaptableLinear) and module.quantized
+    return getattr(module, "quantized", False)
 
 
+@torch.no_grad()
 def merged_layer(layer):
-    """The plain Linear that computes the same as an adapted or 4-bit layer; any other as it is."""
-    if isinstance(layer, (LoRALinear, TokenRows)):
-        return layer.merge()
+    """The plain layer that computes the same as an adapted or 4-bit one; any other as it is."""
+    if isinstance(layer, LoRALinear):
+        return plain_linear(layer.weight, layer.base_layer.bias)
+    if isinstance(layer, TokenRows):
+        return nn.Embedding.from_pretrained(layer.weight)
     if is_quantized(layer):
         return plain_linear(layer.dense_weight(), layer.bias)
     return layer
@@ -415,8 +399,10 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     with bounded("matching target_modules and the other patterns", seconds=3):
         paths, notices = resolve_targets(config, list_modules(model), faults, strict)
     generator = torch.Generator().manual_seed(seed)
-    chosen = [variant for name, variant in VARIANTS.items() if getattr(config, name)]
-    layer_class = chosen[0] if chosen else LoRALinear
+    layer_class = LoRALinear
+    for name, variant in VARIANTS.items():
+        if getattr(config, name):
+            layer_class = variant
     kind, niter = initialisation(config.init_lora_weights)
     for path in paths:
         base = model.get_submodule(path)
@@ -880,10 +866,10 @@ class PushConfig(HubConfig):
     run: str = field(kw_only=True)  # the run folder, right after the command
 
 
-def merge_command(config):
+def merge_command(config, swap_layers=None):
     """Merges an adapter into its base model."""
     with new_folder(config.output_dir) as folder:
-        notices = merge(config.adapter, folder, config.model)
+        notices = merge(config.adapter, folder, config.model, swap_layers)
     print(*notices, f"merged {config.adapter} into {config.output_dir}", sep="\n")
 
 
