@@ -730,10 +730,10 @@ def sample(logits, uniform, temperature, top_k, top_p):
     return order.gather(1, choice[:, None])[:, 0]
 
 
-def generate(model, prompts, max_new_tokens=128, *args, **options):
+def generate(model, prompts, *args, **options):
     """Continues prompts, B id lists of any lengths -> B lists of new ids. Options: see
     `generate_each`."""
-    outputs = dict(generate_each(model, prompts, max_new_tokens, *args, **options))
+    outputs = dict(generate_each(model, prompts, *args, **options))
     return [outputs[row] for row in range(len(prompts))]
 
 

@@ -29,7 +29,7 @@ from lora import (
     MergeConfig,
     layers_with_weights,
     lora_layers,
-    merge,
+    merge_command,
     merged_layer,
 )
 from model import CHUNK, DTYPES, Linear, ModelConfig, load_model, save_model
@@ -157,7 +157,7 @@ class Linear4bit(nn.Module):
     def dense_weight(self):
         """W (out, in), in the dtype it was quantised from."""
         functional, state, parts = bitsandbytes().functional, self.state, self._buffers
-        absmax = parts["weight.absmax"]
+        scales = None
         if "nested_offset" in state:
             scales = functional.QuantState(
                 parts["weight.nested_absmax"],
@@ -165,13 +165,14 @@ class Linear4bit(nn.Module):
                 blocksize=NESTED_BLOCK,
                 dtype=torch.float32,
             )
-            absmax = functional.dequantize_blockwise(absmax, scales) + state["nested_offset"]
         blocks = functional.QuantState(
-            absmax,
+            parts["weight.absmax"],
             shape=(self.out_features, self.in_features),
             blocksize=state["blocksize"],
             quant_type=state["quant_type"],
             dtype=DTYPES[state["dtype"]],
+            offset=state.get("nested_offset"),
+            state2=scales,
         )
         return functional.dequantize_4bit(whole(self.weight), blocks)
 
@@ -344,21 +345,18 @@ def quantize_command(config):
     config.load_in_4bit, dtype = True, ModelConfig.read(resolve(config.model)).dtype
     with new_folder(config.output_dir) as folder:
         save_4bit(load_4bit(config.model, config, dtype=dtype), folder, config)
-    print(f"quantize: wrote {folder}")
+    print(f"quantized {config.model} into {folder}")
 
 
-def merge_command(config):
+def merge_4bit(config):
     """Merges an adapter into 4-bit weights."""
-    config.load_in_4bit, swap_layers = True, partial(swap_linear4bit, config)
-    with new_folder(config.output_dir) as folder:
-        for notice in merge(config.adapter, folder, config.model, swap_layers):
-            print(notice)
-    print(f"merge: wrote {folder}")
+    config.load_in_4bit = True
+    merge_command(config, partial(swap_linear4bit, config))
 
 
 COMMANDS = {
     "quantize": (QuantizeConfig, quantize_command),
-    "merge": (Merge4bitConfig, merge_command),
+    "merge": (Merge4bitConfig, merge_4bit),
 }
 
 
