@@ -30,7 +30,7 @@ from lora import (
     layers_with_weights,
     lora_layers,
     merge_command,
-    merged_layer,
+    plain_linear,
 )
 from model import CHUNK, DTYPES, Linear, ModelConfig, load_model, save_model
 from support.distributed import assign, is_divided, whole
@@ -273,25 +273,23 @@ def as_merged(model, base):
     base: 'original', the checkpoint's 16-bit weights, or 'dequantized'. A merged weight is made for
     its product and dropped.
     """
-    swapped = {
-        layer: layer.base_layer if isinstance(layer, LoRALinear) else layer
-        for layer in layers_with_weights(model).values()
-        if isinstance(layer, (LoRALinear, Linear4bit))
-    }
 
     def forward(layer, x):
-        return merged_layer(layer)(x)
+        inner = layer.base_layer if isinstance(layer, LoRALinear) else layer
+        W = layer.original_weight() if base == "original" else inner.dense_weight()
+        if inner is not layer:
+            W = layer.merged_weight(W)
+        return plain_linear(W, inner.bias)(x)
 
-    for layer, inner in swapped.items():
+    layers = layers_with_weights(model).values()
+    changed = [layer for layer in layers if isinstance(layer, (LoRALinear, Linear4bit))]
+    for layer in changed:
         layer.forward = partial(forward, layer)
-        if base == "original":
-            inner.dense_weight = layer.original_weight
     try:
         yield
     finally:
-        for layer, inner in swapped.items():
+        for layer in changed:
             del layer.forward
-            vars(inner).pop("dense_weight", None)
 
 
 @torch.inference_mode()

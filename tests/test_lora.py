@@ -1159,7 +1159,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_both_folders_become_roots_and_nothing_is_pushed_twice(finished, hub, capsys):
+def test_both_folders_become_roots_and_nothing_is_pushed_twice(finished, hub):
     """Each repository holds its folder's files, under the run's own message.
 
     A second push commits nothing, or only what changed or is gone from the hub.
@@ -1171,10 +1171,7 @@ def test_both_folders_become_roots_and_nothing_is_pushed_twice(finished, hub, ca
     }
     assert hub.commits == [("me/mine", "of the run"), ("me/mine-merged", "of the run")]
     pushed(finished)
-    assert (
-        len(hub.commits) == 2
-        and "me/mine-merged holds merged/ already" in capsys.readouterr().out
-    )
+    assert len(hub.commits) == 2
     (finished / "adapter" / "README.md").write_text("# a better card")
     pushed(finished, "--hub_commit_message", "a better card")
     assert (
