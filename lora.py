@@ -377,6 +377,7 @@ def initialisation_faults(config):
 # --- attaching ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def add_lora(model, config, seed=0, strict=True) -> list[str]:
     """Freezes `model`, then adds the adapted layers, whole modules and biases that `config` names.
 
@@ -412,8 +413,7 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
             raise UserError(f"lora_r: {r} is above the {most} singular values of {path}")
         layer = layer_class(base, r, alpha, config, generator)
         if not layer.lora_A.is_meta:
-            with torch.no_grad():
-                INITIALISATIONS[kind](layer, generator, *niter)
+            INITIALISATIONS[kind](layer, generator, *niter)
         model.set_submodule(path, layer)
     if config.trainable_token_indices:
         rows = TokenRows(model.model.embed_tokens, config.trainable_token_indices)
@@ -456,14 +456,14 @@ def list_modules(model) -> Modules:
     """What a model has to adapt or to train, by path in the checkpoint."""
     modules = checkpoint_modules(model)
 
-    def paths(is_kind):
-        return [path for path, module in modules.items() if is_kind(module)]
+    def paths(kind):
+        return [path for path, module in modules.items() if isinstance(module, kind)]
 
     return Modules(
         paths=[*modules],
-        linear=paths(lambda module: isinstance(module, AdaptableLinear)),
-        norms=paths(lambda module: isinstance(module, RMSNorm)),
-        quantized=paths(is_quantized),
+        linear=paths(AdaptableLinear),
+        norms=paths(RMSNorm),
+        quantized=[path for path, module in modules.items() if is_quantized(module)],
         is_tied=model.lm_head is None,
         num_layers=len(model.model.layers),
         vocab_size=model.config.vocab_size,
@@ -562,9 +562,6 @@ def write_adapter(model, folder, base_model=None):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model and str(base_model),
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
     }
     for key, name in PEFT_FIELDS.items():
         value = getattr(config, name)
@@ -646,12 +643,11 @@ def open_adapter(model, folder):
     folder = find_adapter(folder)
     config, raw = read_adapter_config(folder)
     file = folder / "adapter_model.safetensors"
-    # not read: what PEFT stores twice with bias "all"
-    extra = ".modules_to_save.bias", ".original_module.bias"
+    repeated = ".modules_to_save.bias", ".original_module.bias"  # by PEFT with bias "all"
     shapes = {
         key: shape
         for key, (_, shape, dtype) in read_header(file).items()
-        if dtype in FLOATS and not key.endswith(extra)
+        if dtype in FLOATS and not key.endswith(repeated)
     }
     check_vocabulary(shapes, model.config.vocab_size, file)
     updates = {  # {end of the model: how it is changed}
@@ -690,8 +686,9 @@ def open_adapter(model, folder):
         if not within(name, updates):
             expected[key] = model.get_parameter(name).shape
             values[name] = partial(read_tensor, file, key)
-    extra = saved_along(model, file, shapes.keys() - expected)
-    check_names(expected, {key: shapes[key] for key in shapes.keys() - extra}, file)
+    for key in saved_along(model, file, shapes.keys() - expected):
+        del shapes[key]
+    check_names(expected, shapes, file)
     return values, notices
 
 
@@ -775,7 +772,7 @@ def saved_along(model, file, keys):
 def disable_lora(model):
     """The base model, while the block runs. UserError if more than A and B is trained: in place."""
     layers = lora_layers(model).values()
-    for name in adapter_names(model).values() if layers else ():
+    for name in adapter_names(model).values() if hasattr(model, "adapter") else ():
         if ".lora_" not in name:
             raise UserError(f"disable_lora: {name} is trained in place; load the base instead")
     for layer in layers:

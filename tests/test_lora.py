@@ -717,7 +717,7 @@ def test_an_adapted_head_trains_through_its_matrix(bases):
     assert_close(head.lora_B.grad, grads[1])
 
 
-def test_disable_lora_is_the_base_for_as_long_as_it_lasts(bases):
+def test_disable_lora_is_the_base_for_as_long_as_it_lasts(bases, tmp_path):
     model = ours(bases["qwen3"])
     before = logits(model)
     with disable_lora(model):  # nothing to switch off
@@ -733,6 +733,15 @@ def test_disable_lora_is_the_base_for_as_long_as_it_lasts(bases):
     add_lora(model, LoRAConfig(modules_to_save=["norm"]))
     with (
         pytest.raises(UserError, match="norm.weight is trained in place"),
+        disable_lora(model),
+    ):
+        pass
+    reference = peft_model(bases["llama"], dict(r=2, target_modules=["embed_tokens"]))
+    reference.save_pretrained(tmp_path)
+    model = ours(bases["llama"])
+    load_adapter(model, tmp_path)  # which has no layer to switch off
+    with (
+        pytest.raises(UserError, match="embed_tokens.weight is trained in place"),
         disable_lora(model),
     ):
         pass
