@@ -146,12 +146,11 @@ def resolve_targets(config, modules, faults, strict=True):
         config.target_modules = sorted(names - {HEAD})
     stop_at(setting_faults(config) + faults)
     saved = whole_modules(modules.paths, config.modules_to_save)
-    selected = {path for path in modules.paths if is_selected(path, config, saved)}
     hits = {}
     for target in config.target_modules:
         hits[target] = [path for path in modules.paths if matches(path, [target])]
-    targeted = set().union(*hits.values())
-    adapted = [path for path in modules.linear if path in selected and path in targeted]
+    targeted = [path for path in modules.linear if matches(path, config.target_modules)]
+    adapted = [path for path in targeted if is_selected(path, config, saved)]
     unmatched = unmatched_names(config, hits, modules, adapted)
     ignored = []
     if not strict:
@@ -161,7 +160,7 @@ def resolve_targets(config, modules, faults, strict=True):
     if not (faults or adapted or only_whole and not strict):
         faults = ["target_modules: no linear layer is left to adapt"]
     stop_at(faults)
-    notices = train_norms_whole(config, hits, modules, selected)
+    notices = train_norms_whole(config, hits, modules, saved)
     if modules.is_tied and whole_modules([EMBEDDING, HEAD], config.modules_to_save):
         config.modules_to_save = [*config.modules_to_save, "embed_tokens", HEAD]
         notices.append(
@@ -201,20 +200,22 @@ def layer_faults(config, hits, modules, adapted, saved):
     return faults
 
 
-def train_norms_whole(config, hits, modules, selected):
+def train_norms_whole(config, hits, modules, saved):
     """Moves targeted norms to modules_to_save, by the target's name if that means no other module.
 
     Returns notices.
     """
-    notices = []
+    notices, others = [], []
     for target, paths in hits.items():
-        norms = [path for path in paths if path in modules.norms and path in selected]
+        norms = [path for path in paths if path in modules.norms]
+        if len(norms) < len(paths):
+            others.append(target)
+        norms = [path for path in norms if is_selected(path, config, saved)]
         if norms:
             same = whole_modules(modules.paths, [target]) == norms
             config.modules_to_save = config.modules_to_save + ([target] if same else norms)
             notices.append(
                 f"target_modules: {target} has no low-rank form, so it is trained whole"
             )
-    others = [target for target, paths in hits.items() if set(paths) - set(modules.norms)]
     config.target_modules = others
     return notices
