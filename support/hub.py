@@ -228,7 +228,7 @@ def adapter_in(folder):
 
 def find_adapter(name) -> Path:
     """The folder of an adapter: itself, a run folder's adapter/, or a hub id, downloaded."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     folder = folder if folder.is_dir() else resolve(name, kind="adapter")
     adapter = adapter_in(folder)
     if not adapter:

@@ -1037,6 +1037,8 @@ def test_files_that_are_not_there_or_not_whole(bases, adapter, tmp_path):
     run.mkdir()
     shutil.copytree(adapter, run / "adapter")
     load_adapter(ours(bases["qwen3"]), run)  # a run folder will do
+    with pytest.raises(UserError, match="~no-such-user/a: neither a folder nor a hub id"):
+        load_adapter(model, "~no-such-user/a")
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_adapter(ours(bases["qwen3"]), adapter)
