@@ -22,7 +22,7 @@ import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import ClassVar, Protocol, get_type_hints, runtime_checkable
@@ -152,9 +152,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, device=device))
 
-    def forward(self, x):  # (..., in) -> (..., out)
-        if x.dim() != 2:
-            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+    def forward(self, x):  # (T, in) -> (T, out)
         y = self.base_layer(x)
         if not self.enabled:
             return y
@@ -181,11 +179,6 @@ class LoRALinear(nn.Module):
         A, B = self.start
         return torch.addmm(W.float(), B, A, alpha=-self.scaling).to(W.dtype)
 
-    @torch.no_grad()
-    def merge(self):
-        """The plain Linear that computes the same, whatever the base is."""
-        return plain_linear(self.weight, self.base_layer.bias)
-
 
 class DoRALinear(LoRALinear):
     """LoRA in which row i of W + s·B A is scaled to a trained length m_i. arXiv:2402.09353 eq. 5.
@@ -200,7 +193,7 @@ class DoRALinear(LoRALinear):
         m = torch.empty_like(self.lora_B[:, 0]) if self.lora_B.is_meta else self.lengths()
         self.lora_magnitude_vector = nn.Parameter(m)
 
-    def forward(self, x):  # (..., in) -> (..., out)
+    def forward(self, x):  # (T, in) -> (T, out)
         y = self.base_layer(x)
         if not self.enabled:
             return y
@@ -209,24 +202,16 @@ class DoRALinear(LoRALinear):
         Wx = y if dropped is x else self.base_layer(dropped)
         if self.base_layer.bias is not None:
             Wx = Wx - self.base_layer.bias.to(x.dtype)
-        h = F.linear(dropped, self.lora_A.to(x.dtype))  # (..., R)
+        h = F.linear(dropped, self.lora_A.to(x.dtype))  # (T, R)
         BAx = F.linear(h, self.lora_B.to(x.dtype))
         ratio = (self.lora_magnitude_vector / self.lengths()).to(x.dtype)  # (out,)
         return y + (ratio - 1) * Wx + ratio * self.scaling * BAx
 
-    @cached_property
-    def squares(self):
-        """(out,) fp32: the squared lengths of W's rows."""
-        return self.base_layer.dense_weight().float().square().sum(1)
-
     @torch.no_grad()
     def lengths(self):
-        """(out,) fp32: the row lengths of W + s·B A, from |W|² + 2s W·BA + s²|BA|², without BA."""
-        A, B, W = self.lora_A, self.lora_B, self.base_layer.dense_weight()
-        WA = F.linear(A.to(W.dtype), W).t().float()  # (out, R)
-        BAA = B @ (A @ A.t())
-        products = ((WA + self.scaling / 2 * BAA) * B).sum(1)
-        return (self.squares + 2 * self.scaling * products).sqrt()
+        """(out,) fp32: the row lengths of W + s·B A."""
+        W = self.base_layer.dense_weight()
+        return super().merged_weight(W.float()).norm(dim=1)
 
     def merged_weight(self, W):
         updated = super().merged_weight(W.float())
@@ -255,10 +240,6 @@ class TokenRows(nn.Module):
         tokens = torch.tensor(self.tokens, device=W.device)
         return W.index_copy(0, tokens, self.trainable_tokens_delta.to(W.dtype))
 
-    @torch.no_grad()
-    def merge(self):
-        return nn.Embedding.from_pretrained(self.weight)
-
 
 VARIANTS = {"use_dora": DoRALinear}  # the field of LoRAConfig that selects it: layer class
 
@@ -271,13 +252,16 @@ def plain_linear(weight, bias=None):
 
 
 def is_quantized(module):
-    return isinstance(module, AdaptableLinear) and module.quantized
+    return getattr(module, "quantized", False)
 
 
+@torch.no_grad()
 def merged_layer(layer):
-    """The plain Linear that computes the same as an adapted or 4-bit layer; any other as it is."""
-    if isinstance(layer, (LoRALinear, TokenRows)):
-        return layer.merge()
+    """The plain layer that computes the same as an adapted or 4-bit one; any other as it is."""
+    if isinstance(layer, LoRALinear):
+        return plain_linear(layer.weight, layer.base_layer.bias)
+    if isinstance(layer, TokenRows):
+        return nn.Embedding.from_pretrained(layer.weight)
     if is_quantized(layer):
         return plain_linear(layer.dense_weight(), layer.bias)
     return layer
@@ -393,6 +377,7 @@ def initialisation_faults(config):
 # --- attaching ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def add_lora(model, config, seed=0, strict=True) -> list[str]:
     """Freezes `model`, then adds the adapted layers, whole modules and biases that `config` names.
 
@@ -415,8 +400,10 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
     with bounded("matching target_modules and the other patterns", seconds=3):
         paths, notices = resolve_targets(config, list_modules(model), faults, strict)
     generator = torch.Generator().manual_seed(seed)
-    chosen = [variant for name, variant in VARIANTS.items() if getattr(config, name)]
-    layer_class = chosen[0] if chosen else LoRALinear
+    layer_class = LoRALinear
+    for name, variant in VARIANTS.items():
+        if getattr(config, name):
+            layer_class = variant
     kind, niter = initialisation(config.init_lora_weights)
     for path in paths:
         base = model.get_submodule(path)
@@ -426,8 +413,7 @@ def add_lora(model, config, seed=0, strict=True) -> list[str]:
             raise UserError(f"lora_r: {r} is above the {most} singular values of {path}")
         layer = layer_class(base, r, alpha, config, generator)
         if not layer.lora_A.is_meta:
-            with torch.no_grad():
-                INITIALISATIONS[kind](layer, generator, *niter)
+            INITIALISATIONS[kind](layer, generator, *niter)
         model.set_submodule(path, layer)
     if config.trainable_token_indices:
         rows = TokenRows(model.model.embed_tokens, config.trainable_token_indices)
@@ -470,14 +456,14 @@ def list_modules(model) -> Modules:
     """What a model has to adapt or to train, by path in the checkpoint."""
     modules = checkpoint_modules(model)
 
-    def paths(is_kind):
-        return [path for path, module in modules.items() if is_kind(module)]
+    def paths(kind):
+        return [path for path, module in modules.items() if isinstance(module, kind)]
 
     return Modules(
         paths=[*modules],
-        linear=paths(lambda module: isinstance(module, AdaptableLinear)),
-        norms=paths(lambda module: isinstance(module, RMSNorm)),
-        quantized=paths(is_quantized),
+        linear=paths(AdaptableLinear),
+        norms=paths(RMSNorm),
+        quantized=[path for path, module in modules.items() if is_quantized(module)],
         is_tied=model.lm_head is None,
         num_layers=len(model.model.layers),
         vocab_size=model.config.vocab_size,
@@ -576,9 +562,6 @@ def write_adapter(model, folder, base_model=None):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model and str(base_model),
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
     }
     for key, name in PEFT_FIELDS.items():
         value = getattr(config, name)
@@ -660,12 +643,11 @@ def open_adapter(model, folder):
     folder = find_adapter(folder)
     config, raw = read_adapter_config(folder)
     file = folder / "adapter_model.safetensors"
-    # not read: what PEFT stores twice with bias "all"
-    extra = ".modules_to_save.bias", ".original_module.bias"
+    repeated = ".modules_to_save.bias", ".original_module.bias"  # by PEFT with bias "all"
     shapes = {
         key: shape
         for key, (_, shape, dtype) in read_header(file).items()
-        if dtype in FLOATS and not key.endswith(extra)
+        if dtype in FLOATS and not key.endswith(repeated)
     }
     check_vocabulary(shapes, model.config.vocab_size, file)
     updates = {  # {end of the model: how it is changed}
@@ -704,8 +686,9 @@ def open_adapter(model, folder):
         if not within(name, updates):
             expected[key] = model.get_parameter(name).shape
             values[name] = partial(read_tensor, file, key)
-    extra = saved_along(model, file, shapes.keys() - expected)
-    check_names(expected, {key: shapes[key] for key in shapes.keys() - extra}, file)
+    for key in saved_along(model, file, shapes.keys() - expected):
+        del shapes[key]
+    check_names(expected, shapes, file)
     return values, notices
 
 
@@ -789,7 +772,7 @@ def saved_along(model, file, keys):
 def disable_lora(model):
     """The base model, while the block runs. UserError if more than A and B is trained: in place."""
     layers = lora_layers(model).values()
-    for name in adapter_names(model).values() if layers else ():
+    for name in adapter_names(model).values() if hasattr(model, "adapter") else ():
         if ".lora_" not in name:
             raise UserError(f"disable_lora: {name} is trained in place; load the base instead")
     for layer in layers:
@@ -880,10 +863,10 @@ class PushConfig(HubConfig):
     run: str = field(kw_only=True)  # the run folder, right after the command
 
 
-def merge_command(config):
+def merge_command(config, swap_layers=None):
     """Merges an adapter into its base model."""
     with new_folder(config.output_dir) as folder:
-        notices = merge(config.adapter, folder, config.model)
+        notices = merge(config.adapter, folder, config.model, swap_layers)
     print(*notices, f"merged {config.adapter} into {config.output_dir}", sep="\n")
 
 

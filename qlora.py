@@ -29,8 +29,8 @@ from lora import (
     MergeConfig,
     layers_with_weights,
     lora_layers,
-    merge,
-    merged_layer,
+    merge_command,
+    plain_linear,
 )
 from model import CHUNK, DTYPES, Linear, ModelConfig, load_model, save_model
 from support.distributed import assign, is_divided, whole
@@ -157,7 +157,7 @@ class Linear4bit(nn.Module):
     def dense_weight(self):
         """W (out, in), in the dtype it was quantised from."""
         functional, state, parts = bitsandbytes().functional, self.state, self._buffers
-        absmax = parts["weight.absmax"]
+        scales = None
         if "nested_offset" in state:
             scales = functional.QuantState(
                 parts["weight.nested_absmax"],
@@ -165,13 +165,14 @@ class Linear4bit(nn.Module):
                 blocksize=NESTED_BLOCK,
                 dtype=torch.float32,
             )
-            absmax = functional.dequantize_blockwise(absmax, scales) + state["nested_offset"]
         blocks = functional.QuantState(
-            absmax,
+            parts["weight.absmax"],
             shape=(self.out_features, self.in_features),
             blocksize=state["blocksize"],
             quant_type=state["quant_type"],
             dtype=DTYPES[state["dtype"]],
+            offset=state.get("nested_offset"),
+            state2=scales,
         )
         return functional.dequantize_4bit(whole(self.weight), blocks)
 
@@ -272,25 +273,23 @@ def as_merged(model, base):
     base: 'original', the checkpoint's 16-bit weights, or 'dequantized'. A merged weight is made for
     its product and dropped.
     """
-    swapped = {
-        layer: layer.base_layer if isinstance(layer, LoRALinear) else layer
-        for layer in layers_with_weights(model).values()
-        if isinstance(layer, (LoRALinear, Linear4bit))
-    }
 
     def forward(layer, x):
-        return merged_layer(layer)(x)
+        inner = layer.base_layer if isinstance(layer, LoRALinear) else layer
+        W = layer.original_weight() if base == "original" else inner.dense_weight()
+        if inner is not layer:
+            W = layer.merged_weight(W)
+        return plain_linear(W, inner.bias)(x)
 
-    for layer, inner in swapped.items():
+    layers = layers_with_weights(model).values()
+    changed = [layer for layer in layers if isinstance(layer, (LoRALinear, Linear4bit))]
+    for layer in changed:
         layer.forward = partial(forward, layer)
-        if base == "original":
-            inner.dense_weight = layer.original_weight
     try:
         yield
     finally:
-        for layer, inner in swapped.items():
+        for layer in changed:
             del layer.forward
-            vars(inner).pop("dense_weight", None)
 
 
 @torch.inference_mode()
@@ -344,21 +343,18 @@ def quantize_command(config):
     config.load_in_4bit, dtype = True, ModelConfig.read(resolve(config.model)).dtype
     with new_folder(config.output_dir) as folder:
         save_4bit(load_4bit(config.model, config, dtype=dtype), folder, config)
-    print(f"quantize: wrote {folder}")
+    print(f"quantized {config.model} into {folder}")
 
 
-def merge_command(config):
+def merge_4bit(config):
     """Merges an adapter into 4-bit weights."""
-    config.load_in_4bit, swap_layers = True, partial(swap_linear4bit, config)
-    with new_folder(config.output_dir) as folder:
-        for notice in merge(config.adapter, folder, config.model, swap_layers):
-            print(notice)
-    print(f"merge: wrote {folder}")
+    config.load_in_4bit = True
+    merge_command(config, partial(swap_linear4bit, config))
 
 
 COMMANDS = {
     "quantize": (QuantizeConfig, quantize_command),
-    "merge": (Merge4bitConfig, merge_command),
+    "merge": (Merge4bitConfig, merge_4bit),
 }
 
 

@@ -59,11 +59,11 @@ def run_command(main):
     except Exception:
         if is_first_to_fail():
             raise
-    if message and not is_first_to_fail():
-        message = ""
-    message = sanitize(message).replace("\n", " ")
-    message = message and f"error: {shorten(message, 1000)}\n"
-    for stream, text in (sys.stdout, ""), (sys.stderr, message):
+    line = ""
+    if message and is_first_to_fail():
+        message = sanitize(message).replace("\n", " ")
+        line = f"error: {shorten(message, 1000)}\n"
+    for stream, text in (sys.stdout, ""), (sys.stderr, line):
         try:
             stream.write(text)
             stream.flush()

@@ -4,7 +4,6 @@ A push is one commit a repository, made by create_commit: upload_folder may cut 
 between which a repository holds shards of two models.
 """
 
-import json
 import os
 import re
 import time
@@ -27,7 +26,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils._http import default_client_factory
 
 from support.errors import UserError, sanitize
-from support.files import read_json, write_text
+from support.files import read_json
 
 COMPANIONS = tuple(
     "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja "
@@ -40,8 +39,8 @@ def companions(base, adapter=None):
     the tokenizer and chat template that it was trained with."""
     files = {}
     for folder in filter(None, (base, adapter)):
-        own = {name: Path(folder, name) for name in COMPANIONS}
-        own = {name: path for name, path in own.items() if path.exists()}
+        paths = [Path(folder, name) for name in COMPANIONS]
+        own = {path.name: path for path in paths if path.exists()}
         if folder is adapter:
             own.pop("config.json", None)
         if "tokenizer_config.json" in own:  # the template is in it or beside it
@@ -193,8 +192,8 @@ def push_checkpoint(config, checkpoint):
 def push(run, flags=HubConfig()):
     """Uploads what the hub lacks of a finished run's adapter/ and merged/.
 
-    flags: what differs from HubConfig's defaults overrides the run's config.json. pushed.json
-    keeps {repository: commit and files}. UserError: an unfinished run, or a refusal of the hub.
+    flags: what differs from HubConfig's defaults overrides the run's config.json. create_commit
+    leaves out what the hub has. UserError: an unfinished run, or a refusal of the hub.
     """
     run, api = Path(run), HfApi()
     advice = f"; nothing is lost: `python lora.py push {run}` goes on from here"
@@ -206,23 +205,17 @@ def push(run, flags=HubConfig()):
     changed = dict(settings.items() - defaults.items())
     config = SimpleNamespace(**defaults | saved | changed)
     names = ask("push", partial(create_repositories, config, run))
-    record = run / "pushed.json"
-    pushed = read_json(record) if record.exists() else {}
     for folder, name in names.items():
-        files = {file.name: file.stat().st_mtime_ns for file in sorted((run / folder).iterdir())}
+        files = {file.name: file for file in (run / folder).iterdir()}
+        changes = [CommitOperationAdd(*file) for file in files.items()]
         on_hub = set(ask(f"push to {name}", partial(api.list_repo_files, name)))
-        if pushed.get(name, {}).get("files") == files and files.keys() <= on_hub:
-            print(f"{name} holds {folder}/ already")
-            continue
-        changes = [CommitOperationAdd(file, run / folder / file) for file in files]
         for file in on_hub - files.keys():
             if re.fullmatch(r"[^/]*\.safetensors(\.index\.json)?", file):  # of an earlier model
                 changes.append(CommitOperationDelete(file))
         commit = partial(
             api.create_commit, name, changes, commit_message=config.hub_commit_message
         )
-        pushed[name] = {"commit": ask(f"push to {name}", commit).oid, "files": files}
-        write_text(record, json.dumps(pushed, indent=2))
+        ask(f"push to {name}", commit)
         print(f"pushed {folder}/ to {name}", flush=True)
 
 
@@ -235,7 +228,7 @@ def adapter_in(folder):
 
 def find_adapter(name) -> Path:
     """The folder of an adapter: itself, a run folder's adapter/, or a hub id, downloaded."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     folder = folder if folder.is_dir() else resolve(name, kind="adapter")
     adapter = adapter_in(folder)
     if not adapter:

@@ -88,24 +88,25 @@ def setting_faults(config):
     return faults
 
 
-def unmatched_names(config, hits, paths, adapted, trainable, depth):
+def unmatched_names(config, hits, modules, adapted):
     """A line for each name that matches nothing, with the nearest.
 
-    hits: {target: paths it matches}; paths: all modules; adapted, trainable: those of the layers
-    that are, or could be, adapted or trained; depth: number of blocks.
+    hits: {target: paths it matches}; adapted: the paths of the layers to adapt.
     """
     names = [("target_modules", target) for target in hits if not hits[target]]
     for name in config.modules_to_save:
-        if not whole_modules(paths, [name]):
+        if not whole_modules(modules.paths, [name]):
             names.append(("modules_to_save", name))
     for key in PATTERNS:
         for pattern in getattr(config, key):
             if not any(by_pattern({pattern: True}, path, False) for path in adapted):
                 names.append((key, pattern))
-    near = list(dict.fromkeys(path.split(".")[-1] for path in trainable))
+    trainable = [*modules.linear, *modules.norms, EMBEDDING, HEAD]
+    options = list(dict.fromkeys(path.split(".")[-1] for path in trainable))
     lines = []
     for key, name in names:
-        lines.append(f"{key}: {name!r} matches nothing here{resembling(name, near)}")
+        lines.append(f"{key}: {name!r} matches nothing here{resembling(name, options)}")
+    depth = modules.num_layers
     for index in set(config.layers_to_transform) - set(range(depth)):
         lines.append(
             f"layers_to_transform: {index} is not a layer of this model (0 to {depth - 1})"
@@ -140,31 +141,26 @@ def resolve_targets(config, modules, faults, strict=True):
     modules_to_save wins over a target; a targeted norm moves there; a tied head and embedding are
     there together or not at all.
     """
-    paths, linear, norms = modules[:3]
     if [target.lower() for target in config.target_modules] == ["all-linear"]:
-        config.target_modules = sorted({path.split(".")[-1] for path in linear} - {HEAD})
+        names = {path.split(".")[-1] for path in modules.linear}
+        config.target_modules = sorted(names - {HEAD})
     stop_at(setting_faults(config) + faults)
-    saved = whole_modules(paths, config.modules_to_save)
-    selected = [path for path in paths if is_selected(path, config, saved)]
+    saved = whole_modules(modules.paths, config.modules_to_save)
     hits = {}
     for target in config.target_modules:
-        hits[target] = [path for path in paths if matches(path, [target])]
-    adapted = [p for p in linear if p in selected and matches(p, config.target_modules)]
-    ends = [*linear, *norms, EMBEDDING, HEAD]
-    unmatched = unmatched_names(config, hits, paths, adapted, ends, modules.num_layers)
+        hits[target] = [path for path in modules.paths if matches(path, [target])]
+    targeted = [path for path in modules.linear if matches(path, config.target_modules)]
+    adapted = [path for path in targeted if is_selected(path, config, saved)]
+    unmatched = unmatched_names(config, hits, modules, adapted)
     ignored = []
     if not strict:
         unmatched, ignored = [], unmatched[:8]
     faults = unmatched + layer_faults(config, hits, modules, adapted, saved)
-    tokens, size = config.trainable_token_indices, modules.vocab_size
-    if len({*tokens} & {*range(size)}) < len(tokens):
-        faults.append(f"trainable_token_indices: not different ids from 0 to {size - 1}")
-    if tokens and {EMBEDDING, HEAD} & {*saved, *adapted}:
-        faults.append("trainable_token_indices: embedding or head is trained already")
-    if not (faults or adapted or (saved or tokens) and not strict):
+    only_whole = saved or config.trainable_token_indices
+    if not (faults or adapted or only_whole and not strict):
         faults = ["target_modules: no linear layer is left to adapt"]
     stop_at(faults)
-    notices = train_norms_whole(config, hits, paths, norms, selected)
+    notices = train_norms_whole(config, hits, modules, saved)
     if modules.is_tied and whole_modules([EMBEDDING, HEAD], config.modules_to_save):
         config.modules_to_save = [*config.modules_to_save, "embed_tokens", HEAD]
         notices.append(
@@ -196,22 +192,30 @@ def layer_faults(config, hits, modules, adapted, saved):
         )
     if config.init_lora_weights == "loftq" and not set(adapted) <= set(quantized):
         faults.append("init_lora_weights: loftq corrects 4-bit weights; give --load_in_4bit too")
+    tokens, ids = config.trainable_token_indices, range(modules.vocab_size)
+    if len(set(tokens) & set(ids)) < len(tokens):
+        faults.append(f"trainable_token_indices: not different ids from 0 to {ids[-1]}")
+    if tokens and {EMBEDDING, HEAD} & {*saved, *adapted}:
+        faults.append("trainable_token_indices: embedding or head is trained already")
     return faults
 
 
-def train_norms_whole(config, hits, all_paths, norms, selected):
+def train_norms_whole(config, hits, modules, saved):
     """Moves targeted norms to modules_to_save, by the target's name if that means no other module.
 
     Returns notices.
     """
-    notices = []
+    notices, others = [], []
     for target, paths in hits.items():
-        targeted = [path for path in paths if path in norms and path in selected]
-        if targeted:
-            same = whole_modules(all_paths, [target]) == targeted
-            config.modules_to_save = config.modules_to_save + ([target] if same else targeted)
+        norms = [path for path in paths if path in modules.norms]
+        if len(norms) < len(paths):
+            others.append(target)
+        norms = [path for path in norms if is_selected(path, config, saved)]
+        if norms:
+            same = whole_modules(modules.paths, [target]) == norms
+            config.modules_to_save = config.modules_to_save + ([target] if same else norms)
             notices.append(
                 f"target_modules: {target} has no low-rank form, so it is trained whole"
             )
-    config.target_modules = [target for target, paths in hits.items() if set(paths) - set(norms)]
+    config.target_modules = others
     return notices

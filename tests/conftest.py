@@ -22,6 +22,7 @@ os.environ["PLAINTUNE_CACHE"] = cache.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub.utils.sha import git_hash  # noqa: E402
 
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 
@@ -181,7 +182,10 @@ class Hub(BaseHTTPRequestHandler):
             )
         if "/preupload/" in path and repository in hub.closed:
             return self.answer(403, {"error": f"{given} may read here, no more"})
+        if "/revision/" in path:
+            return self.answer(200, {"id": repository, "sha": "0" * 40})
         if "/preupload/" in path:
+            held = {name: git_hash(data) for name, data in hub.files[repository].items()}
             return self.answer(
                 200,
                 {
@@ -190,6 +194,7 @@ class Hub(BaseHTTPRequestHandler):
                             "path": file["path"],
                             "uploadMode": "regular",
                             "shouldIgnore": False,
+                            "oid": held.get(file["path"]),
                         }
                         for file in json.loads(body)["files"]
                     ]

@@ -836,15 +836,15 @@ def test_the_commands(bases, tmp_path, monkeypatch, capsys):
         run_command(qlora.main)
         return capsys.readouterr().out
 
-    run("quantize", "--model", bases["qwen3"], "--output_dir", tmp_path / "stored")
+    written = run("quantize", "--model", bases["qwen3"], "--output_dir", tmp_path / "stored")
+    assert written == f"quantized {bases['qwen3']} into {tmp_path / 'stored'}\n"
     model = load_4bit(tmp_path / "stored", dtype="float32")
     assert len(layers_4bit(model)) == 14
     add_lora(model, LoRAConfig(lora_r=2))
     shake(model)
     save_adapter(model, tmp_path / "adapter", tmp_path / "stored")
-    assert "merged" in run(
-        "merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"
-    )
+    written = run("merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    assert written == f"merged {tmp_path / 'adapter'} into {tmp_path / 'merged'}\n"
     assert "quantization_config" not in json.loads(
         (tmp_path / "merged" / "config.json").read_text()
     )

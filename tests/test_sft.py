@@ -1318,11 +1318,7 @@ def test_what_is_foreseen_is_what_a_step_holds(case, base, rows):
     model.train()
     fixed = [t for name, t in model.state_dict().items() if "quant_state" not in name]
     layers = lora_layers(model).values()
-    kept = [
-        *fixed,
-        *(t for layer in layers for t in layer.start or ()),
-        *(layer.squares for layer in layers if hasattr(layer, "squares")),
-    ]
+    kept = [*fixed, *(t for layer in layers for t in layer.start or ())]
     with planner.Meter(model.config.vocab_size) as meter:
         for tensor in kept:
             meter.note(tensor, "weights")
