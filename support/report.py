@@ -78,10 +78,6 @@ def ledger_text(ledger):
         text += f", {ledger.rows_dropped:,} dropped{drop_reasons(ledger)}"
     if ledger.rows_not_sampled:
         text += f", {ledger.rows_not_sampled:,} not sampled"
-    seen = ledger.rows - ledger.rows_not_sampled
-    if ledger.rationales is not None and ledger.rationales < seen:
-        text += f"\nrationales in {ledger.rationales:,} of {seen:,} rows: no chain of thought"
-        text += " in the others"
     for note, count in ledger.notes.items():
         text += f"\n{count:,} {note}"
     if len(ledger.sources) > 1:
