@@ -43,9 +43,9 @@ from support.messages import as_turn, thought_of
 from support.readers import find_sources, sample_rows, stream_rows
 from support.sandbox import bounded
 from support.schemas import (
-    KEPT,
     alpaca_prompt,
     common_length,
+    rest_of,
     split_row,
     template_kwargs,
     turns_of,
@@ -59,6 +59,7 @@ from support.tokenizer import CLOSE, OPEN, CheckpointTokenizer, check_texts
 
 # Stands for an answer. Random: a row that contained it could move its own mask.
 SENTINEL = f"\ue000{secrets.token_hex(8)}\ue001"
+NOTHING = r"(?!)"  # a pattern that matches nowhere
 
 
 def assistant_turns(messages):
@@ -94,7 +95,7 @@ class Tokenizer(CheckpointTokenizer):
         tokens = filter(None, map(self.backend.id_to_token, self.end_ids))
         longest_first = sorted(tokens, key=len, reverse=True)
         any_token = "|".join(map(re.escape, longest_first))
-        return rf"(?:\s*(?:{any_token}))+" if any_token else r"(?!)"
+        return rf"(?:\s*(?:{any_token}))+" if any_token else NOTHING
 
     def turns(self, messages, first=0, /, **kwargs):
         """The full rendering, and where the assistant speaks in it: (text, spans, is_open).
@@ -104,19 +105,21 @@ class Tokenizer(CheckpointTokenizer):
         with the token that ends the turn; where the template marks every turn by
         `{% generation %}`, the marks decide. is_open: the last answer lacks the end token.
         """
-        speaks = assistant_turns(messages)
-        spans, is_open, marked, floor = {}, False, {}, 0
+        numbers = assistant_turns(messages)
+        marked, spans, end, is_open = {}, {}, 0, False
         self.check_messages(messages, **kwargs)
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
-            pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
+            text = self.render(messages, keep_marks=True, **kwargs)
+            pieces = re.split(f"{OPEN}|{CLOSE}", text)
             text = "".join(pieces)
-            if len(pieces) == 2 * len(speaks) + 1:
-                cuts = list(itertools.accumulate(map(len, pieces)))
-                marked = dict(zip(speaks, zip(cuts[::2], cuts[1::2])))
-            for i in speaks:
+            if len(pieces) == 2 * len(numbers) + 1:
+                ends = list(itertools.accumulate(map(len, pieces)))
+                spans_by_mark = zip(ends[::2], ends[1::2])
+                marked = dict(zip(numbers, spans_by_mark))
+            for i in numbers:
                 if i < first:
                     continue
-                span = marked.get(i) or self.find_turn(messages, i, text, floor, **kwargs)
+                span = marked.get(i) or self.find_turn(messages, i, text, end, **kwargs)
                 if span is None:
                     continue
                 start, end = span
@@ -126,7 +129,7 @@ class Tokenizer(CheckpointTokenizer):
                         end = after.end()
                     elif i == len(messages) - 1:
                         text, is_open = text[:end], True
-                spans[i], floor = (start, end), end
+                spans[i] = start, end
         return text, spans, is_open
 
     def find_turn(self, messages, i, text, floor, /, **kwargs):
@@ -183,9 +186,9 @@ class Tokenizer(CheckpointTokenizer):
         A side is [(str or ids, scored), ...], encoded (ids (T,) int32, scored (T,) bool)."""
         texts, skips, added = [], [], tuple(self.added)
         for sides in rows:
-            prompt = "".join(text for text, _ in sides[0] if isinstance(text, str))
+            prompt = ""
             for number, side in enumerate(sides):
-                before = prompt if number else ""
+                before = prompt
                 for text, _ in side:
                     if not isinstance(text, str):
                         continue
@@ -194,6 +197,8 @@ class Tokenizer(CheckpointTokenizer):
                     texts.append("\n" + text if joins else text)
                     skips.append(len(self.newline) if joins else 0)
                     before = text or before
+                if number == 0:
+                    prompt = before
         encoded = (ids[skip:] for ids, skip in zip(self.encode_all(texts), skips))
         for sides in rows:
             yield [join_pieces(side, encoded) for side in sides]
@@ -211,8 +216,8 @@ def join_pieces(side, encoded):
 # --- rows to texts, and which of them are scored --------------------------------------------------
 
 REASONING = {  # --reasoning: what it leaves unscored in an answer
-    "last": None,
-    "every_turn": None,
+    "last": NOTHING,
+    "every_turn": NOTHING,
     "mask": r"(?s)((?:<think>|\A)(?:(?!<think>).)*?</think>\s*)",
     "mask_empty": r"(<think>\s*</think>\s*)",
 }
@@ -226,10 +231,10 @@ def split_turns(row, chat):
     if isinstance(prompt, str):
         return []
     messages, rows = prompt + answer, []
-    rest = {key: row[key] for key in KEPT if key in row}
-    for i, m in enumerate(messages):
-        if i >= len(prompt) and m["role"] == "assistant" and m.get("weight", 1):
-            rows.append(rest | {"prompt": messages[:i], "completion": m})
+    for i in assistant_turns(messages):
+        if i >= len(prompt) and messages[i].get("weight", 1):
+            turn = {"prompt": messages[:i], "completion": messages[i]}
+            rows.append(rest_of(row) | turn)
     return [] if rows and rows[0]["completion"] is messages[-1] else rows
 
 
@@ -244,9 +249,10 @@ def unpair(row, chat):
         raise UserError(f"{fault}; or give chosen and rejected")
     if prompt == [] and not is_pair:  # a conversation: its last turn is the answer
         prompt, answers = answers[0][:-1], [answers[0][-1:]]
-    rest = {key: row[key] for key in KEPT if key in row} | {"prompt": prompt}
-    rows = [rest | {"completion": a, "label": label} for a, label in zip(answers, labels)]
-    return rows if prompt else [row]  # which is dropped
+    if not prompt:
+        return [row]  # which is dropped
+    rest = rest_of(row) | {"prompt": prompt}
+    return [rest | {"completion": a, "label": label} for a, label in zip(answers, labels)]
 
 
 def to_pieces(
@@ -311,10 +317,8 @@ def cut_turns(text, spans, messages, score_rest, reasoning):
     for i, (start, stop) in spans.items():
         side.append((text[end:start], score_rest))
         scored, end = messages[i].get("weight", 1) == 1, stop
-        pieces = [text[start:stop]]
-        if scored and REASONING[reasoning]:  # every second one is a thought
-            pieces = re.split(REASONING[reasoning], pieces[0])
-        for n, piece in enumerate(pieces):
+        pieces = re.split(REASONING[reasoning], text[start:stop])
+        for n, piece in enumerate(pieces):  # every second one is a thought
             side.append((piece, scored and n % 2 == 0))
     return [*side, (text[end:], score_rest)]
 
@@ -638,7 +642,8 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
 def render_row(row, tokenizer, max_length=None, where="row", **options):
     """One row -> list[Segment], or the reason why it is dropped (str). Options as in `to_pieces`,
     truncation as in `fit`."""
-    parts, weight, *_ = next(render_rows([(where, row)], tokenizer, max_length, **options))
+    (rendered,) = render_rows([(where, row)], tokenizer, max_length, **options)
+    parts, weight, *_ = rendered
     return parts if isinstance(parts, str) else to_segments(parts, weight)
 
 
