@@ -86,6 +86,7 @@ from support.schemas import (
     common_length,
     rest_of,
     split_row,
+    template_kwargs,
     text_of,
     with_completion,
 )
@@ -1113,26 +1114,28 @@ def load_speakers(config):
 
 
 def read_prompts(source, config):
-    """A file's prompts: the lines of a .txt, or conversations and texts of rows."""
+    """A file's prompts, the lines of a .txt, or conversations and texts of rows, each with the
+    template's variables of its row."""
     if source.endswith(".txt"):
         lines = read_text(Path(source)).splitlines()
-        return [as_turn("user", line) for line in lines if line.strip()]
+        return [(as_turn("user", line), {}) for line in lines if line.strip()]
     prompts = []
     for where, row in read_own(source, config):
         with as_user_error(where, UserError):
             row, _ = with_completion(name_choice(where, row), True)
             prompt, (answer, *_) = split_row(row, True)
+            variables = template_kwargs(row)
         if isinstance(answer, list) and answer[-1]["role"] == "assistant":
             answer = answer[:-1]
-        prompts.append(prompt or answer)
+        prompts.append((prompt or answer, variables))
     return prompts
 
 
-def answer(name, speaker, prompt, config):
+def answer(name, speaker, prompt, variables, config):
     """Prints a model's answer to a conversation or text, token by token, and returns it."""
     model, tokenizer, layers = speaker
     attach(model, layers)
-    ids = encode_prompt(tokenizer, prompt, config)
+    ids = encode_prompt(tokenizer, prompt, variables, config)
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
         raise UserError(
@@ -1140,9 +1143,17 @@ def answer(name, speaker, prompt, config):
         )
     print(f"[{name}] ", end="", flush=True)
     show = Printer(tokenizer.decode, ids[-1:])
-    sampling = config.temperature, config.top_k, config.top_p, tokenizer.end_ids, config.seed
-    length = min(config.max_new_tokens, room)
-    (new,) = generate(model, [ids], length, *sampling, show)
+    (new,) = generate(
+        model,
+        [ids],
+        min(config.max_new_tokens, room),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_ids=tokenizer.end_ids,
+        seed=config.seed,
+        stop=show,  # called after each token; stops nothing
+    )
     show(new)
     print()
     return show.text
@@ -1151,17 +1162,17 @@ def answer(name, speaker, prompt, config):
 def chat(config):
     """Answers prompts, or talks on the terminal, with one model or several side by side."""
     speakers = load_speakers(config)
-    prompts = [as_turn("user", text) for text in config.prompt]
+    prompts = [(as_turn("user", text), {}) for text in config.prompt]
     for source in config.data:
         prompts += read_prompts(source, config)
 
-    def ask(name, prompt):
-        return answer(name, speakers[name], prompt, config)
+    def ask(name, prompt, variables=()):
+        return answer(name, speakers[name], prompt, dict(variables), config)
 
-    for prompt in prompts:
+    for prompt, variables in prompts:
         print(f"\n> {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
         for name in speakers:
-            ask(name, prompt)
+            ask(name, prompt, variables)
     if not prompts:
         converse(speakers, ask)
 
