@@ -606,8 +606,8 @@ def to_segments(parts, weight):
 
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     """Yields per (where, row, ...): (parts as of `truncate` or the reason why it is dropped,
-    weight, notes, tokens before truncation, scored tokens before it). `make` is a recipe's,
-    `options` as in `to_pieces`. UserError: `where` a row is malformed, and how."""
+    weight, notes, tokens before truncation). `make` is a recipe's, `options` as in `to_pieces`.
+    UserError: `where` a row is malformed, and how."""
     prepared = []
     for where, row, *_ in rows:
         with as_user_error(where, UserError):
@@ -627,16 +627,14 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     encoded = tokenizer.encode_sides(kept)
     for sides, weight, notes, label in prepared:
         if isinstance(sides, str):
-            yield sides, weight, notes, 0, 0
+            yield sides, weight, notes, 0
             continue
         sides = share_prompt(next(encoded))
         tokens = sum(len(ids) for ids, _ in sides)
-        scored = sum(int(flags.sum()) for _, flags in sides)
-        scored -= int(sides[0][1][:1].sum())  # nothing predicts a first token
         parts = truncate(sides, tokenizer, max_length)
         if label is not None and not isinstance(parts, str):
             parts.insert(2 if label else 1, parts[0][:0])
-        yield parts, weight, notes, tokens, scored
+        yield parts, weight, notes, tokens
 
 
 def render_row(row, tokenizer, max_length=None, where="row", **options):
@@ -665,14 +663,13 @@ class Ledger:
     scored: int = 0
     masked: int = 0
     truncated: int = 0
-    truncated_scored: int = 0  # truncated tokens that would have been scored
     dropped: int = 0
     crc: int = 0  # of the examples
     reasons: dict = field(default_factory=dict)  # {why dropped: {"rows", "tokens", "where"}}
     notes: dict = field(default_factory=dict)  # {what is left out of rows: how often}
     sources: list = field(default_factory=list)  # [{"name", "examples", "share"}]
 
-    def add(self, where, parts, notes, tokens, scored, ends):
+    def add(self, where, parts, notes, tokens, ends):
         """Counts a row as `render_rows` yields it; `ends`: the ids that end a turn."""
         self.rows += 1
         self.tokens += tokens
@@ -693,7 +690,6 @@ class Ledger:
         self.scored += len(kept)
         self.masked += len(ids) - len(kept)
         self.truncated += tokens - len(ids)
-        self.truncated_scored += scored - len(kept)
         self.rows_truncated += len(ids) < tokens
         self.rows_ended += not ends.isdisjoint(kept)
 
@@ -775,11 +771,11 @@ def count_examples(rows, ledger, tokenizer, explains=False, **options):
     rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=None, leave=False))
     while chunk := list(itertools.islice(rows, 256)):
         rendered = render_rows(chunk, tokenizer, **options)
-        for origin, (parts, weight, notes, *counts) in zip(chunk, rendered):
+        for origin, (parts, weight, notes, tokens) in zip(chunk, rendered):
             where, row, source, number = origin
             if explains and not str(first_of(row, *RATIONALES)).strip():
                 notes.append("rows without a rationale, so without a chain of thought")
-            ledger.add(where, parts, notes, *counts, ends)
+            ledger.add(where, parts, notes, tokens, ends)
             if not isinstance(parts, str):
                 ledger.sources[source]["examples"] += 1
                 yield parts, weight, source, number, [where, row]

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections import defaultdict
+from itertools import groupby
+from operator import itemgetter
 from statistics import fmean
 
 import numpy as np
@@ -94,14 +95,13 @@ def ledger_text(ledger):
 
 def print_lengths(unit, rows):
     """rows: {name: lengths}."""
-    percents = [50, 90, 95, 99, 100]
-    names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
-    print(unit.ljust(12), *(f"{name:>8}" for name in names))
+    percents = 50, 90, 95, 99, 100
+    table = [[unit, "min", "mean", "max", *(f"p{percent}" for percent in percents)]]
     for name, values in rows.items():
-        row = [min(values), np.mean(values), max(values)]
-        row += [*np.percentile(values, percents)]
-        cells = [f"{value:8.1f}".replace(".0", "  ") for value in row]
-        print(name.ljust(12), *cells)
+        numbers = [min(values), np.mean(values), max(values)]
+        numbers += [*np.percentile(values, percents)]
+        table.append([name, *(f"{number:.1f}" for number in numbers)])
+    print(aligned_columns(*table))
 
 
 def plot_lengths(unit, lengths, file):
@@ -170,10 +170,8 @@ VERDICTS = {
 def headlines(results, comparisons):
     """Of every two models: what each metric did, and whether the average hides what fell."""
     lines = []
-    of_pair = defaultdict(list)
-    for c in comparisons:
-        of_pair[c["a"], c["b"]].append(c)
-    for (a, b), pair in of_pair.items():
+    for (a, b), pair in groupby(comparisons, itemgetter("a", "b")):
+        pair = list(pair)
         names = {words: [] for words in VERDICTS.values()}
         for task, summary in results[a].items():
             verdicts = {c["metric"]: c["verdict"] for c in pair if c["task"] == task}
