@@ -794,8 +794,7 @@ def split_rows(rows, tokenizer, make, options):
     for number, (where, row, source) in enumerate(rows):
         parts = []
         with as_user_error(where, UserError):
-            made = make(row) if by_turns else ""
-            if not isinstance(made, str):
+            if by_turns and not isinstance(made := make(row), str):
                 parts = split_turns(made, tokenizer.has_template)
             if options.get("preference") == "unpaired":
                 parts = unpair(row, tokenizer.has_template)

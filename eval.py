@@ -899,7 +899,7 @@ def with_answer(where, row, tokenizer, config):
         content = answer
         if isinstance(answer, list):
             prompt, answer = prompt + answer[:-1], answer[-1]
-            content = answer["role"] == "assistant" and answer["content"]
+            content = answer["content"]
         if not has_answer or not content or "text" in row:
             raise UserError("it has no answer that could be chosen")
         example = render_row(row, tokenizer, config.max_length)
@@ -1125,7 +1125,7 @@ def read_prompts(source, config):
             row, _ = with_completion(name_choice(where, row), True)
             prompt, (answer, *_) = split_row(row, True)
             variables = template_kwargs(row)
-        if isinstance(answer, list) and answer[-1]["role"] == "assistant":
+        if isinstance(answer, list):
             answer = answer[:-1]
         prompts.append((prompt or answer, variables))
     return prompts

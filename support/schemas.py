@@ -202,8 +202,9 @@ def with_completion(row, has_template):
     """(a row of an own set with its reference as the completion, whether it has a reference).
     UserError: it has two questions or two references."""
     row = {key: value for key, value in row.items() if value is not None}
-    if row.keys() >= {"messages", "reference"}:
-        row["prompt"] = row.pop("messages")
+    for key in row.keys() & {"messages", "conversations"}:
+        if "reference" in row or messages_of(row, key)[-1]["role"] != "assistant":
+            row["prompt"] = row.pop(key)
     columns = row.keys() & {"reference", "completion", "chosen"} or row.keys() & {"answer"}
     for names in (columns, row.keys() & {"prompt", "question"}):
         if len(names) > 1:
