@@ -29,7 +29,6 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, replace
 from functools import cache, partial
 from itertools import combinations, groupby, pairwise, product
-from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -496,8 +495,8 @@ def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, ba
     """Greedy answers to SFT examples, graded by `grade_answer`; arguments as in `ask_answers`."""
     questions = ask_answers(model, tokenizer, examples, choices)
     with keep_freed_memory():
-        answers = answer_each(model, questions, tokenizer, max_new_tokens, batch_size)
-        return [sample for _, sample in sorted(answers, key=itemgetter(0))]
+        answers = dict(answer_each(model, questions, tokenizer, max_new_tokens, batch_size))
+    return [answers[n] for n in range(len(questions))]
 
 
 def ask_choice(tokenizer, example, choices):

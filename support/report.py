@@ -235,8 +235,8 @@ def plot_comparison(results, comparisons, file):
             mains[task] = metric
     comparisons = [c for c in comparisons if c["main"]][::-1]
     height = 0.25 * len(comparisons)
-    width = max(7, 3 + 1.3 * len(mains))
-    figure = Figure(figsize=(width, 4 + height), layout="constrained")
+    size = max(7, 3 + 1.3 * len(mains)), 4 + height
+    figure = Figure(figsize=size, layout="constrained")
     bars, intervals = figure.subplots(2, height_ratios=(4, 1 + height))
     width = 0.8 / len(results)
     for n, (name, sets) in enumerate(results.items()):
