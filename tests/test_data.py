@@ -991,6 +991,14 @@ def test_where_thoughts_stand(m, thought):
 
 
 @real
+def test_an_empty_key_hides_no_thought():
+    qwen = Tokenizer(SHARED / "tokenizers" / "qwen3")
+    answer = {"role": "assistant", "content": "a", "thinking": "", "reasoning": "x"}
+    segment = render_row({"messages": [*as_turn("q"), answer]}, qwen)[0]
+    assert scored_text(qwen, segment) == "<think>\nx\n</think>\n\na<|im_end|>"
+
+
+@real
 def test_the_ledger_tells_what_is_left_out(tmp_path):
     qwen, path = Tokenizer(SHARED / "tokenizers" / "qwen3"), tmp_path / "rows.jsonl"
     extra = {"id": 1, "source": "s", "category": "c", "rationale": "why", "note": ""}
