@@ -159,8 +159,10 @@ class Tokenizer(CheckpointTokenizer):
                 start = self.find_start(text, before, floor, **kwargs)
             end = len(text) - len(after)
             if start <= end and text.endswith(after):
-                calls = "tool_calls" in stand_in and re.compile(self.turn_end).search(text, end)
-                return start, calls.end() if calls else end
+                if "tool_calls" in stand_in:  # which stand behind the content
+                    turn_end = re.compile(self.turn_end).search(text, end)
+                    end = turn_end.end() if turn_end else end
+                return start, end
         if is_rendered:
             raise UserError(
                 f"{self.template_file}: cannot tell where message {i} is in the rendering; "
