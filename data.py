@@ -138,11 +138,9 @@ class Tokenizer(CheckpointTokenizer):
         prompt, is_rendered = SENTINEL, False
         with suppress(UserError):  # the assistant speaks first, and the template wants a message
             prompt = self.render(messages[:i], True, **kwargs)
+        sentinel_turn = {"role": "assistant", "content": SENTINEL}
         # without its tool calls, which are the model's words too; else with them
-        for stand_in in (
-            *as_turn("assistant", SENTINEL),
-            messages[i] | {"content": SENTINEL},
-        ):
+        for stand_in in (sentinel_turn, messages[i] | sentinel_turn):
             changed = messages.copy()
             changed[i] = stand_in
             try:
