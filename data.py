@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from inspect import getfile, signature
+from inspect import signature
 from pathlib import Path
 from typing import ClassVar
 
@@ -39,29 +39,30 @@ from support.cache import Cache, cache_folder, read_ledger, write_cache
 from support.errors import UserError, as_user_error, brief, nearest, run_command, sanitize
 from support.files import new_file, write_rows
 from support.hub import resolve
-from support.messages import as_turn, messages_of, thought_of
+from support.messages import as_turn, thought_of
 from support.readers import find_sources, sample_rows, stream_rows
 from support.sandbox import bounded
 from support.schemas import (
-    KEPT,
     alpaca_prompt,
     common_length,
+    rest_of,
     split_row,
     template_kwargs,
     turns_of,
     unread_keys,
     weight_of,
 )
-from support.settings import check_choices, check_range, run_subcommand
+from support.settings import check_choice, check_choices, check_range, run_subcommand
 from support.tokenizer import CLOSE, OPEN, CheckpointTokenizer, check_texts
 
 # --- the tokenizer and the chat template ----------------------------------------------------------
 
 # Stands for an answer. Random: a row that contained it could move its own mask.
 SENTINEL = f"\ue000{secrets.token_hex(8)}\ue001"
+NOTHING = r"(?!)"  # a pattern that matches nowhere
 
 
-def answered(messages):
+def assistant_turns(messages):
     """The numbers of the assistant's messages."""
     return [i for i, m in enumerate(messages) if m["role"] == "assistant"]
 
@@ -84,17 +85,17 @@ class Tokenizer(CheckpointTokenizer):
         with suppress(UserError):  # no template, or one that insists on a system turn, say
             text = self.render(as_turn("user", "a") + as_turn("assistant", SENTINEL))
             tail = text.partition(SENTINEL)[2].lstrip()
-        after = max(filter(tail.startswith, self.added), key=len, default=None)
-        ends = self.eos_ids if after is None else [*self.eos_ids, self.added[after]]
-        return list(dict.fromkeys(ends))
+        written = sorted(filter(tail.startswith, self.added), key=len)
+        ends = [self.added[token] for token in written[-1:]]
+        return list(dict.fromkeys(self.eos_ids + ends))
 
     @cached_property
     def turn_end(self):
         """A pattern of those tokens, with the space that a template may leave before them."""
         tokens = filter(None, map(self.backend.id_to_token, self.end_ids))
-        tokens = sorted(tokens, key=len, reverse=True)
-        tokens = "|".join(map(re.escape, tokens))
-        return rf"(?:\s*(?:{tokens}))+" if tokens else r"(?!)"
+        longest_first = sorted(tokens, key=len, reverse=True)
+        any_token = "|".join(map(re.escape, longest_first))
+        return rf"(?:\s*(?:{any_token}))+" if any_token else NOTHING
 
     def turns(self, messages, first=0, /, **kwargs):
         """The full rendering, and where the assistant speaks in it: (text, spans, is_open).
@@ -104,20 +105,21 @@ class Tokenizer(CheckpointTokenizer):
         with the token that ends the turn; where the template marks every turn by
         `{% generation %}`, the marks decide. is_open: the last answer lacks the end token.
         """
-        speaks = answered(messages)
-        spans, is_open, marked, floor = {}, False, {}, 0
+        numbers = assistant_turns(messages)
+        marked, spans, end, is_open = {}, {}, 0, False
         self.check_messages(messages, **kwargs)
         with bounded(f"{self.template_file}: rendering {len(messages):,} messages"):
-            pieces = re.split(f"{OPEN}|{CLOSE}", self.render(messages, keep_marks=True, **kwargs))
+            text = self.render(messages, keep_marks=True, **kwargs)
+            pieces = re.split(f"{OPEN}|{CLOSE}", text)
             text = "".join(pieces)
-            if len(pieces) == 2 * len(speaks) + 1:
-                cuts = list(itertools.accumulate(map(len, pieces)))
-                spans_by_mark = zip(cuts[::2], cuts[1::2])
-                marked = dict(zip(speaks, spans_by_mark))
-            for i in speaks:
+            if len(pieces) == 2 * len(numbers) + 1:
+                ends = list(itertools.accumulate(map(len, pieces)))
+                spans_by_mark = zip(ends[::2], ends[1::2])
+                marked = dict(zip(numbers, spans_by_mark))
+            for i in numbers:
                 if i < first:
                     continue
-                span = marked.get(i) or self.find_turn(messages, i, text, floor, **kwargs)
+                span = marked.get(i) or self.find_turn(messages, i, text, end, **kwargs)
                 if span is None:
                     continue
                 start, end = span
@@ -127,7 +129,7 @@ class Tokenizer(CheckpointTokenizer):
                         end = after.end()
                     elif i == len(messages) - 1:
                         text, is_open = text[:end], True
-                spans[i], floor = (start, end), end
+                spans[i] = start, end
         return text, spans, is_open
 
     def find_turn(self, messages, i, text, floor, /, **kwargs):
@@ -136,11 +138,9 @@ class Tokenizer(CheckpointTokenizer):
         prompt, is_rendered = SENTINEL, False
         with suppress(UserError):  # the assistant speaks first, and the template wants a message
             prompt = self.render(messages[:i], True, **kwargs)
+        sentinel_turn = {"role": "assistant", "content": SENTINEL}
         # without its tool calls, which are the model's words too; else with them
-        for stand_in in (
-            *as_turn("assistant", SENTINEL),
-            messages[i] | {"content": SENTINEL},
-        ):
+        for stand_in in (sentinel_turn, messages[i] | sentinel_turn):
             changed = messages.copy()
             changed[i] = stand_in
             try:
@@ -157,8 +157,10 @@ class Tokenizer(CheckpointTokenizer):
                 start = self.find_start(text, before, floor, **kwargs)
             end = len(text) - len(after)
             if start <= end and text.endswith(after):
-                calls = "tool_calls" in stand_in and re.compile(self.turn_end).search(text, end)
-                return start, calls.end() if calls else end
+                if "tool_calls" in stand_in:  # which stand behind the content
+                    turn_end = re.compile(self.turn_end).search(text, end)
+                    end = turn_end.end() if turn_end else end
+                return start, end
         if is_rendered:
             raise UserError(
                 f"{self.template_file}: cannot tell where message {i} is in the rendering; "
@@ -184,9 +186,9 @@ class Tokenizer(CheckpointTokenizer):
         A side is [(str or ids, scored), ...], encoded (ids (T,) int32, scored (T,) bool)."""
         texts, skips, added = [], [], tuple(self.added)
         for sides in rows:
-            prompt = "".join(text for text, _ in sides[0] if isinstance(text, str))
+            prompt = ""
             for number, side in enumerate(sides):
-                before = prompt if number else ""
+                before = prompt
                 for text, _ in side:
                     if not isinstance(text, str):
                         continue
@@ -195,6 +197,8 @@ class Tokenizer(CheckpointTokenizer):
                     texts.append("\n" + text if joins else text)
                     skips.append(len(self.newline) if joins else 0)
                     before = text or before
+                if number == 0:
+                    prompt = before
         encoded = (ids[skip:] for ids, skip in zip(self.encode_all(texts), skips))
         for sides in rows:
             yield [join_pieces(side, encoded) for side in sides]
@@ -212,8 +216,8 @@ def join_pieces(side, encoded):
 # --- rows to texts, and which of them are scored --------------------------------------------------
 
 REASONING = {  # --reasoning: what it leaves unscored in an answer
-    "last": None,
-    "every_turn": None,
+    "last": NOTHING,
+    "every_turn": NOTHING,
     "mask": r"(?s)((?:<think>|\A)(?:(?!<think>).)*?</think>\s*)",
     "mask_empty": r"(<think>\s*</think>\s*)",
 }
@@ -221,16 +225,16 @@ REASONING = {  # --reasoning: what it leaves unscored in an answer
 
 def split_turns(row, chat):
     """A row -> the rows, one for each of the assistant's turns, that train it as it is asked for:
-    as the last. Templates may render a turn otherwise once others follow. None where the row is
-    such a row itself, or a text."""
+    as the last. Templates may render a turn otherwise once others follow. [] where the row is such
+    a row itself, or a text."""
     prompt, (answer, *_) = split_row(row, chat)
     if isinstance(prompt, str):
         return []
     messages, rows = prompt + answer, []
-    rest = {key: row[key] for key in KEPT if key in row}
-    for i, m in enumerate(messages):
-        if i >= len(prompt) and m["role"] == "assistant" and m.get("weight", 1):
-            rows.append(rest | {"prompt": messages[:i], "completion": m})
+    for i in assistant_turns(messages):
+        if i >= len(prompt) and messages[i].get("weight", 1):
+            turn = {"prompt": messages[:i], "completion": messages[i]}
+            rows.append(rest_of(row) | turn)
     return [] if rows and rows[0]["completion"] is messages[-1] else rows
 
 
@@ -245,9 +249,10 @@ def unpair(row, chat):
         raise UserError(f"{fault}; or give chosen and rejected")
     if prompt == [] and not is_pair:  # a conversation: its last turn is the answer
         prompt, answers = answers[0][:-1], [answers[0][-1:]]
-    rest = {key: row[key] for key in KEPT if key in row} | {"prompt": prompt}
-    rows = [rest | {"completion": a, "label": label} for a, label in zip(answers, labels)]
-    return rows if prompt else [row]  # which is dropped
+    if not prompt:
+        return [row]  # which is dropped
+    rest = rest_of(row) | {"prompt": prompt}
+    return [rest | {"completion": a, "label": label} for a, label in zip(answers, labels)]
 
 
 def to_pieces(
@@ -291,7 +296,7 @@ def to_pieces(
             first = 0 if score_prompt else len(prompt)
             score_all = first == 0 and not assistant_only_loss
             if completion_only_loss and not prompt:
-                first = max(answered(messages), default=0)
+                first = max(assistant_turns(messages), default=0)
             text, spans, is_open = tokenizer.turns(messages, first, **kwargs)
             for i in spans:
                 if thought_of(messages[i]) not in text:
@@ -312,17 +317,15 @@ def cut_turns(text, spans, messages, score_rest, reasoning):
     for i, (start, stop) in spans.items():
         side.append((text[end:start], score_rest))
         scored, end = messages[i].get("weight", 1) == 1, stop
-        pieces = [text[start:stop]]
-        if scored and REASONING[reasoning]:  # every second one is a thought
-            pieces = re.split(REASONING[reasoning], pieces[0])
-        for n, piece in enumerate(pieces):
+        pieces = re.split(REASONING[reasoning], text[start:stop])
+        for n, piece in enumerate(pieces):  # every second one is a thought
             side.append((piece, scored and n % 2 == 0))
     return [*side, (text[end:], score_rest)]
 
 
 # --- recipes: plain functions from a data set's own row to a row of a schema above ----------------
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = [*"ABCDEFGHIJ"]
 STYLES = ("{A}.", "{A})", "({A})", "{A} –", "{a})", "{n}.", "•")
 INTRODUCTIONS = (
     "Here is a multiple-choice question about {topic}.",
@@ -330,6 +333,7 @@ INTRODUCTIONS = (
     "Read the question, then give the one right choice.",
 )
 RATIONALES = "rationale", "explanation", "taskB", "support"
+ROW_FAULTS = LookupError, TypeError, ValueError, AttributeError
 
 
 def first_of(row, *keys):
@@ -354,7 +358,7 @@ def question_of(row):
         question, choices = row["q_text"], [row[f"q_op{n}"] for n in range(1, 6)]
     else:
         question, choices = row["question"], row["choices"]
-    labels = list(LETTERS)
+    labels = LETTERS
     if isinstance(choices, dict):
         labels, choices = choices["label"], choices["text"]
     if texts_of(choices) != choices:
@@ -394,7 +398,7 @@ def mcqa(row, rng, cot=1.0, topic=""):
 def ecqa(row):
     """question, choices, answer, explanation -> the explanation, then `Answer: X`."""
     question, choices, right, rationale = question_of(row)
-    letters = list(LETTERS[: len(choices)])
+    letters = LETTERS[: len(choices)]
     lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices)]
     task = "Explain, then end with `Answer:` and the letter of your choice."
     return {
@@ -486,9 +490,7 @@ def use_recipe(name, args, seed):
     resume, and whatever else is in the data."""
     if not name:
         return (lambda row, epoch=0: row), False
-    if name not in RECIPES:
-        known = ", ".join(RECIPES)
-        raise UserError(f"recipe: {name!r} is not one of {known}{nearest(name, RECIPES)}")
+    check_choice("recipe", name, RECIPES)
     recipe, args = RECIPES[name], args or {}
     _, *options = signature(recipe).parameters
     draws = "rng" in options
@@ -496,14 +498,13 @@ def use_recipe(name, args, seed):
         if key == "rng" or key not in options:
             raise UserError(f"recipe_args: {name} takes no {key!r}{nearest(key, options)}")
     columns = " ".join(recipe.__doc__.partition("->")[0].split())
-    faults = LookupError, TypeError, ValueError, AttributeError
 
     def make(row, epoch=0):
         rng = {}
         if draws:
             crc = zlib.crc32(json.dumps(row, default=str).encode())
             rng["rng"] = np.random.default_rng([seed, epoch, crc])
-        with as_user_error(f"does not fit recipe {name} ({columns})", *faults, on=row):
+        with as_user_error(f"does not fit recipe {name} ({columns})", *ROW_FAULTS, on=row):
             result = recipe(row, **rng, **args)
         return result if isinstance(result, str) else {"weight": row.get("weight")} | result
 
@@ -586,28 +587,27 @@ def truncate(sides, tokenizer, max_length=None):
     return [first, *rest]
 
 
-UNPAIRED = [True, True, False], [True, False, True]  # prompt, desirable, undesirable
-
-
 def to_segments(parts, weight):
-    """An example's parts -> its Segments: one, or a prompt and what continues it. Where one of a
-    pair's answers is empty, the prompt counts for two sequences all the same."""
-    segments, filled = [], [len(part) > 0 for part in parts]
+    """An example's parts -> its Segments: one, or a prompt and what continues it. A prompt belongs
+    to the last of two sequences, so that there are two where one of the answers is empty."""
+    segments = []
     for n, part in enumerate(parts):
-        if not filled[n]:
+        if not len(part):
             continue
         masked = part < 0
         ids = np.where(masked, ~part, part)
         labels = np.where(masked, np.int32(IGNORE), part)
-        prefix, sequence = (0, n - 1) if n else (-1, int(filled in UNPAIRED))
+        prefix, sequence = 0, n - 1
+        if n == 0:
+            prefix, sequence = -1, int(any(map(len, parts[1:])))
         segments.append(Segment(ids, labels, prefix, sequence, weight))
     return segments
 
 
 def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     """Yields per (where, row, ...): (parts as of `truncate` or the reason why it is dropped,
-    weight, notes, tokens before truncation, scored tokens before it). `make` is a recipe's,
-    `options` as in `to_pieces`. UserError: `where` a row is malformed, and how."""
+    weight, notes, tokens before truncation). `make` is a recipe's, `options` as in `to_pieces`.
+    UserError: `where` a row is malformed, and how."""
     prepared = []
     for where, row, *_ in rows:
         with as_user_error(where, UserError):
@@ -627,22 +627,21 @@ def render_rows(rows, tokenizer, max_length=None, make=None, **options):
     encoded = tokenizer.encode_sides(kept)
     for sides, weight, notes, label in prepared:
         if isinstance(sides, str):
-            yield sides, weight, notes, 0, 0
+            yield sides, weight, notes, 0
             continue
         sides = share_prompt(next(encoded))
         tokens = sum(len(ids) for ids, _ in sides)
-        scored = sum(int(flags.sum()) for _, flags in sides)
-        scored -= int(sides[0][1][:1].sum())  # nothing predicts a first token
         parts = truncate(sides, tokenizer, max_length)
         if label is not None and not isinstance(parts, str):
             parts.insert(2 if label else 1, parts[0][:0])
-        yield parts, weight, notes, tokens, scored
+        yield parts, weight, notes, tokens
 
 
 def render_row(row, tokenizer, max_length=None, where="row", **options):
     """One row -> list[Segment], or the reason why it is dropped (str). Options as in `to_pieces`,
     truncation as in `fit`."""
-    parts, weight, *_ = next(render_rows([(where, row)], tokenizer, max_length, **options))
+    (rendered,) = render_rows([(where, row)], tokenizer, max_length, **options)
+    parts, weight, *_ = rendered
     return parts if isinstance(parts, str) else to_segments(parts, weight)
 
 
@@ -660,19 +659,17 @@ class Ledger:
     rows_not_sampled: int = 0
     rows_truncated: int = 0
     rows_ended: int = 0  # examples that score an end of turn
-    rationales: int | None = None  # rows with one, where the recipe draws on them
     tokens: int = 0
     scored: int = 0
     masked: int = 0
     truncated: int = 0
-    truncated_scored: int = 0  # truncated tokens that would have been scored
     dropped: int = 0
     crc: int = 0  # of the examples
     reasons: dict = field(default_factory=dict)  # {why dropped: {"rows", "tokens", "where"}}
     notes: dict = field(default_factory=dict)  # {what is left out of rows: how often}
     sources: list = field(default_factory=list)  # [{"name", "examples", "share"}]
 
-    def add(self, where, parts, notes, tokens, scored, ends):
+    def add(self, where, parts, notes, tokens, ends):
         """Counts a row as `render_rows` yields it; `ends`: the ids that end a turn."""
         self.rows += 1
         self.tokens += tokens
@@ -693,7 +690,6 @@ class Ledger:
         self.scored += len(kept)
         self.masked += len(ids) - len(kept)
         self.truncated += tokens - len(ids)
-        self.truncated_scored += scored - len(kept)
         self.rows_truncated += len(ids) < tokens
         self.rows_ended += not ends.isdisjoint(kept)
 
@@ -708,90 +704,84 @@ class Ledger:
                 "raise max_length"
             )
 
-    def as_dict(self):
-        return asdict(self)
-
+    as_dict = asdict
     __str__ = report.ledger_text
 
 
 @dataclass(eq=False)
 class Examples(Sequence):
-    """Examples of a cache, as epoch `number` sees them; or the rows they came from.
+    """Examples of a cache, as epoch `number` sees them.
 
     Where the recipe draws, an epoch after the first is rendered on access; where that rendering is
     dropped (too long, say), the epoch-0 rendering is used.
     """
 
     cache: Cache
-    at: np.ndarray  # (N,) which of the cache's examples
+    indices: np.ndarray  # (N,) into the cache
     shares: list  # expected of the rows seen, by source; [] where every row is seen once
     seed: int
     make: object  # the recipe: (row, epoch) -> row
     render: object  # where the recipe draws: row -> list[Segment], or the reason why not
     number: int = 0
-    as_rows: bool = False
 
     def __len__(self):
-        return len(self.at)
+        return len(self.indices)
 
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[n] for n in range(len(self))[i]]
-        if self.as_rows or (self.number and self.render):
-            row = self.make(self.row(i)[1], self.number)
-            example = row if self.as_rows or isinstance(row, str) else self.render(row)
+        if self.number and self.render:
+            example = self.render(self.row(i)[1])
             if not isinstance(example, str):
                 return example
-        return to_segments(*self.cache.parts(self.at[i]))
+        return to_segments(*self.cache.parts(self.indices[i]))
 
     def row(self, i):
-        """(where it stands, as 'file:line'; the row as it was read) of example `i`."""
-        return self.cache.row(self.at[i])
+        """(where it stands, as 'file:line'; the row that the recipe makes) of example `i`."""
+        where, row = self.cache.row(self.indices[i])
+        return where, self.make(row, self.number)
 
     def epoch(self, number):
         """As many examples as epoch `number` sees: each of a weighted source as often as fits the
         source's share, the rest drawn."""
-        at = self.at
-        if self.shares:
-            rng = np.random.default_rng([self.seed, number])
-            sources = self.cache.entries["source"][at]
-            groups = [at[sources == n] for n in range(len(self.shares))]
-            shares = []
-            for group, share in zip(groups, self.shares):
-                shares.append(share if len(group) else 0)
-            ends = np.cumsum(shares)
-            ends = np.round(ends / ends[-1] * len(at)).astype(int)
-            chosen = []
-            for group, count in zip(groups, np.diff(ends, prepend=0)):
-                times, rest = divmod(count, max(len(group), 1))
-                chosen += [group] * times + [rng.permutation(group)[:rest]]
-            at = np.concatenate(chosen)
-        return replace(self, at=at, number=number)
+        if not self.shares:
+            return replace(self, number=number)
+        rng = np.random.default_rng([self.seed, number])
+        source_of = self.cache.entries["source"][self.indices]
+        sources = np.unique(source_of)
+        ends = np.cumsum(np.array(self.shares)[sources])
+        ends = np.round(ends / ends[-1] * len(self)).astype(int)
+        chosen = []
+        for source, count in zip(sources, np.diff(ends, prepend=0)):
+            own = self.indices[source_of == source]
+            times, rest = divmod(count, len(own))
+            chosen += [own] * times + [rng.permutation(own)[:rest]]
+        return replace(self, indices=np.concatenate(chosen), number=number)
 
     @property
     def fingerprint(self):
         """Changes when the examples do."""
-        return f"{len(self)}-{zlib.crc32(self.at.tobytes(), self.cache.crc):08x}"
+        return f"{len(self)}-{zlib.crc32(self.indices.tobytes(), self.cache.crc):08x}"
 
 
-def count_examples(rows, ledger, tokenizer, **options):
+def count_examples(rows, ledger, tokenizer, explains=False, **options):
     """(where, row, source, number) -> yields the examples of these rows, as `write_cache` takes
-    them; every row is counted in the ledger."""
+    them; every row is counted in the ledger. `explains`: the recipe asks for a rationale."""
     ends = set(tokenizer.end_ids)
     rows = iter(tqdm(rows, "tokenizing", unit=" rows", disable=None, leave=False))
     while chunk := list(itertools.islice(rows, 256)):
         rendered = render_rows(chunk, tokenizer, **options)
-        for origin, (parts, weight, *counts) in zip(chunk, rendered):
+        for origin, (parts, weight, notes, tokens) in zip(chunk, rendered):
             where, row, source, number = origin
-            if ledger.rationales is not None:
-                ledger.rationales += bool(str(first_of(row, *RATIONALES)).strip())
-            ledger.add(where, parts, *counts, ends)
+            if explains and not str(first_of(row, *RATIONALES)).strip():
+                notes.append("rows without a rationale, so without a chain of thought")
+            ledger.add(where, parts, notes, tokens, ends)
             if not isinstance(parts, str):
                 ledger.sources[source]["examples"] += 1
                 yield parts, weight, source, number, [where, row]
 
 
-def number_rows(rows, tokenizer, make, options):
+def split_rows(rows, tokenizer, make, options):
     """(where, row, source) -> yields these and the row's number; with `reasoning` every_turn a row
     for each turn of a conversation, with `preference` unpaired one for each answer."""
     by_turns = options.get("reasoning") == "every_turn" and not options.get("preference")
@@ -804,8 +794,7 @@ def number_rows(rows, tokenizer, make, options):
     for number, (where, row, source) in enumerate(rows):
         parts = []
         with as_user_error(where, UserError):
-            made = make(row) if by_turns else ""
-            if not isinstance(made, str):
+            if by_turns and not isinstance(made := make(row), str):
                 parts = split_turns(made, tokenizer.has_template)
             if options.get("preference") == "unpaired":
                 parts = unpair(row, tokenizer.has_template)
@@ -816,16 +805,16 @@ def number_rows(rows, tokenizer, make, options):
 def load_examples(
     sources, tokenizer, *, max_samples=None, seed=0, recipe="", recipe_args=None, **options
 ):
-    """Sources as in `find_sources` -> (Examples, their rows, ledger). `max_samples` rows are drawn
-    by `seed` and keep their order; `recipe` as in `use_recipe`, `options` (`max_length`, ...) as in
+    """Sources as in `find_sources` -> (Examples, Ledger). `max_samples` rows are drawn by `seed`
+    and keep their order; `recipe` as in `use_recipe`, `options` (`max_length`, ...) as in
     `render_rows`. Cached in $PLAINTUNE_CACHE (~/.cache/plaintune).
     UserError: a file or row is wrong; nothing, or no end of turn, is scored."""
     sources = find_sources(sources)
     make, draws = use_recipe(recipe, recipe_args, seed)
     needs_seed = draws or max_samples is not None
     settings = max_samples, recipe, recipe_args, options, needs_seed and seed, tokenizer.date
-    code = (Cache, Examples, stream_rows, messages_of, split_row, CheckpointTokenizer)
-    files = [*map(getfile, code), *tokenizer.files.values()]
+    code = sorted(Path(__file__).parent.glob("support/*.py"))
+    files = [__file__, *code, *tokenizer.files.values()]
     for *_, paths in sources:
         files += paths
     folder = cache_folder(settings, files)
@@ -834,10 +823,9 @@ def load_examples(
         rows, left_out = sample_rows(sources, max_samples, seed)
         ledger = Ledger(left_out, rows_not_sampled=left_out)
         ledger.sources = [{"name": name, "examples": 0} for name, *_ in sources]
-        if recipe == "ecqa" or recipe == "mcqa" and (recipe_args or {}).get("cot", 1):
-            ledger.rationales = 0
-        rows = number_rows(rows, tokenizer, make, options)
-        rendered = count_examples(rows, ledger, tokenizer, make=make, **options)
+        rows = split_rows(rows, tokenizer, make, options)
+        explains = recipe == "ecqa" or recipe == "mcqa" and (recipe_args or {}).get("cot", 1)
+        rendered = count_examples(rows, ledger, tokenizer, explains, make=make, **options)
         ledger = write_cache(folder, rendered, ledger)
     ledger.check()
     shares = []
@@ -847,26 +835,23 @@ def load_examples(
         entry["share"] = share / sum(shares)
     shares = shares if sources[0][1] else []
     render = partial(render_row, tokenizer=tokenizer, **options) if draws else None
-    at = np.arange(ledger.examples)
-    examples = Examples(Cache(folder, ledger.crc), at, shares, seed, make, render)
-    return examples, replace(examples, as_rows=True), ledger
+    cache, indices = Cache(folder, ledger.crc), np.arange(ledger.examples)
+    return Examples(cache, indices, shares, seed, make, render), ledger
 
 
-def split_holdout(examples, rows, size, seed=0):
-    """-> (examples, rows), (held-out examples, their rows), drawn by `seed`; `size` is a share
-    below 1 or a count of the rows that they came from. UserError: nothing would be left."""
-    rows_read = examples.cache.entries["row"][examples.at]
-    numbers, row = np.unique(rows_read, return_inverse=True)
-    count = round(size * len(numbers)) if 0 < size < 1 else int(size)
-    if not 0 <= count < len(numbers):
+def split_holdout(examples, size, seed=0):
+    """-> (examples, held-out examples), drawn by `seed`; `size` is a share below 1 or a count of
+    the rows that they came from. UserError: nothing would be left."""
+    row_of = examples.cache.entries["row"][examples.indices]
+    rows = np.unique(row_of)
+    count = round(size * len(rows)) if 0 < size < 1 else int(size)
+    if not 0 <= count < len(rows):
         advice = "give a share below 1 or a smaller count"
-        raise UserError(f"cannot hold out {size} of {len(numbers)} examples; {advice}")
-    order = np.random.default_rng(seed).permutation(len(numbers))
-    splits = []
-    for drawn in (order[count:], order[:count]):
-        at = examples.at[np.isin(row, drawn)]
-        splits.append((replace(examples, at=at), replace(rows, at=at)))
-    return splits
+        raise UserError(f"cannot hold out {size} of {len(rows)} examples; {advice}")
+    drawn = np.random.default_rng(seed).permutation(rows)[:count]
+    held_out = np.isin(row_of, drawn)
+    kept, held_out = examples.indices[~held_out], examples.indices[held_out]
+    return replace(examples, indices=kept), replace(examples, indices=held_out)
 
 
 # --- what an answer is ----------------------------------------------------------------------------
@@ -934,7 +919,7 @@ def load_tokenizer(config):
 
 
 def load_rows(config, **options):
-    """(tokenizer, examples, rows, ledger) of a command's settings."""
+    """(tokenizer, examples, ledger) of a command's settings."""
     tokenizer = load_tokenizer(config)
     names = "max_length max_samples seed recipe recipe_args preference reasoning".split()
     options = {name: getattr(config, name) for name in names} | options
@@ -943,7 +928,7 @@ def load_rows(config, **options):
 
 def show(config):
     """Rows as the model sees them: scored tokens in green, without a terminal between ⟦ ⟧."""
-    tokenizer, examples, _, ledger = load_rows(config)
+    tokenizer, examples, ledger = load_rows(config)
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     start, stop = ("\033[32m", "\033[0m") if coloured else "⟦⟧"
     for example in examples[: config.n]:
@@ -964,7 +949,7 @@ def audit(config):
 
     Of the rows of --data, then of those of --eval_data. --output draws the lengths.
     """
-    if not f"{config.output or '.png'}".endswith(".png"):
+    if config.output and not config.output.endswith(".png"):
         raise UserError(f"--output {config.output}: a histogram is a .png")
     measure = audit_tokens if config.by == "tokens" else audit_characters
     lengths = [measure(config)]
@@ -978,7 +963,7 @@ def audit(config):
 
 def audit_tokens(config):
     """Prints an audit of rendered examples; returns their lengths."""
-    _, examples, _, ledger = load_rows(config, max_length=None)
+    _, examples, ledger = load_rows(config, max_length=None)
     lengths, scored, distinct = [], [], set()
     for example in examples:
         prompt, *answers = [len(segment.ids) for segment in example]
@@ -991,7 +976,7 @@ def audit_tokens(config):
     whole = np.mean(np.array(lengths) <= fits)
     print(f"suggested max_length: {fits} tokens, which leaves {whole:.1%} of the examples whole")
     limit = config.max_length or fits
-    print(f"with max_length {limit}: {load_rows(config, max_length=limit)[3]}")
+    print(f"with max_length {limit}: {load_rows(config, max_length=limit)[2]}")
     duplicates = len(examples) - len(distinct)
     ended = f"{ledger.rows_ended:,} of {len(examples):,} score an end of turn"
     print(f"{duplicates:,} duplicates; {ended}")
@@ -1020,10 +1005,11 @@ def audit_characters(config):
 def mix(config):
     """All sources' rows as the recipe makes them, shuffled into one file by their weights."""
     new_file(config.output)
-    *_, rows, ledger = load_rows(config)
-    rows = rows.epoch(0)
-    order = np.random.default_rng(config.seed).permutation(len(rows))
-    write_rows(config.output, (rows[i] for i in order), f"{len(rows):,} rows, of {ledger}")
+    _, examples, ledger = load_rows(config)
+    examples = examples.epoch(0)
+    order = np.random.default_rng(config.seed).permutation(len(examples))
+    rows = (examples.row(i)[1] for i in order)
+    write_rows(config.output, rows, f"{len(order):,} rows, of {ledger}")
 
 
 def pairs(config):

@@ -29,7 +29,6 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, replace
 from functools import cache, partial
 from itertools import combinations, groupby, pairwise, product
-from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -37,6 +36,8 @@ import numpy as np
 import torch
 
 from data import (
+    LETTERS,
+    ROW_FAULTS,
     DataConfig,
     RecipeConfig,
     Tokenizer,
@@ -77,7 +78,17 @@ from support.memory import keep_freed_memory
 from support.messages import as_turn
 from support.readers import read_rows, read_text
 from support.samples import complete_samples, sample_key
-from support.schemas import common_length, split_row, text_of, with_completion
+from support.schemas import (
+    CONTEXT,
+    FOR_CHATS,
+    check_lost,
+    common_length,
+    rest_of,
+    split_row,
+    template_kwargs,
+    text_of,
+    with_completion,
+)
 from support.settings import (
     by_name,
     check_choices,
@@ -88,7 +99,6 @@ from support.settings import (
 )
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
-LETTERS = [*"ABCDEFGHIJ"]
 
 # --- scoring sequences that share a prefix --------------------------------------------------------
 
@@ -131,12 +141,10 @@ def pack_shared(sequences, device="cpu"):
     for n, (ids, start) in enumerate(sequences):
         positions = batch.positions_seen(ends[n])
         scored.append(positions[start - 1 : len(ids) - 1])
-        targets.append(np.array(ids[start:], np.int64))
-        owners.append(np.full(len(ids) - start, n))
-    scored, targets, owners = (
-        torch.from_numpy(np.concatenate(column)).to(device)
-        for column in (scored, targets, owners)
-    )
+        targets.append(torch.tensor(ids[start:], dtype=torch.int64))
+        owners.append(torch.full((len(ids) - start,), n))
+    columns = scored, targets, owners
+    scored, targets, owners = (torch.cat(column).to(device) for column in columns)
     return replace(
         batch, scored=scored, targets=targets, sequence=owners, num_sequences=len(sequences)
     )
@@ -242,7 +250,9 @@ class Item(NamedTuple):
 def arc(row):
     """Own rows too, in the forms that `question_of` reads."""
     _, choices, right, _ = question_of(row)
-    return Item([f"Question: {text_of(row, 'question')}\nAnswer:"], choices, right)
+    question = text_of(row, "question")
+    check_lost(row, FOR_CHATS | CONTEXT, ["question", "choices"], question)
+    return Item([f"Question: {question}\nAnswer:"], choices, right)
 
 
 def commonsense_qa(row):
@@ -302,13 +312,12 @@ TASKS = {
     "hellaswag": Task(hellaswag, "Rowan/hellaswag", "validation"),
     "winogrande": Task(winogrande, "allenai/winogrande:winogrande_xl", "validation", ("acc",)),
 }
-ROW_FAULTS = LookupError, TypeError, ValueError, AttributeError
 
 
-def parse_item(where, row, task, name):
+def parse_item(where, row, parse, name):
     """The Item of a row; UserError with its file and line if it is none."""
     try:
-        item = task.parse(row)
+        item = parse(row)
         if not all(isinstance(text, str) for text in item.prompts + item.answers):
             raise UserError("choices must be texts")
         if not 0 <= item.gold < len(item.choices()):
@@ -349,8 +358,8 @@ def read_task(name, config):
             if len(examples) < shots:  # the question was sampled more than once
                 others = [example for example in pool if example[1] != row]
                 examples = rng.sample(others, shots)
-        few_shot = [parse_item(*example, task, name) for example in examples]
-        items.append((parse_item(where, row, task, name), few_shot))
+        few_shot = [parse_item(*example, task.parse, name) for example in examples]
+        items.append((parse_item(where, row, task.parse, name), few_shot))
     return items
 
 
@@ -427,12 +436,12 @@ def ask_items(items, task, model, tokenizer, config):
     questions = []
     if task.stops:
         room = max(max_length - config.max_new_tokens, 1)
-        ids = encode_texts(tokenizer, [choices[0][0] for choices in contexts])
-        for (item, _), choices in zip(items, contexts):
-            prompt = ids[choices[0][0]][-room:]
+        prompts = [prompt for ((prompt, _),) in contexts]
+        ids = encode_texts(tokenizer, prompts)
+        for (item, _), prompt in zip(items, prompts):
             grade = partial(grade_gsm8k, item, task, tokenizer)
-            question = Question(item._asdict(), [], prompt, grade, task.stops)
-            questions.append(question)
+            prompt = ids[prompt][-room:]
+            questions.append(Question(item._asdict(), [], prompt, grade, task.stops))
         return questions
     choices = [choice for choices in contexts for choice in choices]
     sequences = iter(encode_pairs(tokenizer, choices, max_length))
@@ -485,8 +494,8 @@ def answer_questions(model, tokenizer, examples, choices, max_new_tokens=128, ba
     """Greedy answers to SFT examples, graded by `grade_answer`; arguments as in `ask_answers`."""
     questions = ask_answers(model, tokenizer, examples, choices)
     with keep_freed_memory():
-        answers = answer_each(model, questions, tokenizer, max_new_tokens, batch_size)
-        return [sample for _, sample in sorted(answers, key=itemgetter(0))]
+        answers = dict(answer_each(model, questions, tokenizer, max_new_tokens, batch_size))
+    return [answers[n] for n in range(len(questions))]
 
 
 def ask_choice(tokenizer, example, choices):
@@ -598,11 +607,10 @@ def ask_own(rows, model, tokenizer, config):
     """The rows of an own set -> Questions. What a row holds decides: a question with choices, a
     text, a prompt with a reference (`Answer: X`, a choice, Yes or No, any text), a prompt alone."""
     if all({"question", "choices"} <= row.keys() for _, row in rows):
-        task = Task(arc)
         items = []
         for where, row in rows:
-            items.append((parse_item(where, row, task, "choices"), []))
-        return ask_items(items, task, model, tokenizer, config)
+            items.append((parse_item(where, row, arc, "choices"), []))
+        return ask_items(items, Task(arc), model, tokenizer, config)
     if all(isinstance(row.get("text"), str) for _, row in rows):
         for where, row in rows:
             if not row["text"]:
@@ -631,10 +639,8 @@ def ask_prompts(rows, model, tokenizer):
             continue
         grade = partial(grade_text, tokenizer, reference)
         shown = question.shown | {"reference": reference}
-        questions[n] = question._replace(shown=shown, grade=grade)
-        if has_reference[n]:
-            choice = ask_choice(tokenizer, examples[n], choices[n])
-            questions[n] = choice or questions[n]
+        choice = has_reference[n] and ask_choice(tokenizer, examples[n], choices[n])
+        questions[n] = choice or question._replace(shown=shown, grade=grade)
     return questions
 
 
@@ -665,10 +671,14 @@ def answer_each(model, questions, tokenizer=None, max_new_tokens=128, batch_size
     to_write = [n for n, question in enumerate(questions) if question.prompt]
     to_score = [n for n, question in enumerate(questions) if not question.prompt]
 
-    def answers():  # this rank's
+    def sample(n, answer):
+        question = questions[n]
+        return n, question.shown | question.grade(answer)
+
+    def samples():  # this rank's
         sequences = [questions[n].sequences for n in to_score]
         for index, sums in score(model, sequences):
-            yield to_score[index], sums
+            yield sample(to_score[index], sums)
         if not to_write:
             return
         own = [*every(to_write, model)]
@@ -682,11 +692,7 @@ def answer_each(model, questions, tokenizer=None, max_new_tokens=128, batch_size
             batch_size=batch_size,
             stop=stop_at(tokenizer, stops),
         ):
-            yield own[index], ids
-
-    def samples():
-        for n, answer in answers():
-            yield n, questions[n].shown | questions[n].grade(answer)
+            yield sample(own[index], ids)
 
     return gather_each(samples(), model)
 
@@ -714,9 +720,7 @@ def values_by_metric(samples):
         for name, value in sample["metrics"].items():
             weighted = value, sample.get("bytes", 1)
             values.setdefault(name, []).append(weighted)
-    for name in values:
-        values[name] = np.array(values[name]).T
-    return values
+    return {name: np.array(pairs).T for name, pairs in values.items()}
 
 
 def summarise(samples):
@@ -730,10 +734,12 @@ def summarise(samples):
         summary[name] = float(mean)
         summary[f"{name}_stderr"] = float(spread**0.5 / weights.sum())
         summary[f"{name}_n"] = n
-    answered = [s for s in samples if s.get("gold") and "answer" in s]
-    answers = [(sample["gold"], sample["answer"]) for sample in answered]
+    answers = []
+    for sample in samples:
+        if sample.get("gold") and "answer" in sample:
+            answers.append((sample["gold"], sample["answer"]))
     scores = f1_scores(answers)
-    summary |= scores | {f"{name}_n": len(answered) for name in scores}
+    summary |= scores | {f"{name}_n": len(answers) for name in scores}
     if samples and "logp" in samples[0]:
         total = sum(sample["logp"] for sample in samples)
         for unit in ("token", "word", "byte"):
@@ -841,10 +847,9 @@ def pairs(config):
     pairs, counts = {}, Counter()
     unknown = "no answer in the text" if config.generate else "no wrong answer known"
     for n, (row, gold, _) in enumerate(rows):
-        prompt, (answer, *_) = split_row(row, tokenizer.has_template)
-        is_chat = isinstance(answer, list)
-        if is_chat:
-            prompt, answer = prompt + answer[:-1], answer[-1]["content"]
+        chosen = row["completion"]
+        is_chat = isinstance(chosen, dict)
+        answer = chosen["content"] if is_chat else chosen
         parse_answer = find_answer if find_answer(answer) else str.strip
         gold = gold or parse_answer(answer)
         if config.generate:
@@ -855,12 +860,10 @@ def pairs(config):
         if not wrong_answer or wrong_answer == gold:
             counts["answered right" if wrong_answer else unknown] += 1
             continue
-        pair = {"prompt": prompt, "chosen": answer, "rejected": wrong}
-        if "choices" in row:
-            pair["choices"] = row["choices"]
+        pair = rest_of(row) | {"prompt": row["prompt"], "chosen": chosen, "rejected": wrong}
         if is_chat:
-            for side in ("chosen", "rejected"):
-                pair[side] = as_turn("assistant", pair[side])
+            message = {"role": "assistant"} if config.generate else chosen
+            pair |= {"chosen": [chosen], "rejected": [message | {"content": wrong}]}
         key = json.dumps(pair)
         if key in pairs:
             counts["the same as another"] += 1
@@ -875,23 +878,32 @@ def name_choice(where, row):
     """A question with choices as a row whose answer is the right one's text; others as they are."""
     if not {"question", "choices"} <= row.keys():
         return row
-    item = parse_item(where, row, Task(arc), "choices")
+    item = parse_item(where, row, arc, "choices")
     answer = item.answers[item.gold]
-    return {"question": row["question"], "answer": answer, "choices": item.answers}
+    question = {"question": row["question"], "answer": answer, "choices": item.answers}
+    return rest_of(row) | question
 
 
 def with_answer(where, row, tokenizer, config):
-    """A row of an own set -> (the row with its answer as the completion, the right choice if it
-    names one, the prompt's ids). UserError: it has no answer."""
+    """A row of an own set -> (the row with its answer, a text or message, as the completion; the
+    right choice if it names one; the prompt's ids). UserError: it has no answer."""
     row = name_choice(where, row)
     gold = row.get("answer")
     with as_user_error(where, UserError):
         if not isinstance(gold, (str, type(None))):
             raise UserError(f"'answer' must be the text of the right choice, found {brief(gold)}")
         row, has_answer = with_completion(row, tokenizer.has_template)
-        example = render_row(row, tokenizer, config.max_length)
-        if not has_answer or "text" in row or isinstance(example, str):
+        prompt, (answer, *_) = split_row(row, tokenizer.has_template)
+        content = answer
+        if isinstance(answer, list):
+            prompt, answer = prompt + answer[:-1], answer[-1]
+            content = answer["content"]
+        if not has_answer or not content or "text" in row:
             raise UserError("it has no answer that could be chosen")
+        example = render_row(row, tokenizer, config.max_length)
+        if isinstance(example, str):
+            raise UserError(example)
+    row = rest_of(row) | {"prompt": prompt, "completion": answer}
     return row, gold, split_prompt(example)[0]
 
 
@@ -1009,7 +1021,8 @@ def embedded_models():
     models = {"base": base, "sft": "output/sft", "dpo": "output/dpo"}
     for name, path in list(models.items()):
         if not Path(path).exists():
-            print(f"{name}: there is no {models.pop(name)} yet, skipped")
+            print(f"{name}: there is no {path} yet, skipped")
+            del models[name]
     return models
 
 
@@ -1099,26 +1112,28 @@ def load_speakers(config):
 
 
 def read_prompts(source, config):
-    """A file's prompts: the lines of a .txt, or conversations and texts of rows."""
+    """A file's prompts, the lines of a .txt, or conversations and texts of rows, each with the
+    template's variables of its row."""
     if source.endswith(".txt"):
         lines = read_text(Path(source)).splitlines()
-        return [as_turn("user", line) for line in lines if line.strip()]
+        return [(as_turn("user", line), {}) for line in lines if line.strip()]
     prompts = []
     for where, row in read_own(source, config):
         with as_user_error(where, UserError):
             row, _ = with_completion(name_choice(where, row), True)
             prompt, (answer, *_) = split_row(row, True)
-        if isinstance(answer, list) and answer[-1]["role"] == "assistant":
+            variables = template_kwargs(row)
+        if isinstance(answer, list):
             answer = answer[:-1]
-        prompts.append(prompt or answer)
+        prompts.append((prompt or answer, variables))
     return prompts
 
 
-def answer(name, speaker, prompt, config):
+def answer(name, speaker, prompt, variables, config):
     """Prints a model's answer to a conversation or text, token by token, and returns it."""
     model, tokenizer, layers = speaker
     attach(model, layers)
-    ids = encode_prompt(tokenizer, prompt, config)
+    ids = encode_prompt(tokenizer, prompt, variables, config)
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
         raise UserError(
@@ -1126,9 +1141,17 @@ def answer(name, speaker, prompt, config):
         )
     print(f"[{name}] ", end="", flush=True)
     show = Printer(tokenizer.decode, ids[-1:])
-    sampling = config.temperature, config.top_k, config.top_p, tokenizer.end_ids, config.seed
-    length = min(config.max_new_tokens, room)
-    (new,) = generate(model, [ids], length, *sampling, show)
+    (new,) = generate(
+        model,
+        [ids],
+        min(config.max_new_tokens, room),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_ids=tokenizer.end_ids,
+        seed=config.seed,
+        stop=show,  # called after each token; stops nothing
+    )
     show(new)
     print()
     return show.text
@@ -1137,17 +1160,17 @@ def answer(name, speaker, prompt, config):
 def chat(config):
     """Answers prompts, or talks on the terminal, with one model or several side by side."""
     speakers = load_speakers(config)
-    prompts = [as_turn("user", text) for text in config.prompt]
+    prompts = [(as_turn("user", text), {}) for text in config.prompt]
     for source in config.data:
         prompts += read_prompts(source, config)
 
-    def ask(name, prompt):
-        return answer(name, speakers[name], prompt, config)
+    def ask(name, prompt, variables=()):
+        return answer(name, speakers[name], prompt, dict(variables), config)
 
-    for prompt in prompts:
+    for prompt, variables in prompts:
         print(f"\n> {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
         for name in speakers:
-            ask(name, prompt)
+            ask(name, prompt, variables)
     if not prompts:
         converse(speakers, ask)
 

@@ -143,9 +143,9 @@ class Batch:
         return paths
 
     def positions_seen(self, segment):
-        """The positions (n,) of the tokens that the segment of this index sees, numpy."""
+        """The positions (n,) of the tokens that the segment of this index sees, on the CPU."""
         spans = [self.segments[index][:2] for index in self.paths[segment]]
-        return np.concatenate([np.arange(*span) for span in spans])
+        return torch.cat([torch.arange(*span) for span in spans])
 
     @cached_property
     def lengths(self):
@@ -185,8 +185,7 @@ class Batch:
         keys = [len(positions) for positions in seen]
         gather = None
         if keys != queries:
-            gather = torch.from_numpy(np.concatenate(seen))
-            gather = to_device(gather, self.tokens.device)
+            gather = to_device(torch.cat(seen), self.tokens.device)
 
         def cumulative(lengths):
             ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)

@@ -1037,18 +1037,17 @@ def load_data(config, tokenizer, options):
     )
     options |= {name: getattr(config, name) for name in names}
     load = partial(load_examples, tokenizer=tokenizer, **options)
-    examples, rows, ledger = load(config.data, max_samples=config.max_samples)
+    examples, ledger = load(config.data, max_samples=config.max_samples)
     report = {"train": ledger.as_dict()}
     print(f"training rows: {ledger}")
-    eval_examples, eval_rows = [], []
+    eval_examples = []
     if config.eval_data:
         limit = config.max_eval_samples
-        eval_examples, eval_rows, eval_ledger = load(config.eval_data, max_samples=limit)
+        eval_examples, eval_ledger = load(config.eval_data, max_samples=limit)
         report["eval"] = eval_ledger.as_dict()
         print(f"evaluation rows: {eval_ledger}")
     elif config.val_size:
-        parts = split_holdout(examples, rows, config.val_size, config.seed)
-        (examples, _), (eval_examples, eval_rows) = parts
+        examples, eval_examples = split_holdout(examples, config.val_size, config.seed)
         report["held_out"] = len(eval_examples)
         print(f"evaluation rows: {len(eval_examples)} of these")
     if not eval_examples and (config.load_best_model_at_end or config.early_stopping_patience):
@@ -1056,7 +1055,7 @@ def load_data(config, tokenizer, options):
             "load_best_model_at_end, early_stopping_patience: no held-out rows; "
             "give eval_data or val_size"
         )
-    choices = [row.get("choices") for row in eval_rows]
+    choices = [eval_examples.row(n)[1].get("choices") for n in range(len(eval_examples))]
     return examples, eval_examples, choices, ledger, report
 
 

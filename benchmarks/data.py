@@ -33,7 +33,7 @@ from data import Tokenizer, load_examples
 tokenizer = Tokenizer(sys.argv[1])
 tokenizer.end_ids  # computed on first use: not part of what is timed
 start = perf_counter()
-examples, _, ledger = load_examples(sys.argv[2], tokenizer)
+examples, ledger = load_examples(sys.argv[2], tokenizer)
 seconds = perf_counter() - start
 print(json.dumps([len(examples) / seconds, ledger.tokens, ledger.scored]))
 """
@@ -69,7 +69,7 @@ from time import perf_counter
 from data import Tokenizer, load_examples
 
 start = perf_counter()
-examples, _, ledger = load_examples(sys.argv[2], Tokenizer(sys.argv[1]))
+examples, ledger = load_examples(sys.argv[2], Tokenizer(sys.argv[1]))
 seconds = perf_counter() - start
 for step in range(50):
     epoch = examples.epoch(0)

@@ -7,16 +7,15 @@ from support.errors import sanitize
 from support.messages import as_turn
 
 
-def encode_prompt(tokenizer, prompt, config):
-    """A conversation by the chat template, a text as it is -> ids. Without a template the turns of
-    a conversation are one text."""
+def encode_prompt(tokenizer, prompt, variables, config):
+    """A conversation by the chat template, which gets the `variables` too, a text as it is -> ids.
+    Without a template the turns of a conversation are one text."""
     if isinstance(prompt, list) and tokenizer.has_template:
-        kwargs = {}
         if config.enable_thinking is not None:
-            kwargs["enable_thinking"] = config.enable_thinking
+            variables = variables | {"enable_thinking": config.enable_thinking}
         if config.system and prompt[0]["role"] != "system":
             prompt = as_turn("system", config.system) + prompt
-        return tokenizer.encode(tokenizer.render(prompt, True, **kwargs))
+        return tokenizer.encode(tokenizer.render(prompt, True, **variables))
     if isinstance(prompt, list):
         prompt = "".join(m["content"] for m in prompt)
     return tokenizer.head + tokenizer.encode(prompt)

@@ -23,8 +23,6 @@ UNSCORED = {
     "mask": 1,
     "masked": 1,
 }
-
-
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a message
 
 
@@ -104,11 +102,13 @@ def messages_of(row, key):
     return messages
 
 
+def separate_thought(m):
+    """What a message has under the first filled of THOUGHTS, or ""."""
+    return next((m[key] for key in THOUGHTS if m.get(key)), "")
+
+
 def thought_of(m):
     """A message's thought, or "": where templates look for it."""
     written, end, _ = (m["content"] or "").partition("</think>")
-    thoughts = [m[key] for key in THOUGHTS if m.get(key)]
-    if end:
-        thoughts.append(written)
-    thought = str(thoughts[0]) if thoughts else ""
+    thought = str(separate_thought(m) or (end and written))
     return thought.rpartition("<think>")[2].strip()

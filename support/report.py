@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections import defaultdict
+from itertools import groupby
+from operator import itemgetter
 from statistics import fmean
 
 import numpy as np
@@ -78,10 +79,6 @@ def ledger_text(ledger):
         text += f", {ledger.rows_dropped:,} dropped{drop_reasons(ledger)}"
     if ledger.rows_not_sampled:
         text += f", {ledger.rows_not_sampled:,} not sampled"
-    seen = ledger.rows - ledger.rows_not_sampled
-    if ledger.rationales is not None and ledger.rationales < seen:
-        text += f"\nrationales in {ledger.rationales:,} of {seen:,} rows: no chain of thought"
-        text += " in the others"
     for note, count in ledger.notes.items():
         text += f"\n{count:,} {note}"
     if len(ledger.sources) > 1:
@@ -98,14 +95,13 @@ def ledger_text(ledger):
 
 def print_lengths(unit, rows):
     """rows: {name: lengths}."""
-    percents = [50, 90, 95, 99, 100]
-    names = ["min", "mean", "max", *(f"p{percent}" for percent in percents)]
-    print(unit.ljust(12), *(f"{name:>8}" for name in names))
+    percents = 50, 90, 95, 99, 100
+    table = [[unit, "min", "mean", "max", *(f"p{percent}" for percent in percents)]]
     for name, values in rows.items():
-        row = [min(values), np.mean(values), max(values)]
-        row += [*np.percentile(values, percents)]
-        cells = [f"{value:8.1f}".replace(".0", "  ") for value in row]
-        print(name.ljust(12), *cells)
+        numbers = [min(values), np.mean(values), max(values)]
+        numbers += [*np.percentile(values, percents)]
+        table.append([name, *(f"{number:.1f}" for number in numbers)])
+    print(aligned_columns(*table))
 
 
 def plot_lengths(unit, lengths, file):
@@ -174,10 +170,8 @@ VERDICTS = {
 def headlines(results, comparisons):
     """Of every two models: what each metric did, and whether the average hides what fell."""
     lines = []
-    of_pair = defaultdict(list)
-    for c in comparisons:
-        of_pair[c["a"], c["b"]].append(c)
-    for (a, b), pair in of_pair.items():
+    for (a, b), pair in groupby(comparisons, itemgetter("a", "b")):
+        pair = list(pair)
         names = {words: [] for words in VERDICTS.values()}
         for task, summary in results[a].items():
             verdicts = {c["metric"]: c["verdict"] for c in pair if c["task"] == task}
@@ -241,8 +235,8 @@ def plot_comparison(results, comparisons, file):
             mains[task] = metric
     comparisons = [c for c in comparisons if c["main"]][::-1]
     height = 0.25 * len(comparisons)
-    width = max(7, 3 + 1.3 * len(mains))
-    figure = Figure(figsize=(width, 4 + height), layout="constrained")
+    size = max(7, 3 + 1.3 * len(mains)), 4 + height
+    figure = Figure(figsize=size, layout="constrained")
     bars, intervals = figure.subplots(2, height_ratios=(4, 1 + height))
     width = 0.8 / len(results)
     for n, (name, sets) in enumerate(results.items()):

@@ -50,6 +50,11 @@ def common_length(first, second):
     return min(len(first), len(second))
 
 
+def rest_of(row):
+    """What stays with each row that is made of a row."""
+    return {key: row[key] for key in KEPT if key in row}
+
+
 def text_of(row, key):
     if not isinstance(row[key], str):
         raise UserError(f"'{key}' must be a string, found {brief(row[key])}")
@@ -156,13 +161,19 @@ def split_row(row, chat, preference=False):
         prompt = prompt and context + prompt
         texts = [str(m["content"]) for m in itertools.chain(prompt, *answers)]
         lost = CONTEXT
+    if keys[0] == "instruction":
+        keys.append("input")
+    check_lost(row, lost, keys, "\n".join(texts))
+    return prompt, answers
+
+
+def check_lost(row, lost, keys, text):
+    """UserError: a row's value of one of the `lost` keys is not in the `text` that its `keys` give
+    the model."""
     for key in lost.difference(keys):
-        value = row.get(key)
-        read = key == "input" and keys[0] == "instruction"
-        if value and not read and str(value) not in "\n".join(texts):
+        if row.get(key) and str(row[key]) not in text:
             advice = "put it into the prompt or the messages, or drop it"
             raise UserError(f"'{key}' is not read beside {', '.join(keys)}: {advice}")
-    return prompt, answers
 
 
 def template_kwargs(row):
@@ -191,8 +202,9 @@ def with_completion(row, has_template):
     """(a row of an own set with its reference as the completion, whether it has a reference).
     UserError: it has two questions or two references."""
     row = {key: value for key, value in row.items() if value is not None}
-    if row.keys() >= {"messages", "reference"}:
-        row["prompt"] = row.pop("messages")
+    for key in row.keys() & {"messages", "conversations"}:
+        if "reference" in row or messages_of(row, key)[-1]["role"] != "assistant":
+            row["prompt"] = row.pop(key)
     columns = row.keys() & {"reference", "completion", "chosen"} or row.keys() & {"answer"}
     for names in (columns, row.keys() & {"prompt", "question"}):
         if len(names) > 1:

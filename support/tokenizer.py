@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from support.errors import UserError, as_user_error, brief
 from support.files import read_json, regular_file
 from support.hub import companions
-from support.messages import THOUGHTS
+from support.messages import separate_thought
 from support.sandbox import Overrun, bounded, check_growth
 
 # Stand for the ends of {% generation %}. Random: a row that contained one could move its own mask.
@@ -208,10 +208,8 @@ class CheckpointTokenizer:
             {key: value for key, value in m.items() if value is not None} for m in messages
         ]
         for m in messages:  # templates know the reasoning by one of two names, rows by three
-            keys = [key for key in THOUGHTS if key in m]
-            if keys and m[keys[0]]:
-                m["reasoning_content"] = m[keys[0]]
-                m.setdefault("thinking", m[keys[0]])
+            if thought := separate_thought(m):
+                m |= {"reasoning_content": thought, "thinking": thought}
         variables = self.special | {"tools": tools or None, "documents": None} | kwargs
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         fault = f"{self.template_file}: the chat template failed"

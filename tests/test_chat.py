@@ -156,6 +156,11 @@ def test_the_template_gets_system_prompt_and_thinking(capsys, tmp_path, monkeypa
     ):
         chat(capsys, "--model", folder, "--prompt", "Hi", *words, count=1)
         assert encoded[-1] == Tokenizer(folder).render(system + turns, True, **kwargs)
+    row = {"messages": turns, "chat_template_kwargs": {"enable_thinking": "deep"}}
+    (tmp_path / "row.jsonl").write_text(json.dumps(row))
+    for words, start in (((), "deep|"), (("--enable_thinking", "false"), "False|")):
+        chat(capsys, "--model", folder, "--data", tmp_path / "row.jsonl", *words, count=1)
+        assert encoded[-1].startswith(start)
 
 
 def test_files_of_prompts(reference, capsys, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import chatml  # noqa: F401
+from test_data import SHARED, chatml  # noqa: F401
 
 import data
 import dpo
@@ -70,9 +70,10 @@ def test_help_lists_the_commands(name, monkeypatch, capsys):
 
 # --- show, audit, pairs ---------------------------------------------------------------------------
 
+TURNS = [{"role": "user", "content": "four"}, {"role": "assistant", "content": "five"}]
 ROWS = [
     {"prompt": "a cat", "completion": " sat"},
-    {"messages": [{"role": "user", "content": "four"}, {"role": "assistant", "content": "five"}]},
+    {"messages": TURNS},
     {"instruction": "six", "output": "seven"},
 ]
 
@@ -145,8 +146,34 @@ def test_pairs_read_what_an_evaluation_reads(run, chatml, tmp_path):  # noqa: F8
         ({"text": "a text"}, "no answer that could be chosen"),
         ({"question": "q", "choices": choices, "answer": "a dog"}, "not a row of choices"),
         ({"prompt": "q", "completion": "a", "answer": 1}, "text of the right choice"),
+        ({"messages": [*TURNS, TURNS[0]]}, "no answer that could be chosen"),
+        ({"prompt": "q", "completion": "a cat " * 40}, "answer longer than max_length"),
+        (
+            {"question": "q", "choices": choices, "answer": 0, "context": "It rains."},
+            "'context' is not read beside question, choices",
+        ),
     ):
         (tmp_path / "rows.jsonl").write_text(json.dumps(row))
         argv = ["pairs", "--model", str(chatml.folder), "--data", str(tmp_path / "rows.jsonl")]
         with pytest.raises(UserError, match=rf"rows.jsonl:1: .*{message}"):
-            evaluation.main([*argv, "--output", "other.jsonl"])
+            evaluation.main([*argv, "--max_length", "50", "--output", "other.jsonl"])
+
+
+def test_pairs_keep_what_stands_beside_a_row(run):
+    """What the template and the loss need of a row, and the thought before its answer."""
+    answer = {"role": "assistant", "content": "so\nAnswer: owl", "reasoning_content": "because"}
+    beside = {"weight": 0.5, "tools": [{"name": "f"}], "chat_template_kwargs": {"x": 1}}
+    row = {"messages": [TURNS[0], answer], "choices": ["owl", "cat"]} | beside
+    run([row], "pairs", "--output", "pairs.jsonl")
+    ((_, pair),) = read_rows("pairs.jsonl")
+    assert pair["chosen"] == [answer] and beside.items() <= pair.items()
+    assert pair["rejected"] == [answer | {"content": "so\nAnswer: cat"}]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared folder beside the repository")
+def test_a_call_of_a_tool_is_no_answer_to_choose():
+    tokenizer = data.Tokenizer(SHARED / "tokenizers" / "qwen3")
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
+    with pytest.raises(UserError, match="here: it has no answer that could be chosen"):
+        row = {"messages": [TURNS[0], call]}
+        evaluation.with_answer("here", row, tokenizer, data.DataConfig(data=["d"]))

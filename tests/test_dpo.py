@@ -1020,7 +1020,7 @@ def test_a_row_of_no_use_is_counted_and_all_of_them_stop_the_run(
     row, reason = ROWS[case]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([*many.read_text().splitlines(), json.dumps(row)]))
-    examples, _, ledger = sft.load_examples(
+    examples, ledger = sft.load_examples(
         [file], sft.Tokenizer(base), max_length=100, preference=True
     )
     (found,) = ledger.reasons
@@ -1040,7 +1040,7 @@ def test_a_prompt_longer_than_max_length_gives_way(base, tmp_path):
     file.write_text(
         json.dumps({"prompt": "long " * 50 + "end", "chosen": " yes", "rejected": " no, never"})
     )
-    ((prompt, chosen, rejected),), _, ledger = sft.load_examples(
+    ((prompt, chosen, rejected),), ledger = sft.load_examples(
         [file], sft.Tokenizer(base), max_length=30, preference=True
     )
     assert (

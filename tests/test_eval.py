@@ -1426,6 +1426,14 @@ def test_every_column_that_names_a_reference_is_read(base, tmp_path, row, refere
     assert ("rougeL" in summary) == (reference is not None)
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_a_conversation_that_ends_in_a_question_asks_that(key, base, tmp_path):
+    turns = [("user", "Who?"), ("assistant", "I."), ("user", "Why?")]
+    row = {key: [{"role": role, "content": content} for role, content in turns]}
+    ((sample,), _) = ask(write_rows(tmp_path / "r.jsonl", [row]), base, tmp_path)
+    assert "Why?" in sample["prompt"] and sample["reference"] is None
+
+
 @pytest.mark.parametrize(
     "row, message",
     [

@@ -306,4 +306,4 @@ def test_rows_of_the_table(keys, base, tmp_path):
         if is_pair:
             assert len(data.render_row(row, tokenizer, preference=True)) == 3
         file = write_rows(tmp_path / "rows.jsonl", [row])
-        assert evaluation.read_prompts(str(file), evaluation.ChatConfig()) == [asked]
+        assert evaluation.read_prompts(str(file), evaluation.ChatConfig()) == [(asked, {})]

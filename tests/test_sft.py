@@ -270,7 +270,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(base, rows):
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
-    examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    examples, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
     examples = examples[:8]
     count = sum(map(sft.count_scored, examples))
     found = []
@@ -311,7 +311,7 @@ def test_the_logged_loss_is_the_mean_over_scored_tokens(base, rows, tmp_path):
             logging_steps=1,
         )
     )
-    examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    examples, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
     reference, total, count = (
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         0.0,
@@ -675,11 +675,11 @@ def test_a_damaged_cache_is_made_anew(file, base, rows, tmp_path, monkeypatch):
     tokenizer = sft.Tokenizer(base)
 
     def load():
-        examples, rows_read, ledger = sft.load_examples([str(rows)], tokenizer)
+        examples, ledger = sft.load_examples([str(rows)], tokenizer)
         ids = [[segment.ids.tolist() for segment in example] for example in examples]
         return (
             ids,
-            [rows_read[n] for n in range(len(ids))],
+            [examples.row(n) for n in range(len(ids))],
             examples.fingerprint,
             str(ledger),
         )
@@ -711,7 +711,7 @@ def test_left_over_folders_of_the_cache_go_unless_somebody_writes_them(
         (tmp_path / name).mkdir()
         (tmp_path / name / "data.bin").write_bytes(b"half")
     with locked_folder(tmp_path / "tmp2.partial"):
-        _, _, ledger = sft.load_examples([str(rows)], sft.Tokenizer(base))
+        _, ledger = sft.load_examples([str(rows)], sft.Tokenizer(base))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 2 and names[1] == "tmp2.partial" and ledger.examples == 31
 
@@ -1282,7 +1282,7 @@ def plan_of(base, rows, **settings):
         data=[str(rows)],
         **{"lora_r": 4, "micro_batch_tokens": 400, **settings},
     )
-    examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    examples, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
     steps = sft.Plan(examples, settings)
     return (
         settings,
@@ -1456,7 +1456,7 @@ def test_a_dry_run_of_many_steps_looks_at_some(base, rows, tmp_path, capsys, mon
     )
     argv = flags(base, rows, tmp_path / "run", gradient_accumulation_steps=1)
     sft.main([*argv, "--max_steps", "300000", "--dry_run"])
-    examples, _, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
+    examples, _ = sft.load_examples([str(rows)], sft.Tokenizer(base))
     tokens = sum(map(sft.count_tokens, examples)) * 300_000 / 8
     shown = re.search(r"300000 steps of 4 examples: ([\d,]+) tokens", capsys.readouterr().out)
     assert int(shown[1].replace(",", "")) == pytest.approx(tokens, rel=0.01)
