@@ -142,9 +142,15 @@ def comments_of(cls):
     return comments
 
 
+class Parser(argparse.ArgumentParser):
+    def print_help(self, file=None):
+        """An error of the disk is raised, which argparse's own drops in some versions of Python."""
+        print(self.format_help(), end="", file=file, flush=True)
+
+
 def new_parser(description, **options):
-    """An argparse parser that knows --version."""
-    parser = argparse.ArgumentParser(
+    """A parser that knows --version."""
+    parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
