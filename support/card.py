@@ -70,6 +70,16 @@ def result_rows(log, results):
     return [[key, before.get(key, ""), value] for key, value in after.items()]
 
 
+def result_notes(rows, config):
+    """What of the results is easily taken for one another."""
+    if not {"eval_accuracy", "eval_answers"} <= {name for name, *_ in rows}:
+        return ""
+    return (
+        "`eval_accuracy` takes the likeliest of a question's choices, on all evaluation rows; "
+        f"`eval_answers` grades a generated answer, on up to {config.eval_answers} of them."
+    )
+
+
 def setting_rows(config, hidden):
     """Rows [name, value] of the settings that differ from the defaults or are in SHOWN."""
     defaults, hidden = (
@@ -98,6 +108,7 @@ def write_card(config, ledger, results, figures, hidden=()):
     metrics = result_rows(read_log(folder / "log.jsonl"), results)
     sections = [
         f"## Results\n\n{markdown_table(['', 'before', 'after'], *metrics)}",
+        result_notes(metrics, config),
         "![the loss by step](training_loss.png)",
         f"## Data\n\n{names}\n\n{ledger}",
         f"## Settings\n\n{markdown_table(['', ''], *setting_rows(config, hidden))}",
