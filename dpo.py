@@ -351,6 +351,7 @@ class DPOConfig(SFTConfig):
             self.data = [str(EXAMPLES / "mcqa" / "train_pairs.jsonl")]
             self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation_pairs.jsonl")]
         super().__post_init__()
+        self.unit = "answer" if self.unpaired else "pair"
         losses = [LOSSES[name] for name in self.loss_type]
         self.loss_weights = self.loss_weights or [1.0] * len(losses)
         if len(self.loss_weights) != len(losses):

@@ -237,6 +237,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     )
     push_to_hub: bool = False  # upload adapter/ and merged/ at the end, see hub_model_id
 
+    unit = "scored token"  # what the loss is a mean over
     STRATEGIES = ("no", "steps", "epoch")
     CHOICES: ClassVar[dict] = {
         "reasoning": REASONING,
@@ -430,7 +431,7 @@ def set_up(model, steps, config, clock):
     trackers = {}
     if is_first():
         trackers = start_trackers(config, state.step and state.step + (not state.unreported))
-    log = Log(Path(config.output_dir), state.log_bytes, trackers)
+    log = Log(Path(config.output_dir), state.log_bytes, trackers, config.unit)
 
     def save(alone=False):
         if divided and alone:
@@ -671,14 +672,20 @@ class Plan:
         self.seed, self.count = config.seed, count
         self.fingerprint = getattr(self.source, "fingerprint", str(len(examples)))
         self.origin = {}  # what else the examples come from: {name: hash}
-        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.steps_per_epoch = max(1, math.ceil(len(examples) / self.batch_size))
+        asked = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.batch_size = min(asked, len(examples))
+        self.steps_per_epoch = math.ceil(len(examples) / self.batch_size)
         self.steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         if config.max_steps > 0:
             self.steps = config.max_steps
 
     def __len__(self):
         return self.steps
+
+    def __str__(self):
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        examples = "1 example" if self.batch_size == 1 else f"{self.batch_size} examples"
+        return f"{steps} of {examples}"
 
     @lru_cache(1)
     def epoch(self, number):
@@ -1039,18 +1046,18 @@ def load_data(config, tokenizer, options):
     load = partial(load_examples, tokenizer=tokenizer, **options)
     examples, rows, ledger = load(config.data, max_samples=config.max_samples)
     report = {"train": ledger.as_dict()}
-    print(f"training rows: {ledger}")
+    print(f"training data: {ledger}")
     eval_examples, eval_rows = [], []
     if config.eval_data:
         limit = config.max_eval_samples
         eval_examples, eval_rows, eval_ledger = load(config.eval_data, max_samples=limit)
         report["eval"] = eval_ledger.as_dict()
-        print(f"evaluation rows: {eval_ledger}")
+        print(f"evaluation data: {eval_ledger}")
     elif config.val_size:
         parts = split_holdout(examples, rows, config.val_size, config.seed)
         (examples, _), (eval_examples, eval_rows) = parts
         report["held_out"] = len(eval_examples)
-        print(f"evaluation rows: {len(eval_examples)} of these")
+        print(f"evaluation data: {len(eval_examples):,} examples held out of these")
     if not eval_examples and (config.load_best_model_at_end or config.early_stopping_patience):
         raise UserError(
             "load_best_model_at_end, early_stopping_patience: no held-out rows; "
@@ -1087,8 +1094,8 @@ def load_to_train(config, source, steps, device, dtype):
             )
         use_shards(model, device)
     print(
-        f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of "
-        f"{steps.batch_size} examples on {device} ({model.attention} attention, {model.dtype})"
+        f"{config.model}: {total:,} parameters, {trained:,} train; {steps} on {device} "
+        f"({model.attention} attention, {model.dtype})"
     )
     return model
 

@@ -157,10 +157,7 @@ def print_plan(modules, memory, steps, tokens, scored):
     for name, (trained, count) in {**modules, "all": totals}.items():
         rows.append((name, f"{trained:,}", f"{count:,}"))
     print(f"\n{aligned_columns(*rows)}")
-    print(
-        f"\n{len(steps)} steps of {steps.batch_size} examples: {tokens:,} tokens, "
-        f"{round(scored):,} of them scored\n"
-    )
+    print(f"\n{steps}: {tokens:,} tokens, {round(scored):,} of them scored\n")
     rows = [("peak memory", "GB")]
     for part, size in {**memory, "all": sum(memory.values())}.items():
         rows.append((part, f"{size:.3f}"))

@@ -103,8 +103,8 @@ class Log:
     drawn in training_loss.png and sent to the trackers, whose failure costs a warning alone. Ranks
     but the first have one that leads nowhere."""
 
-    def __init__(self, folder, size=0, trackers=None):
-        self.path, self.trackers = folder / "log.jsonl", trackers or {}
+    def __init__(self, folder, size=0, trackers=None, unit="scored token"):
+        self.path, self.trackers, self.unit = folder / "log.jsonl", trackers or {}, unit
         self.next_plot = 0.0 if is_first() else math.inf
         self.file = open(self.path if is_first() else os.devnull, "a", encoding="utf-8")
         if self.size() > size:
@@ -141,7 +141,7 @@ class Log:
     def plot(self):
         began = time.perf_counter()
         with warn_on_error("training_loss.png is not drawn"):
-            plot_losses(self.path)
+            plot_losses(self.path, self.unit)
         now = time.perf_counter()
         self.next_plot = now + 50 * (now - began)  # drawing takes at most a fiftieth of the time
 
@@ -178,15 +178,15 @@ def read_log(path):
 
 
 PLOTTED = {
-    "loss": "loss (per scored token or pair)",
+    "loss": "loss (mean per {unit})",
     "rewards/margins": "reward margin",
-    "rewards/accuracies": "pairs ranked right",
+    "rewards/accuracies": "{unit}s ranked right",
 }
 
 
-def plot_losses(path):
+def plot_losses(path, unit):
     """Draws training_loss.png beside a log.jsonl: a panel for each metric of PLOTTED that it has,
-    with a curve for training and one for the evaluation set."""
+    with a curve for training and one for the evaluation set. unit: what the loss is a mean over."""
     # matplotlib is slow to import; without pyplot, which takes over a notebook's own figures
     from matplotlib.figure import Figure
 
@@ -199,7 +199,8 @@ def plot_losses(path):
     panels = [key for key in PLOTTED if key in curves or f"eval_{key}" in curves]
     figure = Figure(figsize=(3 + 4 * len(panels), 4), layout="constrained")
     for n, key in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), n + 1, xlabel="step", ylabel=PLOTTED[key])
+        axes = figure.add_subplot(1, len(panels), n + 1)
+        axes.set(xlabel="step", ylabel=PLOTTED[key].format(unit=unit))
         if key in curves:
             axes.plot(*curves[key], label="training")
         if f"eval_{key}" in curves:

@@ -947,6 +947,7 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
         and "evaluation set at step 1" in output
     )
     assert "r 4, alpha 8" in output and "eval_answers" in lines[-1]
+    assert "on up to 4 of them" in (run / "README.md").read_text()
     plain, merged = load_model(base), load_model(run / "merged")
     load_adapter(plain, run / "adapter")
     examples = load_pairs(base, file)
@@ -968,12 +969,17 @@ def test_the_plot_has_a_panel_for_each_thing_logged(tmp_path, monkeypatch):
     )
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 0, "eval_loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
-    tracking.plot_losses(log)
+    tracking.plot_losses(log, sft.SFTConfig().unit)
     log.write_text(
         '{"step": 1, "loss": 1.0, "rewards/margins": 0.1, "rewards/accuracies": 0.5}\n'
     )
-    tracking.plot_losses(log)
-    assert [len(labels) for labels in seen] == [1, 3] and "margin" in seen[1][1]
+    tracking.Log(tmp_path, 10**6, unit=dpo.DPOConfig().unit).plot()
+    tracking.plot_losses(log, dpo.DPOConfig(loss_type=["kto"]).unit)
+    assert seen == [
+        ["loss (mean per scored token)"],
+        ["loss (mean per pair)", "reward margin", "pairs ranked right"],
+        ["loss (mean per answer)", "reward margin", "answers ranked right"],
+    ]
 
 
 def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):

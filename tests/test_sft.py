@@ -176,6 +176,14 @@ def test_every_epoch_is_a_permutation_of_its_own():
 def test_max_steps_goes_on_into_the_next_epoch():
     plan = sft.Plan(fake_examples(10), config(per_device_train_batch_size=4, max_steps=7))
     assert len(plan) == 7 and [len(plan[i]) for i in range(7)] == [4, 4, 2, 4, 4, 2, 4]
+    assert str(plan) == "7 steps of 4 examples"
+
+
+def test_a_plan_says_what_a_step_really_takes():
+    """Not 256 examples where there are 64."""
+    settings = config(per_device_train_batch_size=256, num_train_epochs=1)
+    assert str(sft.Plan(fake_examples(64), settings)) == "1 step of 64 examples"
+    assert str(sft.Plan(fake_examples(1), settings)) == "1 step of 1 example"
 
 
 @pytest.mark.parametrize(
