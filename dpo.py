@@ -55,12 +55,13 @@ from sft import (
 from support.checkpoints import sample_weights
 from support.distributed import (
     agree,
+    gather,
     is_first,
     join_ranks,
     rank,
     size,
     sum_numbers,
-    sum_tensors,
+    whole,
 )
 from support.errors import UserError, as_user_error, run_command
 from support.files import locked_folder, read_tensor, sync, write_tensors
@@ -250,7 +251,7 @@ def nll(pairs):
 def cpo(pairs):
     """Xu et al. 2024, arXiv:2401.08417, eqs. 3 and 4."""
     margin = pairs.config.beta * (pairs.chosen - pairs.rejected)
-    return smoothed(margin, pairs) + pairs.config.cpo_alpha * nll(pairs)
+    return smoothed(margin, pairs) + pairs.config.cpo_alpha * pairs.nll
 
 
 def simpo(pairs):
@@ -264,7 +265,7 @@ def orpo(pairs):
     """Hong et al. 2024, arXiv:2403.07691, eqs. 3 to 7. TRL's first term scores the prompt too."""
     mean = pairs.per_token()
     odds_ratio = log_odds(mean.chosen) - log_odds(mean.rejected)
-    return nll(pairs) - pairs.config.beta * logsigmoid(odds_ratio)
+    return pairs.nll - pairs.config.beta * logsigmoid(odds_ratio)
 
 
 def kto(lead, config):
@@ -308,8 +309,14 @@ LOSSES = {
     "apo_zero_unpaired": Loss(kto, unpaired=True),  # with a KL of 0
 }
 # settings that the losses of pairs alone have, and those of unpaired answers alone
-FOR_PAIRS = "label_smoothing", "f_divergence_type", "ld_alpha", "use_weighting", "reference_free"
-FOR_PAIRS += ("recipe",)  # labels are read from rows as they are: make these by data.py mix
+FOR_PAIRS = (
+    "label_smoothing",
+    "f_divergence_type",
+    "ld_alpha",
+    "use_weighting",
+    "reference_free",
+    "recipe",  # labels are read from rows as they are: make these by data.py mix
+)
 FOR_ANSWERS = "desirable_weight", "undesirable_weight"
 
 
@@ -363,8 +370,8 @@ class DPOConfig(SFTConfig):
             raise UserError(
                 f"loss_weights, rpo_alpha: {weights}; none may be below 0, and one must be above"
             )
-        others = FOR_PAIRS if self.unpaired else FOR_ANSWERS
-        wrong = [name for name in others if getattr(self, name) != getattr(DPOConfig, name)]
+        foreign = FOR_PAIRS if self.unpaired else FOR_ANSWERS
+        wrong = [name for name in foreign if getattr(self, name) != getattr(DPOConfig, name)]
         if self.unpaired and len(losses) > 1:
             wrong.append("another loss")
         if wrong:
@@ -547,9 +554,7 @@ def content_hash(model, groups, budget):
     for name, tensor in model.state_dict().items():
         if trained or not name.endswith((".lora_A", ".lora_B")):
             digest.update(name.replace(".base_layer", "").encode())
-            if hasattr(tensor, "full_tensor"):  # divided among the ranks
-                tensor = tensor.full_tensor()
-            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+            digest.update(whole(tensor).cpu().flatten().view(torch.uint8).numpy())
     for group in groups:
         for example in group:
             for segment in example:
@@ -561,24 +566,18 @@ def score(model, groups, budget):
     """Log-probs (S,) of the scored tokens of groups of examples, without dropout, on the CPU. The
     micro-batches are divided among the ranks."""
     batches = [batch for group in groups for batch in split_by_tokens(group, budget)]
-    ends = np.cumsum([sum(map(count_labels, batch)) for batch in batches])
-    logps = torch.zeros(ends[-1])
+    parts = []
     model.eval()
     # token_logps takes another path where the head trains, and rounds differently there
     with torch.set_grad_enabled(model.head_weight().requires_grad):
         for turn in tqdm(range(0, len(batches), size()), "reference", disable=None, leave=False):
-            n = turn + rank()
-            batch = batches[min(n, len(batches) - 1)]  # a divided base needs all ranks
-            values = model.logps(Batch.pack(batch, model.device)).detach().cpu()
-            if n < len(batches):
-                logps[ends[n] - len(values) : ends[n]] = values
+            batch = batches[
+                min(turn + rank(), len(batches) - 1)
+            ]  # a divided base needs all ranks
+            logps = model.logps(Batch.pack(batch, model.device))
+            parts += map(torch.tensor, gather(logps.tolist()))
     model.train()
-    sum_tensors([logps])
-    return logps
-
-
-def count_labels(example):
-    return sum(int((segment.labels != IGNORE).sum()) for segment in example)
+    return torch.cat(parts[: len(batches)])
 
 
 def checksum(logps):
