@@ -689,7 +689,7 @@ def print_rankings(path):
 
 
 def main(argv=None):
-    config = read_config(DPOConfig, sys.argv[1:] if argv is None else argv, "dpo")
+    config = read_config(DPOConfig, argv, "dpo")
     folder = Path(config.output_dir)
     embedded = [config.model, config.adapter] == [
         str(EXAMPLES / "tiny-qwen3"),

@@ -21,7 +21,6 @@ from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, partial
-from itertools import starmap
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -31,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import REASONING, RecipeConfig, Tokenizer, load_examples, split_holdout
-from eval import answer_questions, ask_choice, choice_metrics
+from eval import EXAMPLES, answer_questions, ask_choice, choice_metrics
 from lora import (
     LoRAConfig,
     adapter_parameters,
@@ -140,8 +139,6 @@ from support.tracking import (
     start_trackers,
     warn_on_error,
 )
-
-EXAMPLES = Path(__file__).resolve().parent / "examples"
 
 
 @dataclass
@@ -279,10 +276,10 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
         check_range(self, 0, "adam_beta1", "adam_beta2", most=math.nextafter(1, 0))
         if self.max_steps <= 0 and not self.num_train_epochs:
             raise UserError("num_train_epochs: 0 trains nothing; give more, or max_steps")
-        if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
-            raise UserError(
-                "load_best_model_at_end: needs an eval_strategy and a save_strategy other than no"
-            )
+        if self.load_best_model_at_end and self.save_strategy == "no":
+            raise UserError("load_best_model_at_end: needs a save_strategy other than no")
+        if self.needs_evaluations and self.eval_strategy == "no":
+            raise UserError(f"{self.needs_evaluations}: needs an eval_strategy other than no")
         with as_user_error("lr_scheduler_kwargs", TypeError, KeyError, ZeroDivisionError):
             timing = Timing(1, 0, 2, self.learning_rate)
             SCHEDULES[self.lr_scheduler_type](timing, **self.lr_scheduler_kwargs)
@@ -302,6 +299,12 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
                 "give a rank, or drop load_in_4bit"
             )
 
+    @property
+    def needs_evaluations(self):
+        """The first setting that does, or ''."""
+        names = "load_best_model_at_end", "early_stopping_patience"
+        return next((name for name in names if getattr(self, name)), "")
+
     def check_sharding(self):
         """UserError: what is to be divided does not go with what trains."""
         if self.sharding == "base" and not self.lora_r:
@@ -310,7 +313,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
             if self.lora_r:
                 raise UserError("sharding: is base for a LoRA; grad_op and full are for lora_r 0")
             optimizer = OPTIMIZERS[self.optim]
-            if getattr(optimizer, "func", optimizer) in (from_bitsandbytes, adafactor):
+            if isinstance(optimizer, str) or optimizer is adafactor:
                 raise UserError(
                     f"optim: {self.optim} has states for whole blocks or rows, which can't be "
                     "divided; give adamw, or --sharding no"
@@ -744,11 +747,6 @@ def split_by_tokens(examples, budget):
         yield group
 
 
-def micro_batches(examples, budget, device):
-    """The groups of `split_by_tokens`, packed."""
-    return (Batch.pack(group, device) for group in split_by_tokens(examples, budget))
-
-
 def token_budget(config, device):
     """Tokens of a micro-batch. Each one dequantises 4-bit weights anew, so there it is larger."""
     if config.micro_batch_tokens or device.type != "cpu":
@@ -883,7 +881,7 @@ def plain(optimizer, groups, config):
 
 
 def from_bitsandbytes(name, groups, config):
-    """One of bitsandbytes.optim; a paged one's states may move to CPU memory."""
+    """The class `name` of bitsandbytes.optim; a paged one's states may move to CPU memory."""
     if not groups[0]["params"][0].is_cuda and name.startswith("Paged"):
         name = name.removeprefix("Paged")
         print(f"{config.optim}: without a GPU to page from it is {name}", file=sys.stderr)
@@ -897,15 +895,15 @@ OPTIMIZERS = {
     "adamw": adamw,
     "adamw_torch": adamw,
     "adamw_torch_fused": adamw,
-    "adamw_8bit": partial(from_bitsandbytes, "AdamW8bit"),
-    "adamw_bnb_8bit": partial(from_bitsandbytes, "AdamW8bit"),
-    "paged_adamw": partial(from_bitsandbytes, "PagedAdamW32bit"),
-    "paged_adamw_32bit": partial(from_bitsandbytes, "PagedAdamW32bit"),
-    "paged_adamw_8bit": partial(from_bitsandbytes, "PagedAdamW8bit"),
-    "lion_32bit": partial(from_bitsandbytes, "Lion32bit"),
-    "lion_8bit": partial(from_bitsandbytes, "Lion8bit"),
-    "paged_lion_32bit": partial(from_bitsandbytes, "PagedLion32bit"),
-    "paged_lion_8bit": partial(from_bitsandbytes, "PagedLion8bit"),
+    "adamw_8bit": "AdamW8bit",  # of bitsandbytes.optim
+    "adamw_bnb_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "lion_32bit": "Lion32bit",
+    "lion_8bit": "Lion8bit",
+    "paged_lion_32bit": "PagedLion32bit",
+    "paged_lion_8bit": "PagedLion8bit",
     "adafactor": adafactor,
     "adagrad": partial(plain, torch.optim.Adagrad),
     "rmsprop": partial(plain, torch.optim.RMSprop),
@@ -930,7 +928,10 @@ def make_optimizer(parameters, config):
         groups.setdefault((decay, ratio), group)["params"].append(p)
     for group in groups.values():
         group["lr"] = config.learning_rate
-    return OPTIMIZERS[config.optim]([*groups.values()], config)
+    make = OPTIMIZERS[config.optim]
+    if isinstance(make, str):
+        make = partial(from_bitsandbytes, make)
+    return make([*groups.values()], config)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -973,7 +974,7 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
 
     # 4. training, between two rounds of answers, where these are not to be avoided (KTO)
     rows = [row for row in zip(eval_examples, choices) if not row[0][:2][-1].sequence]
-    forced = [*filter(None, starmap(partial(ask_choice, tokenizer), rows))]
+    forced = [*filter(None, (ask_choice(tokenizer, *row) for row in rows))]
     rows = [*zip(*rows[: count_questions(steps, rows, config)])] or [(), ()]
 
     def ask():
@@ -1003,8 +1004,6 @@ def count_questions(steps, eval_examples, config):
     than the run trains on. Counted, not timed, so that a resumed run asks the same; a generated
     token takes about as long as a trained one."""
     asked = min(config.eval_answers, len(eval_examples))
-    if asked <= config.num_samples:
-        return asked
     trained = sum(map(count_tokens, steps[0])) * len(steps)
     affordable = max(config.num_samples, trained // (2 * config.max_new_tokens))
     if affordable < asked:
@@ -1058,10 +1057,9 @@ def load_data(config, tokenizer, options):
         (examples, _), (eval_examples, eval_rows) = parts
         report["held_out"] = len(eval_examples)
         print(f"evaluation data: {len(eval_examples):,} examples held out of these")
-    if not eval_examples and (config.load_best_model_at_end or config.early_stopping_patience):
+    if not eval_examples and config.needs_evaluations:
         raise UserError(
-            "load_best_model_at_end, early_stopping_patience: no held-out rows; "
-            "give eval_data or val_size"
+            f"{config.needs_evaluations}: no held-out rows; give eval_data or val_size"
         )
     choices = [row.get("choices") for row in eval_rows]
     return examples, eval_examples, choices, ledger, report
@@ -1158,9 +1156,8 @@ def export(model, config, examples, held_out=True):
     if not config.merge:
         return figures
     if config.load_in_4bit or model.config.quantized:
-        budget = token_budget(config, model.device)
-        batches = micro_batches(examples[:MERGE_ROWS], budget, model.device)
-        figures = measure_merge(model, list(batches))
+        groups = split_by_tokens(examples[:MERGE_ROWS], token_budget(config, model.device))
+        figures = measure_merge(model, [Batch.pack(group, model.device) for group in groups])
         best = min(figures, key=lambda base: figures[base]["kl"])
         figures["merged"] = config.merge_base if config.merge_base in figures else best
         figures["rows"] = "evaluation" if held_out else "training"
@@ -1226,15 +1223,14 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
 def dry_run(config, source, steps, loss_fn, device, dtype):
     """Prints the plan, the estimated memory, and the time that one micro-batch predicts; where it
     does not fit, what needs less."""
-    plan = plan_memory(config, source, steps, loss_fn, device, dtype)
-    modules, memory, flops, largest, ranks = plan
-    lengths, scored = [], 0
+    modules, memory, flops, largest, ranks = plan_memory(
+        config, source, steps, loss_fn, device, dtype
+    )
     sample = range(0, len(steps), len(steps) // 1024 + 1)  # all steps of most runs
-    for step in sample:
-        lengths += map(count_tokens, steps[step])
-        scored += sum(map(count_scored, steps[step]))
+    counts = [(count_tokens(e), count_scored(e)) for step in sample for e in steps[step]]
+    lengths, scored = zip(*counts)
     tokens = sum(lengths) * len(steps) // len(sample)
-    print_plan(modules, memory, steps, tokens, scored * len(steps) / len(sample))
+    print_plan(modules, memory, steps, tokens, sum(scored) * len(steps) / len(sample))
     if config.lora_r:
         print_hint(config, steps.batch_size)
     if config.nproc > 1:
@@ -1257,7 +1253,9 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
 
 
 def read_config(cls, argv, embedded):
-    """The config of a command line. Without --model and --config it is examples/{embedded}.yaml."""
+    """The config of a command line, sys.argv's where argv is None. Without --model and --config it
+    is examples/{embedded}.yaml."""
+    argv = sys.argv[1:] if argv is None else argv
     flags = {word.split("=")[0] for word in argv}
     if not flags & {"--model", "--config", "-h", "--help"}:
         argv = ["--config", str(EXAMPLES / f"{embedded}.yaml"), *argv]
@@ -1265,7 +1263,7 @@ def read_config(cls, argv, embedded):
 
 
 def main(argv=None):
-    config = read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft")
+    config = read_config(SFTConfig, argv, "sft")
     folder = Path(config.output_dir)
     with join_ranks(config.device, locked_folder(folder), copy_output(folder)):
         run(config, dft_loss if config.loss_type == "dft" else sft_loss)

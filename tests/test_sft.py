@@ -291,9 +291,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(base, rows):
                 {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad},
             )
         )
-    sizes = [
-        len(list(sft.micro_batches(examples, budget, "cpu"))) for budget in (1, 250, 400, 10**6)
-    ]
+    sizes = [len(list(sft.split_by_tokens(examples, budget))) for budget in (1, 250, 400, 10**6)]
     assert sizes[0] == 8 > sizes[1] > sizes[2] > sizes[3] == 1
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-6)
