@@ -63,15 +63,19 @@ def run_command(main):
         message = ""
     message = sanitize(message).replace("\n", " ")
     message = message and f"error: {shorten(message, 1000)}\n"
-    for stream, text in (sys.stdout, ""), (sys.stderr, message):
-        try:
-            stream.write(text)
-            stream.flush()
-        except (
-            OSError
-        ):  # a full disk or a dead terminal, where Python's own last flush would fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    write_or_drop(sys.stdout, "")
+    write_or_drop(sys.stderr, message)
     sys.exit(status)
+
+
+def write_or_drop(stream, text):
+    """Writes and flushes; after an error, of a full disk or a dead terminal, the stream leads
+    nowhere, as Python's own last flush would fail too."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_first_to_fail():

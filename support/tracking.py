@@ -9,10 +9,9 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import datetime
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from support.distributed import is_first
-from support.errors import UserError, as_user_error, brief, sanitize
+from support.errors import UserError, as_user_error, brief, sanitize, write_or_drop
 from support.files import read_json
 from support.memory import peak_memory_gb
 from support.report import aligned_columns
@@ -30,10 +29,7 @@ from support.report import aligned_columns
 class Clock:
     """Seconds and peak memory of a run by part, and the throughput of its steps."""
 
-    STEP = (
-        "forward and backward",
-        "optimizer",
-    )  # evaluation, logging and saving are not counted
+    STEP = "forward and backward", "optimizer"  # evaluation, logging and saving are not counted
 
     def __init__(self, device):
         self.device, self.part, self.last = device, "data", time.perf_counter()
@@ -305,6 +301,20 @@ def notebook(path):
     return send, handles.clear
 
 
+class Tee:
+    """A stream whose texts also go to record(text)."""
+
+    def __init__(self, stream, record):
+        self.stream, self.record = stream, record
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.record(text)
+        write_or_drop(self.stream, text)
+
+
 @contextmanager
 def copy_output(folder):
     """While the block runs, what is printed goes to folder/run.log too, each line with its time,
@@ -313,7 +323,6 @@ def copy_output(folder):
     It is buffered until this command has written config.json: one that is refused leaves no trace.
     """
     config, buffer = folder / "config.json", []
-    streams = {sys.stdout, sys.stderr}
 
     def modified():
         return config.stat().st_mtime_ns if config.exists() else None
@@ -327,31 +336,11 @@ def copy_output(folder):
                     file.write(f"{datetime.now():%F %T} {line}\n")
             buffer.clear()
 
-    def attempt(method, *text):
-        """Writes or flushes a stream."""
-        for line in text:
-            record(line)
-        with suppress(OSError):
-            method(*text)
-
-    before, patched = modified(), {}
-    for stream in streams:
-        patched[stream] = dict(vars(stream))  # by run_command
-        stream.write = partial(attempt, stream.write)
-        stream.flush = partial(attempt, stream.flush)
+    before = modified()
     try:
-        yield
+        with redirect_stdout(Tee(sys.stdout, record)), redirect_stderr(Tee(sys.stderr, record)):
+            yield
     except Exception as error:
         expected = isinstance(error, (UserError, OSError))
         record(f"error: {error}\n" if expected else traceback.format_exc())
         raise
-    finally:
-        for stream in streams:
-            for name in ("write", "flush"):
-                delattr(stream, name)
-                if name in patched[stream]:
-                    setattr(stream, name, patched[stream][name])
-            try:
-                stream.flush()
-            except OSError:  # Python's own last flush would fail too
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
