@@ -138,16 +138,11 @@ def sample_weights(tensors):
 
 
 def read_state(checkpoint):
-    """Its RunState; UserError: fields are missing, unknown or of another type."""
+    """Its RunState; UserError: another version's, with other fields."""
     file = checkpoint / "state.json"
-    values, state = read_json(file), RunState("", {})
-    for name in values.keys() | vars(state).keys():
-        if not isinstance(vars(state).get(name), type(values.get(name, ...))):
-            raise UserError(f"{file}: {name} is {json.dumps(values.get(name))}")
-    numbers = [values["step"], *values["window"].values()]
-    if values["step"] < 0 or not all(isinstance(number, (int, float)) for number in numbers):
-        raise UserError(f"{file}: step or window is not made of numbers")
-    vars(state).update(values, window=Counter(values["window"]))
+    with as_user_error(file, TypeError):
+        state = RunState(**read_json(file))
+    state.window = Counter(state.window)
     return state
 
 
@@ -236,7 +231,7 @@ def resume(config, trained, parameters, optimizer, scaler, steps, origin):
         elif slot in slots:
             slots[slot].copy_(value)
         else:
-            slots[slot] = value.to(parameters[name].device)
+            slots[slot] = value.to(p.device)
     print(f"resuming from {path}: step {state.step} of {len(steps)}")
     return state
 
