@@ -174,7 +174,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     max_new_tokens: int = 128  # longest generated answer
 
     # precision and memory
-    dtype: str = "auto"  # of base weights and matmuls; auto: see model.pick_dtype
+    dtype: str = "auto"  # of base weights and matmuls; auto: the checkpoint's, if fast here
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
@@ -973,14 +973,14 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     on_first(write_run_config, config, began, report)
 
     # 4. training, between two rounds of answers, where these are not to be avoided (KTO)
-    rows = [row for row in zip(eval_examples, choices) if not row[0][:2][-1].sequence]
+    rows = [row for row in zip(eval_examples, choices) if row[0][:2][-1].sequence == 0]
     forced = [*filter(None, (ask_choice(tokenizer, *row) for row in rows))]
-    rows = [*zip(*rows[: count_questions(steps, rows, config)])] or [(), ()]
+    asked = rows[: count_questions(steps, rows, config)]
 
     def ask():
         clock.enter("answers")
         model.eval()
-        return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
+        return asked and answer_questions(model, tokenizer, *zip(*asked), config.max_new_tokens)
 
     def evaluate():
         step_loss = steps.prepare(loss_fn, eval_examples)
