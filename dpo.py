@@ -329,9 +329,7 @@ class DPOConfig(SFTConfig):
 
     # preferences
     output_dir: str = "output/dpo"  # the run folder
-    learning_rate: float = (
-        1e-6  # peak, as in TRL, for full fine-tuning; a LoRA needs 10 times that
-    )
+    learning_rate: float = 1e-6  # peak, as TRL's: for full fine-tuning; a LoRA needs 10 times it
     beta: float = 0.1  # strength of the KL penalty; ipo's tau, orpo's lambda
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # one loss, or several
     loss_weights: list[float] = field(default_factory=list)  # of several losses; none: 1 each

@@ -149,9 +149,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     # model, data and run folder
     model: str = ""  # folder or hub id of the model to train; none: the embedded tiny one
     revision: str | None = None  # branch, tag or commit of a hub id
-    adapter: str = (
-        ""  # a LoRA (PEFT's layout, or a run folder) to train further, with its own rank
-    )
+    adapter: str = ""  # a LoRA (a folder of PEFT's or a run's) to train further, with its rank
     data: list[str] = field(default_factory=list)  # training rows: files, hub ids; none: embedded
     eval_data: list[str] = field(default_factory=list)  # evaluation rows: files or hub ids
     val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number
@@ -163,13 +161,9 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
     completion_only_loss: bool | None = None  # true: score the last turn only; false: prompts too
     assistant_only_loss: bool = True  # score the assistant's turns; false: the whole conversation
-    loss_type: str = (
-        "nll"  # nll, or dft: a token's loss times its probability (no gradient there)
-    )
+    loss_type: str = "nll"  # dft: a token's loss times its probability, which has no gradient
     reasoning: str = "last"  # thoughts: as the template has them, every_turn's, or unscored
-    eval_answers: int = (
-        64  # evaluation rows answered before and after training; short runs: fewer
-    )
+    eval_answers: int = 64  # evaluation rows answered before and after; fewer in short runs
     num_samples: int = 3  # of those, how many are shown
     max_new_tokens: int = 128  # longest generated answer
 
@@ -180,13 +174,9 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
     selective_checkpointing: bool = False  # recompute their MLPs alone: less slow, 0.6 of it
     activation_offloading: bool = False  # on a GPU: activations wait for backward in CPU memory
-    sharding: str = (
-        "no"  # what torchrun's processes divide: base, the frozen weights; see configs
-    )
+    sharding: str = "no"  # what torchrun's processes divide, see configs/README.md
     cpu_offload: bool = False  # of base: its weights wait in CPU memory
-    micro_batch_tokens: int = (
-        0  # tokens per forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
-    )
+    micro_batch_tokens: int = 0  # of a forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
 
     # optimisation
     num_train_epochs: float = 3.0  # passes over the data
@@ -229,9 +219,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     resume: str = "auto"  # auto: from output_dir's last checkpoint; never; or a checkpoint's path
     overwrite_output_dir: bool = False  # delete the run in output_dir and start anew
     merge: bool = True  # write merged/, the model with the adapter merged in
-    merge_base: str = (
-        "auto"  # base of a 4-bit run's merge; auto: whichever changes the model least
-    )
+    merge_base: str = "auto"  # of a 4-bit run; auto: whichever changes the model least
     push_to_hub: bool = False  # upload adapter/ and merged/ at the end, see hub_model_id
 
     unit = "scored token"  # what the loss is a mean over
