@@ -1128,7 +1128,7 @@ def attach_adapter(model, config):
     return [f"training {config.adapter} further: r {r}, alpha {alpha:g}", *notices]
 
 
-def export(model, config, examples, held_out=True):
+def export(model, config, examples, held_out):
     """Writes adapter/ and merged/; after full fine-tuning merged/ alone.
 
     An adapter trained on 4 bits is merged into what changes it least on `examples`, the 16-bit

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from support.checkpoints import FREE
+from support.checkpoints import MAY_CHANGE
 from support.report import markdown_table
 from support.tracking import read_log, warn_on_error
 
@@ -28,8 +28,8 @@ def merge_table(figures):
             rows.append([name + written, f"{kl:.6f}", f"{top1:.2%}"])
             tokens = figures[base]["tokens"]
     table = markdown_table(["merged into", "KL, nats per token", "same likeliest token"], *rows)
-    kind = figures.get("rows", "evaluation")
-    heading = f"against the adapter on 4 bits, over {tokens:,} scored tokens of {kind} rows:"
+    rows_of = figures["rows"]
+    heading = f"against the adapter on 4 bits, over {tokens:,} scored tokens of {rows_of} rows:"
     return f"{heading}\n\n{table}"
 
 
@@ -82,10 +82,8 @@ def result_notes(rows, config):
 
 def setting_rows(config, hidden):
     """Rows [name, value] of the settings that differ from the defaults or are in SHOWN."""
-    defaults, hidden = (
-        asdict(type(config)()),
-        FREE | {"model", "data", "eval_data", *hidden},
-    )
+    defaults = asdict(type(config)())
+    hidden = MAY_CHANGE | {"model", "data", "eval_data", *hidden}
     rows = []
     for key, value in asdict(config).items():
         if key not in hidden and (key in SHOWN or value != defaults[key]):
@@ -93,16 +91,22 @@ def setting_rows(config, hidden):
     return rows
 
 
+def hub_datasets(sources):
+    """The hub ids among sources of rows."""
+    ids = set()
+    for source in sources:
+        hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)([#:@].*)?", source)
+        if hub_id and not Path(hub_id[1]).exists():
+            ids.add(hub_id[1])
+    return sorted(ids)
+
+
 def write_card(config, ledger, results, figures, hidden=()):
     """Writes README.md, the model card, and the loss curve into merged/ and adapter/, and last into
     the run folder. Of a path the card has the name alone. hidden: settings it leaves out."""
     folder, model = Path(config.output_dir), Path(config.model).expanduser().resolve()
     base = re.sub(r"[^\w.-]+", "-", model.name) if model.is_dir() else config.model
-    sources, datasets = [*config.data, *config.eval_data], set()
-    for source in sources:
-        hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)([#:@].*)?", source)
-        if hub_id and not Path(hub_id[1]).exists():
-            datasets.add(hub_id[1])
+    sources = [*config.data, *config.eval_data]
     names = ", ".join(f"`{source}`" for source in sources)
     libraries = [f"{name} {version(name)}" for name in ("torch", "safetensors", "tokenizers")]
     metrics = result_rows(read_log(folder / "log.jsonl"), results)
@@ -130,7 +134,7 @@ def write_card(config, ledger, results, figures, hidden=()):
                 library_name=library,
                 pipeline_tag="text-generation",
                 tags=["plaintune", method],
-                datasets=sorted(datasets) or None,
+                datasets=hub_datasets(sources) or None,
             ).to_yaml()
             source = name if config.hub_model_id else f"{name}/{part}"
             use = (

@@ -254,7 +254,7 @@ def load_best(config, best, trained):
 
 
 # settings that may change when a run is resumed
-FREE = {
+MAY_CHANGE = {
     "output_dir",
     "dry_run",
     "nproc",
@@ -318,7 +318,7 @@ def start_run(config):
         clear_folder(folder)
         old = {}
     if old:
-        changed = differences(old, {key: new[key] for key in new if key not in FREE})
+        changed = differences(old, {key: new[key] for key in new if key not in MAY_CHANGE})
         if changed:
             raise UserError(
                 f"{folder} holds a run of another configuration: {changed}; "

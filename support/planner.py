@@ -183,11 +183,14 @@ def plan_ranks(model, blocks, memory, busy, ranks, micro_batches):
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad) / 1e9
     adapted, sizes = hasattr(model, "adapter"), []  # GB of what is divided of each block
     for block in blocks:
-        tensors = block.state_dict(keep_vars=True).items()
+        divided = block.state_dict(keep_vars=True)
         if adapted:  # less norms, biases and the scales of 4-bit weights
-            frozen = [(key, x) for key, x in tensors if not x.requires_grad and x.dim() > 1]
-            tensors = [(key, x) for key, x in frozen if ".weight." not in key]
-        sizes.append(sum(x.nbytes for _, x in tensors) / 1e9)
+            divided = {
+                key: x
+                for key, x in divided.items()
+                if x.dim() > 1 and not x.requires_grad and ".weight." not in key
+            }
+        sizes.append(sum(x.nbytes for x in divided.values()) / 1e9)
     modes = {"no": (total, 2 * away * trained)}
     if adapted:
         kept = total - away * sum(sizes) + 2 * max(sizes)
