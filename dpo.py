@@ -481,7 +481,7 @@ def unpaired_loss(model, batch, config, kl=0.0, shares=(1.0, 1.0)):
     weights = membership @ batch.weights / tokens
     log_ratio = logp - membership @ batch.reference
     lead = torch.where(desirable, log_ratio - kl, kl - log_ratio)
-    losses = config.loss_weights[0] * kto(lead, config)
+    losses = config.loss_weights[0] * LOSSES[config.loss_type[0]].function(lead, config)
     losses *= torch.where(desirable, config.desirable_weight, config.undesirable_weight)
     losses -= config.rpo_alpha * desirable * logp / tokens
     metrics = {"kl": weights.sum() * kl, "rewards/accuracies": weights @ (lead > 0).float()}
@@ -643,16 +643,17 @@ def before_training(model, steps, eval_examples, config):
     if config.disable_dropout:
         for layer in lora_layers(model).values():
             layer.dropout = 0.0
-    policy = model
+    reference = model
     if config.ref_model:
-        model = load_4bit(
+        reference = load_4bit(
             config.ref_model,
             config,
             dtype=config.dtype,
             device=model.device,
             attn_implementation=config.attn_implementation,
         )
-        steps.origin["weights of --ref_model"] = sample_weights(checkpoint_tensors(model.folder))
+        tensors = checkpoint_tensors(reference.folder)
+        steps.origin["weights of --ref_model"] = sample_weights(tensors)
     mismatched = {}
     if config.unpaired:
         examples = [example for step in first_epoch(steps) for example in step]
@@ -661,10 +662,10 @@ def before_training(model, steps, eval_examples, config):
         if config.loss_type == ["kto"]:  # in later epochs a prompt keeps its other answer
             for group in (examples, eval_examples):
                 mismatched |= mismatch(group, config.max_length)
-        steps.prepare = partial(with_step_values, policy, mismatched, config)
+        steps.prepare = partial(with_step_values, model, mismatched, config)
     if not config.reference_free:
         with as_user_error(f"ref_model: {config.ref_model or config.model}", UserError):
-            add_reference(model, steps, eval_examples, config, mismatched)
+            add_reference(reference, steps, eval_examples, config, mismatched)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -698,11 +699,11 @@ def main(argv=None):
     with join_ranks(config.device, locked_folder(folder), copy_output(folder)):
         if size() > 1 and any(LOSSES[name].whole_step for name in config.loss_type):
             raise UserError("loss_type: aot compares all pairs of a step; it runs in one process")
-        loss_fn, rows = dpo_loss, True
+        loss_fn, preference = dpo_loss, True
         if config.unpaired:
-            loss_fn, rows = unpaired_loss, "unpaired"
+            loss_fn, preference = unpaired_loss, "unpaired"
         loss_fn, hook = partial(loss_fn, config=config), partial(before_training, config=config)
-        sft.run(config, loss_fn, count_pairs, hook, preference=rows)
+        sft.run(config, loss_fn, count_pairs, hook, preference=preference)
         if is_first() and not config.dry_run:
             print_rankings(folder / "log.jsonl")
 
