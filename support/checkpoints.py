@@ -60,7 +60,7 @@ def update_best(best, metrics, step, config):
         best = {"step": step, "metric": metric, "value": value}
     stop = bool(config.early_stopping_patience) and waited >= config.early_stopping_patience
     if stop:
-        print(f"stopping early after step {step}: no new best for {waited} evaluations")
+        print(f"stopping early after step {step}: evaluations without a new best: {waited}")
     return {**best, "waited": waited, "stop": stop}
 
 
