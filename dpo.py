@@ -349,12 +349,10 @@ class DPOConfig(SFTConfig):
     ref_cache: str = "output/reference"  # folder of cached reference log-probs
     disable_dropout: bool = True  # train without the adapter's dropout
 
+    EMBEDDED = "train_pairs.jsonl", "validation_pairs.jsonl"
     CHOICES: ClassVar[dict] = {"loss_type": LOSSES, "f_divergence_type": DIVERGENCES}
 
     def __post_init__(self):
-        if not self.data:
-            self.data = [str(EXAMPLES / "mcqa" / "train_pairs.jsonl")]
-            self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation_pairs.jsonl")]
         super().__post_init__()
         self.unit = "answer" if self.unpaired else "pair"
         losses = [LOSSES[name] for name in self.loss_type]
@@ -675,7 +673,7 @@ def print_rankings(path):
     """Prints how many pairs of the evaluation set, or answers, were ranked right, at first and by
     the model that is kept: the last step's, or the best."""
     lines = read_log(path)
-    last = lines[-1].get("best_step", math.inf) if lines else 0
+    last = lines[-1].get("best_step", math.inf)
     lines = [line for line in lines if "eval_rewards/margins" in line and line["step"] <= last]
     for line in lines[:1] + lines[1:][-1:]:
         margin = line["eval_rewards/margins"]

@@ -223,6 +223,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     push_to_hub: bool = False  # upload adapter/ and merged/ at the end, see hub_model_id
 
     unit = "scored token"  # what the loss is a mean over
+    EMBEDDED = "train.jsonl", "validation.jsonl"
     STRATEGIES = ("no", "steps", "epoch")
     CHOICES: ClassVar[dict] = {
         "reasoning": REASONING,
@@ -239,8 +240,8 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     def __post_init__(self):
         self.model = self.model or str(EXAMPLES / "tiny-qwen3")
         if not self.data:
-            self.data = [str(EXAMPLES / "mcqa" / "train.jsonl")]
-            self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation.jsonl")]
+            train, validation = (str(EXAMPLES / "mcqa" / file) for file in self.EMBEDDED)
+            self.data, self.eval_data = [train], self.eval_data or [validation]
         check_choices(self)
         check_range(
             self,
@@ -1033,13 +1034,13 @@ def load_data(config, tokenizer, options):
     load = partial(load_examples, tokenizer=tokenizer, **options)
     examples, rows, ledger = load(config.data, max_samples=config.max_samples)
     report = {"train": ledger.as_dict()}
-    print(f"training data: {ledger}")
+    print(f"training data, {ledger}")
     eval_examples, eval_rows = [], []
     if config.eval_data:
         limit = config.max_eval_samples
         eval_examples, eval_rows, eval_ledger = load(config.eval_data, max_samples=limit)
         report["eval"] = eval_ledger.as_dict()
-        print(f"evaluation data: {eval_ledger}")
+        print(f"evaluation data, {eval_ledger}")
     elif config.val_size:
         parts = split_holdout(examples, rows, config.val_size, config.seed)
         (examples, _), (eval_examples, eval_rows) = parts
