@@ -17,7 +17,14 @@ from safetensors import safe_open
 
 from support.distributed import is_divided, is_first, read_into, write_whole
 from support.errors import UserError, as_user_error, nearest
-from support.files import atomic_folder, clear_folder, read_header, read_json, read_tensor
+from support.files import (
+    atomic_folder,
+    clear_folder,
+    read_header,
+    read_json,
+    read_tensor,
+    write_text,
+)
 from support.hub import HubConfig
 from support.tracking import read_log, warn_on_error
 
@@ -341,6 +348,4 @@ def write_run_config(config, began, report):
     while data or model may be wrong."""
     settings = {**asdict(config), "began": began}
     for name, value in {"config.json": settings, "data_report.json": report}.items():
-        path = Path(config.output_dir) / f".{name}"
-        path.write_text(json.dumps(value, indent=2))
-        path.replace(path.with_name(name))
+        write_text(Path(config.output_dir) / name, json.dumps(value, indent=2))
