@@ -982,10 +982,10 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
 
     # 5. export and report
     clock.enter("saving and merging")
-    figures = export(model, config, eval_examples or examples, bool(eval_examples))
+    merged = export(model, config, eval_examples or examples, bool(eval_examples))
     results = {**results, **answers, **print_summary(clock)}
     if is_first():
-        write_results(config, log, ledger, results, figures)
+        write_results(config, log, ledger, results, merged)
 
 
 def count_questions(steps, eval_examples, config):
@@ -1003,12 +1003,12 @@ def count_questions(steps, eval_examples, config):
     return min(asked, affordable)
 
 
-def write_results(config, log, ledger, results, figures):
+def write_results(config, log, ledger, results, merged):
     """Writes the figure, the model card and the log's last line, which makes the run finished, and
     pushes it."""
     folder = Path(config.output_dir)
     log.plot()
-    write_card(config, ledger, results, figures, vars(LoRAConfig()) if config.adapter else ())
+    write_card(config, ledger, results, merged, vars(LoRAConfig()) if config.adapter else ())
     log.write(results)
     log.close()
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -1133,29 +1133,31 @@ def export(model, config, examples, held_out):
     """Writes adapter/ and merged/; after full fine-tuning merged/ alone.
 
     An adapter trained on 4 bits is merged into what changes it least on `examples`, the 16-bit
-    weights or the dequantised ones; returns what each changes, as `measure_merge` does, under
-    'merged' which was taken, and under 'rows' their kind.
+    weights or the dequantised ones; returns what each changes as a table. held_out: whether the
+    examples are the evaluation set's.
     """
-    folder, figures, swap = Path(config.output_dir), {}, None
+    folder, table, swap = Path(config.output_dir), "", None
     if not config.lora_r:
         tensors = merge_lora(model).state_dict()
         write_on_first(save_model, tensors, folder / "merged", model.folder)
-        return figures
+        return table
     on_first(export_adapter, model, config, folder / "adapter")
     if not config.merge:
-        return figures
+        return table
     if config.load_in_4bit or model.config.quantized:
         groups = split_by_tokens(examples[:MERGE_ROWS], token_budget(config, model.device))
         figures = measure_merge(model, [Batch.pack(group, model.device) for group in groups])
-        best = min(figures, key=lambda base: figures[base]["kl"])
-        figures["merged"] = config.merge_base if config.merge_base in figures else best
-        figures["rows"] = "evaluation" if held_out else "training"
-        print(f"\n{merge_table(figures)}")
-    if figures.get("merged") == "dequantized":
-        swap = partial(swap_linear4bit, config)
+        base = min(figures, key=lambda base: figures[base]["kl"])
+        if config.merge_base in figures:
+            base = config.merge_base
+        rows_of = "evaluation" if held_out else "training"
+        table = merge_table(figures, base, rows_of)
+        print(f"\n{table}")
+        if base == "dequantized":
+            swap = partial(swap_linear4bit, config)
     if is_first():
         merge(folder / "adapter", folder / "merged", model.folder, swap)
-    return figures
+    return table
 
 
 MERGE_ROWS = 32  # evaluation rows on which the two ways to merge are compared

@@ -18,17 +18,17 @@ MERGE_BASES = {
 }
 
 
-def merge_table(figures):
-    """The table of a measured merge, as text for the terminal and the model card."""
+def merge_table(figures, written, rows_of):
+    """The table of a measured merge, as text for the terminal and the model card. figures: as of
+    `measure_merge`; written: the base that was taken; rows_of: the kind of rows measured on."""
     rows = []
-    for base, name in MERGE_BASES.items():
-        if base in figures:
-            written = ", written" if base == figures["merged"] else ""
-            kl, top1 = figures[base]["kl"], figures[base]["top1"]
-            rows.append([name + written, f"{kl:.6f}", f"{top1:.2%}"])
-            tokens = figures[base]["tokens"]
+    for base, values in figures.items():
+        name = MERGE_BASES[base]
+        if base == written:
+            name += ", written"
+        rows.append([name, f"{values['kl']:.6f}", f"{values['top1']:.2%}"])
+    tokens = figures[written]["tokens"]
     table = markdown_table(["merged into", "KL, nats per token", "same likeliest token"], *rows)
-    rows_of = figures["rows"]
     heading = f"against the adapter on 4 bits, over {tokens:,} scored tokens of {rows_of} rows:"
     return f"{heading}\n\n{table}"
 
@@ -101,9 +101,10 @@ def hub_datasets(sources):
     return sorted(ids)
 
 
-def write_card(config, ledger, results, figures, hidden=()):
+def write_card(config, ledger, results, merged, hidden=()):
     """Writes README.md, the model card, and the loss curve into merged/ and adapter/, and last into
-    the run folder. Of a path the card has the name alone. hidden: settings it leaves out."""
+    the run folder. Of a path the card has the name alone. merged: the measured merge's table;
+    hidden: settings it leaves out."""
     folder, model = Path(config.output_dir), Path(config.model).expanduser().resolve()
     base = re.sub(r"[^\w.-]+", "-", model.name) if model.is_dir() else config.model
     sources = [*config.data, *config.eval_data]
@@ -116,7 +117,7 @@ def write_card(config, ledger, results, figures, hidden=()):
         "![the loss by step](training_loss.png)",
         f"## Data\n\n{names}\n\n{ledger}",
         f"## Settings\n\n{markdown_table(['', ''], *setting_rows(config, hidden))}",
-        f"## Merge\n\nMeasured {merge_table(figures)}" if figures else "",
+        f"## Merge\n\nMeasured {merged}" if merged else "",
         ", ".join(libraries),
     ]
     body = "\n\n".join(filter(None, sections))
