@@ -213,7 +213,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 def find_trackers(config):
     """The names that report_to means; UserError for one that is not installed."""
-    installed = [name for name in TRACKERS if sys.modules.get(name) or find_spec(name)]
+    installed = [*filter(find_spec, TRACKERS)]
     if "all" in config.report_to:
         return installed
     names = [name for name in config.report_to if name != "none"]

@@ -12,7 +12,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1823,8 +1823,7 @@ class Dashboard:
     def __init__(self, monkeypatch, name):
         self.runs, self.began, self.broken, self.finished = {}, [], None, 0
         self.counts = name == "trackio"
-        module = ModuleType(name)
-        module.init = self.init
+        module = SimpleNamespace(init=self.init, __spec__="installed")
         monkeypatch.setitem(sys.modules, name, module)
 
     def init(self, **options):
@@ -1896,7 +1895,8 @@ def test_a_tracker_that_breaks_costs_a_line(base, rows, tmp_path, monkeypatch, c
 )
 def test_what_report_to_means(wanted, there, found, monkeypatch):
     for name in ("wandb", "trackio"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name) if name in there else None)
+        module = SimpleNamespace(__spec__="installed") if name in there else None
+        monkeypatch.setitem(sys.modules, name, module)
     assert tracking.find_trackers(config(report_to=wanted)) == found
 
 
@@ -1913,7 +1913,8 @@ def test_trackers_that_can_not_be_had_are_told_first(base, rows, tmp_path, monke
     def init(**_):
         raise ValueError("no key")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    module = SimpleNamespace(init=init, __spec__="installed")
+    monkeypatch.setitem(sys.modules, "wandb", module)
     assert "wandb does not start" in refuse(
         flags(base, rows, tmp_path / "run", report_to="wandb"), capsys
     )
