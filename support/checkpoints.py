@@ -233,8 +233,8 @@ def resume(config, trained, parameters, optimizer, scaler, steps, origin):
             read_into(slots[slot], file, key)
             continue
         value = read_tensor(file, key)
-        if slot == "step":
-            slots[slot] = type(slots.get(slot, value))(value)
+        if isinstance(slots.get(slot), int):  # bitsandbytes' step
+            slots[slot] = int(value)
         elif slot in slots:
             slots[slot].copy_(value)
         else:

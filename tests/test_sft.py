@@ -28,7 +28,7 @@ from model import Segment, load_model
 from support import checkpoints, planner, tracking
 from support.card import write_card
 from support.errors import UserError, run_command
-from support.files import write_tensors
+from support.files import read_header, write_tensors
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -374,6 +374,25 @@ def test_two_halves_are_the_whole_bit_for_bit(base, rows, tmp_path, settings):
     assert without_times(tmp_path / "whole" / "log.jsonl") == without_times(
         tmp_path / "halves" / "log.jsonl"
     )
+
+
+def test_a_resumed_optimizer_has_all_of_its_state_where_its_parameter_is(undisturbed):
+    """Also the count of steps, which fused AdamW on a GPU reads there; `meta` stands for a GPU."""
+    checkpoint = undisturbed[1] / "checkpoint-000008"
+    parameters, state = {}, checkpoints.read_state(checkpoint)
+    for key, (_, shape, _) in read_header(checkpoint / "optimizer.safetensors").items():
+        if key.endswith(":exp_avg"):
+            tensor = torch.empty(shape, device="meta")
+            parameters[key.removesuffix(":exp_avg")] = torch.nn.Parameter(tensor)
+    settings = config(resume=str(checkpoint))
+    optimizer = torch.optim.AdamW(parameters.values())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    plan = sft.Plan(fake_examples(1), settings)
+    plan.fingerprint = state.data
+    checkpoints.resume(settings, {}, parameters, optimizer, scaler, plan, state.origin)
+    states = [optimizer.state[p] for p in parameters.values()]
+    devices = {value.device.type for slots in states for value in slots.values()}
+    assert devices == {"meta"} and all("step" in slots for slots in states)
 
 
 @pytest.mark.parametrize("optim", sft.OPTIMIZERS)
