@@ -55,12 +55,13 @@ from sft import (
 from support.checkpoints import sample_weights
 from support.distributed import (
     agree,
+    gather,
     is_first,
     join_ranks,
     rank,
     size,
     sum_numbers,
-    sum_tensors,
+    whole,
 )
 from support.errors import UserError, as_user_error, run_command
 from support.files import locked_folder, read_tensor, sync, write_tensors
@@ -250,7 +251,7 @@ def nll(pairs):
 def cpo(pairs):
     """Xu et al. 2024, arXiv:2401.08417, eqs. 3 and 4."""
     margin = pairs.config.beta * (pairs.chosen - pairs.rejected)
-    return smoothed(margin, pairs) + pairs.config.cpo_alpha * nll(pairs)
+    return smoothed(margin, pairs) + pairs.config.cpo_alpha * pairs.nll
 
 
 def simpo(pairs):
@@ -264,7 +265,7 @@ def orpo(pairs):
     """Hong et al. 2024, arXiv:2403.07691, eqs. 3 to 7. TRL's first term scores the prompt too."""
     mean = pairs.per_token()
     odds_ratio = log_odds(mean.chosen) - log_odds(mean.rejected)
-    return nll(pairs) - pairs.config.beta * logsigmoid(odds_ratio)
+    return pairs.nll - pairs.config.beta * logsigmoid(odds_ratio)
 
 
 def kto(lead, config):
@@ -308,8 +309,14 @@ LOSSES = {
     "apo_zero_unpaired": Loss(kto, unpaired=True),  # with a KL of 0
 }
 # settings that the losses of pairs alone have, and those of unpaired answers alone
-FOR_PAIRS = "label_smoothing", "f_divergence_type", "ld_alpha", "use_weighting", "reference_free"
-FOR_PAIRS += ("recipe",)  # labels are read from rows as they are: make these by data.py mix
+FOR_PAIRS = (
+    "label_smoothing",
+    "f_divergence_type",
+    "ld_alpha",
+    "use_weighting",
+    "reference_free",
+    "recipe",  # labels are read from rows as they are: make these by data.py mix
+)
 FOR_ANSWERS = "desirable_weight", "undesirable_weight"
 
 
@@ -322,9 +329,7 @@ class DPOConfig(SFTConfig):
 
     # preferences
     output_dir: str = "output/dpo"  # the run folder
-    learning_rate: float = (
-        1e-6  # peak, as in TRL, for full fine-tuning; a LoRA needs 10 times that
-    )
+    learning_rate: float = 1e-6  # peak, as TRL's: for full fine-tuning; a LoRA needs 10 times it
     beta: float = 0.1  # strength of the KL penalty; ipo's tau, orpo's lambda
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # one loss, or several
     loss_weights: list[float] = field(default_factory=list)  # of several losses; none: 1 each
@@ -344,13 +349,12 @@ class DPOConfig(SFTConfig):
     ref_cache: str = "output/reference"  # folder of cached reference log-probs
     disable_dropout: bool = True  # train without the adapter's dropout
 
+    EMBEDDED = "train_pairs.jsonl", "validation_pairs.jsonl"
     CHOICES: ClassVar[dict] = {"loss_type": LOSSES, "f_divergence_type": DIVERGENCES}
 
     def __post_init__(self):
-        if not self.data:
-            self.data = [str(EXAMPLES / "mcqa" / "train_pairs.jsonl")]
-            self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation_pairs.jsonl")]
         super().__post_init__()
+        self.unit = "answer" if self.unpaired else "pair"
         losses = [LOSSES[name] for name in self.loss_type]
         self.loss_weights = self.loss_weights or [1.0] * len(losses)
         if len(self.loss_weights) != len(losses):
@@ -362,8 +366,8 @@ class DPOConfig(SFTConfig):
             raise UserError(
                 f"loss_weights, rpo_alpha: {weights}; none may be below 0, and one must be above"
             )
-        others = FOR_PAIRS if self.unpaired else FOR_ANSWERS
-        wrong = [name for name in others if getattr(self, name) != getattr(DPOConfig, name)]
+        foreign = FOR_PAIRS if self.unpaired else FOR_ANSWERS
+        wrong = [name for name in foreign if getattr(self, name) != getattr(DPOConfig, name)]
         if self.unpaired and len(losses) > 1:
             wrong.append("another loss")
         if wrong:
@@ -475,7 +479,7 @@ def unpaired_loss(model, batch, config, kl=0.0, shares=(1.0, 1.0)):
     weights = membership @ batch.weights / tokens
     log_ratio = logp - membership @ batch.reference
     lead = torch.where(desirable, log_ratio - kl, kl - log_ratio)
-    losses = config.loss_weights[0] * kto(lead, config)
+    losses = config.loss_weights[0] * LOSSES[config.loss_type[0]].function(lead, config)
     losses *= torch.where(desirable, config.desirable_weight, config.undesirable_weight)
     losses -= config.rpo_alpha * desirable * logp / tokens
     metrics = {"kl": weights.sum() * kl, "rewards/accuracies": weights @ (lead > 0).float()}
@@ -546,9 +550,7 @@ def content_hash(model, groups, budget):
     for name, tensor in model.state_dict().items():
         if trained or not name.endswith((".lora_A", ".lora_B")):
             digest.update(name.replace(".base_layer", "").encode())
-            if hasattr(tensor, "full_tensor"):  # divided among the ranks
-                tensor = tensor.full_tensor()
-            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+            digest.update(whole(tensor).cpu().flatten().view(torch.uint8).numpy())
     for group in groups:
         for example in group:
             for segment in example:
@@ -560,24 +562,18 @@ def score(model, groups, budget):
     """Log-probs (S,) of the scored tokens of groups of examples, without dropout, on the CPU. The
     micro-batches are divided among the ranks."""
     batches = [batch for group in groups for batch in split_by_tokens(group, budget)]
-    ends = np.cumsum([sum(map(count_labels, batch)) for batch in batches])
-    logps = torch.zeros(ends[-1])
+    parts = []
     model.eval()
     # token_logps takes another path where the head trains, and rounds differently there
     with torch.set_grad_enabled(model.head_weight().requires_grad):
         for turn in tqdm(range(0, len(batches), size()), "reference", disable=None, leave=False):
-            n = turn + rank()
-            batch = batches[min(n, len(batches) - 1)]  # a divided base needs all ranks
-            values = model.logps(Batch.pack(batch, model.device)).detach().cpu()
-            if n < len(batches):
-                logps[ends[n] - len(values) : ends[n]] = values
+            batch = batches[
+                min(turn + rank(), len(batches) - 1)
+            ]  # a divided base needs all ranks
+            logps = model.logps(Batch.pack(batch, model.device))
+            parts += map(torch.tensor, gather(logps.tolist()))
     model.train()
-    sum_tensors([logps])
-    return logps
-
-
-def count_labels(example):
-    return sum(int((segment.labels != IGNORE).sum()) for segment in example)
+    return torch.cat(parts[: len(batches)])
 
 
 def checksum(logps):
@@ -645,16 +641,17 @@ def before_training(model, steps, eval_examples, config):
     if config.disable_dropout:
         for layer in lora_layers(model).values():
             layer.dropout = 0.0
-    policy = model
+    reference = model
     if config.ref_model:
-        model = load_4bit(
+        reference = load_4bit(
             config.ref_model,
             config,
             dtype=config.dtype,
             device=model.device,
             attn_implementation=config.attn_implementation,
         )
-        steps.origin["weights of --ref_model"] = sample_weights(checkpoint_tensors(model.folder))
+        tensors = checkpoint_tensors(reference.folder)
+        steps.origin["weights of --ref_model"] = sample_weights(tensors)
     mismatched = {}
     if config.unpaired:
         examples = [example for step in first_epoch(steps) for example in step]
@@ -663,10 +660,10 @@ def before_training(model, steps, eval_examples, config):
         if config.loss_type == ["kto"]:  # in later epochs a prompt keeps its other answer
             for group in (examples, eval_examples):
                 mismatched |= mismatch(group, config.max_length)
-        steps.prepare = partial(with_step_values, policy, mismatched, config)
+        steps.prepare = partial(with_step_values, model, mismatched, config)
     if not config.reference_free:
         with as_user_error(f"ref_model: {config.ref_model or config.model}", UserError):
-            add_reference(model, steps, eval_examples, config, mismatched)
+            add_reference(reference, steps, eval_examples, config, mismatched)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -676,7 +673,7 @@ def print_rankings(path):
     """Prints how many pairs of the evaluation set, or answers, were ranked right, at first and by
     the model that is kept: the last step's, or the best."""
     lines = read_log(path)
-    last = lines[-1].get("best_step", math.inf) if lines else 0
+    last = lines[-1].get("best_step", math.inf)
     lines = [line for line in lines if "eval_rewards/margins" in line and line["step"] <= last]
     for line in lines[:1] + lines[1:][-1:]:
         margin = line["eval_rewards/margins"]
@@ -689,7 +686,7 @@ def print_rankings(path):
 
 
 def main(argv=None):
-    config = read_config(DPOConfig, sys.argv[1:] if argv is None else argv, "dpo")
+    config = read_config(DPOConfig, argv, "dpo")
     folder = Path(config.output_dir)
     embedded = [config.model, config.adapter] == [
         str(EXAMPLES / "tiny-qwen3"),
@@ -700,11 +697,11 @@ def main(argv=None):
     with join_ranks(config.device, locked_folder(folder), copy_output(folder)):
         if size() > 1 and any(LOSSES[name].whole_step for name in config.loss_type):
             raise UserError("loss_type: aot compares all pairs of a step; it runs in one process")
-        loss_fn, rows = dpo_loss, True
+        loss_fn, preference = dpo_loss, True
         if config.unpaired:
-            loss_fn, rows = unpaired_loss, "unpaired"
+            loss_fn, preference = unpaired_loss, "unpaired"
         loss_fn, hook = partial(loss_fn, config=config), partial(before_training, config=config)
-        sft.run(config, loss_fn, count_pairs, hook, preference=rows)
+        sft.run(config, loss_fn, count_pairs, hook, preference=preference)
         if is_first() and not config.dry_run:
             print_rankings(folder / "log.jsonl")
 

@@ -21,7 +21,6 @@ from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, partial
-from itertools import starmap
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -31,7 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import REASONING, RecipeConfig, Tokenizer, load_examples, split_holdout
-from eval import answer_questions, ask_choice, choice_metrics
+from eval import EXAMPLES, answer_questions, ask_choice, choice_metrics
 from lora import (
     LoRAConfig,
     adapter_parameters,
@@ -141,8 +140,6 @@ from support.tracking import (
     warn_on_error,
 )
 
-EXAMPLES = Path(__file__).resolve().parent / "examples"
-
 
 @dataclass
 class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
@@ -152,9 +149,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     # model, data and run folder
     model: str = ""  # folder or hub id of the model to train; none: the embedded tiny one
     revision: str | None = None  # branch, tag or commit of a hub id
-    adapter: str = (
-        ""  # a LoRA (PEFT's layout, or a run folder) to train further, with its own rank
-    )
+    adapter: str = ""  # a LoRA (a folder of PEFT's or a run's) to train further, with its rank
     data: list[str] = field(default_factory=list)  # training rows: files, hub ids; none: embedded
     eval_data: list[str] = field(default_factory=list)  # evaluation rows: files or hub ids
     val_size: float = 0.0  # without eval_data: rows held out of data, a share below 1 or a number
@@ -166,30 +161,22 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     max_length: int = 1024  # tokens per example; a longer one loses the start of its prompt
     completion_only_loss: bool | None = None  # true: score the last turn only; false: prompts too
     assistant_only_loss: bool = True  # score the assistant's turns; false: the whole conversation
-    loss_type: str = (
-        "nll"  # nll, or dft: a token's loss times its probability (no gradient there)
-    )
+    loss_type: str = "nll"  # dft: a token's loss times its probability, which has no gradient
     reasoning: str = "last"  # thoughts: as the template has them, every_turn's, or unscored
-    eval_answers: int = (
-        64  # evaluation rows answered before and after training; short runs: fewer
-    )
+    eval_answers: int = 64  # evaluation rows answered before and after; fewer in short runs
     num_samples: int = 3  # of those, how many are shown
     max_new_tokens: int = 128  # longest generated answer
 
     # precision and memory
-    dtype: str = "auto"  # of base weights and matmuls; auto: see model.pick_dtype
+    dtype: str = "auto"  # of base weights and matmuls; auto: the checkpoint's, if fast here
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     attn_implementation: str = "auto"  # how attention is computed; varlen is flash attention
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, far less memory
     selective_checkpointing: bool = False  # recompute their MLPs alone: less slow, 0.6 of it
     activation_offloading: bool = False  # on a GPU: activations wait for backward in CPU memory
-    sharding: str = (
-        "no"  # what torchrun's processes divide: base, the frozen weights; see configs
-    )
+    sharding: str = "no"  # what torchrun's processes divide, see configs/README.md
     cpu_offload: bool = False  # of base: its weights wait in CPU memory
-    micro_batch_tokens: int = (
-        0  # tokens per forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
-    )
+    micro_batch_tokens: int = 0  # of a forward pass; 0: 512 on a CPU (4 bit: 1024), else 16384
 
     # optimisation
     num_train_epochs: float = 3.0  # passes over the data
@@ -232,11 +219,11 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     resume: str = "auto"  # auto: from output_dir's last checkpoint; never; or a checkpoint's path
     overwrite_output_dir: bool = False  # delete the run in output_dir and start anew
     merge: bool = True  # write merged/, the model with the adapter merged in
-    merge_base: str = (
-        "auto"  # base of a 4-bit run's merge; auto: whichever changes the model least
-    )
+    merge_base: str = "auto"  # of a 4-bit run; auto: whichever changes the model least
     push_to_hub: bool = False  # upload adapter/ and merged/ at the end, see hub_model_id
 
+    unit = "scored token"  # what the loss is a mean over
+    EMBEDDED = "train.jsonl", "validation.jsonl"
     STRATEGIES = ("no", "steps", "epoch")
     CHOICES: ClassVar[dict] = {
         "reasoning": REASONING,
@@ -253,8 +240,8 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     def __post_init__(self):
         self.model = self.model or str(EXAMPLES / "tiny-qwen3")
         if not self.data:
-            self.data = [str(EXAMPLES / "mcqa" / "train.jsonl")]
-            self.eval_data = self.eval_data or [str(EXAMPLES / "mcqa" / "validation.jsonl")]
+            train, validation = (str(EXAMPLES / "mcqa" / file) for file in self.EMBEDDED)
+            self.data, self.eval_data = [train], self.eval_data or [validation]
         check_choices(self)
         check_range(
             self,
@@ -278,10 +265,10 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
         check_range(self, 0, "adam_beta1", "adam_beta2", most=math.nextafter(1, 0))
         if self.max_steps <= 0 and not self.num_train_epochs:
             raise UserError("num_train_epochs: 0 trains nothing; give more, or max_steps")
-        if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
-            raise UserError(
-                "load_best_model_at_end: needs an eval_strategy and a save_strategy other than no"
-            )
+        if self.load_best_model_at_end and self.save_strategy == "no":
+            raise UserError("load_best_model_at_end: needs a save_strategy other than no")
+        if self.needs_evaluations and self.eval_strategy == "no":
+            raise UserError(f"{self.needs_evaluations}: needs an eval_strategy other than no")
         with as_user_error("lr_scheduler_kwargs", TypeError, KeyError, ZeroDivisionError):
             timing = Timing(1, 0, 2, self.learning_rate)
             SCHEDULES[self.lr_scheduler_type](timing, **self.lr_scheduler_kwargs)
@@ -301,6 +288,12 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
                 "give a rank, or drop load_in_4bit"
             )
 
+    @property
+    def needs_evaluations(self):
+        """The first setting that does, or ''."""
+        names = "load_best_model_at_end", "early_stopping_patience"
+        return next((name for name in names if getattr(self, name)), "")
+
     def check_sharding(self):
         """UserError: what is to be divided does not go with what trains."""
         if self.sharding == "base" and not self.lora_r:
@@ -309,7 +302,7 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
             if self.lora_r:
                 raise UserError("sharding: is base for a LoRA; grad_op and full are for lora_r 0")
             optimizer = OPTIMIZERS[self.optim]
-            if getattr(optimizer, "func", optimizer) in (from_bitsandbytes, adafactor):
+            if isinstance(optimizer, str) or optimizer is adafactor:
                 raise UserError(
                     f"optim: {self.optim} has states for whole blocks or rows, which can't be "
                     "divided; give adamw, or --sharding no"
@@ -430,7 +423,7 @@ def set_up(model, steps, config, clock):
     trackers = {}
     if is_first():
         trackers = start_trackers(config, state.step and state.step + (not state.unreported))
-    log = Log(Path(config.output_dir), state.log_bytes, trackers)
+    log = Log(Path(config.output_dir), state.log_bytes, trackers, config.unit)
 
     def save(alone=False):
         if divided and alone:
@@ -671,14 +664,20 @@ class Plan:
         self.seed, self.count = config.seed, count
         self.fingerprint = getattr(self.source, "fingerprint", str(len(examples)))
         self.origin = {}  # what else the examples come from: {name: hash}
-        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.steps_per_epoch = max(1, math.ceil(len(examples) / self.batch_size))
+        asked = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.batch_size = min(asked, len(examples))
+        self.steps_per_epoch = math.ceil(len(examples) / self.batch_size)
         self.steps = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         if config.max_steps > 0:
             self.steps = config.max_steps
 
     def __len__(self):
         return self.steps
+
+    def __str__(self):
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        examples = "1 example" if self.batch_size == 1 else f"{self.batch_size} examples"
+        return f"{steps} of {examples}"
 
     @lru_cache(1)
     def epoch(self, number):
@@ -735,11 +734,6 @@ def split_by_tokens(examples, budget):
         tokens += length
     if group:
         yield group
-
-
-def micro_batches(examples, budget, device):
-    """The groups of `split_by_tokens`, packed."""
-    return (Batch.pack(group, device) for group in split_by_tokens(examples, budget))
 
 
 def token_budget(config, device):
@@ -876,7 +870,7 @@ def plain(optimizer, groups, config):
 
 
 def from_bitsandbytes(name, groups, config):
-    """One of bitsandbytes.optim; a paged one's states may move to CPU memory."""
+    """The class `name` of bitsandbytes.optim; a paged one's states may move to CPU memory."""
     if not groups[0]["params"][0].is_cuda and name.startswith("Paged"):
         name = name.removeprefix("Paged")
         print(f"{config.optim}: without a GPU to page from it is {name}", file=sys.stderr)
@@ -890,15 +884,15 @@ OPTIMIZERS = {
     "adamw": adamw,
     "adamw_torch": adamw,
     "adamw_torch_fused": adamw,
-    "adamw_8bit": partial(from_bitsandbytes, "AdamW8bit"),
-    "adamw_bnb_8bit": partial(from_bitsandbytes, "AdamW8bit"),
-    "paged_adamw": partial(from_bitsandbytes, "PagedAdamW32bit"),
-    "paged_adamw_32bit": partial(from_bitsandbytes, "PagedAdamW32bit"),
-    "paged_adamw_8bit": partial(from_bitsandbytes, "PagedAdamW8bit"),
-    "lion_32bit": partial(from_bitsandbytes, "Lion32bit"),
-    "lion_8bit": partial(from_bitsandbytes, "Lion8bit"),
-    "paged_lion_32bit": partial(from_bitsandbytes, "PagedLion32bit"),
-    "paged_lion_8bit": partial(from_bitsandbytes, "PagedLion8bit"),
+    "adamw_8bit": "AdamW8bit",  # of bitsandbytes.optim
+    "adamw_bnb_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "lion_32bit": "Lion32bit",
+    "lion_8bit": "Lion8bit",
+    "paged_lion_32bit": "PagedLion32bit",
+    "paged_lion_8bit": "PagedLion8bit",
     "adafactor": adafactor,
     "adagrad": partial(plain, torch.optim.Adagrad),
     "rmsprop": partial(plain, torch.optim.RMSprop),
@@ -923,7 +917,10 @@ def make_optimizer(parameters, config):
         groups.setdefault((decay, ratio), group)["params"].append(p)
     for group in groups.values():
         group["lr"] = config.learning_rate
-    return OPTIMIZERS[config.optim]([*groups.values()], config)
+    make = OPTIMIZERS[config.optim]
+    if isinstance(make, str):
+        make = partial(from_bitsandbytes, make)
+    return make([*groups.values()], config)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -965,14 +962,14 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
     on_first(write_run_config, config, began, report)
 
     # 4. training, between two rounds of answers, where these are not to be avoided (KTO)
-    rows = [row for row in zip(eval_examples, choices) if not row[0][:2][-1].sequence]
-    forced = [*filter(None, starmap(partial(ask_choice, tokenizer), rows))]
-    rows = [*zip(*rows[: count_questions(steps, rows, config)])] or [(), ()]
+    rows = [row for row in zip(eval_examples, choices) if row[0][:2][-1].sequence == 0]
+    forced = [*filter(None, (ask_choice(tokenizer, *row) for row in rows))]
+    asked = rows[: count_questions(steps, rows, config)]
 
     def ask():
         clock.enter("answers")
         model.eval()
-        return answer_questions(model, tokenizer, *rows, config.max_new_tokens)
+        return asked and answer_questions(model, tokenizer, *zip(*asked), config.max_new_tokens)
 
     def evaluate():
         step_loss = steps.prepare(loss_fn, eval_examples)
@@ -985,10 +982,10 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
 
     # 5. export and report
     clock.enter("saving and merging")
-    figures = export(model, config, eval_examples or examples, bool(eval_examples))
+    merged = export(model, config, eval_examples or examples, bool(eval_examples))
     results = {**results, **answers, **print_summary(clock)}
     if is_first():
-        write_results(config, log, ledger, results, figures)
+        write_results(config, log, ledger, results, merged)
 
 
 def count_questions(steps, eval_examples, config):
@@ -996,8 +993,6 @@ def count_questions(steps, eval_examples, config):
     than the run trains on. Counted, not timed, so that a resumed run asks the same; a generated
     token takes about as long as a trained one."""
     asked = min(config.eval_answers, len(eval_examples))
-    if asked <= config.num_samples:
-        return asked
     trained = sum(map(count_tokens, steps[0])) * len(steps)
     affordable = max(config.num_samples, trained // (2 * config.max_new_tokens))
     if affordable < asked:
@@ -1008,12 +1003,12 @@ def count_questions(steps, eval_examples, config):
     return min(asked, affordable)
 
 
-def write_results(config, log, ledger, results, figures):
+def write_results(config, log, ledger, results, merged):
     """Writes the figure, the model card and the log's last line, which makes the run finished, and
     pushes it."""
     folder = Path(config.output_dir)
     log.plot()
-    write_card(config, ledger, results, figures, vars(LoRAConfig()) if config.adapter else ())
+    write_card(config, ledger, results, merged, vars(LoRAConfig()) if config.adapter else ())
     log.write(results)
     log.close()
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -1039,21 +1034,20 @@ def load_data(config, tokenizer, options):
     load = partial(load_examples, tokenizer=tokenizer, **options)
     examples, ledger = load(config.data, max_samples=config.max_samples)
     report = {"train": ledger.as_dict()}
-    print(f"training rows: {ledger}")
+    print(f"training data, {ledger}")
     eval_examples = []
     if config.eval_data:
         limit = config.max_eval_samples
         eval_examples, eval_ledger = load(config.eval_data, max_samples=limit)
         report["eval"] = eval_ledger.as_dict()
-        print(f"evaluation rows: {eval_ledger}")
+        print(f"evaluation data, {eval_ledger}")
     elif config.val_size:
         examples, eval_examples = split_holdout(examples, config.val_size, config.seed)
         report["held_out"] = len(eval_examples)
-        print(f"evaluation rows: {len(eval_examples)} of these")
-    if not eval_examples and (config.load_best_model_at_end or config.early_stopping_patience):
+        print(f"evaluation data: {len(eval_examples):,} examples held out of these")
+    if not eval_examples and config.needs_evaluations:
         raise UserError(
-            "load_best_model_at_end, early_stopping_patience: no held-out rows; "
-            "give eval_data or val_size"
+            f"{config.needs_evaluations}: no held-out rows; give eval_data or val_size"
         )
     choices = [eval_examples.row(n)[1].get("choices") for n in range(len(eval_examples))]
     return examples, eval_examples, choices, ledger, report
@@ -1086,8 +1080,8 @@ def load_to_train(config, source, steps, device, dtype):
             )
         use_shards(model, device)
     print(
-        f"{config.model}: {total:,} parameters, {trained:,} train; {len(steps)} steps of "
-        f"{steps.batch_size} examples on {device} ({model.attention} attention, {model.dtype})"
+        f"{config.model}: {total:,} parameters, {trained:,} train; {steps} on {device} "
+        f"({model.attention} attention, {model.dtype})"
     )
     return model
 
@@ -1134,34 +1128,35 @@ def attach_adapter(model, config):
     return [f"training {config.adapter} further: r {r}, alpha {alpha:g}", *notices]
 
 
-def export(model, config, examples, held_out=True):
+def export(model, config, examples, held_out):
     """Writes adapter/ and merged/; after full fine-tuning merged/ alone.
 
     An adapter trained on 4 bits is merged into what changes it least on `examples`, the 16-bit
-    weights or the dequantised ones; returns what each changes, as `measure_merge` does, under
-    'merged' which was taken, and under 'rows' their kind.
+    weights or the dequantised ones; returns what each changes as a table. held_out: whether the
+    examples are the evaluation set's.
     """
-    folder, figures, swap = Path(config.output_dir), {}, None
+    folder, table, swap = Path(config.output_dir), "", None
     if not config.lora_r:
         tensors = merge_lora(model).state_dict()
         write_on_first(save_model, tensors, folder / "merged", model.folder)
-        return figures
+        return table
     on_first(export_adapter, model, config, folder / "adapter")
     if not config.merge:
-        return figures
+        return table
     if config.load_in_4bit or model.config.quantized:
-        budget = token_budget(config, model.device)
-        batches = micro_batches(examples[:MERGE_ROWS], budget, model.device)
-        figures = measure_merge(model, list(batches))
-        best = min(figures, key=lambda base: figures[base]["kl"])
-        figures["merged"] = config.merge_base if config.merge_base in figures else best
-        figures["rows"] = "evaluation" if held_out else "training"
-        print(f"\n{merge_table(figures)}")
-    if figures.get("merged") == "dequantized":
-        swap = partial(swap_linear4bit, config)
+        groups = split_by_tokens(examples[:MERGE_ROWS], token_budget(config, model.device))
+        figures = measure_merge(model, [Batch.pack(group, model.device) for group in groups])
+        base = min(figures, key=lambda base: figures[base]["kl"])
+        if config.merge_base in figures:
+            base = config.merge_base
+        rows_of = "evaluation" if held_out else "training"
+        table = merge_table(figures, base, rows_of)
+        print(f"\n{table}")
+        if base == "dequantized":
+            swap = partial(swap_linear4bit, config)
     if is_first():
         merge(folder / "adapter", folder / "merged", model.folder, swap)
-    return figures
+    return table
 
 
 MERGE_ROWS = 32  # evaluation rows on which the two ways to merge are compared
@@ -1218,15 +1213,14 @@ def plan_memory(config, source, steps, loss_fn, device, dtype):
 def dry_run(config, source, steps, loss_fn, device, dtype):
     """Prints the plan, the estimated memory, and the time that one micro-batch predicts; where it
     does not fit, what needs less."""
-    plan = plan_memory(config, source, steps, loss_fn, device, dtype)
-    modules, memory, flops, largest, ranks = plan
-    lengths, scored = [], 0
+    modules, memory, flops, largest, ranks = plan_memory(
+        config, source, steps, loss_fn, device, dtype
+    )
     sample = range(0, len(steps), len(steps) // 1024 + 1)  # all steps of most runs
-    for step in sample:
-        lengths += map(count_tokens, steps[step])
-        scored += sum(map(count_scored, steps[step]))
+    counts = [(count_tokens(e), count_scored(e)) for step in sample for e in steps[step]]
+    lengths, scored = zip(*counts)
     tokens = sum(lengths) * len(steps) // len(sample)
-    print_plan(modules, memory, steps, tokens, scored * len(steps) / len(sample))
+    print_plan(modules, memory, steps, tokens, sum(scored) * len(steps) / len(sample))
     if config.lora_r:
         print_hint(config, steps.batch_size)
     if config.nproc > 1:
@@ -1249,7 +1243,9 @@ def dry_run(config, source, steps, loss_fn, device, dtype):
 
 
 def read_config(cls, argv, embedded):
-    """The config of a command line. Without --model and --config it is examples/{embedded}.yaml."""
+    """The config of a command line, sys.argv's where argv is None. Without --model and --config it
+    is examples/{embedded}.yaml."""
+    argv = sys.argv[1:] if argv is None else argv
     flags = {word.split("=")[0] for word in argv}
     if not flags & {"--model", "--config", "-h", "--help"}:
         argv = ["--config", str(EXAMPLES / f"{embedded}.yaml"), *argv]
@@ -1257,7 +1253,7 @@ def read_config(cls, argv, embedded):
 
 
 def main(argv=None):
-    config = read_config(SFTConfig, sys.argv[1:] if argv is None else argv, "sft")
+    config = read_config(SFTConfig, argv, "sft")
     folder = Path(config.output_dir)
     with join_ranks(config.device, locked_folder(folder), copy_output(folder)):
         run(config, dft_loss if config.loss_type == "dft" else sft_loss)

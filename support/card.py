@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from support.checkpoints import FREE
+from support.checkpoints import MAY_CHANGE
 from support.report import markdown_table
 from support.tracking import read_log, warn_on_error
 
@@ -18,18 +18,18 @@ MERGE_BASES = {
 }
 
 
-def merge_table(figures):
-    """The table of a measured merge, as text for the terminal and the model card."""
+def merge_table(figures, written, rows_of):
+    """The table of a measured merge, as text for the terminal and the model card. figures: as of
+    `measure_merge`; written: the base that was taken; rows_of: the kind of rows measured on."""
     rows = []
-    for base, name in MERGE_BASES.items():
-        if base in figures:
-            written = ", written" if base == figures["merged"] else ""
-            kl, top1 = figures[base]["kl"], figures[base]["top1"]
-            rows.append([name + written, f"{kl:.6f}", f"{top1:.2%}"])
-            tokens = figures[base]["tokens"]
+    for base, values in figures.items():
+        name = MERGE_BASES[base]
+        if base == written:
+            name += ", written"
+        rows.append([name, f"{values['kl']:.6f}", f"{values['top1']:.2%}"])
+    tokens = figures[written]["tokens"]
     table = markdown_table(["merged into", "KL, nats per token", "same likeliest token"], *rows)
-    kind = figures.get("rows", "evaluation")
-    heading = f"against the adapter on 4 bits, over {tokens:,} scored tokens of {kind} rows:"
+    heading = f"against the adapter on 4 bits, over {tokens:,} scored tokens of {rows_of} rows:"
     return f"{heading}\n\n{table}"
 
 
@@ -70,12 +70,20 @@ def result_rows(log, results):
     return [[key, before.get(key, ""), value] for key, value in after.items()]
 
 
+def result_notes(rows, config):
+    """What of the results is easily taken for one another."""
+    if not {"eval_accuracy", "eval_answers"} <= {name for name, *_ in rows}:
+        return ""
+    return (
+        "`eval_accuracy` takes the likeliest of a question's choices, on all evaluation rows; "
+        f"`eval_answers` grades a generated answer, on up to {config.eval_answers} of them."
+    )
+
+
 def setting_rows(config, hidden):
     """Rows [name, value] of the settings that differ from the defaults or are in SHOWN."""
-    defaults, hidden = (
-        asdict(type(config)()),
-        FREE | {"model", "data", "eval_data", *hidden},
-    )
+    defaults = asdict(type(config)())
+    hidden = MAY_CHANGE | {"model", "data", "eval_data", *hidden}
     rows = []
     for key, value in asdict(config).items():
         if key not in hidden and (key in SHOWN or value != defaults[key]):
@@ -83,25 +91,33 @@ def setting_rows(config, hidden):
     return rows
 
 
-def write_card(config, ledger, results, figures, hidden=()):
-    """Writes README.md, the model card, and the loss curve into merged/ and adapter/, and last into
-    the run folder. Of a path the card has the name alone. hidden: settings it leaves out."""
-    folder, model = Path(config.output_dir), Path(config.model).expanduser().resolve()
-    base = re.sub(r"[^\w.-]+", "-", model.name) if model.is_dir() else config.model
-    sources, datasets = [*config.data, *config.eval_data], set()
+def hub_datasets(sources):
+    """The hub ids among sources of rows."""
+    ids = set()
     for source in sources:
         hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)([#:@].*)?", source)
         if hub_id and not Path(hub_id[1]).exists():
-            datasets.add(hub_id[1])
+            ids.add(hub_id[1])
+    return sorted(ids)
+
+
+def write_card(config, ledger, results, merged, hidden=()):
+    """Writes README.md, the model card, and the loss curve into merged/ and adapter/, and last into
+    the run folder. Of a path the card has the name alone. merged: the measured merge's table;
+    hidden: settings it leaves out."""
+    folder, model = Path(config.output_dir), Path(config.model).expanduser().resolve()
+    base = re.sub(r"[^\w.-]+", "-", model.name) if model.is_dir() else config.model
+    sources = [*config.data, *config.eval_data]
     names = ", ".join(f"`{source}`" for source in sources)
     libraries = [f"{name} {version(name)}" for name in ("torch", "safetensors", "tokenizers")]
     metrics = result_rows(read_log(folder / "log.jsonl"), results)
     sections = [
         f"## Results\n\n{markdown_table(['', 'before', 'after'], *metrics)}",
+        result_notes(metrics, config),
         "![the loss by step](training_loss.png)",
         f"## Data\n\n{names}\n\n{ledger}",
         f"## Settings\n\n{markdown_table(['', ''], *setting_rows(config, hidden))}",
-        f"## Merge\n\nMeasured {merge_table(figures)}" if figures else "",
+        f"## Merge\n\nMeasured {merged}" if merged else "",
         ", ".join(libraries),
     ]
     body = "\n\n".join(filter(None, sections))
@@ -119,7 +135,7 @@ def write_card(config, ledger, results, figures, hidden=()):
                 library_name=library,
                 pipeline_tag="text-generation",
                 tags=["plaintune", method],
-                datasets=sorted(datasets) or None,
+                datasets=hub_datasets(sources) or None,
             ).to_yaml()
             source = name if config.hub_model_id else f"{name}/{part}"
             use = (

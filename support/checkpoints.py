@@ -17,7 +17,14 @@ from safetensors import safe_open
 
 from support.distributed import is_divided, is_first, read_into, write_whole
 from support.errors import UserError, as_user_error, nearest
-from support.files import atomic_folder, clear_folder, read_header, read_json, read_tensor
+from support.files import (
+    atomic_folder,
+    clear_folder,
+    read_header,
+    read_json,
+    read_tensor,
+    write_text,
+)
 from support.hub import HubConfig
 from support.tracking import read_log, warn_on_error
 
@@ -60,7 +67,7 @@ def update_best(best, metrics, step, config):
         best = {"step": step, "metric": metric, "value": value}
     stop = bool(config.early_stopping_patience) and waited >= config.early_stopping_patience
     if stop:
-        print(f"stopping early after step {step}: no new best for {waited} evaluations")
+        print(f"stopping early after step {step}: evaluations without a new best: {waited}")
     return {**best, "waited": waited, "stop": stop}
 
 
@@ -138,16 +145,11 @@ def sample_weights(tensors):
 
 
 def read_state(checkpoint):
-    """Its RunState; UserError: fields are missing, unknown or of another type."""
+    """Its RunState; UserError: another version's, with other fields."""
     file = checkpoint / "state.json"
-    values, state = read_json(file), RunState("", {})
-    for name in values.keys() | vars(state).keys():
-        if not isinstance(vars(state).get(name), type(values.get(name, ...))):
-            raise UserError(f"{file}: {name} is {json.dumps(values.get(name))}")
-    numbers = [values["step"], *values["window"].values()]
-    if values["step"] < 0 or not all(isinstance(number, (int, float)) for number in numbers):
-        raise UserError(f"{file}: step or window is not made of numbers")
-    vars(state).update(values, window=Counter(values["window"]))
+    with as_user_error(file, TypeError):
+        state = RunState(**read_json(file))
+    state.window = Counter(state.window)
     return state
 
 
@@ -231,12 +233,12 @@ def resume(config, trained, parameters, optimizer, scaler, steps, origin):
             read_into(slots[slot], file, key)
             continue
         value = read_tensor(file, key)
-        if slot == "step":
-            slots[slot] = type(slots.get(slot, value))(value)
+        if isinstance(slots.get(slot), int):  # bitsandbytes' step
+            slots[slot] = int(value)
         elif slot in slots:
             slots[slot].copy_(value)
         else:
-            slots[slot] = value.to(parameters[name].device)
+            slots[slot] = value.to(p.device)
     print(f"resuming from {path}: step {state.step} of {len(steps)}")
     return state
 
@@ -259,7 +261,7 @@ def load_best(config, best, trained):
 
 
 # settings that may change when a run is resumed
-FREE = {
+MAY_CHANGE = {
     "output_dir",
     "dry_run",
     "nproc",
@@ -323,7 +325,7 @@ def start_run(config):
         clear_folder(folder)
         old = {}
     if old:
-        changed = differences(old, {key: new[key] for key in new if key not in FREE})
+        changed = differences(old, {key: new[key] for key in new if key not in MAY_CHANGE})
         if changed:
             raise UserError(
                 f"{folder} holds a run of another configuration: {changed}; "
@@ -346,6 +348,4 @@ def write_run_config(config, began, report):
     while data or model may be wrong."""
     settings = {**asdict(config), "began": began}
     for name, value in {"config.json": settings, "data_report.json": report}.items():
-        path = Path(config.output_dir) / f".{name}"
-        path.write_text(json.dumps(value, indent=2))
-        path.replace(path.with_name(name))
+        write_text(Path(config.output_dir) / name, json.dumps(value, indent=2))

@@ -330,7 +330,7 @@ def end_pass(model, accumulate, *args):
 
 
 def use_shards(model, device):
-    """Called when a divided model is loaded, with what trains in place."""
+    """Makes a divided model, loaded and with what trains in place, ready to run."""
     for p in model.parameters():
         if not is_divided(p):
             p.data = p.data.to(device)

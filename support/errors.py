@@ -61,17 +61,23 @@ def run_command(main):
             raise
     line = ""
     if message and is_first_to_fail():
-        message = sanitize(message).replace("\n", " ")
-        line = f"error: {shorten(message, 1000)}\n"
-    for stream, text in (sys.stdout, ""), (sys.stderr, line):
-        try:
-            stream.write(text)
-            stream.flush()
-        except (
-            OSError
-        ):  # a full disk or a dead terminal, where Python's own last flush would fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        message = sanitize(message).replace("
+", " ")
+        line = f"error: {shorten(message, 1000)}
+"
+    write_or_drop(sys.stdout, "")
+    write_or_drop(sys.stderr, line)
     sys.exit(status)
+
+
+def write_or_drop(stream, text):
+    """Writes and flushes; after an error, of a full disk or a dead terminal, the stream leads
+    nowhere, as Python's own last flush would fail too."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_first_to_fail():

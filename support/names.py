@@ -201,7 +201,8 @@ def usual_values(table):
 
 
 ANSWERED, REFUSED = usual_values(ANSWERS), usual_values(REFUSALS)
-FOREIGN = MEANINGS.keys() | ANSWERED.keys() | REFUSED.keys()  # beside synonyms
+REASONS = ANSWERED | REFUSED
+FOREIGN = MEANINGS.keys() | REASONS.keys()  # beside synonyms
 
 
 def translate(name, value, notices):
@@ -220,9 +221,9 @@ def translate(name, value, notices):
             if setting != name and not setting.startswith("$"):
                 notices[f"{setting} {result}"].append(f"{name} {word}")
             return {setting: result}
-    if name not in ANSWERED | REFUSED:
+    if name not in REASONS:
         return {name: value}
-    reason, usual = (ANSWERED | REFUSED)[name]
+    reason, usual = REASONS[name]
     if word.lower() == usual or (word.lower() in OFF and usual != "true"):
         return {}
     if name in REFUSED:

@@ -157,10 +157,7 @@ def print_plan(modules, memory, steps, tokens, scored):
     for name, (trained, count) in {**modules, "all": totals}.items():
         rows.append((name, f"{trained:,}", f"{count:,}"))
     print(f"\n{aligned_columns(*rows)}")
-    print(
-        f"\n{len(steps)} steps of {steps.batch_size} examples: {tokens:,} tokens, "
-        f"{round(scored):,} of them scored\n"
-    )
+    print(f"\n{steps}: {tokens:,} tokens, {round(scored):,} of them scored\n")
     rows = [("peak memory", "GB")]
     for part, size in {**memory, "all": sum(memory.values())}.items():
         rows.append((part, f"{size:.3f}"))
@@ -186,11 +183,14 @@ def plan_ranks(model, blocks, memory, busy, ranks, micro_batches):
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad) / 1e9
     adapted, sizes = hasattr(model, "adapter"), []  # GB of what is divided of each block
     for block in blocks:
-        tensors = block.state_dict(keep_vars=True).items()
+        divided = block.state_dict(keep_vars=True)
         if adapted:  # less norms, biases and the scales of 4-bit weights
-            frozen = [(key, x) for key, x in tensors if not x.requires_grad and x.dim() > 1]
-            tensors = [(key, x) for key, x in frozen if ".weight." not in key]
-        sizes.append(sum(x.nbytes for _, x in tensors) / 1e9)
+            divided = {
+                key: x
+                for key, x in divided.items()
+                if x.dim() > 1 and not x.requires_grad and ".weight." not in key
+            }
+        sizes.append(sum(x.nbytes for x in divided.values()) / 1e9)
     modes = {"no": (total, 2 * away * trained)}
     if adapted:
         kept = total - away * sum(sizes) + 2 * max(sizes)

@@ -16,7 +16,7 @@ from dataclasses import MISSING, fields
 from importlib.metadata import version
 from inspect import formatannotation, getsource
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import get_args, get_origin
 
 import yaml
 
@@ -74,8 +74,6 @@ def convert(value, kind):
             return kind(number)
     if kind is str and isinstance(value, (str, int, float)) and b"\0" not in str(value).encode():
         return str(value)
-    if kind is Literal and value in item_types:
-        return value
     if kind is list:
         items = []
         for item in value if isinstance(value, list) else [value]:
@@ -104,9 +102,14 @@ def check_choices(config):
     for key, table in choices_of(type(config)).items():
         value = getattr(config, key)
         for item in value if isinstance(value, list) else [value]:
-            if item not in table:
-                options = ", ".join(map(str, table))
-                raise UserError(f"{key}: {item!r} is not one of {options}{nearest(item, table)}")
+            check_choice(key, item, table)
+
+
+def check_choice(key, value, choices):
+    """UserError: a setting's value is none of its choices."""
+    if value not in choices:
+        options = ", ".join(map(str, choices))
+        raise UserError(f"{key}: {value!r} is not one of {options}{nearest(value, choices)}")
 
 
 def check_range(config, least, *keys, most=2**53):
@@ -142,9 +145,15 @@ def comments_of(cls):
     return comments
 
 
+class Parser(argparse.ArgumentParser):
+    def print_help(self, file=None):
+        """An error of the disk is raised, which argparse's own drops in some versions of Python."""
+        print(self.format_help(), end="", file=file, flush=True)
+
+
 def new_parser(description, **options):
-    """An argparse parser that knows --version."""
-    parser = argparse.ArgumentParser(
+    """A parser that knows --version."""
+    parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -187,7 +196,7 @@ def make_parser(cls, description, command=""):
             help=note.replace("%", "%%"),
             **options.get(kind, {}),
         )
-    for name in FOREIGN - {field.name for field in fields(cls)}:
+    for name in FOREIGN - settings.keys():
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS, nargs="?", const="true")
     return parser
 
@@ -258,11 +267,6 @@ def translate_entries(entries, kinds, notices, refused, problems):
     return settings
 
 
-def describe(notices):
-    """{reason: names} as lines."""
-    return (f"{', '.join(names)}: {reason}" for reason, names in notices.items())
-
-
 def parse_config(cls, argv=None, description="", command=""):
     """A command line as an instance of the dataclass `cls`: files of --config in order, then flags.
 
@@ -301,8 +305,8 @@ def parse_config(cls, argv=None, description="", command=""):
             problems.append(f"--{field.name} is needed")
     if problems:
         raise UserError(f"{'; '.join(problems)}; --help explains every flag")
-    for line in describe(notices):
-        print(line, file=sys.stderr)
+    for reason, names in notices.items():
+        print(f"{', '.join(names)}: {reason}", file=sys.stderr)
     return cls(**values)
 
 
@@ -350,13 +354,6 @@ def pick_fields(kind, values, file):
         for f in fields(kind):
             settings[f.name] = convert(values.get(f.name, f.default), f.type)
         return kind(**settings)
-
-
-def check_choice(key, value, choices):
-    if value not in choices:
-        raise UserError(
-            f"{key}: {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}"
-        )
 
 
 def from_json(value, kind):

@@ -9,10 +9,9 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import datetime
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from support.distributed import is_first
-from support.errors import UserError, as_user_error, brief, sanitize
+from support.errors import UserError, as_user_error, brief, sanitize, write_or_drop
 from support.files import read_json
 from support.memory import peak_memory_gb
 from support.report import aligned_columns
@@ -30,10 +29,7 @@ from support.report import aligned_columns
 class Clock:
     """Seconds and peak memory of a run by part, and the throughput of its steps."""
 
-    STEP = (
-        "forward and backward",
-        "optimizer",
-    )  # evaluation, logging and saving are not counted
+    STEP = "forward and backward", "optimizer"  # evaluation, logging and saving are not counted
 
     def __init__(self, device):
         self.device, self.part, self.last = device, "data", time.perf_counter()
@@ -103,8 +99,8 @@ class Log:
     drawn in training_loss.png and sent to the trackers, whose failure costs a warning alone. Ranks
     but the first have one that leads nowhere."""
 
-    def __init__(self, folder, size=0, trackers=None):
-        self.path, self.trackers = folder / "log.jsonl", trackers or {}
+    def __init__(self, folder, size=0, trackers=None, unit="scored token"):
+        self.path, self.trackers, self.unit = folder / "log.jsonl", trackers or {}, unit
         self.next_plot = 0.0 if is_first() else math.inf
         self.file = open(self.path if is_first() else os.devnull, "a", encoding="utf-8")
         if self.size() > size:
@@ -141,7 +137,7 @@ class Log:
     def plot(self):
         began = time.perf_counter()
         with warn_on_error("training_loss.png is not drawn"):
-            plot_losses(self.path)
+            plot_losses(self.path, self.unit)
         now = time.perf_counter()
         self.next_plot = now + 50 * (now - began)  # drawing takes at most a fiftieth of the time
 
@@ -178,15 +174,15 @@ def read_log(path):
 
 
 PLOTTED = {
-    "loss": "loss (per scored token or pair)",
+    "loss": "loss (mean per {unit})",
     "rewards/margins": "reward margin",
-    "rewards/accuracies": "pairs ranked right",
+    "rewards/accuracies": "{unit}s ranked right",
 }
 
 
-def plot_losses(path):
+def plot_losses(path, unit):
     """Draws training_loss.png beside a log.jsonl: a panel for each metric of PLOTTED that it has,
-    with a curve for training and one for the evaluation set."""
+    with a curve for training and one for the evaluation set. unit: what the loss is a mean over."""
     # matplotlib is slow to import; without pyplot, which takes over a notebook's own figures
     from matplotlib.figure import Figure
 
@@ -199,7 +195,8 @@ def plot_losses(path):
     panels = [key for key in PLOTTED if key in curves or f"eval_{key}" in curves]
     figure = Figure(figsize=(3 + 4 * len(panels), 4), layout="constrained")
     for n, key in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), n + 1, xlabel="step", ylabel=PLOTTED[key])
+        axes = figure.add_subplot(1, len(panels), n + 1)
+        axes.set(xlabel="step", ylabel=PLOTTED[key].format(unit=unit))
         if key in curves:
             axes.plot(*curves[key], label="training")
         if f"eval_{key}" in curves:
@@ -216,7 +213,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 def find_trackers(config):
     """The names that report_to means; UserError for one that is not installed."""
-    installed = [name for name in TRACKERS if sys.modules.get(name) or find_spec(name)]
+    installed = [*filter(find_spec, TRACKERS)]
     if "all" in config.report_to:
         return installed
     names = [name for name in config.report_to if name != "none"]
@@ -304,6 +301,20 @@ def notebook(path):
     return send, handles.clear
 
 
+class Tee:
+    """A stream whose texts also go to record(text)."""
+
+    def __init__(self, stream, record):
+        self.stream, self.record = stream, record
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.record(text)
+        write_or_drop(self.stream, text)
+
+
 @contextmanager
 def copy_output(folder):
     """While the block runs, what is printed goes to folder/run.log too, each line with its time,
@@ -312,7 +323,6 @@ def copy_output(folder):
     It is buffered until this command has written config.json: one that is refused leaves no trace.
     """
     config, buffer = folder / "config.json", []
-    streams = {sys.stdout, sys.stderr}
 
     def modified():
         return config.stat().st_mtime_ns if config.exists() else None
@@ -326,31 +336,11 @@ def copy_output(folder):
                     file.write(f"{datetime.now():%F %T} {line}\n")
             buffer.clear()
 
-    def attempt(method, *text):
-        """Writes or flushes a stream."""
-        for line in text:
-            record(line)
-        with suppress(OSError):
-            method(*text)
-
-    before, patched = modified(), {}
-    for stream in streams:
-        patched[stream] = dict(vars(stream))  # by run_command
-        stream.write = partial(attempt, stream.write)
-        stream.flush = partial(attempt, stream.flush)
+    before = modified()
     try:
-        yield
+        with redirect_stdout(Tee(sys.stdout, record)), redirect_stderr(Tee(sys.stderr, record)):
+            yield
     except Exception as error:
         expected = isinstance(error, (UserError, OSError))
         record(f"error: {error}\n" if expected else traceback.format_exc())
         raise
-    finally:
-        for stream in streams:
-            for name in ("write", "flush"):
-                delattr(stream, name)
-                if name in patched[stream]:
-                    setattr(stream, name, patched[stream][name])
-            try:
-                stream.flush()
-            except OSError:  # Python's own last flush would fail too
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

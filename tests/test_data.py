@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -1742,7 +1741,7 @@ class Settings(Base):
     merge: bool = True  # write merged/
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # which layers
     rank_pattern: dict = field(default_factory=dict)  # ranks by name
-    kind: Literal["linear", "cosine"] = "cosine"  # of schedule
+    kind: str = "cosine"  # of schedule
     val_size: float = 0.0  # share or count
     shape: str = "round"  # of schedule
     layers: list[str] = field(
@@ -1864,7 +1863,6 @@ def test_a_partial_file_and_dotted_flags_override(tmp_path):
     (["--learning_rate", "fast"], None, "--learning_rate: expected float, found 'fast'"),
     (["--seed", "1.5"], None, "--seed: expected int, found '1.5'"),
     (["--merge", "perhaps"], None, "--merge: expected bool, found 'perhaps'"),
-    (["--kind", "round"], None, "--kind: expected .*linear.*found 'round'"),
     (["--rank_pattern", "{x"], None, "--rank_pattern: expected dict, found"),
     (["stray"], None, "unknown argument stray"),
     (["--seed"], None, "--seed: expected one argument"),

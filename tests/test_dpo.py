@@ -626,9 +626,7 @@ def test_dropout_is_off_unless_it_is_wanted(base, many, tmp_path):
 def scored_under(base, examples, **options):
     """What the model of `base` gives the scored tokens, an example at a time."""
     model = load_model(base, **options)
-    return [
-        model.logps(next(sft.micro_batches([example], 1, "cpu"))).detach() for example in examples
-    ]
+    return [model.logps(sft.Batch.pack([example])).detach() for example in examples]
 
 
 def test_another_reference(base, biased, rows, tmp_path):
@@ -805,9 +803,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(kind, trained):
     settings = config(loss_type=[kind], label_smoothing=0.1, micro_batch_tokens=1)
     loss, metrics, found = gradient(model, examples, settings)
     budget = sft.token_budget(settings, model.device)
-    assert len(list(sft.micro_batches(examples, budget, "cpu"))) == (
-        1 if "aot" in kind else COUNT
-    )
+    assert len(list(sft.split_by_tokens(examples, budget))) == (1 if "aot" in kind else COUNT)
     again, same, cut = gradient(model, examples, settings, budget)
     assert loss == pytest.approx(again, rel=1e-6) and metrics == pytest.approx(
         same, rel=1e-5, abs=1e-5
@@ -947,10 +943,11 @@ def test_a_run_logs_trls_names_and_draws_them(base, adapter, tmp_path, capsys):
         and "evaluation set at step 1" in output
     )
     assert "r 4, alpha 8" in output and "eval_answers" in lines[-1]
+    assert "on up to 4 of them" in (run / "README.md").read_text()
     plain, merged = load_model(base), load_model(run / "merged")
     load_adapter(plain, run / "adapter")
     examples = load_pairs(base, file)
-    batch = next(sft.micro_batches(examples, 10**6, "cpu"))
+    batch = sft.Batch.pack(examples)
     assert (plain.logps(batch) - merged.logps(batch)).abs().max() < 1e-4
     assert plain.adapter.lora_dropout == 0.1  # off while training, still the adapter's
 
@@ -968,12 +965,17 @@ def test_the_plot_has_a_panel_for_each_thing_logged(tmp_path, monkeypatch):
     )
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 0, "eval_loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
-    tracking.plot_losses(log)
+    tracking.plot_losses(log, sft.SFTConfig().unit)
     log.write_text(
         '{"step": 1, "loss": 1.0, "rewards/margins": 0.1, "rewards/accuracies": 0.5}\n'
     )
-    tracking.plot_losses(log)
-    assert [len(labels) for labels in seen] == [1, 3] and "margin" in seen[1][1]
+    tracking.Log(tmp_path, 10**6, unit=dpo.DPOConfig().unit).plot()
+    tracking.plot_losses(log, dpo.DPOConfig(loss_type=["kto"]).unit)
+    assert seen == [
+        ["loss (mean per scored token)"],
+        ["loss (mean per pair)", "reward margin", "pairs ranked right"],
+        ["loss (mean per answer)", "reward margin", "answers ranked right"],
+    ]
 
 
 def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):

@@ -1299,6 +1299,10 @@ def test_the_best_and_the_patience_survive_a_resume(base, tmp_path):
             "a save_strategy other than no",
         ),
         (
+            {"early_stopping_patience": 1, "eval_strategy": "no"},
+            "early_stopping_patience: needs an eval_strategy",
+        ),
+        (
             {"early_stopping_patience": 1, "eval_data": None},
             "no held-out rows; give eval_data or val_size",
         ),
