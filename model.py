@@ -515,6 +515,12 @@ class Transformer(nn.Module):
                 f"{self.config.vocab_size}: the tokenizer belongs to another model"
             )
         inv_freq, scale = rope_frequencies(self.config)
+        if self.config.rope["rope_type"] in ROPE_BY_LENGTH:
+            rows = []  # (tokens of a segment, 1, D/2)
+            for (start, stop, _), length in zip(batch.segments, batch.lengths):
+                frequencies, _ = rope_frequencies(self.config, length)
+                rows.append(frequencies.expand(stop - start, 1, -1))
+            inv_freq = torch.cat(rows)
         inv_freq = to_device(inv_freq, batch.positions.device)
         angles = batch.positions[:, None, None].float() * inv_freq  # (T, 1, D/2)
         rope = angles.cos() * scale, angles.sin() * scale
@@ -752,11 +758,12 @@ def generate(model, prompts, *args, **options):
     return [outputs[row] for row in range(len(prompts))]
 
 
-def header_length(prompts):
+def header_length(model, prompts):
     """How many tokens all prompts begin with, if to compute them once is worth it; else 0."""
     shared = len(os.path.commonprefix(prompts))
     shared = min(shared, min(map(len, prompts)) - 1)
-    if shared < 16 or len(prompts) == 1:
+    by_length = model.config.rope["rope_type"] in ROPE_BY_LENGTH  # differs by prompt
+    if shared < 16 or len(prompts) == 1 or by_length:
         return 0
     return shared
 
@@ -787,7 +794,7 @@ def generate_each(
     ends = set(model.config.eos_token_id if eos_ids is None else eos_ids)
     draws = [np.random.default_rng((seed, row)) for row in waiting]
     lengths = [len(prompt) for prompt in prompts]
-    shared = header_length(prompts)
+    shared = header_length(model, prompts)
     slots = [None] * min(batch_size, len(prompts))  # the row in each row of the cache
     longest = max(lengths) + max_new_tokens
     cache = KVCache(model, len(slots), longest, prompts[0][:shared])
@@ -844,6 +851,7 @@ DEFAULTS = {
     "mlp_bias": False,
     "qk_norm": False,
     "hidden_act": "silu",
+    "max_window_layers": 28,
     "eos_token_id": [],
 }
 
@@ -919,29 +927,38 @@ class ModelConfig:
         fault = f"{where}: rope can't be computed from these numbers"
         kinds = ArithmeticError, ValueError, TypeError, RuntimeError
         with torch.device("cpu"), as_user_error(fault, *kinds):
-            frequencies, scale = rope_frequencies(config)
-            if not math.isfinite(frequencies.sum() * scale):
-                raise ValueError(rope)
+            for length in (0, 2**31):
+                frequencies, scale = rope_frequencies(config, length)
+                if not math.isfinite(frequencies.sum() * scale):
+                    raise ValueError(rope)
         return config
 
 
 # --- rotary frequencies ---------------------------------------------------------------------------
-# A rope type: a function (plain frequencies (D/2,), rope_theta, the type's own numbers in the names
-# of config.json) -> (frequencies (D/2,), factor on cos and sin).
+# A rope type: a function (plain frequencies (D/2,), length of the sequence, rope_theta, the type's
+# own numbers in the names of config.json) -> (frequencies (D/2,), factor on cos and sin).
 
 
-def default_rope(plain, rope_theta):
+def wavelengths(base, count):
+    """(count,) fp32, in tokens per radian."""
+    size = 2 * count
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+    return base**exponents
+
+
+def default_rope(plain, length, rope_theta):
     """Su et al. 2021, arXiv:2104.09864."""
     return plain, 1.0
 
 
-def linear_rope(plain, rope_theta, factor):
+def linear_rope(plain, length, rope_theta, factor):
     """Chen et al. 2023, arXiv:2306.15595."""
     return plain / factor, 1.0
 
 
 def llama3_rope(
     plain,
+    length,
     rope_theta,
     factor,
     low_freq_factor,
@@ -961,6 +978,7 @@ def llama3_rope(
 
 def yarn_rope(
     plain,
+    length,
     rope_theta,
     factor,
     original_max_position_embeddings,
@@ -995,21 +1013,51 @@ def yarn_rope(
     return plain / factor * ramp + plain * (1 - ramp), attention_factor
 
 
+def dynamic_rope(plain, length, rope_theta, factor, max_position_embeddings):
+    """transformers' dynamic NTK scaling: the base grows with a sequence beyond the maximum."""
+    dim = 2 * len(plain)
+    length = torch.tensor(max(length, max_position_embeddings))
+    growth = factor * length / max_position_embeddings - (factor - 1)
+    base = rope_theta * growth ** (dim / (dim - 2))
+    return 1.0 / wavelengths(base, len(plain)), 1.0
+
+
+def longrope(
+    plain,
+    length,
+    rope_theta,
+    factor,
+    short_factor,
+    long_factor,
+    original_max_position_embeddings,
+    attention_factor=None,
+):
+    """Ding et al. 2024, arXiv:2402.13753: a factor for each frequency, another list of them for a
+    sequence beyond the original context."""
+    original = original_max_position_embeddings
+    stretch = torch.tensor(long_factor if length > original else short_factor)
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    return 1.0 / (stretch * wavelengths(rope_theta, len(plain))), attention_factor
+
+
 ROPE_TYPES = {
     "default": default_rope,
     "linear": linear_rope,
+    "dynamic": dynamic_rope,
     "llama3": llama3_rope,
     "yarn": yarn_rope,
+    "longrope": longrope,
 }
+ROPE_BY_LENGTH = "dynamic", "longrope"
 
 
-def rope_frequencies(config):
-    """(inv_freq (D/2,) fp32, the factor on cos and sin)."""
+def rope_frequencies(config, length=0):
+    """(inv_freq (D/2,) fp32, the factor on cos and sin) for a sequence of this length."""
     rope = dict(config.rope)
     function = ROPE_TYPES[rope.pop("rope_type")]
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    plain = 1.0 / rope["rope_theta"] ** exponents
-    return function(plain, **rope)
+    plain = 1.0 / wavelengths(rope["rope_theta"], config.head_dim // 2)
+    return function(plain, length, **rope)
 
 
 # --- checkpoints: read strictly, a tensor at a time -----------------------------------------------

@@ -1,5 +1,6 @@
 """A model's config.json, untrusted: its settings checked, its two dialects of rope read as one."""
 
+from contextlib import suppress
 from inspect import signature
 
 from support.errors import brief
@@ -49,7 +50,8 @@ def setting_faults(values, types, dtypes):
     if not faults:
         if slides(values):
             faults.append(
-                "sliding-window attention (use_sliding_window, layer_types) is not supported"
+                "sliding-window attention (use_sliding_window, max_window_layers, layer_types) is "
+                "not supported"
             )
         heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
         if heads % kv_heads:
@@ -64,10 +66,13 @@ def setting_faults(values, types, dtypes):
 
 
 def slides(values):
-    """Whether a layer's attention may slide: layer_types says of which, in newer files."""
+    """Whether a layer's attention slides, as Qwen2Config and Qwen3Config of transformers decide."""
     if "layer_types" in values:
         return any(layer != "full_attention" for layer in as_list(values["layer_types"]))
-    return bool(values.get("use_sliding_window")) and values["sliding_window"] is not None
+    if not values.get("use_sliding_window") or values["sliding_window"] is None:
+        return False
+    first = values["max_window_layers"]
+    return type(first) is not int or first < values["num_hidden_layers"]
 
 
 def rope_settings(values, rope_types):
@@ -84,16 +89,20 @@ def rope_settings(values, rope_types):
         types = ", ".join(rope_types)
         return {}, [f"rope type {brief(kind)} is not supported ({types} are)"]
     original = "original_max_position_embeddings"
-    longest = values["max_position_embeddings"]
+    longest = raw["max_position_embeddings"] = values["max_position_embeddings"]
     raw[original] = values.get(original, raw.get(original, longest))
+    with suppress(TypeError, ZeroDivisionError):  # reported below
+        if kind in ("yarn", "longrope"):
+            raw.setdefault("factor", longest / raw[original])
     rope, faults = {"rope_type": kind}, []
     share = raw.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if share != 1.0:
-        faults.append(f"partial_rotary_factor {brief(share)} is not supported")
-    for key, parameter in list(signature(rope_types[kind]).parameters.items())[1:]:
+    if share != 1.0 and kind != "default":  # where transformers does not look at it
+        faults.append(f"partial_rotary_factor is not supported with rope type {kind}")
+    for key, parameter in list(signature(rope_types[kind]).parameters.items())[2:]:
         if key not in raw and parameter.default is not parameter.empty:
             continue
         value = rope[key] = raw.get(key)
-        if not positive(value) and not isinstance(parameter.default, bool):
+        valid = all(map(positive, as_list(value)))
+        if not valid and not isinstance(parameter.default, bool):
             faults.append(f"rope {key} is {str(value)[:40]!r}, not a positive number")
     return rope, faults

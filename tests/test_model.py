@@ -193,6 +193,13 @@ def test_gradients_equal_transformers(tiny_checkpoint, name):
 
 
 YARN = dict(rope_type="yarn", factor=16.0, original_max_position_embeddings=8192, rope_theta=1e6)
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=1e4,
+    original_max_position_embeddings=8192,
+    short_factor=[1 + n / 40 for n in range(32)],
+    long_factor=[1 + n for n in range(32)],
+)
 ROPES = {
     "default": dict(rope_type="default", rope_theta=5e5),
     "linear": dict(rope_type="linear", factor=4.0, rope_theta=1e4),
@@ -211,7 +218,59 @@ ROPES = {
     "yarn-default-original": {k: v for k, v in YARN.items() if "original" not in k},
     "yarn-ramp-down": YARN | dict(beta_fast=2.0, beta_slow=30.0),
     "yarn-equal-betas": YARN | dict(beta_fast=4.0, beta_slow=4.0, truncate=False),
+    "dynamic": dict(rope_type="dynamic", factor=3.0, rope_theta=1e4),
+    "longrope": LONGROPE,
+    "longrope-attention-factor": LONGROPE | dict(attention_factor=1.3, factor=8.0),
 }
+
+
+BY_LENGTH = {
+    "dynamic": dict(rope_type="dynamic", factor=3.0, rope_theta=1e4),
+    "longrope": LONGROPE
+    | dict(
+        original_max_position_embeddings=24,
+        short_factor=[1 + n / 40 for n in range(6)],
+        long_factor=[1 + n for n in range(6)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_ropes_of_a_sequences_length(tiny_checkpoint, name):
+    """Packed with a long one, a short sequence keeps the frequencies of its own length; branches
+    share those of the longest, as in a batch of transformers'. Generation is transformers'."""
+    folder = tiny_checkpoint(rope_parameters=dict(BY_LENGTH[name]), max_position_embeddings=24)
+    model = load_model(folder)
+    sizes = (20, 24, 25, 90)
+    documents = [tokens(n, seed=n) for n in sizes]
+    with torch.no_grad():
+        theirs = [
+            reference_of(folder)(torch.from_numpy(ids)[None].long()).logits[0]
+            for ids in documents
+        ]
+        packed = model.logits(model(Batch.pack([[seg(ids)] for ids in documents])))
+    for ours, expected in zip(packed.split(sizes), theirs):
+        assert_close(ours, expected, 1e-5)
+    assert (theirs[-1][:20] - logits_of(model, documents[-1][:20])).abs().max() > 1e-2
+
+    long = documents[-1]
+    tree = [seg(long[:30]), seg(long[30:]), seg(long[30:40], prefix=0, sequence=1)]
+    tree[1] = tree[1]._replace(prefix=0)
+    with torch.no_grad():
+        branched = model.logits(model(Batch.pack([tree])))
+    assert_close(branched[:90], theirs[-1], 1e-5)
+    assert_close(branched[90:], theirs[-1][30:40], 1e-5)
+    prompts = [[*range(1, 19), n] for n in (5, 6)]  # with a header that could be shared
+    for prompt, new in zip(prompts, M.generate(model, prompts, 12, eos_ids=())):
+        fresh = reference_of(folder)
+        expected = fresh.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert new == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("dialect", ["new", "old"])
@@ -238,7 +297,7 @@ def test_rope_equals_transformers_far_out(tiny_checkpoint, name, dialect):
         )
         (folder / "config.json").write_text(json.dumps(raw))
     model, reference = load_model(folder), reference_of(folder)
-    inv_freq, scale = M.rope_frequencies(model.config)
+    inv_freq, scale = M.rope_frequencies(model.config)  # of a short sequence
     torch.testing.assert_close(inv_freq, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
     assert scale == pytest.approx(reference.model.rotary_emb.attention_scaling, rel=1e-9)
 
@@ -945,22 +1004,43 @@ ODD_CONFIGS = {  # name: removed keys, changes; transformers opens all of them
         (),
         dict(rope_parameters={k: v for k, v in ROPES["llama3"].items() if "original" not in k}),
     ),
+    "yarn without factor": (
+        (),
+        dict(
+            rope_parameters=SPLIT_YARN | dict(factor=None),
+            original_max_position_embeddings=128,
+        ),
+    ),
+    "partial rotary, default": ((), dict(partial_rotary_factor=0.5)),
+    "partial rotary within, default": (
+        (),
+        dict(rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
+    ),
     "swish": ((), dict(hidden_act="swish")),
+    "window above all layers": (
+        ("layer_types",),
+        dict(use_sliding_window=True, sliding_window=8, max_window_layers=2),
+    ),
+    "window, default max_window_layers": (
+        ("layer_types", "max_window_layers"),
+        dict(use_sliding_window=True, sliding_window=8),
+    ),
     "window of a full list": (
         (),
         dict(
             use_sliding_window=True,
             sliding_window=8,
+            max_window_layers=0,
             layer_types=["full_attention"] * 2,
         ),
     ),
     "no window": (
         ("layer_types",),
-        dict(use_sliding_window=True, sliding_window=None),
+        dict(use_sliding_window=True, sliding_window=None, max_window_layers=0),
     ),
     "window not used": (
         ("layer_types",),
-        dict(use_sliding_window=False, sliding_window=8),
+        dict(use_sliding_window=False, sliding_window=8, max_window_layers=0),
     ),
 }
 
@@ -1359,19 +1439,42 @@ BAD_CHECKPOINTS = {
     "rope of another name": (
         config(rope_scaling={"type": "su", "factor": 2.0}),
         "'su'",
-        "llama3, yarn are",
+        "longrope",
     ),
-    "rope by length": (
-        config(rope_scaling={"type": "dynamic", "factor": 2.0}),
-        "rope type 'dynamic'",
+    "rope longrope half": (
+        config(rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 6}),
+        "rope long_factor is 'None'",
+    ),
+    "rope longrope short list": (
+        config(rope_parameters=LONGROPE),
+        "rope can't be computed",
+    ),
+    "rope longrope text": (
+        config(rope_parameters=LONGROPE | dict(short_factor=["1"] * 6, long_factor=[1] * 6)),
+        "rope short_factor",
+    ),
+    "rope longrope long list alone": (
+        config(rope_parameters=LONGROPE | dict(short_factor=[1] * 6, long_factor=[1] * 7)),
+        "rope can't be computed",
     ),
     "rope factor list": (
         config(rope_scaling={"rope_type": "linear", "factor": [4.0]}),
-        "rope factor is '[4.0]'",
+        "rope can't be computed",
     ),
-    "rope yarn without factor": (
-        config(rope_scaling=YARN | {"factor": None}),
-        "rope factor is 'None'",
+    "rope longrope original one": (
+        config(
+            rope_parameters=LONGROPE
+            | dict(
+                short_factor=[1] * 6,
+                long_factor=[1] * 6,
+                original_max_position_embeddings=1,
+            )
+        ),
+        "rope can't be computed",
+    ),
+    "rope dynamic without factor": (
+        config(rope_scaling={"type": "dynamic"}),
+        "rope factor",
     ),
     "rope original above text": (
         config(rope_scaling=YARN, original_max_position_embeddings="4k"),
@@ -1409,7 +1512,12 @@ BAD_CHECKPOINTS = {
     ),
     "gelu": (config(hidden_act="gelu"), "hidden_act", "gelu"),
     "sliding window": (
-        config(sliding_window=128, use_sliding_window=True, layer_types=None),
+        config(
+            sliding_window=128,
+            use_sliding_window=True,
+            layer_types=None,
+            max_window_layers=1,
+        ),
         "sliding-window",
     ),
     "sliding window of the default size": (
@@ -1419,6 +1527,15 @@ BAD_CHECKPOINTS = {
             layer_types=["sliding_attention"] * 2,
         ),
         "sliding-window",
+    ),
+    "max_window_layers no number": (
+        config(
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=None,
+            max_window_layers="1",
+        ),
+        "max_window_layers",
     ),
     "dtype of the weights": (float64, "float64"),
     "sliding layers": (
