@@ -61,10 +61,8 @@ def run_command(main):
             raise
     line = ""
     if message and is_first_to_fail():
-        message = sanitize(message).replace("
-", " ")
-        line = f"error: {shorten(message, 1000)}
-"
+        message = sanitize(message).replace("\n", " ")
+        line = f"error: {shorten(message, 1000)}\n"
     write_or_drop(sys.stdout, "")
     write_or_drop(sys.stderr, line)
     sys.exit(status)
