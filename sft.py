@@ -622,8 +622,9 @@ def evaluate_loss(model, examples, loss_fn, config, count):
     score = partial(accumulate, model, count=1, loss_fn=loss_fn, budget=sys.maxsize)
     sums = Counter()
     with torch.no_grad():
-        own = every(split_by_tokens(examples, budget), model)
-        for loss, metrics in gather_each(map(score, own), model):
+        own = [*every(split_by_tokens(examples, budget), model)]
+        bar = tqdm(own, "evaluation", unit="batch", leave=False, disable=None)
+        for loss, metrics in gather_each(map(score, bar), model):
             sums.update({"loss": loss, **metrics})
     model.train()
     return {f"eval_{name}": value / total for name, value in sums.items()}
@@ -988,17 +989,23 @@ def run(config, loss_fn, count=count_scored, before_training=None, **options):
         write_results(config, log, ledger, results, merged)
 
 
-def count_questions(steps, eval_examples, config):
-    """How many evaluation rows are answered: as many as generate, before and after, no more tokens
-    than the run trains on. Counted, not timed, so that a resumed run asks the same; a generated
-    token takes about as long as a trained one."""
-    asked = min(config.eval_answers, len(eval_examples))
+def count_questions(steps, rows, config):
+    """How many evaluation rows [(example, choices)] are answered: as many as generate, before and
+    after, no more tokens than the run trains on. Counted, not timed, so that a resumed run asks the
+    same; a generated token takes about as long as a trained one, one that is scored a third."""
+    asked = min(config.eval_answers, len(rows))
     trained = sum(map(count_tokens, steps[0])) * len(steps)
     affordable = max(config.num_samples, trained // (2 * config.max_new_tokens))
     if affordable < asked:
         print(
             f"asking {affordable} of {asked} evaluation questions: to ask more would take longer "
             f"than the run, of about {trained:,} tokens"
+        )
+    scored = 2 * sum(count_tokens(example) for example, _ in rows)
+    if scored > 3 * trained and config.eval_strategy != "no":
+        print(
+            f"evaluating {len(rows):,} rows, before and after, takes longer than the run, of about "
+            f"{trained:,} tokens: --max_eval_samples takes fewer, --eval_strategy no none"
         )
     return min(asked, affordable)
 

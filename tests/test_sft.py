@@ -122,18 +122,34 @@ def same_tensors(a, b):
 def test_questions_take_no_longer_than_the_run(capsys):
     """Before and after together they generate at most the tokens that are trained, but those that
     are shown are always asked; a long run asks all. Nothing of it depends on a clock."""
-    rows = fake_examples(100)
+    examples = fake_examples(100)
+    rows = [(example, None) for example in examples]
     for steps, asked in ((1, 3), (40, 7), (4000, 64)):
         settings = config(max_steps=steps, max_new_tokens=128)
-        plan = sft.Plan(rows, settings)
+        plan = sft.Plan(examples, settings)
         assert sft.count_questions(plan, rows, settings) == asked
         assert (f"asking {asked} of 64" in capsys.readouterr().out) == (asked < 64)
         trained = sum(sft.count_tokens(example) for n in range(steps) for example in plan[n])
         assert asked == 3 or 2 * 128 * asked <= trained * 1.1
     for answers in (0, 2):
         settings = config(max_steps=1, eval_answers=answers)
-        assert sft.count_questions(sft.Plan(rows, settings), rows, settings) == answers
+        assert sft.count_questions(sft.Plan(examples, settings), rows, settings) == answers
     assert "asking" not in capsys.readouterr().out
+
+
+def test_an_evaluation_longer_than_the_run_is_told(capsys):
+    """Scoring a token takes a third of training on it; before and after, a set is scored twice."""
+    examples = fake_examples(100)
+    rows = [(example, None) for example in examples]
+    own = sum(map(sft.count_tokens, examples))
+    for strategy, steps in (("epoch", 1), ("epoch", 4000), ("no", 1)):
+        settings = config(max_steps=steps, eval_strategy=strategy)
+        plan = sft.Plan(examples, settings)
+        sft.count_questions(plan, rows, settings)
+        longer = 2 * own > 3 * sum(map(sft.count_tokens, plan[0])) * steps
+        assert longer == (steps == 1)
+        told = "evaluating 100 rows, before and after, takes longer" in capsys.readouterr().out
+        assert told == (longer and strategy != "no")
 
 
 # --- the plan -------------------------------------------------------------------------------------
