@@ -133,6 +133,11 @@ class Batch:
         return cls(tokens, positions, segments, *per_score, num_sequences, largest)
 
     @cached_property
+    def sizes(self):
+        """Per segment its number of tokens."""
+        return [stop - start for start, stop, _ in self.segments]
+
+    @cached_property
     def paths(self):
         """Per segment the indices of the segments that it sees: its prefixes, oldest first, and
         itself."""
@@ -144,18 +149,22 @@ class Batch:
 
     def positions_seen(self, segment):
         """The positions (n,) of the tokens that the segment of this index sees, on the CPU."""
-        spans = [self.segments[index][:2] for index in self.paths[segment]]
-        return torch.cat([torch.arange(*span) for span in spans])
+        spans = []
+        for index in self.paths[segment]:
+            start, stop, _ = self.segments[index]
+            spans.append(torch.arange(start, stop))
+        return torch.cat(spans)
 
     @cached_property
     def lengths(self):
         """Per segment the length of the longest sequence that shares its beginning, as if these
         were a batch of transformers'."""
         longest = Counter()
-        for (root, *_), (start, stop, _) in zip(self.paths, self.segments):
-            last = max(self.positions[start:stop].tolist(), default=-1)
+        roots = [path[0] for path in self.paths]
+        for root, positions in zip(roots, self.positions.split(self.sizes)):
+            last = max(positions.tolist(), default=-1)
             longest[root] = max(last + 1, longest[root])
-        return [longest[root] for root, *_ in self.paths]
+        return [longest[root] for root in roots]
 
     @cached_property
     def mask(self):
@@ -180,20 +189,19 @@ class Batch:
     def varlen(self):
         """Arguments of varlen_attn: key positions (None: the stream itself), cu_q, cu_k, max_q,
         max_k."""
-        queries = [stop - start for start, stop, _ in self.segments]
-        seen = [self.positions_seen(index) for index in range(len(queries))]
+        seen = [self.positions_seen(index) for index in range(len(self.segments))]
         keys = [len(positions) for positions in seen]
         gather = None
-        if keys != queries:
+        if keys != self.sizes:
             gather = to_device(torch.cat(seen), self.tokens.device)
 
         def cumulative(lengths):
             ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
             return to_device(ends, self.tokens.device)
 
-        cu_q = cumulative(queries)
+        cu_q = cumulative(self.sizes)
         cu_k = cumulative(keys)
-        return gather, cu_q, cu_k, max(queries), max(keys)
+        return gather, cu_q, cu_k, max(self.sizes), max(keys)
 
 
 # --- attention: three implementations, the same numbers -------------------------------------------
@@ -215,10 +223,9 @@ def eager_attention(q, k, v, batch):
 def sdpa_attention(q, k, v, batch):
     """One segment at a time over what it sees, never with a (T, T) mask."""
     outputs = []
-    lengths = [stop - start for start, stop, _ in batch.segments]
-    all_keys = k.split(lengths)  # backward joins the parts in one copy, where slices add up
-    all_values = v.split(lengths)
-    for queries, path in zip(q.split(lengths), batch.paths):
+    all_keys = k.split(batch.sizes)  # backward joins the parts in one copy, where slices add up
+    all_values = v.split(batch.sizes)
+    for queries, path in zip(q.split(batch.sizes), batch.paths):
         keys, values = all_keys[path[-1]], all_values[path[-1]]
         if len(path) > 1:
             keys = torch.cat([all_keys[index] for index in path])
@@ -353,7 +360,8 @@ class Normalise(torch.autograd.Function):
             d_weight = d_weight.to(weight.dtype)
         grad = grad * weight
         along = (grad * wide).mean(-1, keepdim=True)
-        d_x = grad.mul_(scale).addcmul_(wide, along * scale**3, value=-1)
+        along *= scale**3
+        d_x = grad.mul_(scale).addcmul_(wide, along, value=-1)
         return d_x.to(x.dtype), d_weight, None
 
 
@@ -378,7 +386,8 @@ def rotate(x, cos, sin):
     a, b = x.float().chunk(2, dim=-1)
     first = (a * cos).addcmul_(b, sin, value=-1)
     second = (b * cos).addcmul_(a, sin)
-    return torch.cat([first, second], dim=-1).to(x.dtype)
+    rotated = torch.cat([first, second], dim=-1)
+    return rotated.to(x.dtype)
 
 
 class Rotate(torch.autograd.Function):
@@ -517,9 +526,9 @@ class Transformer(nn.Module):
         inv_freq, scale = rope_frequencies(self.config)
         if self.config.rope["rope_type"] in ROPE_BY_LENGTH:
             rows = []  # (tokens of a segment, 1, D/2)
-            for (start, stop, _), length in zip(batch.segments, batch.lengths):
+            for size, length in zip(batch.sizes, batch.lengths):
                 frequencies, _ = rope_frequencies(self.config, length)
-                rows.append(frequencies.expand(stop - start, 1, -1))
+                rows.append(frequencies.expand(size, 1, -1))
             inv_freq = torch.cat(rows)
         inv_freq = to_device(inv_freq, batch.positions.device)
         angles = batch.positions[:, None, None].float() * inv_freq  # (T, 1, D/2)

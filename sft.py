@@ -336,8 +336,8 @@ def add_embedding_noise(model, alpha):
         if not model.training:
             return x
         (batch,) = batches
-        counts = [stop - start for start, stop, _ in batch.segments]
-        lengths = torch.tensor(batch.lengths).repeat_interleave(torch.tensor(counts))  # (T,)
+        lengths = torch.tensor(batch.lengths)
+        lengths = lengths.repeat_interleave(torch.tensor(batch.sizes))  # (T,)
         bound = alpha / (lengths * x.shape[1]).sqrt()
         return x + torch.empty_like(x).uniform_(-1, 1) * bound[:, None].to(x)
 
@@ -1005,7 +1005,7 @@ def count_questions(steps, rows, config):
     if scored > 3 * trained and config.eval_strategy != "no":
         print(
             f"evaluating {len(rows):,} rows, before and after, takes longer than the run, of about "
-            f"{trained:,} tokens: --max_eval_samples takes fewer, --eval_strategy no none"
+            f"{trained:,} tokens: --max_eval_samples takes fewer, --eval_strategy no leaves it out"
         )
     return min(asked, affordable)
 
