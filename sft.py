@@ -993,6 +993,8 @@ def count_questions(steps, eval_examples, config):
     than the run trains on. Counted, not timed, so that a resumed run asks the same; a generated
     token takes about as long as a trained one."""
     asked = min(config.eval_answers, len(eval_examples))
+    if asked <= config.num_samples:
+        return asked
     trained = sum(map(count_tokens, steps[0])) * len(steps)
     affordable = max(config.num_samples, trained // (2 * config.max_new_tokens))
     if affordable < asked:
