@@ -994,6 +994,8 @@ def count_questions(steps, rows, config):
     after, no more tokens than the run trains on. Counted, not timed, so that a resumed run asks the
     same; a generated token takes about as long as a trained one, one that is scored a third."""
     asked = min(config.eval_answers, len(rows))
+    if not rows:
+        return 0
     trained = sum(map(count_tokens, steps[0])) * len(steps)
     affordable = max(config.num_samples, trained // (2 * config.max_new_tokens))
     if affordable < asked:

@@ -209,8 +209,8 @@ def numbers(folder):
     return values
 
 
-def assert_same_run(first, second):
-    assert numbers(first) == pytest.approx(numbers(second), **CLOSE)
+def assert_same_run(first, second, **tolerance):
+    assert numbers(first) == pytest.approx(numbers(second), **(tolerance or CLOSE))
     files = [*first.glob("checkpoint-*/*.safetensors")]
     assert len(files) == 2
     for file in files:
@@ -234,10 +234,14 @@ def test_two_ranks_train_as_one_process(runs, name):
 def test_divided_weights_train_as_whole_ones(runs, name):
     """A frozen base, and all that trains in both ways. With other micro-batches than in one
     process, of which one rank has more than the other. What merging 4-bit weights changes is
-    measured alike too; merged/ is the same."""
+    measured alike too; merged/ is the same.
+
+    Rewards of full fine-tuning to 5e-6 only: sums of hundreds of log-probs, in which the order of
+    a gradient's fp32 sums shows. benchmarks/README.md has one process with other micro-batches at
+    1.3e-6, and 1.5e-6 was seen here on a CPU with AVX-512."""
     alone, together, _ = runs
     folders = alone / name, together / f"sharded-{name}"
-    assert_same_run(*folders)
+    assert_same_run(*folders, **(dict(rel=5e-6, abs=5e-6) if name == "full-dpo" else {}))
     merged = [folder / "merged" for folder in folders]
     assert [folder.exists() for folder in merged] == [name not in ("dpo",)] * 2
     if merged[0].exists():

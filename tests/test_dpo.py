@@ -985,7 +985,7 @@ def test_without_arguments_the_embedded_sft_comes_first(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(sft, "main", lambda argv: calls.append(argv))
     monkeypatch.setattr(sft, "run", lambda config, *_, **options: calls.append(config))
-    monkeypatch.setattr(dpo, "read_log", lambda path: [])
+    monkeypatch.setattr(dpo, "read_log", lambda path: [{"step": 1}])
     dpo.main([])
     assert (
         calls[0] == []
