@@ -652,8 +652,8 @@ def test_any_error_saves_the_last_whole_step(
 
             patch.setattr(sft, "accumulate", accumulate)
         elif where == "data":
-            get = sft.Plan.__getitem__
-            patch.setattr(sft.Plan, "__getitem__", lambda *args: after(5, get, *args))
+            get = sft.Plan.__getitem__  # the first call is of `count_questions`
+            patch.setattr(sft.Plan, "__getitem__", lambda *args: after(6, get, *args))
         elif where == "evaluation":  # at the steps 0, 2, 4
             loaded = sft.evaluate_loss
             patch.setattr(sft, "evaluate_loss", lambda *args: after(3, loaded, *args))
