@@ -291,9 +291,9 @@ def check_parity(folder, data_dir, tasks, shots, chat, limit, monkeypatch, tmp_p
         for mine, other in zip(samples[task], seen):
             if task == "gsm8k":
                 assert mine["output"] == other["resps"][0][0]
-            else:
+            else:  # sums of some hundred nats, which each side has to 6e-5 of float64's
                 np.testing.assert_allclose(
-                    mine["logps"], [r[0][0] for r in other["resps"]], atol=1e-4, rtol=0
+                    mine["logps"], [r[0][0] for r in other["resps"]], atol=1.5e-4, rtol=0
                 )
         for name, value in ((name, value) for name, value in ours[task].items() if name in names):
             assert value == pytest.approx(theirs["results"][task][names[name]], abs=1e-12)
