@@ -21,6 +21,7 @@ tokenization and metrics.
 
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -960,7 +961,7 @@ class EvalConfig(LoadConfig, RecipeConfig):
 def find_base(path):
     """(base: folder or hub id, adapter folder or None, QuantConfig of its run) of a model, adapter
     or run folder."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))  # which leaves the ~ of an unknown user
     if not folder.is_dir():
         folder = resolve(path)
     adapter, merged = adapter_in(folder), folder / "merged"

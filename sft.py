@@ -291,8 +291,11 @@ class SFTConfig(LoRAConfig, QuantConfig, RecipeConfig, HubConfig):
     @property
     def needs_evaluations(self):
         """The first setting that does, or ''."""
-        names = "load_best_model_at_end", "early_stopping_patience"
-        return next((name for name in names if getattr(self, name)), "")
+        flags = "load_best_model_at_end", "early_stopping_patience"
+        names = [name for name in flags if getattr(self, name)]
+        if self.save_strategy == "best":
+            names.append("save_strategy best")
+        return names[0] if names else ""
 
     def check_sharding(self):
         """UserError: what is to be divided does not go with what trains."""

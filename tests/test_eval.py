@@ -1303,6 +1303,10 @@ def test_the_best_and_the_patience_survive_a_resume(base, tmp_path):
             "early_stopping_patience: needs an eval_strategy",
         ),
         (
+            {"save_strategy": "best", "eval_strategy": "no"},
+            "save_strategy best: needs an eval_strategy",
+        ),
+        (
             {"early_stopping_patience": 1, "eval_data": None},
             "no held-out rows; give eval_data or val_size",
         ),
@@ -1311,6 +1315,11 @@ def test_the_best_and_the_patience_survive_a_resume(base, tmp_path):
 def test_mistakes_about_the_best(base, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         train(base, tmp_path, "x", **options)
+
+
+def test_a_home_of_nobody_is_no_model():
+    with pytest.raises(UserError, match="~no-such-user/a: neither a folder nor a hub id"):
+        evaluation.find_base("~no-such-user/a")
 
 
 # --- what a handful of rows can't say -------------------------------------------------------------
