@@ -503,18 +503,25 @@ def ask_choice(tokenizer, example, choices):
     """An SFT example as a forced choice between `choices`, their letters, or Yes and No; None if
     its answer is none of these. A reference's reasoning is left out: its answer alone is scored,
     right after the prompt."""
-    context, answer = split_prompt(example)
+    context, ids = split_prompt(example)
     prompt = tokenizer.decode(context)
-    reference = tokenizer.decode(answer)
+    reference = tokenizer.decode(ids)
     marked = find_answer(reference)
     choices = texts_of(choices)
     lines = choices or re.findall(r"(?m)^\(?([A-Z])[.):]", prompt)
     lead = re.match(r"\s*(<think>\s*</think>\s*)?", reference)[0]  # Qwen3's template writes this
-    gold = marked or reference.removeprefix(lead).strip().rstrip(".")
+    answer = marked or reference.removeprefix(lead).strip()
+
+    def find_gold(offer):
+        """The choice that the answer is, with its full stop or without."""
+        named = {text.strip(): text for text in offer}
+        return named.get(answer) or named.get(answer.rstrip("."))
+
     offers = choices, LETTERS[: len(lines)], ["Yes", "No"], ["yes", "no"]
-    options = next((offer for offer in offers if gold in offer), None)
+    options = next(filter(find_gold, offers), None)
     if not options:
         return None
+    gold = find_gold(options)
     if marked:
         context, lead = context + tokenizer.encode("Answer:"), " "
     sequences = []

@@ -125,7 +125,10 @@ def resolve(name, revision=None, kind="model"):
         raise UserError(f"{kind} {name}: neither a folder nor a hub id of the form org/name")
     patterns = ["*.safetensors", "*.json", *COMPANIONS]
     download = partial(snapshot_download, str(name), revision=revision, allow_patterns=patterns)
-    return Path(call_hub(f"{kind} {name}: no folder here, and {NOT_LOADED}", download))
+    folder = Path(call_hub(f"{kind} {name}: no folder here, and {NOT_LOADED}", download))
+    if not folder.is_dir():
+        raise UserError(f"{kind} {name}: its repository on the hub has no such files yet")
+    return folder
 
 
 def hub_files(source, readable):

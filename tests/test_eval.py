@@ -706,6 +706,23 @@ def test_a_choice_after_the_empty_thought_of_a_template(shared):
     assert question.sequences[1] == (prompt + reference[:-1], len(prompt))
 
 
+def test_a_choice_with_a_full_stop_is_a_choice(shared):
+    """ARC's choices are sentences as often as not. Graded as texts, half of a set would have no
+    accuracy."""
+    tokenizer = Tokenizer(shared / "tokenizers" / "qwen3")
+    for answer, choices, gold in (
+        ("A) It rains.", ["A) It rains.", "B) It snows."], "A) It rains."),
+        ("It snows.", ["It rains", "It snows"], "It snows"),
+        ("no.", ["no", "no."], "no."),
+        ("Yes.", None, "Yes"),
+    ):
+        row = {"prompt": [{"role": "user", "content": "What?"}], "completion": answer}
+        example = evaluation.render_row(row, tokenizer)
+        question = evaluation.ask_choice(tokenizer, example, choices)
+        assert question.shown["gold"] == gold
+        assert question.shown["choices"] == (choices or ["Yes", "No"])
+
+
 # --- what differs ---------------------------------------------------------------------------------
 
 

@@ -1689,6 +1689,13 @@ def test_name_that_is_no_model(name):
         load_model(name)
 
 
+def test_an_empty_repository_of_the_hub_is_told(tmp_path, monkeypatch):
+    """As a run makes it with push_to_hub, before there is anything to push."""
+    monkeypatch.setattr("support.hub.snapshot_download", lambda *_, **__: str(tmp_path / "none"))
+    with pytest.raises(UserError, match="^model org/name: its repository on the hub has no such"):
+        load_model("org/name")
+
+
 def fails(error):
     def main():
         raise error
