@@ -847,7 +847,7 @@ def split_holdout(examples, size, seed=0):
     count = round(size * len(rows)) if 0 < size < 1 else int(size)
     if not 0 <= count < len(rows):
         advice = "give a share below 1 or a smaller count"
-        raise UserError(f"cannot hold out {size} of {len(rows)} examples; {advice}")
+        raise UserError(f"val_size: cannot hold out {size:g} of {len(rows)} examples; {advice}")
     drawn = np.random.default_rng(seed).permutation(rows)[:count]
     held_out = np.isin(row_of, drawn)
     kept, held_out = examples.indices[~held_out], examples.indices[held_out]
@@ -857,6 +857,11 @@ def split_holdout(examples, size, seed=0):
 # --- what an answer is ----------------------------------------------------------------------------
 
 
+def bare(answer):
+    """An answer's text without the space around it and its full stop."""
+    return answer.strip().rstrip(".")
+
+
 def find_answer(text):
     """What follows the last 'Answer:', or None: a letter ('B', '(B)', 'B. dog'), else the rest of
     the line."""
@@ -864,7 +869,7 @@ def find_answer(text):
     if not answers:
         return None
     letter = re.match(r"\(?([A-Z])(?![\w'])", answers[-1])
-    return letter[1] if letter else answers[-1].strip().rstrip(".")
+    return letter[1] if letter else bare(answers[-1])
 
 
 def split_prompt(example):

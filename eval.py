@@ -42,6 +42,7 @@ from data import (
     DataConfig,
     RecipeConfig,
     Tokenizer,
+    bare,
     find_answer,
     load_tokenizer,
     question_of,
@@ -484,7 +485,9 @@ def ask_answers(model, tokenizer, examples, choices):
     golds = {find_answer(reference) for _, reference in asked} - {None}
     questions = []
     for (prompt, reference), own in zip(asked, choices):
-        options = own if find_answer(reference) in texts_of(own) else sorted(golds)
+        options = [bare(text) for text in texts_of(own)]
+        if find_answer(reference) not in options:
+            options = sorted(golds)
         grade = partial(grade_answer, model, tokenizer, prompt, reference, options)
         shown = {"prompt": tokenizer.decode(prompt).strip(), "reference": reference}
         questions.append(Question(shown, [], prompt, grade))
@@ -513,9 +516,9 @@ def ask_choice(tokenizer, example, choices):
     answer = marked or reference.removeprefix(lead).strip()
 
     def find_gold(offer):
-        """The choice that the answer is, with its full stop or without."""
-        named = {text.strip(): text for text in offer}
-        return named.get(answer) or named.get(answer.rstrip("."))
+        """The choice that the answer is, with a full stop or without."""
+        named = {bare(text): text for text in offer}
+        return answer if answer in offer else named.get(bare(answer))
 
     offers = choices, LETTERS[: len(lines)], ["Yes", "No"], ["yes", "no"]
     options = next(filter(find_gold, offers), None)
@@ -865,7 +868,7 @@ def pairs(config):
         else:
             wrong = swap_answer(row, answer, gold, rng)
         wrong_answer = parse_answer(wrong)
-        if not wrong_answer or wrong_answer == gold:
+        if not wrong_answer or bare(wrong_answer) == bare(gold):
             counts["answered right" if wrong_answer else unknown] += 1
             continue
         pair = rest_of(row) | {"prompt": row["prompt"], "chosen": chosen, "rejected": wrong}

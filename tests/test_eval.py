@@ -721,6 +721,12 @@ def test_a_choice_with_a_full_stop_is_a_choice(shared):
         question = evaluation.ask_choice(tokenizer, example, choices)
         assert question.shown["gold"] == gold
         assert question.shown["choices"] == (choices or ["Yes", "No"])
+    row = {"prompt": "What?", "completion": "It is wet. Answer: It rains."}
+    choices = ["It rains.", "It snows."]
+    (question,) = evaluation.ask_answers(
+        None, tokenizer, [evaluation.render_row(row, tokenizer)], [choices]
+    )
+    assert question.grade.args[-1] == ["It rains", "It snows"]
 
 
 # --- what differs ---------------------------------------------------------------------------------
