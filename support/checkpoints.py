@@ -145,11 +145,16 @@ def sample_weights(tensors):
 
 
 def read_state(checkpoint):
-    """Its RunState; UserError: another version's, with other fields."""
+    """Its RunState; UserError: fields are missing, unknown or of another type."""
     file = checkpoint / "state.json"
-    with as_user_error(file, TypeError):
-        state = RunState(**read_json(file))
-    state.window = Counter(state.window)
+    values, state = read_json(file), RunState("", {})
+    for name in values.keys() | vars(state).keys():
+        if not isinstance(vars(state).get(name), type(values.get(name, ...))):
+            raise UserError(f"{file}: {name} is {json.dumps(values.get(name))}")
+    numbers = [values["step"], *values["window"].values()]
+    if values["step"] < 0 or not all(isinstance(number, (int, float)) for number in numbers):
+        raise UserError(f"{file}: step or window is not made of numbers")
+    vars(state).update(values, window=Counter(values["window"]))
     return state
 
 
@@ -238,7 +243,7 @@ def resume(config, trained, parameters, optimizer, scaler, steps, origin):
         elif slot in slots:
             slots[slot].copy_(value)
         else:
-            slots[slot] = value.to(p.device)
+            slots[slot] = value.to(parameters[name].device)
     print(f"resuming from {path}: step {state.step} of {len(steps)}")
     return state
 

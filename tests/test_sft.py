@@ -836,8 +836,23 @@ def test_other_weights_in_the_base_are_refused(base, rows, tmp_path, capsys):
     assert (tmp_path / "next" / "checkpoint-000008").is_dir()
 
 
-@pytest.mark.parametrize("values", [{"colour": "red"}, {"data": ...}])
-def test_the_state_of_another_version_is_damage(values, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"step": "8"},
+        {"step": 8.0},
+        {"step": -1},
+        {"step": True},
+        {"window": None},
+        {"window": {"loss": "low"}},
+        {"best": []},
+        {"origin": "x"},
+        {"data": 31},
+        {"colour": "red"},
+        {"scaler": ...},
+    ],
+)
+def test_an_odd_state_is_damage(values, undisturbed, tmp_path):
     """Though its manifest says that it is the file written."""
     import shutil
 
