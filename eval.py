@@ -919,11 +919,14 @@ def with_answer(where, row, tokenizer, config):
 
 
 def swap_answer(row, answer, gold, rng):
-    """The answer with a wrong choice in place of the gold one; "" where none is known."""
-    others = [choice for choice in texts_of(row.get("choices")) if choice != gold]
-    if not others or not answer.endswith(gold):
+    """The answer with a wrong choice in place of the gold one, and its full stop if it has one; ""
+    where none is known."""
+    others = [text for text in texts_of(row.get("choices")) if bare(text) != bare(gold)]
+    kept = answer.rstrip().rstrip(".")
+    if not others or not kept.endswith(bare(gold)):
         return ""
-    return answer.removesuffix(gold) + rng.choice(others)
+    stop = answer.removeprefix(kept)
+    return kept.removesuffix(bare(gold)) + bare(rng.choice(others)) + stop
 
 
 # --- models and questions of a command ------------------------------------------------------------

@@ -2058,6 +2058,28 @@ def test_pairs_from_the_choices_of_a_row(tmp_path, chatml, run):
     )
 
 
+def test_pairs_compare_answers_without_their_full_stop(tmp_path, run, monkeypatch, capsys):
+    """A wrong choice takes the place and the stop of the right one; the right answer without its
+    stop, which a model writes, is no wrong answer."""
+    choices = ["It rains.", "It snows."]
+    rows = [
+        {"prompt": "a", "completion": "so. Answer: It rains.", "choices": choices},
+        {"prompt": "b", "completion": "It snows", "choices": choices},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run("pairs", "--output", str(tmp_path / "p.jsonl"))
+    rejected = [pair["rejected"] for _, pair in read_rows(tmp_path / "p.jsonl")]
+    assert rejected == ["so. Answer: It snows.", "It rains"]
+    model = Path(data.__file__).parent / "examples" / "tiny-qwen3"
+    tokenizer = Tokenizer(model)
+    answers = [tokenizer.encode(text) for text in ("Answer: It rains", "It snows.")]
+    monkeypatch.setattr("model.load_model", lambda *_, **__: None)
+    monkeypatch.setattr("model.generate", lambda *_, **__: answers)
+    with pytest.raises(SystemExit):
+        run("pairs", "--generate", "--model", str(model), "--output", str(tmp_path / "q.jsonl"))
+    assert "no pairs; answered right: 2" in capsys.readouterr().err
+
+
 def test_pairs_from_a_models_own_answers(tmp_path, monkeypatch):
     """What the embedded tiny model says, where it is not the row's own answer, is rejected; the same for a same seed."""  # noqa: E501
     examples = Path(data.__file__).parent / "examples"
